@@ -1,0 +1,965 @@
+//! Logits and targets to losses, weights, the re-weighted objective and its gradient, in one pass over the logits.
+//!
+//! With `t` the target's mass over the classes (class weight and label smoothing included) and `T = sum_k t_k`, a
+//! target's loss is `l = sum_k t_k (logsumexp(x) - x_k)`, and the gradient of `w l`, `w` a constant, is
+//! `w (T softmax(x) - t)`. A pointwise weight depends on its own loss alone, so the gradient is written while the
+//! logits are still in cache; weights that depend on more than that take a second pass.
+//!
+//! There are two loops. `Row` has the lanes along the classes, for rows that are contiguous and long. `Tile` has the
+//! lanes across [`LANES`] targets, for few classes or a strided class axis.
+
+use crate::layout::{Positions, Run, Shared};
+use crate::parallel::for_each_block;
+use crate::reduce;
+use crate::simd::{Element, Isa, Kernel, LANES, Real, dispatch, ln};
+use crate::weights::{self, Kl, Losses, Weighting};
+use ndarray::{ArrayView1, ArrayViewD, ArrayViewMutD, Axis};
+use std::fmt;
+
+/// How losses become an objective, as in `torch.nn.CrossEntropyLoss`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reduction {
+    /// `w_i l_i` each.
+    None,
+    /// `sum_i w_i l_i` over the sum of the class weights of the targets not ignored (for class probabilities: over
+    /// the number of targets).
+    Mean,
+    /// `sum_i w_i l_i`.
+    Sum,
+}
+
+/// The settings of a re-weighted cross-entropy.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    /// Turns losses into weights.
+    pub weighting: Weighting,
+    /// The class index that counts for nothing.
+    pub ignore_index: i64,
+    /// In `[0, 1]`.
+    pub label_smoothing: f64,
+    /// Whether all targets of a sample of the leading dimension share a weight, that of their mean loss.
+    pub per_sample: bool,
+    /// How losses become an objective.
+    pub reduction: Reduction,
+    /// The largest number of threads to use.
+    pub threads: usize,
+}
+
+/// What the logits are held against.
+#[derive(Debug)]
+pub enum Target<'a, T> {
+    /// A class index each, of the logits' shape without the class axis.
+    Int64(ArrayViewD<'a, i64>),
+    /// The same in 32 bits.
+    Int32(ArrayViewD<'a, i32>),
+    /// A probability for each class, of the logits' shape.
+    Probabilities(ArrayViewD<'a, T>),
+}
+
+/// What a call fills, row-major and contiguous but for the gradient.
+#[derive(Debug)]
+pub struct Outputs<'a, T: Element> {
+    /// One loss a target, 0 for an ignored one.
+    pub losses: &'a mut [T::Real],
+    /// One weight a target or, with `per_sample`, a sample; 0 where all is ignored.
+    pub weights: &'a mut [T::Real],
+    /// One value, or for [`Reduction::None`] one a target.
+    pub objective: &'a mut [T::Real],
+    /// The gradient of the objective (for [`Reduction::None`]: of its sum) with respect to the logits, whose shape it
+    /// has.
+    pub grad: Option<ArrayViewMutD<'a, T>>,
+}
+
+/// What the objective was divided by, and how many targets counted.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Totals {
+    /// The denominator of [`Reduction::Mean`].
+    pub denominator: f64,
+    /// The number of targets that are not ignored.
+    pub counted: usize,
+}
+
+/// Why a call was refused.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Error {
+    /// A class index is neither a class nor `ignore_index`.
+    OutOfRange {
+        /// The index found.
+        index: i64,
+        /// Where it stands in the target.
+        position: Vec<usize>,
+        /// The number of classes.
+        classes: usize,
+    },
+    /// Shapes do not fit.
+    Shape(String),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::OutOfRange { index, position, classes } => write!(
+                f,
+                "target {index} at position {position:?} is out of range for logits with {classes} classes: give a class \
+                 in 0..{classes}, or name {index} in ignore_index"
+            ),
+            Self::Shape(message) => f.write_str(message),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// A label that counts for nothing.
+const IGNORED: u32 = u32::MAX;
+
+/// Classes from which on lanes run along a contiguous row.
+const ROW_CLASSES: usize = 48;
+
+/// Logits of a block, the unit of work of a thread.
+const BLOCK: usize = 1 << 15;
+
+/// Logits below which waking a thread costs more than it saves.
+const PARALLEL: usize = 1 << 15;
+
+/// Fills `out` from `logits` of shape `(C,)`, `(N, C)` or `(N, C, d1, ..., dk)`.
+///
+/// Everything is checked before anything is written.
+///
+/// # Errors
+/// [`Error::OutOfRange`] for a class index that is no class; [`Error::Shape`] where shapes do not fit.
+pub fn cross_entropy<T: Element>(
+    logits: ArrayViewD<T>,
+    target: &Target<T>,
+    class_weight: Option<&[T::Real]>,
+    settings: &Settings,
+    out: Outputs<T>,
+) -> Result<Totals, Error> {
+    if logits.ndim() == 0 {
+        return Err(Error::Shape(
+            "logits must have a class axis: (C,), (N, C) or (N, C, d1, ..., dk), got 0 dimensions".into(),
+        ));
+    }
+    let class_axis = usize::from(logits.ndim() > 1);
+    let classes = logits.len_of(Axis(class_axis));
+    let mut shape = logits.shape().to_vec();
+    shape.remove(class_axis);
+    let targets: usize = shape.iter().product();
+    let samples = if logits.ndim() > 1 { shape[0] } else { 1 };
+    let unit = if settings.per_sample { targets / samples.max(1) } else { 1 };
+    let units = if settings.per_sample { samples } else { targets };
+
+    let expect = |name: &str, got: usize, wanted: usize| {
+        if got == wanted {
+            return Ok(());
+        }
+        Err(Error::Shape(format!(
+            "{name} must have {wanted} elements for logits of shape {:?}, got {got}",
+            logits.shape()
+        )))
+    };
+    if let Some(c) = class_weight {
+        expect("weight", c.len(), classes)?;
+    }
+    expect("losses", out.losses.len(), targets)?;
+    expect("weights", out.weights.len(), units)?;
+    expect(
+        "objective",
+        out.objective.len(),
+        if settings.reduction == Reduction::None { targets } else { 1 },
+    )?;
+    if let Some(grad) = &out.grad
+        && grad.shape() != logits.shape()
+    {
+        return Err(Error::Shape(format!(
+            "grad must have the logits' shape {:?}, got {:?}",
+            logits.shape(),
+            grad.shape()
+        )));
+    }
+    let wanted: &[usize] = if let Target::Probabilities(_) = target { logits.shape() } else { &shape };
+    if target.shape() != wanted {
+        return Err(Error::Shape(format!(
+            "target must have shape {wanted:?} for logits of shape {:?}, got {:?}",
+            logits.shape(),
+            target.shape()
+        )));
+    }
+    let (labels, totals) = read_labels(target, targets, classes, class_weight, settings.ignore_index)?;
+
+    let Outputs { losses, weights, objective, mut grad } = out;
+    let without_class = |strides: &[isize]| -> Vec<isize> {
+        strides.iter().enumerate().filter(|&(axis, _)| axis != class_axis).map(|(_, &s)| s).collect()
+    };
+    let x_strides = without_class(logits.strides());
+    let (g_strides, g_class) = grad.as_ref().map_or_else(
+        || (x_strides.clone(), logits.strides()[class_axis]),
+        |g| (without_class(g.strides()), g.strides()[class_axis]),
+    );
+    let soft = Soft::new(target, classes, class_weight, settings.label_smoothing);
+    let t_strides = match target {
+        Target::Probabilities(p) => without_class(p.strides()),
+        _ => vec![0; shape.len()],
+    };
+    let problem = Problem {
+        classes,
+        positions: Positions::new(&shape, [&x_strides, &g_strides, &t_strides]),
+        logits: Shared(logits.as_ptr().cast_mut()),
+        logits_class: if classes == 1 { 1 } else { logits.strides()[class_axis] },
+        grad: grad.as_mut().map(|g| Shared(g.as_mut_ptr())),
+        grad_class: if classes == 1 { 1 } else { g_class },
+        labels: labels.as_deref(),
+        class_weight,
+        hard: 1.0 - settings.label_smoothing,
+        soft,
+        norm: if settings.reduction == Reduction::Mean { 1.0 / totals.denominator } else { 1.0 },
+        losses: Shared(losses.as_mut_ptr()),
+    };
+    let threads = if targets * classes < PARALLEL { 1 } else { settings.threads };
+
+    match settings.weighting {
+        Weighting::Kl(kl) if !kl.normalize && !settings.per_sample => {
+            problem.run(Plan::Pointwise(kl, Shared(weights.as_mut_ptr())), threads);
+        }
+        _ => {
+            problem.run(Plan::Losses, threads);
+            unit_weights(losses, labels.as_deref(), unit, settings, weights);
+            if grad.is_some() {
+                problem.run(Plan::Given { weights, unit }, threads);
+            }
+        }
+    }
+
+    match settings.reduction {
+        Reduction::None => {
+            for (i, (o, &l)) in objective.iter_mut().zip(&*losses).enumerate() {
+                let ignored = labels.as_ref().is_some_and(|labels| labels[i] == IGNORED);
+                *o = if ignored { T::Real::default() } else { weights[i / unit] * l };
+            }
+        }
+        Reduction::Mean | Reduction::Sum => {
+            let sum = if unit == 1 {
+                reduce::weighted_sum(losses, weights, settings.threads)
+            } else {
+                let sample = |l: &[T::Real]| l.iter().map(|l| l.to_f64()).sum::<f64>();
+                losses.chunks(unit.max(1)).zip(&*weights).map(|(l, w)| sample(l) * w.to_f64()).sum()
+            };
+            let value = if settings.reduction == Reduction::Mean { sum / totals.denominator } else { sum };
+            objective[0] = T::Real::from_f64(value);
+        }
+    }
+    Ok(totals)
+}
+
+impl<T> Target<'_, T> {
+    fn shape(&self) -> &[usize] {
+        match self {
+            Self::Int64(t) => t.shape(),
+            Self::Int32(t) => t.shape(),
+            Self::Probabilities(t) => t.shape(),
+        }
+    }
+}
+
+/// Checks the class indices and brings them to one form; `None` for class probabilities.
+fn read_labels<T: Element>(
+    target: &Target<T>,
+    targets: usize,
+    classes: usize,
+    class_weight: Option<&[T::Real]>,
+    ignore_index: i64,
+) -> Result<(Option<Vec<u32>>, Totals), Error> {
+    let read = |indices: &mut dyn Iterator<Item = i64>| {
+        let mut labels = Vec::with_capacity(targets);
+        let mut totals = Totals { denominator: 0.0, counted: 0 };
+        for index in indices {
+            if index == ignore_index {
+                labels.push(IGNORED);
+            } else if (0..classes as i64).contains(&index) {
+                labels.push(index as u32);
+                totals.counted += 1;
+                totals.denominator += class_weight.map_or(1.0, |c| c[index as usize].to_f64());
+            } else {
+                let mut rest = labels.len();
+                let mut position = target.shape().to_vec();
+                for p in position.iter_mut().rev() {
+                    let size = *p;
+                    *p = rest % size;
+                    rest /= size;
+                }
+                return Err(Error::OutOfRange { index, position, classes });
+            }
+        }
+        Ok((Some(labels), totals))
+    };
+    match target {
+        Target::Int64(t) => match t.as_slice() {
+            Some(t) => read(&mut t.iter().copied()),
+            None => read(&mut t.iter().copied()),
+        },
+        Target::Int32(t) => read(&mut t.iter().map(|&i| i64::from(i))),
+        Target::Probabilities(_) => Ok((None, Totals { denominator: targets as f64, counted: targets })),
+    }
+}
+
+/// Weights of units of targets (single targets, or samples) from their mean losses; ignored targets take no part.
+fn unit_weights<A: Real>(
+    losses: &[A],
+    labels: Option<&[u32]>,
+    unit: usize,
+    settings: &Settings,
+    weights: &mut [A],
+) {
+    let counts = |i: usize| labels.is_none_or(|labels| labels[i] != IGNORED);
+    let mut counted = Vec::with_capacity(weights.len());
+    let mut means = Vec::with_capacity(weights.len());
+    for (u, weight) in weights.iter_mut().enumerate() {
+        let targets = u * unit..(u + 1) * unit;
+        let count = targets.clone().filter(|&i| counts(i)).count();
+        if count == 0 {
+            *weight = A::default();
+        } else {
+            counted.push(u);
+            means.push(losses[targets].iter().map(|l| l.to_f64()).sum::<f64>() / count as f64);
+        }
+    }
+    let means = ArrayView1::from(&means).into_dyn();
+    let mut of_counted = vec![A::default(); counted.len()];
+    weights::sample_weights(&Losses::new(means), settings.weighting, &mut of_counted, settings.threads);
+    for (u, w) in counted.into_iter().zip(of_counted) {
+        weights[u] = w;
+    }
+}
+
+/// The part of the target's mass that is spread over the classes.
+enum Soft<T: Element> {
+    /// None: the mass lies on the label.
+    Nothing,
+    /// `label_smoothing / C * c_k`.
+    Smoothing { mass: Vec<T::Real>, total: T::Real },
+    /// `c_k ((1 - label_smoothing) p_k + label_smoothing / C)`.
+    Probabilities { p: Shared<T>, class_stride: isize, factor: Vec<T::Real>, mass: Vec<T::Real> },
+}
+
+impl<T: Element> Soft<T> {
+    /// Keeps the address of class probabilities, which must stay borrowed as long as this is used.
+    fn new(
+        target: &Target<T>,
+        classes: usize,
+        class_weight: Option<&[T::Real]>,
+        label_smoothing: f64,
+    ) -> Self {
+        let weighted = |x: f64| -> Vec<T::Real> {
+            (0..classes).map(|k| T::Real::from_f64(class_weight.map_or(x, |c| c[k].to_f64() * x))).collect()
+        };
+        let mass = weighted(label_smoothing / classes as f64);
+        match target {
+            Target::Probabilities(p) => Self::Probabilities {
+                p: Shared(p.as_ptr().cast_mut()),
+                class_stride: p.strides()[usize::from(p.ndim() > 1)],
+                factor: weighted(1.0 - label_smoothing),
+                mass,
+            },
+            _ if label_smoothing == 0.0 => Self::Nothing,
+            _ => {
+                let total = T::Real::from_f64(mass.iter().map(|m| m.to_f64()).sum());
+                Self::Smoothing { mass, total }
+            }
+        }
+    }
+}
+
+/// Where the weights come from, and so what a pass writes.
+#[derive(Clone, Copy)]
+enum Plan<'a, A> {
+    /// Losses only.
+    Losses,
+    /// Losses, weights, and the gradient if it is wanted.
+    Pointwise(Kl, Shared<A>),
+    /// The gradient, from weights of units of targets.
+    Given { weights: &'a [A], unit: usize },
+}
+
+struct Problem<'a, T: Element> {
+    classes: usize,
+    positions: Positions<3>,
+    logits: Shared<T>,
+    logits_class: isize,
+    grad: Option<Shared<T>>,
+    grad_class: isize,
+    labels: Option<&'a [u32]>,
+    class_weight: Option<&'a [T::Real]>,
+    hard: f64,
+    soft: Soft<T>,
+    norm: f64,
+    losses: Shared<T::Real>,
+}
+
+impl<T: Element> Problem<'_, T> {
+    fn run(&self, plan: Plan<T::Real>, threads: usize) {
+        let targets = self.positions.len();
+        let rows = self.logits_class == 1
+            && self.classes >= ROW_CLASSES
+            && (self.grad.is_none() || self.grad_class == 1)
+            && !matches!(self.soft, Soft::Probabilities { class_stride, .. } if class_stride != 1);
+        let size = (BLOCK / self.classes.max(1)).max(1);
+        let size = if rows { size } else { size.next_multiple_of(LANES) };
+        for_each_block(targets.div_ceil(size), threads, |i| {
+            let (start, end) = (i * size, targets.min((i + 1) * size));
+            if rows {
+                dispatch(Rows { problem: self, plan, start, end });
+            } else {
+                dispatch(Tiles { problem: self, plan, start, end });
+            }
+        });
+    }
+
+    /// The mass on the label of target `i`, and the label; `None` where it is ignored.
+    #[inline(always)]
+    fn label(&self, i: usize) -> Option<(T::Real, usize)> {
+        match self.labels {
+            None => Some((T::Real::default(), 0)),
+            Some(labels) if labels[i] == IGNORED => None,
+            Some(labels) => {
+                let y = labels[i] as usize;
+                let c = self.class_weight.map_or(1.0, |c| c[y].to_f64());
+                Some((T::Real::from_f64(self.hard * c), y))
+            }
+        }
+    }
+
+    /// From losses in `losses[..count]`: writes them and the weights as the plan says, and returns what the gradient
+    /// of each target's loss is multiplied by.
+    #[inline(always)]
+    fn weigh<I: Isa, const N: usize>(
+        &self,
+        plan: Plan<T::Real>,
+        start: usize,
+        count: usize,
+        losses: [f64; N],
+        counted: [bool; N],
+    ) -> [T::Real; N] {
+        let mut weights = [0.0; N];
+        let rounded = losses.map(T::Real::from_f64);
+        // SAFETY: a block writes the losses and the weights of its own targets only, and both slices outlive the call.
+        unsafe {
+            match plan {
+                Plan::Losses => self.losses.part(start, start + count).copy_from_slice(&rounded[..count]),
+                Plan::Pointwise(kl, out) => {
+                    self.losses.part(start, start + count).copy_from_slice(&rounded[..count]);
+                    weights = rounded.map(Real::to_f64);
+                    kl.pointwise::<I>(&mut weights);
+                    for i in 0..N {
+                        weights[i] = if counted[i] { T::Real::from_f64(weights[i]).to_f64() } else { 0.0 };
+                    }
+                    for (w, &x) in out.part(start, start + count).iter_mut().zip(&weights) {
+                        *w = T::Real::from_f64(x);
+                    }
+                }
+                Plan::Given { weights: given, unit } => {
+                    for i in 0..count {
+                        weights[i] = given[(start + i) / unit].to_f64();
+                    }
+                }
+            }
+        }
+        std::array::from_fn(|i| T::Real::from_f64(if counted[i] { weights[i] * self.norm } else { 0.0 }))
+    }
+
+    fn wants_grad(&self, plan: Plan<T::Real>) -> Option<Shared<T>> {
+        if matches!(plan, Plan::Losses) { None } else { self.grad }
+    }
+}
+
+/// Lanes across targets: a tile of [`LANES`] targets and all classes, widened into scratch memory.
+struct Tiles<'a, 'b, T: Element> {
+    problem: &'a Problem<'b, T>,
+    plan: Plan<'a, T::Real>,
+    start: usize,
+    end: usize,
+}
+
+impl<T: Element> Kernel for Tiles<'_, '_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let p = self.problem;
+        let [x_step, g_step, t_step] = p.positions.inner();
+        let mut tile = vec![[T::Real::default(); LANES]; p.classes];
+        let mut masses = match p.soft {
+            Soft::Probabilities { .. } => vec![[T::Real::default(); LANES]; p.classes],
+            _ => Vec::new(),
+        };
+        for Run { position, length, offsets: [x, g, t] } in p.positions.runs(self.start, self.end) {
+            let mut done = 0;
+            while done < length {
+                let count = LANES.min(length - done);
+                let at = done as isize;
+                // SAFETY: the offsets come from `Positions`, made of the shape and strides of the very views that the
+                // addresses are of; a tile writes the gradient of its own targets only.
+                unsafe {
+                    load_tile(p.logits.0.offset(x + at * x_step), x_step, p.logits_class, count, &mut tile);
+                    if let Soft::Probabilities { p: probabilities, class_stride, factor, mass, .. } = &p.soft
+                    {
+                        load_tile(
+                            probabilities.0.offset(t + at * t_step),
+                            t_step,
+                            *class_stride,
+                            count,
+                            &mut masses,
+                        );
+                        for (k, m) in masses.iter_mut().enumerate() {
+                            for lane in m {
+                                *lane = *lane * factor[k] + mass[k];
+                            }
+                        }
+                    }
+                    tile_step::<T, I>(p, self.plan, position + done, count, &mut tile, &masses);
+                    if let Some(grad) = p.wants_grad(self.plan) {
+                        store_tile(grad.0.offset(g + at * g_step), g_step, p.grad_class, count, &tile);
+                    }
+                }
+                done += count;
+            }
+        }
+    }
+}
+
+/// Reads `count` targets of a tile, each class a row of lanes; lanes beyond `count` become 0.
+///
+/// # Safety
+/// `first` and the strides describe `count` targets of as many classes as `tile` has rows.
+#[inline(always)]
+unsafe fn load_tile<T: Element>(
+    first: *const T,
+    step: isize,
+    class: isize,
+    count: usize,
+    tile: &mut [[T::Real; LANES]],
+) {
+    // SAFETY: what the caller promises.
+    unsafe {
+        if step == 1 && count == LANES {
+            for (k, row) in tile.iter_mut().enumerate() {
+                let source = &*first.offset(k as isize * class).cast::<[T; LANES]>();
+                for lane in 0..LANES {
+                    row[lane] = source[lane].widen();
+                }
+            }
+        } else {
+            for lane in 0..LANES {
+                if lane < count {
+                    let source = first.offset(lane as isize * step);
+                    for (k, row) in tile.iter_mut().enumerate() {
+                        row[lane] = (*source.offset(k as isize * class)).widen();
+                    }
+                } else {
+                    for row in tile.iter_mut() {
+                        row[lane] = T::Real::default();
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Writes `count` targets of a tile.
+///
+/// # Safety
+/// As [`load_tile`], and the memory may be written.
+#[inline(always)]
+unsafe fn store_tile<T: Element>(
+    first: *mut T,
+    step: isize,
+    class: isize,
+    count: usize,
+    tile: &[[T::Real; LANES]],
+) {
+    // SAFETY: what the caller promises.
+    unsafe {
+        if step == 1 && count == LANES {
+            for (k, row) in tile.iter().enumerate() {
+                let sink = &mut *first.offset(k as isize * class).cast::<[T; LANES]>();
+                for lane in 0..LANES {
+                    sink[lane] = T::narrow(row[lane]);
+                }
+            }
+        } else {
+            for lane in 0..count {
+                let sink = first.offset(lane as isize * step);
+                for (k, row) in tile.iter().enumerate() {
+                    *sink.offset(k as isize * class) = T::narrow(row[lane]);
+                }
+            }
+        }
+    }
+}
+
+/// Turns a tile of logits into the gradient, writing losses and weights on the way as the plan says.
+#[inline(always)]
+fn tile_step<T: Element, I: Isa>(
+    p: &Problem<T>,
+    plan: Plan<T::Real>,
+    start: usize,
+    count: usize,
+    tile: &mut [[T::Real; LANES]],
+    masses: &[[T::Real; LANES]],
+) {
+    let zero = T::Real::default();
+    let mut max = [T::Real::NEG_INFINITY; LANES];
+    for row in tile.iter() {
+        for lane in 0..LANES {
+            max[lane] = if row[lane] > max[lane] { row[lane] } else { max[lane] };
+        }
+    }
+    let (mut hard, mut at_label) = ([zero; LANES], [zero; LANES]);
+    let mut labels = [0; LANES];
+    let mut counted = [false; LANES];
+    for lane in 0..count {
+        if let Some((mass, y)) = p.label(start + lane) {
+            (hard[lane], labels[lane], counted[lane]) = (mass, y, true);
+            at_label[lane] = tile[y][lane] - max[lane];
+        }
+    }
+
+    let (mut sum, mut dot, mut soft_total) = ([zero; LANES], [zero; LANES], [zero; LANES]);
+    macro_rules! exponentials {
+        ($mass:expr) => {
+            for (k, row) in tile.iter_mut().enumerate() {
+                for lane in 0..LANES {
+                    let z = row[lane] - max[lane];
+                    let e = z.exp_nonpositive::<I>();
+                    row[lane] = e;
+                    sum[lane] += e;
+                    if let Some(mass) = $mass(k, lane) {
+                        dot[lane] += mass * z;
+                        soft_total[lane] += mass;
+                    }
+                }
+            }
+        };
+    }
+    match &p.soft {
+        Soft::Nothing => exponentials!(|_, _| None),
+        Soft::Smoothing { mass, .. } => exponentials!(|k: usize, _| Some(mass[k])),
+        Soft::Probabilities { .. } => exponentials!(|k: usize, lane: usize| Some(masses[k][lane])),
+    }
+
+    let soft = !matches!(p.soft, Soft::Nothing);
+    let mut losses = [0.0; LANES];
+    for lane in 0..LANES {
+        let log_sum = ln::<I>(sum[lane].to_f64());
+        let mut loss = 0.0;
+        if p.labels.is_some() {
+            loss += hard[lane].to_f64() * (log_sum - at_label[lane].to_f64());
+        }
+        if soft {
+            loss += soft_total[lane].to_f64() * log_sum - dot[lane].to_f64();
+        }
+        losses[lane] = if counted[lane] { loss } else { 0.0 };
+    }
+    let factor = p.weigh::<I, LANES>(plan, start, count, losses, counted);
+    if p.wants_grad(plan).is_none() {
+        return;
+    }
+
+    let mut scale = [zero; LANES];
+    for lane in 0..LANES {
+        scale[lane] = factor[lane] * (hard[lane] + soft_total[lane]) / sum[lane];
+    }
+    macro_rules! gradient {
+        ($mass:expr) => {
+            for (k, row) in tile.iter_mut().enumerate() {
+                for lane in 0..LANES {
+                    row[lane] = row[lane] * scale[lane];
+                    if let Some(mass) = $mass(k, lane) {
+                        row[lane] = row[lane] - factor[lane] * mass;
+                    }
+                }
+            }
+        };
+    }
+    match &p.soft {
+        Soft::Nothing => gradient!(|_, _| None),
+        Soft::Smoothing { mass, .. } => gradient!(|k: usize, _| Some(mass[k])),
+        Soft::Probabilities { .. } => gradient!(|k: usize, lane: usize| Some(masses[k][lane])),
+    }
+    if p.labels.is_some() {
+        for lane in 0..count {
+            let g = &mut tile[labels[lane]][lane];
+            *g = *g - factor[lane] * hard[lane];
+        }
+    }
+}
+
+/// Lanes along the classes: one contiguous row after the other.
+struct Rows<'a, 'b, T: Element> {
+    problem: &'a Problem<'b, T>,
+    plan: Plan<'a, T::Real>,
+    start: usize,
+    end: usize,
+}
+
+/// The spread mass of a row, class by class.
+trait Mass<A> {
+    /// Whether there is any.
+    const SOME: bool;
+    fn at(&self, k: usize) -> A;
+}
+
+struct NoMass;
+impl<A: Real> Mass<A> for NoMass {
+    const SOME: bool = false;
+    #[inline(always)]
+    fn at(&self, _: usize) -> A {
+        A::default()
+    }
+}
+
+struct SmoothingMass<'a, A>(&'a [A]);
+impl<A: Real> Mass<A> for SmoothingMass<'_, A> {
+    const SOME: bool = true;
+    #[inline(always)]
+    fn at(&self, k: usize) -> A {
+        self.0[k]
+    }
+}
+
+struct ProbabilityMass<'a, T: Element>(&'a [T], &'a [T::Real], &'a [T::Real]);
+impl<T: Element> Mass<T::Real> for ProbabilityMass<'_, T> {
+    const SOME: bool = true;
+    #[inline(always)]
+    fn at(&self, k: usize) -> T::Real {
+        self.0[k].widen() * self.1[k] + self.2[k]
+    }
+}
+
+impl<T: Element> Kernel for Rows<'_, '_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let p = self.problem;
+        let [x_step, g_step, t_step] = p.positions.inner();
+        let grad = p.wants_grad(self.plan);
+        for Run { position, length, offsets: [x, g, t] } in p.positions.runs(self.start, self.end) {
+            for i in 0..length {
+                let at = i as isize;
+                // SAFETY: the offsets come from `Positions`, made of the shape and strides of the very views that the
+                // addresses are of, with a class stride of 1; a block writes the gradient of its own targets only.
+                unsafe {
+                    let row = std::slice::from_raw_parts(p.logits.0.offset(x + at * x_step), p.classes);
+                    let grad = grad
+                        .map(|out| std::slice::from_raw_parts_mut(out.0.offset(g + at * g_step), p.classes));
+                    match &p.soft {
+                        Soft::Nothing => row_step::<T, I>(p, self.plan, position + i, row, grad, NoMass),
+                        Soft::Smoothing { mass, .. } => {
+                            row_step::<T, I>(p, self.plan, position + i, row, grad, SmoothingMass(mass));
+                        }
+                        Soft::Probabilities { p: q, factor, mass, .. } => {
+                            let q = std::slice::from_raw_parts(q.0.offset(t + at * t_step), p.classes);
+                            row_step::<T, I>(
+                                p,
+                                self.plan,
+                                position + i,
+                                row,
+                                grad,
+                                ProbabilityMass(q, factor, mass),
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Independent accumulators of a row, each of [`LANES`] lanes.
+const CHAINS: usize = 4;
+
+#[inline(always)]
+fn row_step<T: Element, I: Isa>(
+    p: &Problem<T>,
+    plan: Plan<T::Real>,
+    position: usize,
+    row: &[T],
+    grad: Option<&mut [T]>,
+    mass: impl Mass<T::Real>,
+) {
+    let max = row_max(row);
+    let [sum, dot, total] = row_sums::<T, I>(row, max, &mass);
+    let label = p.label(position);
+    let (hard, y) = label.unwrap_or_default();
+    let total = match &p.soft {
+        Soft::Smoothing { total, .. } => total.to_f64(),
+        _ => total,
+    };
+    let log_sum = ln::<I>(sum);
+    let mut loss = 0.0;
+    if label.is_some() {
+        if p.labels.is_some() {
+            loss += hard.to_f64() * (log_sum - (row[y].widen() - max).to_f64());
+        }
+        if mass_is_some(&mass) {
+            loss += total * log_sum - dot;
+        }
+    }
+    let [factor] = p.weigh::<I, 1>(plan, position, 1, [loss], [label.is_some()]);
+    let Some(grad) = grad else { return };
+    let scale = T::Real::from_f64(factor.to_f64() * (hard.to_f64() + total) / sum);
+    row_gradient::<T, I>(row, max, scale, factor, &mass, grad);
+    if p.labels.is_some() && label.is_some() {
+        let z = row[y].widen() - max;
+        grad[y] = T::narrow(z.exp_nonpositive::<I>() * scale - factor * mass.at(y) - factor * hard);
+    }
+}
+
+#[inline(always)]
+fn mass_is_some<A, M: Mass<A>>(_: &M) -> bool {
+    M::SOME
+}
+
+/// The largest logit; NaN logits are passed over, and show in the sum.
+#[inline(always)]
+fn row_max<T: Element>(row: &[T]) -> T::Real {
+    let mut lanes = [[T::Real::NEG_INFINITY; LANES]; CHAINS];
+    let (tiles, rest) = row.as_chunks::<LANES>();
+    let (groups, tiles) = tiles.as_chunks::<CHAINS>();
+    for group in groups {
+        for chain in 0..CHAINS {
+            for lane in 0..LANES {
+                let x = group[chain][lane].widen();
+                lanes[chain][lane] = if x > lanes[chain][lane] { x } else { lanes[chain][lane] };
+            }
+        }
+    }
+    for tile in tiles {
+        for lane in 0..LANES {
+            let x = tile[lane].widen();
+            lanes[0][lane] = if x > lanes[0][lane] { x } else { lanes[0][lane] };
+        }
+    }
+    for (lane, x) in rest.iter().enumerate() {
+        let x = x.widen();
+        lanes[1][lane] = if x > lanes[1][lane] { x } else { lanes[1][lane] };
+    }
+    let [mut a, b, mut c, d] = lanes;
+    for lane in 0..LANES {
+        a[lane] = if b[lane] > a[lane] { b[lane] } else { a[lane] };
+        c[lane] = if d[lane] > c[lane] { d[lane] } else { c[lane] };
+        a[lane] = if c[lane] > a[lane] { c[lane] } else { a[lane] };
+    }
+    let mut half = LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            a[lane] = if a[lane + half] > a[lane] { a[lane + half] } else { a[lane] };
+        }
+        half /= 2;
+    }
+    a[0]
+}
+
+/// The sum of the lanes of all chains, in f64.
+#[inline(always)]
+fn join<A: Real>([a, b, c, d]: [[A; LANES]; CHAINS]) -> f64 {
+    let mut lanes = [0.0; LANES];
+    for lane in 0..LANES {
+        lanes[lane] = (a[lane].to_f64() + b[lane].to_f64()) + (c[lane].to_f64() + d[lane].to_f64());
+    }
+    let mut half = LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            lanes[lane] += lanes[lane + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// `sum_k exp(x_k - max)`, `sum_k t_k (x_k - max)` and `sum_k t_k` of the spread mass `t`.
+#[inline(always)]
+fn row_sums<T: Element, I: Isa>(row: &[T], max: T::Real, mass: &impl Mass<T::Real>) -> [f64; 3] {
+    let zero = T::Real::default();
+    let (mut sum, mut dot, mut total) =
+        ([[zero; LANES]; CHAINS], [[zero; LANES]; CHAINS], [[zero; LANES]; CHAINS]);
+    let some = mass_is_some(mass);
+    let (tiles, rest) = row.as_chunks::<LANES>();
+    let (groups, tail) = tiles.as_chunks::<CHAINS>();
+    for (i, group) in groups.iter().enumerate() {
+        for chain in 0..CHAINS {
+            for lane in 0..LANES {
+                let z = group[chain][lane].widen() - max;
+                sum[chain][lane] += z.exp_nonpositive::<I>();
+                if some {
+                    let t = mass.at((i * CHAINS + chain) * LANES + lane);
+                    dot[chain][lane] += t * z;
+                    total[chain][lane] += t;
+                }
+            }
+        }
+    }
+    for (i, tile) in tail.iter().enumerate() {
+        for lane in 0..LANES {
+            let z = tile[lane].widen() - max;
+            sum[0][lane] += z.exp_nonpositive::<I>();
+            if some {
+                let t = mass.at((groups.len() * CHAINS + i) * LANES + lane);
+                dot[0][lane] += t * z;
+                total[0][lane] += t;
+            }
+        }
+    }
+    // What is left of the row, padded to full lanes: exp(-inf) adds nothing.
+    let mut padded = [T::Real::NEG_INFINITY; LANES];
+    for (lane, x) in rest.iter().enumerate() {
+        padded[lane] = x.widen() - max;
+        if some {
+            let t = mass.at(tiles.len() * LANES + lane);
+            dot[0][lane] += t * padded[lane];
+            total[0][lane] += t;
+        }
+    }
+    for lane in 0..LANES {
+        sum[1][lane] += padded[lane].exp_nonpositive::<I>();
+    }
+    if some { [join(sum), join(dot), join(total)] } else { [join(sum), 0.0, 0.0] }
+}
+
+/// `exp(x_k - max) scale - factor t_k`, written to `grad`.
+#[inline(always)]
+fn row_gradient<T: Element, I: Isa>(
+    row: &[T],
+    max: T::Real,
+    scale: T::Real,
+    factor: T::Real,
+    mass: &impl Mass<T::Real>,
+    grad: &mut [T],
+) {
+    let some = mass_is_some(mass);
+    let (tiles, rest) = row.as_chunks::<LANES>();
+    let (sinks, rest_sink) = grad.as_chunks_mut::<LANES>();
+    for (i, (tile, sink)) in tiles.iter().zip(sinks).enumerate() {
+        for lane in 0..LANES {
+            let mut g = (tile[lane].widen() - max).exp_nonpositive::<I>() * scale;
+            if some {
+                g = g - factor * mass.at(i * LANES + lane);
+            }
+            sink[lane] = T::narrow(g);
+        }
+    }
+    let mut padded = [T::Real::NEG_INFINITY; LANES];
+    for (lane, x) in rest.iter().enumerate() {
+        padded[lane] = x.widen() - max;
+    }
+    for x in &mut padded {
+        *x = x.exp_nonpositive::<I>() * scale;
+    }
+    for (lane, sink) in rest_sink.iter_mut().enumerate() {
+        let mut g = padded[lane];
+        if some {
+            g = g - factor * mass.at(tiles.len() * LANES + lane);
+        }
+        *sink = T::narrow(g);
+    }
+}

@@ -1,0 +1,185 @@
+//! Strided tensors as runs: the positions of one or more tensors of equal shape, walked in row-major order.
+//!
+//! Axes that lie behind one another in every tensor are merged first, so that a contiguous tensor is one run and a
+//! contiguous `(N, C, H, W)` tensor without its class axis is `N` runs of `H * W`.
+
+/// The positions of `K` tensors of one shape, with their strides in elements.
+#[derive(Debug, Clone)]
+pub struct Positions<const K: usize> {
+    shape: Vec<usize>,
+    strides: Vec<[isize; K]>,
+    len: usize,
+}
+
+impl<const K: usize> Positions<K> {
+    /// Merges the axes of `shape`; `strides[k]` are the strides of tensor `k`, one an axis.
+    #[must_use]
+    pub fn new(shape: &[usize], strides: [&[isize]; K]) -> Self {
+        let len = shape.iter().product();
+        let mut merged = Self { shape: Vec::new(), strides: Vec::new(), len };
+        for axis in (0..shape.len()).filter(|&axis| shape[axis] != 1) {
+            let step = strides.map(|s| s[axis]);
+            if let (Some(size), Some(outer)) = (merged.shape.last_mut(), merged.strides.last_mut())
+                && (0..K).all(|k| outer[k] == step[k] * shape[axis] as isize)
+            {
+                *size *= shape[axis];
+                *outer = step;
+                continue;
+            }
+            merged.shape.push(shape[axis]);
+            merged.strides.push(step);
+        }
+        if merged.shape.is_empty() {
+            merged.shape.push(1);
+            merged.strides.push([0; K]);
+        }
+        merged
+    }
+
+    /// How many positions there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The strides between neighbours within a run.
+    #[must_use]
+    pub fn inner(&self) -> [isize; K] {
+        self.strides[self.strides.len() - 1]
+    }
+
+    /// The runs of the positions `start..end`, in order.
+    #[inline(always)]
+    #[must_use]
+    pub fn runs(&self, start: usize, end: usize) -> Runs<'_, K> {
+        Runs { positions: self, next: start, end }
+    }
+}
+
+/// Positions that lie at equal steps, those of [`Positions::inner`], in every tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run<const K: usize> {
+    /// The first position.
+    pub position: usize,
+    /// How many there are.
+    pub length: usize,
+    /// Where the first lies in each tensor, in elements.
+    pub offsets: [isize; K],
+}
+
+/// The iterator of [`Positions::runs`].
+#[derive(Debug, Clone)]
+pub struct Runs<'a, const K: usize> {
+    positions: &'a Positions<K>,
+    next: usize,
+    end: usize,
+}
+
+impl<const K: usize> Iterator for Runs<'_, K> {
+    type Item = Run<K>;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<Run<K>> {
+        let Positions { shape, strides, .. } = self.positions;
+        let position = self.next;
+        if position >= self.end {
+            return None;
+        }
+        let mut rest = position;
+        let mut offsets = [0; K];
+        for (size, step) in shape.iter().zip(strides).rev() {
+            let index = (rest % size) as isize;
+            rest /= size;
+            for k in 0..K {
+                offsets[k] += index * step[k];
+            }
+        }
+        let size = shape[shape.len() - 1];
+        let length = (size - position % size).min(self.end - position);
+        self.next = position + length;
+        Some(Run { position, length, offsets })
+    }
+}
+
+/// A tensor's memory, shared by the threads of one kernel call that each touch their own part.
+#[derive(Debug)]
+pub(crate) struct Shared<T>(pub *mut T);
+
+impl<T> Clone for Shared<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for Shared<T> {}
+
+// SAFETY: a plain address; whoever dereferences it says why that part of memory is theirs alone.
+unsafe impl<T: Send> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    /// The part `start..end` of a slice given at construction.
+    ///
+    /// # Safety
+    /// The part lies within the slice, the slice outlives `'a`, and no other thread touches that part meanwhile.
+    #[inline(always)]
+    pub(crate) unsafe fn part<'a>(self, start: usize, end: usize) -> &'a mut [T] {
+        // SAFETY: what the caller promises.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), end - start) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn walk<const K: usize>(p: &Positions<K>, start: usize, end: usize) -> Vec<[isize; K]> {
+        let mut out = Vec::new();
+        for Run { length, offsets, .. } in p.runs(start, end) {
+            for i in 0..length as isize {
+                out.push(std::array::from_fn(|k| offsets[k] + i * p.inner()[k]));
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn a_contiguous_tensor_is_one_run() {
+        let p = Positions::new(&[2, 3, 4], [&[12, 4, 1]]);
+        assert_eq!(p.runs(0, 24).count(), 1);
+        assert_eq!(walk(&p, 0, 24), (0..24).map(|i| [i]).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn odd_strides_are_walked_in_row_major_order_from_any_start() {
+        let shape = [2, 1, 3, 2];
+        let (a, b): ([isize; 4], [isize; 4]) = ([-1, 99, 4, 2], [6, 7, 2, 1]);
+        let p = Positions::new(&shape, [&a, &b]);
+        let mut expected = Vec::new();
+        for i in 0..2isize {
+            for j in 0..3isize {
+                for k in 0..2isize {
+                    expected.push([-i + 4 * j + 2 * k, 6 * i + 2 * j + k]);
+                }
+            }
+        }
+        for start in 0..12 {
+            for end in start..=12 {
+                assert_eq!(walk(&p, start, end), expected[start..end]);
+            }
+        }
+    }
+
+    #[test]
+    fn scalars_and_empty_shapes_are_walked() {
+        assert_eq!(walk(&Positions::new(&[], [&[]]), 0, 1), [[0]]);
+        assert!(Positions::new(&[3, 0], [&[0, 1]]).is_empty());
+        assert_eq!(walk(&Positions::new(&[3], [&[0]]), 0, 3), [[0]; 3]);
+    }
+}
