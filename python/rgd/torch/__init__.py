@@ -1,0 +1,7 @@
+"""RGD for PyTorch: a drop-in for `nn.CrossEntropyLoss`, and re-weighting for any other per-sample loss."""
+
+from rgd.torch.functional import cross_entropy, reweighted_mean, sample_weights
+from rgd.torch.loss import RGDLoss
+from rgd.weightings import KL, KLBall, Weighting
+
+__all__ = ["KL", "KLBall", "RGDLoss", "Weighting", "cross_entropy", "reweighted_mean", "sample_weights"]

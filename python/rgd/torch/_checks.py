@@ -1,0 +1,99 @@
+"""What the torch front refuses, and in which words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+REDUCTIONS = ("none", "mean", "sum")
+UNITS = ("element", "sample")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuse a setting that is none of `choices`."""
+    if value not in choices:
+        allowed = " or ".join([", ".join(repr(c) for c in choices[:-1]), repr(choices[-1])])
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def check_losses(losses: Any) -> Tensor:
+    """Refuse what is no tensor of per-sample losses."""
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"losses must be a torch.Tensor, got {type(losses).__name__}")
+    if losses.dtype not in FLOATS:
+        raise TypeError(f"losses must be float32, float64, float16 or bfloat16, got {losses.dtype}")
+    if losses.dim() == 0:
+        raise ValueError(
+            "losses has 0 dimensions: it is already reduced to one number, and weighting that re-weights nothing. "
+            'Compute the loss of each sample, with reduction="none"'
+        )
+    return losses
+
+
+def check_label_smoothing(label_smoothing: Any) -> float:
+    """Refuse a label smoothing outside [0, 1]."""
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"label_smoothing must be a number in [0, 1], got {label_smoothing!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+    return float(label_smoothing)
+
+
+def check_class_weight(weight: Any) -> None:
+    """Refuse a class weight that is no vector of floats."""
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a torch.Tensor of one weight a class, got {type(weight).__name__}")
+    if weight.dim() != 1 or weight.dtype not in FLOATS:
+        raise ValueError(
+            f"weight must be a vector of one float a class, got shape {tuple(weight.shape)} and {weight.dtype}"
+        )
+
+
+def check_classification(logits: Any, target: Any, weight: Tensor | None) -> None:
+    """Refuse logits, target and class weight that do not fit each other."""
+    if not isinstance(logits, Tensor) or not isinstance(target, Tensor):
+        wrong = "input" if not isinstance(logits, Tensor) else "target"
+        raise TypeError(
+            f"{wrong} must be a torch.Tensor, got {type(target if wrong == 'target' else logits).__name__}"
+        )
+    if logits.dtype not in FLOATS:
+        raise TypeError(f"input must hold float logits, got {logits.dtype}")
+    if logits.dim() == 0:
+        raise ValueError("input must have a class axis: shape (C,), (N, C) or (N, C, d1, ..., dk), got ()")
+    axis = 1 if logits.dim() > 1 else 0
+    shape = logits.shape
+    if target.is_floating_point():
+        if target.shape != shape:
+            raise ValueError(
+                f"target has shape {tuple(target.shape)} and {target.dtype}: class probabilities must have the shape of "
+                f"input, {tuple(shape)}; class indices must be integers"
+            )
+    elif target.dtype in INTEGERS:
+        expected = shape[:axis] + shape[axis + 1 :]
+        if target.shape != expected:
+            raise ValueError(
+                f"target must have shape {tuple(expected)} for input of shape {tuple(shape)}, got {tuple(target.shape)}"
+            )
+    else:
+        raise TypeError(
+            f"target must hold class indices (int64) or class probabilities (floats), got {target.dtype}"
+        )
+    if target.device != logits.device:
+        raise ValueError(
+            f"input is on {logits.device} and target on {target.device}: move both to one device"
+        )
+    if weight is not None:
+        if weight.shape[0] != shape[axis]:
+            raise ValueError(
+                f"weight must hold one number for each of the {shape[axis]} classes, got {weight.shape[0]}"
+            )
+        if weight.device != logits.device:
+            raise ValueError(
+                f"input is on {logits.device} and weight on {weight.device}: move both to one device"
+            )

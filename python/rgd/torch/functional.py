@@ -1,0 +1,178 @@
+"""The functions behind `RGDLoss`: weights, the re-weighted mean, and the re-weighted cross-entropy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rgd.torch import _ops
+from rgd.torch._checks import (
+    REDUCTIONS,
+    UNITS,
+    check_choice,
+    check_class_weight,
+    check_classification,
+    check_label_smoothing,
+    check_losses,
+)
+from rgd.torch._record import Record
+from rgd.weightings import Weighting, resolve_weighting
+
+
+def sample_weights(losses: Tensor, weighting: Weighting | None = None, *, tau: float | None = None) -> Tensor:
+    """The weight of each sample, a constant to autograd.
+
+    `w_i = exp(scale * min(l_i, tau))` for the default weighting `KL`; see `rgd.KL` and `rgd.KLBall`.
+
+    Args:
+        losses: Losses of any shape with at least one axis; float32, float64, float16 or bfloat16.
+        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
+        tau: Short for `weighting=KL(tau)`.
+
+    Returns:
+        Weights of the losses' shape, without grad; float64 for float64 losses, else float32.
+
+    Raises:
+        TypeError: If `losses` is not a float tensor.
+        ValueError: If `losses` is a scalar, or both `tau` and `weighting` are given.
+
+    Example:
+        >>> import torch
+        >>> sample_weights(torch.tensor([0.0, 1.0, 9.0]), tau=1.0)
+        tensor([1.0000, 1.6487, 1.6487])
+
+    References:
+        Kumar et al., arXiv 2306.09222, Algorithm 1.
+    """
+    return _sample_weights(check_losses(losses), resolve_weighting(tau, weighting))
+
+
+def _sample_weights(losses: Tensor, weighting: Weighting) -> Tensor:
+    if not _ops.serves(losses):
+        raise NotImplementedError(
+            f"losses is on {losses.device}; only the CPU is served: call losses.cpu() first"
+        )
+    return _ops.sample_weights(losses, weighting)
+
+
+def reweighted_mean(
+    losses: Tensor, weighting: Weighting | None = None, *, tau: float | None = None
+) -> Tensor:
+    """The objective of RGD over any losses: `mean(w * losses)`, `w` constant.
+
+    Args:
+        losses: Losses of any shape with at least one axis, of samples, tasks, domains or sequences; float32, float64,
+            float16 or bfloat16.
+        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
+        tau: Short for `weighting=KL(tau)`.
+
+    Returns:
+        A scalar of the losses' dtype, differentiable with respect to `losses`.
+
+    Raises:
+        TypeError: If `losses` is not a float tensor.
+        ValueError: If `losses` is a scalar, or both `tau` and `weighting` are given.
+
+    Example:
+        >>> import torch
+        >>> losses = torch.tensor([0.0, 2.0], requires_grad=True)
+        >>> reweighted_mean(losses, tau=1.0).backward()
+        >>> losses.grad
+        tensor([0.5000, 0.8244])
+
+    References:
+        Kumar et al., arXiv 2306.09222, Algorithm 1.
+    """
+    return weighted(check_losses(losses), resolve_weighting(tau, weighting), "mean", "element")[0]
+
+
+def weighted(losses: Tensor, weighting: Weighting, reduction: str, per: str) -> tuple[Tensor, Record]:
+    """The reduction of `w * losses`, and the record of the weights."""
+    wide = losses.to(_ops.accumulator(losses.dtype))
+    plain = wide.detach()
+    trailing = plain.dim() - 1
+    units = plain.flatten(1).mean(1) if per == "sample" and trailing else plain
+    weights = _sample_weights(units, weighting)
+    weighted = wide * (weights.view(-1, *[1] * trailing) if per == "sample" else weights)
+    objective = weighted if reduction == "none" else getattr(weighted, reduction)()
+    return objective.to(losses.dtype), Record(plain, weights, plain.numel())
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    tau: float | None = None,
+    weighting: Weighting | None = None,
+    per: str = "element",
+) -> Tensor:
+    """Re-weighted cross-entropy: `F.cross_entropy` with each target's loss `l_i` weighted by its own `w_i`.
+
+    `l_i` is what `F.cross_entropy(..., reduction="none")` gives, class weight and label smoothing included. With
+    `reduction="mean"` the result is `sum_i w_i l_i` over the sum of the class weights of the targets not ignored.
+
+    Args:
+        logits: Shape (C,), (N, C) or (N, C, d1, ..., dk); float32, float64, float16 or bfloat16.
+        target: Class indices (any integer dtype) of the logits' shape without C, or class probabilities of the
+            logits' shape.
+        weight: Class weights, shape (C,).
+        ignore_index: Class index of targets that count for nothing.
+        reduction: "none", "mean" or "sum".
+        label_smoothing: In [0, 1].
+        tau: Short for `weighting=KL(tau)`.
+        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
+        per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the leading
+            axis by their mean loss, ignored ones left out.
+
+    Returns:
+        A scalar, or for `reduction="none"` a tensor of the targets' shape. Its dtype is the logits', and float32 for
+        half precision under autocast, as for `F.cross_entropy`.
+
+    Raises:
+        IndexError: If a class index is out of range.
+        TypeError: If a tensor's dtype does not fit.
+        ValueError: If a shape or a setting does not fit.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0]], requires_grad=True)
+        >>> cross_entropy(logits, torch.tensor([0, 1]), tau=1.0)
+        tensor(1.8210, grad_fn=...)
+
+    References:
+        Kumar et al., arXiv 2306.09222, Algorithm 1.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("per", per, UNITS)
+    check_class_weight(weight)
+    settings = _ops.CrossEntropySettings(
+        resolve_weighting(tau, weighting),
+        ignore_index,
+        check_label_smoothing(label_smoothing),
+        reduction,
+        per,
+    )
+    return classify(logits, target, weight, settings)[0]
+
+
+def classify(
+    logits: Tensor, target: Tensor, weight: Tensor | None, settings: _ops.CrossEntropySettings
+) -> tuple[Tensor, Record]:
+    """The re-weighted cross-entropy for settings already checked, and the record of its weights."""
+    check_classification(logits, target, weight)
+    if not _ops.serves(logits, target, weight):
+        raise NotImplementedError(
+            f"input is on {logits.device}; only the CPU is served: call input.cpu() first"
+        )
+    if target.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            "class probabilities that require grad are not served: call target.detach() first"
+        )
+    objective, record = _ops.cross_entropy(logits, target, weight, settings)
+    if objective.dtype != logits.dtype and not torch.is_autocast_enabled(logits.device.type):
+        objective = objective.to(logits.dtype)
+    return objective, record

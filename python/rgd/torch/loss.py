@@ -1,0 +1,185 @@
+"""`RGDLoss`, the loss module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rgd.diagnostics import WeightStats
+from rgd.torch import _ops
+from rgd.torch._record import Record
+from rgd.torch._checks import (
+    REDUCTIONS,
+    UNITS,
+    check_choice,
+    check_class_weight,
+    check_label_smoothing,
+    check_losses,
+)
+from rgd.torch.functional import classify, weighted
+from rgd.weightings import Weighting, resolve_weighting
+
+
+class RGDLoss(nn.Module):
+    """Cross-entropy, or any per-sample loss, re-weighted towards hard samples: a drop-in for `nn.CrossEntropyLoss`.
+
+    Each sample's loss `l_i` is multiplied by `w_i = exp(min(l_i, tau) / (tau + 1))`, a constant to autograd, and the
+    products are reduced as `nn.CrossEntropyLoss` reduces losses.
+
+    Args:
+        weight: Class weights, shape (C,); kept in the state dict, as in `nn.CrossEntropyLoss`.
+        ignore_index: Class index of targets that count for nothing.
+        reduction: "none", "mean" or "sum".
+        label_smoothing: In [0, 1].
+        tau: Short for `weighting=KL(tau)`.
+        weighting: What turns losses into weights, `rgd.KL` or `rgd.KLBall`; `KL(tau=1.0)` if neither it nor `tau` is
+            given.
+        base: The per-sample loss to re-weight instead of cross-entropy: a callable whose result has at least one axis,
+            such as `nn.BCEWithLogitsLoss(reduction="none")`. It takes its own settings, so `weight`, `ignore_index` and
+            `label_smoothing` must be left alone.
+        per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the leading
+            axis (a sequence, an image) by their mean loss.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a setting is out of range, or settings exclude each other.
+
+    Shape:
+        As `nn.CrossEntropyLoss`: input (C,), (N, C) or (N, C, d1, ..., dk) with class indices (any integer dtype) of the
+        same shape without C, or class probabilities of the same shape. With `base`: whatever it takes.
+
+    Example:
+        >>> import torch
+        >>> criterion = RGDLoss(tau=1.0)
+        >>> logits = torch.zeros(8, 3, requires_grad=True)
+        >>> criterion(logits, torch.arange(8) % 3).backward()
+        >>> criterion.stats().effective_sample_size
+        8.0
+
+    References:
+        Kumar et al., "Stochastic Re-weighted Gradient Descent via Distributionally Robust Optimization", TMLR 2024,
+        arXiv 2306.09222, Algorithm 1.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        tau: float | None = None,
+        weighting: Weighting | None = None,
+        base: Callable[..., Tensor] | None = None,
+        per: str = "element",
+    ) -> None:
+        super().__init__()
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("per", per, UNITS)
+        check_class_weight(weight)
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+        smoothing = check_label_smoothing(label_smoothing)
+        if base is not None:
+            if not callable(base):
+                raise TypeError(f"base must be a callable that returns per-sample losses, got {base!r}")
+            if weight is not None or ignore_index != -100 or smoothing != 0.0:
+                raise ValueError(
+                    "weight, ignore_index and label_smoothing are settings of the built-in cross-entropy: with base, "
+                    "give them to base itself"
+                )
+            if getattr(base, "reduction", "none") != "none":
+                raise ValueError(
+                    f"base reduces its losses to one number (reduction={getattr(base, 'reduction')!r}), and weighting "  # noqa: B009
+                    f'that re-weights nothing: build it with reduction="none"; RGDLoss(reduction=...) reduces'
+                )
+        self.register_buffer("weight", weight)
+        self.base = base
+        self._settings = _ops.CrossEntropySettings(
+            resolve_weighting(tau, weighting), ignore_index, smoothing, reduction, per
+        )
+        self._record: Record | None = None
+
+    @property
+    def weighting(self) -> Weighting:
+        """What turns losses into weights."""
+        return self._settings.weighting
+
+    @property
+    def ignore_index(self) -> int:
+        """Class index of targets that count for nothing."""
+        return self._settings.ignore_index
+
+    @property
+    def reduction(self) -> str:
+        """How losses become an objective."""
+        return self._settings.reduction
+
+    @property
+    def label_smoothing(self) -> float:
+        """The share of a target's mass that is spread over all classes."""
+        return self._settings.label_smoothing
+
+    @property
+    def per(self) -> str:
+        """What a weight belongs to."""
+        return self._settings.per
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The re-weighted objective.
+
+        Args:
+            input: Logits or, with `base`, its first argument.
+            *args: The target or, with `base`, its other arguments.
+            **kwargs: `target=`, or keyword arguments of `base`.
+
+        Returns:
+            A scalar or, with `reduction="none"`, one value a target.
+
+        Raises:
+            IndexError: If a class index is out of range.
+            TypeError: If a tensor's dtype does not fit.
+            ValueError: If a shape does not fit, or `base` returns a scalar.
+        """
+        if self.base is not None:
+            losses = check_losses(self.base(input, *args, **kwargs))
+            objective, self._record = weighted(losses, self.weighting, self.reduction, self.per)
+            return objective
+        return self._classify(input, *args, **kwargs)
+
+    def _classify(self, input: Tensor, target: Tensor) -> Tensor:
+        objective, self._record = classify(input, target, self.weight, self._settings)
+        return objective
+
+    def stats(self) -> WeightStats:
+        """What the weights of the last call were like; computed now, from what that call left behind.
+
+        Returns:
+            The plain (ERM) mean loss, the re-weighted objective's mean, the effective sample size, the KL divergence of the
+            weights from uniform, the largest weight and the share of clipped losses, over targets (with
+            `per="sample"`, over samples) not ignored.
+
+        Raises:
+            RuntimeError: If the loss has not been called yet.
+        """
+        if self._record is None:
+            raise RuntimeError("stats() describes the last call of the loss, and there has been none yet")
+        return self._record.stats(self.weighting)
+
+    def extra_repr(self) -> str:
+        """The settings, for `repr`."""
+        settings = [f"weighting={self.weighting}"]
+        if self.base is None:
+            settings.append(f"ignore_index={self.ignore_index}")
+            settings.append(f"label_smoothing={self.label_smoothing}")
+        settings += [f"reduction={self.reduction!r}", f"per={self.per!r}"]
+        return ", ".join(settings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what the last call left behind."""
+        return {**self.__dict__, "_record": None}
