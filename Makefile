@@ -1,0 +1,111 @@
+# Everything a newcomer runs. Each target makes .venv when it is missing, installs what it needs into it and builds the
+# extension in release mode; a stamp file in .venv stands for each finished step, so that a second run is quick.
+#
+#   make demo PYTHON=python3.12     choose the interpreter .venv is made from
+
+PYTHON ?= python3
+VENV ?= .venv
+
+python := $(VENV)/bin/python
+pip := $(python) -m pip --disable-pip-version-check
+# Torch's CUDA build is large: a slow line needs patience, not a failure after 15 seconds.
+pip_install := $(pip) install --quiet --timeout 120
+say := @printf '\n== %s\n'
+
+rust_sources := Cargo.toml $(wildcard Cargo.lock) $(shell find src -name '*.rs')
+extension := $(wildcard python/rgd/_rgd*.so)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+.NOTPARALLEL:
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: $(VENV)/.built $(VENV)/.group-demo ## Train on long-tailed digits with CrossEntropyLoss and with RGDLoss, print the table, draw the picture
+	$(say) "running examples/longtail_digits.py (about two minutes on 2 cores)"
+	@$(python) examples/longtail_digits.py $(DEMO_ARGS)
+
+.PHONY: test
+test: $(VENV)/.built $(VENV)/.group-test ## Run the Rust tests, then the Python tests with README, notebook and doctests
+	$(say) "cargo test: the kernels, without Python"
+	@cargo test --quiet
+	$(say) "pytest"
+	@$(python) -m pytest $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: $(VENV)/.group-test $(VENV)/.group-lint | rust ## Check format, lints and types of both languages
+	@cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1 || \
+	  { echo "make lint needs rustfmt and clippy: run 'rustup component add rustfmt clippy'." >&2; exit 1; }
+	$(say) "cargo fmt --check"
+	@cargo fmt --check
+	$(say) "cargo clippy: the kernels alone"
+	@cargo clippy --quiet --all-targets -- -D warnings
+	$(say) "cargo clippy: with the Python module"
+	@PYO3_PYTHON="$(abspath $(python))" cargo clippy --quiet --all-targets --features python -- -D warnings
+	$(say) "ruff check, ruff format --check"
+	@$(python) -m ruff check .
+	@$(python) -m ruff format --check .
+	$(say) "pyright"
+	@$(python) -m pyright --pythonpath $(python)
+
+.PHONY: wheel
+wheel: $(VENV)/.tools | rust ## Build the abi3 wheel into dist/ and try it in a clean environment without Rust
+	$(say) "building the wheel"
+	@rm -f dist/rgd-*.whl
+	@$(python) -m maturin build --release --out dist --interpreter $(python)
+	$(say) "trying the wheel in a throw-away environment"
+	@$(python) tests/smoke_wheel.py dist/rgd-*.whl
+
+.PHONY: bench
+bench: $(VENV)/.built $(VENV)/.group-demo ## Run the programs in benches/
+	@for program in benches/*.py; do \
+	  printf '\n== %s\n' "$$program"; $(python) "$$program" $(BENCH_ARGS) || exit 1; \
+	done
+
+.PHONY: clean
+clean: ## Remove .venv and everything built
+	rm -rf $(VENV) target dist python/rgd/_rgd*.so
+
+# --- what the targets stand on ---
+
+.PHONY: rust
+rust:
+	@command -v cargo >/dev/null 2>&1 || { \
+	  echo "cargo was not found. The kernels are Rust: install a toolchain (https://rustup.rs), open a new shell, and" >&2; \
+	  echo "run make again." >&2; exit 1; }
+
+# A half-made .venv would be taken for a whole one: it is removed on failure.
+$(python):
+	@command -v "$(PYTHON)" >/dev/null 2>&1 || { \
+	  echo "$(PYTHON) was not found. Install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "rgd needs Python 3.10 or newer; $(PYTHON) is $$("$(PYTHON)" --version 2>&1)." >&2; \
+	  echo "Name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	$(say) "making $(VENV) with $$("$(PYTHON)" --version)"
+	@"$(PYTHON)" -m venv $(VENV) || { \
+	  rm -rf $(VENV); \
+	  echo "python -m venv failed. On Debian and Ubuntu it is a package of its own: apt install python3-venv" >&2; exit 1; }
+
+# pip 25.1 is the first that reads [dependency-groups] in pyproject.toml.
+$(VENV)/.tools: | $(python)
+	$(say) "installing pip and maturin"
+	@$(pip_install) --upgrade 'pip>=25.1' 'maturin>=1.9,<2'
+	@touch $@
+
+# In editable mode: a changed Python file needs no rebuild. A missing extension does, whatever the stamp says.
+$(VENV)/.built: pyproject.toml $(rust_sources) $(if $(extension),,FORCE) | rust $(VENV)/.tools
+	$(say) "building the Rust extension in release mode (a minute or two the first time)"
+	@VIRTUAL_ENV="$(abspath $(VENV))" $(python) -m maturin develop --release --quiet
+	@touch $@
+
+$(VENV)/.group-%: pyproject.toml | $(VENV)/.tools
+	$(say) "installing what '$*' needs (with PyTorch: several minutes the first time)"
+	@$(pip_install) --group $*
+	@touch $@
+
+.PHONY: FORCE
+FORCE:

@@ -1,0 +1,110 @@
+"""The example and the notebook run, and what they report follows from what they trained."""
+
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+import nbclient
+import nbformat
+import numpy as np
+import pytest
+import torch
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def longtail():
+    """`examples/longtail_digits.py` as a module."""
+    spec = importlib.util.spec_from_file_location("longtail_digits", EXAMPLES / "longtail_digits.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    threads = torch.get_num_threads()
+    spec.loader.exec_module(module)
+    yield module
+    torch.set_num_threads(threads)
+    del sys.modules[spec.name]
+
+
+def test_the_demo_prints_its_table_and_draws_its_picture(tmp_path):
+    path = tmp_path / "folder" / "picture.png"
+    command = [sys.executable, EXAMPLES / "longtail_digits.py", "--quick", "--jobs", "1", "--output", path]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for line in ("long-tailed, factor 100, weight decay 0.02", "balanced, weight decay 0"):
+        assert line in done.stdout.splitlines()
+    assert sum(line.startswith("RGDLoss ") for line in done.stdout.splitlines()) == 5
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_processes_give_the_result_that_one_gives(tmp_path):
+    command = [
+        sys.executable,
+        EXAMPLES / "longtail_digits.py",
+        "--quick",
+        "--output",
+        tmp_path / "picture.png",
+    ]
+    one, two = (
+        subprocess.run([*command, "--jobs", jobs], check=True, capture_output=True, text=True).stdout
+        for jobs in ("1", "2")
+    )
+    assert one == two
+
+
+def test_the_long_tail_falls_from_100_images_to_1(longtail):
+    assert longtail.class_sizes(100) == [100, 60, 36, 22, 13, 8, 5, 3, 2, 1]
+    assert longtail.class_sizes(1) == [100] * 10
+
+
+@pytest.mark.parametrize("imbalance", [1, 100])
+def test_splits_share_no_image_and_the_test_images_are_those_of_every_seed(longtail, imbalance):
+    def rows(part):
+        return {image.numpy().tobytes() for image in part[0]}
+
+    first, second = longtail.split(imbalance, 0), longtail.split(imbalance, 1)
+    for split in (first, second):
+        train, validation, test = split
+        assert torch.bincount(train[1]).tolist() == longtail.class_sizes(imbalance)
+        assert torch.bincount(validation[1]).tolist() == [24] * 10
+        assert torch.bincount(test[1]).tolist() == [50] * 10
+        assert not rows(train) & rows(validation)
+        assert not rows(test) & (rows(train) | rows(validation))
+    assert torch.equal(first[2][0], second[2][0])
+    assert rows(first[0]) != rows(second[0])
+
+
+def test_the_interval_is_student_t_s(longtail):
+    # t of 9 degrees of freedom at 97.5%, from the tables: 2.262.
+    mean, half = longtail.interval(np.arange(10.0))
+    assert mean == 4.5
+    assert half == pytest.approx(2.262 * np.arange(10.0).std(ddof=1) / np.sqrt(10), rel=1e-3)
+
+
+def test_the_learning_rate_is_chosen_on_validation_whatever_the_test_says(longtail):
+    setting = longtail.Setting(100.0, 0.0)
+    accuracies = {}
+    for rate, validation, test in [(0.1, 0.2, 0.9), (0.2, 0.7, 0.1)]:
+        for seed in range(2):
+            run = longtail.Run(setting, "RGDLoss", rate, seed, 1.0, 1)
+            accuracies[run] = longtail.Accuracy(np.full(10, validation), np.full(10, test))
+    arm = longtail.best_learning_rate(setting, "RGDLoss", accuracies, (0.1, 0.2))
+    assert arm.learning_rate == 0.2
+    assert arm.accuracy.test.shape == (2, 10)
+
+
+def test_the_notebook_runs():
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    resources = {"metadata": {"path": str(EXAMPLES)}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+
+
+def test_the_notebook_is_kept_with_its_outputs():
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert {output.output_type for output in outputs} <= {"stream", "display_data"}
+    assert any("image/png" in output.get("data", {}) for output in outputs)
