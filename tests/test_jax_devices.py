@@ -1,0 +1,92 @@
+"""Two and four host devices give what one gives, and the sharded cross-entropy moves no logits between them.
+
+Devices are made when the backend starts, so each number of them is a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("jax")
+
+PROGRAM = """
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+import rgd, rgd.jax as rj
+
+devices = len(jax.devices())
+assert devices == DEVICES
+mesh = Mesh(np.array(jax.devices()), ("data",))
+rng = np.random.default_rng(0)
+losses = jnp.asarray(rng.gamma(1.0, 1.5, 24), jnp.float32)
+logits = jnp.asarray(rng.standard_normal((24, 5)), jnp.float32)
+labels = jnp.asarray(rng.integers(0, 5, 24)).at[3].set(-100).at[20].set(-100)
+where = jnp.asarray(rng.random(24) < 0.7)
+weightings = [rgd.KL(), rgd.KL(tau=2.0, normalize=True), rgd.KLBall(0.3)]
+# 24 * 5 roundings in float32, exponents of at most 20: see tests/test_jax.py
+close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+for weighting in weightings:
+    def objective(l, m):
+        return rj.reweighted_mean(l, weighting, where=m, axis_name="data")
+    def weights(l, m):
+        return rj.sample_weights(l, weighting, where=m, axis_name="data")
+    sharded = jax.shard_map(objective, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P())
+    close(jax.jit(sharded)(losses, where), rj.reweighted_mean(losses, weighting, where=where))
+    spread = jax.shard_map(weights, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P("data"))
+    close(jax.jit(spread)(losses, where),
+          rj.sample_weights(losses, weighting, where=where))
+    # Without axis_name each device weights its own part.
+    one_part = lambda l: rj.sample_weights(l, weighting)
+    local = jax.shard_map(one_part, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    close(jax.jit(local)(losses), jnp.concatenate([one_part(part) for part in jnp.split(losses, devices)]))
+    # Gradient with respect to a replicated parameter: that of the whole batch.
+    def cross_entropy(scale, z, y):
+        return rj.cross_entropy(z * scale, y, weighting=weighting, axis_name="data")
+    one = jax.value_and_grad(lambda s: rj.cross_entropy(logits * s, labels, weighting=weighting))(2.0)
+    def step(s, z, y):
+        return jax.value_and_grad(cross_entropy)(s, z, y)
+    specs = {"in_specs": (P(), P("data"), P("data")), "out_specs": (P(), P())}
+    close(jax.jit(jax.shard_map(step, mesh=mesh, **specs))(jnp.float32(2.0), logits, labels), one)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        split = [a.reshape(devices, -1, *a.shape[1:]) for a in (logits, labels)]
+        value, gradient = jax.pmap(step, "data", in_axes=(None, 0, 0))(jnp.float32(2.0), *split)
+        close(value, jnp.full(devices, one[0]))
+        close(jnp.mean(gradient), one[1])
+
+# jit with sharded inputs: no device is sent another's logits.
+big = jnp.asarray(rng.standard_normal((32, 2048)), jnp.float32)
+big_labels = jnp.asarray(rng.integers(0, 2048, 32))
+rows = NamedSharding(mesh, P("data"))
+step = jax.jit(jax.value_and_grad(rj.cross_entropy))
+args = jax.device_put(big, rows), jax.device_put(big_labels, rows)
+compiled = step.lower(*args).compile()
+text = compiled.as_text()
+assert "all-gather" not in text and "all-to-all" not in text, text
+value, gradient = compiled(*args)
+assert gradient.sharding.is_equivalent_to(rows, 2), gradient.sharding
+expected = step(big, big_labels)
+close(value, expected[0])
+close(gradient, expected[1])
+print("equal")
+"""
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_many_devices_give_what_one_gives(devices):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    program = PROGRAM.replace("DEVICES", str(devices))
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.strip() == "equal"

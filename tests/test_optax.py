@@ -1,0 +1,179 @@
+"""The optax transformations against the update composed by hand, inside and around optax's own wrappers."""
+
+import numpy as np
+import pytest
+import rgd
+
+jax = pytest.importorskip("jax")
+optax = pytest.importorskip("optax")
+jnp = jax.numpy
+
+import rgd.jax  # noqa: E402
+import rgd.optax  # noqa: E402
+
+BATCH = 6
+
+
+def loss(params, x, y):
+    return jnp.square(jnp.dot(params["w"], x) + params["b"] - y)
+
+
+per_example = jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0, 0))
+
+
+@pytest.fixture
+def problem():
+    rng = np.random.default_rng(0)
+    x, y = jnp.asarray(rng.standard_normal((BATCH, 3))), jnp.asarray(rng.standard_normal(BATCH))
+    return {"w": jnp.array([0.3, -0.2, 0.1]), "b": jnp.array(0.5)}, x, y
+
+
+def assert_close(a, b, rtol=1e-5):
+    # sums of six products in float32, once through each of two programs
+    jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, rtol=rtol, atol=rtol * 0.1), a, b)
+
+
+def mean_gradient(problem, **options):
+    params, x, y = problem
+    return jax.grad(lambda p: rgd.jax.reweighted_mean(jax.vmap(loss, (None, 0, 0))(p, x, y), **options))(
+        params
+    )
+
+
+def one_update(tx, problem, state=None, **extra):
+    losses, grads = per_example(*problem)
+    state = tx.init(problem[0]) if state is None else state
+    return jax.jit(tx.update)(grads, state, problem[0], losses=losses, **extra)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"tau": 0.5}, {"weighting": rgd.KL(normalize=True)}, {"weighting": rgd.KLBall(0.3)}, {}],
+    ids=str,
+)
+def test_update_is_the_inner_update_of_the_reweighted_mean_gradient(problem, options):
+    inner = optax.adamw(1e-2)
+    updates, state = one_update(rgd.optax.rgd(inner, **options), problem)
+    expected, _ = inner.update(mean_gradient(problem, **options), inner.init(problem[0]), problem[0])
+    assert_close(updates, expected)
+    assert state.count == 1
+    chained, _ = one_update(optax.chain(rgd.optax.reweight(**options), inner), problem)
+    assert_close(chained, expected)
+
+
+def test_masked_examples_take_no_part(problem):
+    params, x, y = problem
+    where = jnp.array([True, True, False, True, False, True])
+    broken = (params, x.at[2].set(jnp.nan), y.at[4].set(jnp.inf))
+    updates, _ = one_update(rgd.optax.rgd(optax.sgd(1.0)), broken, where=where)
+    expected = mean_gradient((params, x[where], y[where]))
+    assert_close(updates, jax.tree.map(jnp.negative, expected))
+
+
+def test_tau_may_be_a_schedule_of_the_step_count(problem):
+    schedule = optax.linear_schedule(0.5, 2.0, 3)
+    tx = rgd.optax.rgd(optax.sgd(1.0), tau=schedule)
+    state = tx.init(problem[0])
+    for step in range(4):
+        updates, state = one_update(tx, problem, state)
+        assert_close(updates, jax.tree.map(jnp.negative, mean_gradient(problem, tau=schedule(step))))
+    assert state.count == 4
+    assert state.count.dtype == jnp.int32
+
+
+def test_injected_tau_is_read_from_the_state(problem):
+    tx = optax.inject_hyperparams(rgd.optax.rgd)(optax.sgd(1.0), tau=1.0)
+    state = tx.init(problem[0])
+    state.hyperparams["tau"] = jnp.array(0.25)
+    updates, state = one_update(tx, problem, state)
+    assert_close(updates, jax.tree.map(jnp.negative, mean_gradient(problem, tau=0.25)))
+    scheduled = optax.inject_hyperparams(rgd.optax.rgd)(optax.sgd(1.0), tau=optax.constant_schedule(0.25))
+    assert_close(one_update(scheduled, problem)[0], updates)
+
+
+def test_accumulated_micro_batches_give_the_update_of_the_large_batch(problem):
+    params, x, y = problem
+    inner = optax.adam(1e-2)
+    tx = rgd.optax.rgd(optax.MultiSteps(inner, 3), tau=0.7)
+    state = tx.init(params)
+    for k in range(3):
+        part = slice(2 * k, 2 * k + 2)
+        updates, state = one_update(tx, (params, x[part], y[part]), state)
+        if k < 2:
+            assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
+    assert_close(updates, one_update(rgd.optax.rgd(inner, tau=0.7), problem)[0])
+
+
+def test_a_wrapper_in_the_wrong_order_is_refused(problem):
+    tx = optax.MultiSteps(rgd.optax.rgd(optax.sgd(1.0)), 2)
+    losses, grads = per_example(*problem)
+    with pytest.raises((ValueError, TypeError)):
+        tx.update(grads, tx.init(problem[0]), problem[0], losses=losses)
+
+
+def test_an_update_that_is_not_finite_is_skipped_inside(problem):
+    params, x, y = problem
+    tx = rgd.optax.rgd(optax.apply_if_finite(optax.sgd(1.0), 5))
+    updates, state = one_update(tx, (params, x.at[0].set(jnp.nan), y))
+    assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
+    assert state.inner_state.total_notfinite == 1
+
+
+def test_masked_and_multi_transform_compose(problem):
+    gradient = mean_gradient(problem)
+    masked = rgd.optax.rgd(optax.masked(optax.sgd(1.0), {"w": True, "b": False}))
+    updates, _ = one_update(masked, problem)
+    assert_close(updates, {"w": -gradient["w"], "b": gradient["b"]})
+    groups = optax.multi_transform(
+        {"w": rgd.optax.rgd(optax.sgd(1.0), tau=2.0), "b": rgd.optax.rgd(optax.adam(1.0))},
+        {"w": "w", "b": "b"},
+    )
+    updates, _ = one_update(groups, problem)
+    assert_close(updates["w"], -mean_gradient(problem, tau=2.0)["w"])
+    assert_close(updates["b"], -jnp.sign(gradient["b"]))
+
+
+def test_extra_arguments_reach_the_inner_optimizer(problem):
+    updates, _ = one_update(rgd.optax.rgd(optax.polyak_sgd()), problem, value=jnp.array(0.5))
+    assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
+
+
+def test_half_precision_gradients_are_summed_in_float32():
+    grads = jnp.ones((4096, 2), jnp.bfloat16)  # a running sum in bfloat16 would stop at 256
+    tx = rgd.optax.reweight(weighting=rgd.KL(scale=0.0))
+    updates, _ = tx.update(grads, tx.init(None), losses=jnp.ones(4096, jnp.bfloat16))
+    assert updates.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(updates.astype(jnp.float32), 1)
+
+
+def test_named_axis_makes_the_mean_global(problem):
+    losses, grads = per_example(*problem)
+    split = jax.tree.map(lambda a: a.reshape(2, 3, *a.shape[1:]), (losses, grads))
+    tx = rgd.optax.rgd(optax.sgd(1.0), weighting=rgd.KLBall(0.3), axis_name="d")
+    state = tx.init(problem[0])
+    updates = jax.vmap(lambda l, g: tx.update(g, state, losses=l)[0], axis_name="d")(*split)  # noqa: E741
+    whole, _ = one_update(rgd.optax.rgd(optax.sgd(1.0), weighting=rgd.KLBall(0.3)), problem)
+    assert_close(jax.tree.map(lambda u: u[1], updates), whole, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("extra", "match"),
+    [
+        ({}, "losses are needed"),
+        ({"losses": jnp.float32(1.0)}, "0-d"),
+        ({"losses": jnp.ones((2, 3))}, "losses must have shape"),
+        ({"losses": jnp.ones(5)}, "leading axis of the losses"),
+    ],
+)
+def test_bad_calls_are_refused_with_the_fix(problem, extra, match):
+    tx = rgd.optax.rgd(optax.sgd(1.0))
+    _, grads = per_example(*problem)
+    with pytest.raises(ValueError, match=match):
+        tx.update(grads, tx.init(problem[0]), problem[0], **extra)
+
+
+def test_tau_and_weighting_together_are_refused():
+    with pytest.raises(ValueError, match="not both"):
+        rgd.optax.reweight(1.0, weighting=rgd.KL())
+    with pytest.raises(ValueError, match="not both"):
+        rgd.optax.rgd(optax.sgd(1.0), optax.constant_schedule(1.0), weighting=rgd.KL())
