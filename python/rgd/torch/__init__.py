@@ -2,6 +2,16 @@
 
 from rgd.torch.functional import cross_entropy, reweighted_mean, sample_weights
 from rgd.torch.loss import RGDLoss
+from rgd.torch.optimizer import RGD
 from rgd.weightings import KL, KLBall, Weighting
 
-__all__ = ["KL", "KLBall", "RGDLoss", "Weighting", "cross_entropy", "reweighted_mean", "sample_weights"]
+__all__ = [
+    "KL",
+    "RGD",
+    "KLBall",
+    "RGDLoss",
+    "Weighting",
+    "cross_entropy",
+    "reweighted_mean",
+    "sample_weights",
+]

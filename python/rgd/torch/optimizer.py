@@ -1,0 +1,270 @@
+"""`RGD`: any torch optimizer, descending the re-weighted objective of per-sample losses.
+
+An optimizer sees gradients, in which the samples are already summed up. So the wrapper stands before the
+backward pass: it takes the losses, one a sample, weighs them, and calls backward on their weighted mean. The
+step is the wrapped optimizer's own, and so are its parameter groups, its state and its hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from rgd.torch._checks import check_losses
+from rgd.torch.functional import reweighted_mean
+from rgd.weightings import Weighting, resolve_weighting
+
+
+class _Shared:
+    """An attribute that lives in the wrapped optimizer alone, whoever reads, sets or deletes it."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, wrapper: Any, owner: type | None = None) -> Any:
+        return self if wrapper is None else getattr(wrapper.optimizer, self._name)
+
+    def __set__(self, wrapper: Any, value: Any) -> None:
+        setattr(wrapper.optimizer, self._name, value)
+
+    def __delete__(self, wrapper: Any) -> None:
+        delattr(wrapper.optimizer, self._name)
+
+
+class RGD(torch.optim.Optimizer):
+    """Re-weighted gradient descent with any torch optimizer: it descends `mean(w * losses)`, `w` constant.
+
+    The gradient of Algorithm 1, `1/n sum_i w_i grad(l_i)` with `w_i = exp(min(l_i, tau) / (tau + 1))`, is
+    handed to the wrapped optimizer. Its `param_groups`, `state`, `defaults` and hooks are the wrapper's own,
+    so that either may be given to a learning rate scheduler, to `torch.amp.GradScaler` or to gradient
+    clipping. A checkpoint of one loads into the other; it does not hold the weighting.
+
+    Args:
+        optimizer: Any `torch.optim.Optimizer`, not wrapped before. Attributes that `RGD` does not have are
+            looked up there.
+        tau: Short for `weighting=KL(tau)`; 1.0 if neither it nor `weighting` is given.
+        weighting: What turns losses into weights, `rgd.KL` or `rgd.KLBall`.
+
+    Attributes:
+        optimizer: The wrapped optimizer.
+        weighting: What turns losses into weights.
+
+    Raises:
+        TypeError: If `optimizer` is no `torch.optim.Optimizer`, or `tau` is not a number.
+        ValueError: If `optimizer` is wrapped in `RGD` already, which would weigh every loss twice, if both
+            `tau` and `weighting` are given, or if `tau` is not positive.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 3)
+        >>> optimizer = RGD(torch.optim.SGD(model.parameters(), lr=0.1), tau=1.0)
+        >>> cross_entropy = torch.nn.CrossEntropyLoss(reduction="none")
+        >>> losses = cross_entropy(model(torch.ones(8, 2)), torch.arange(8) % 3)
+        >>> optimizer.zero_grad()
+        >>> objective = optimizer.backward(losses)
+        >>> optimizer.step()
+
+    References:
+        Kumar et al., "Stochastic Re-weighted Gradient Descent via Distributionally Robust Optimization", TMLR
+        2024, arXiv 2306.09222, Algorithm 1.
+    """
+
+    optimizer: torch.optim.Optimizer
+    weighting: Weighting
+
+    param_groups = cast("list[dict[str, Any]]", _Shared())
+    state = cast("Any", _Shared())
+    defaults = cast("dict[str, Any]", _Shared())
+    _optimizer_step_pre_hooks = cast("Any", _Shared())
+    _optimizer_step_post_hooks = cast("Any", _Shared())
+    _optimizer_state_dict_pre_hooks = cast("Any", _Shared())
+    _optimizer_state_dict_post_hooks = cast("Any", _Shared())
+    _optimizer_load_state_dict_pre_hooks = cast("Any", _Shared())
+    _optimizer_load_state_dict_post_hooks = cast("Any", _Shared())
+    # GradScaler leaves these on the optimizer it is given, and a fused step looks for them on its own.
+    grad_scale = cast("Any", _Shared())
+    found_inf = cast("Any", _Shared())
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        tau: float | None = None,
+        *,
+        weighting: Weighting | None = None,
+    ) -> None:
+        _check_optimizer(optimizer)
+        self.__setstate__({"optimizer": optimizer, "weighting": resolve_weighting(tau, weighting)})
+
+    def objective(self, losses: Tensor) -> Tensor:
+        """The objective `mean(w * losses)`, to call `backward()` on.
+
+        Use it where `backward` does too much: under `GradScaler`,
+        `scaler.scale(optimizer.objective(losses)).backward()`; to accumulate the gradients of `k` equal
+        micro-batches, `(optimizer.objective(losses) / k).backward()`.
+
+        Args:
+            losses: Losses of any shape with at least one axis; float32, float64, float16 or bfloat16.
+
+        Returns:
+            A scalar of the losses' dtype, differentiable with respect to `losses`.
+
+        Raises:
+            TypeError: If `losses` is not a float tensor.
+            ValueError: If `losses` is a scalar.
+
+        Example:
+            >>> import torch
+            >>> w = torch.zeros(1, requires_grad=True)
+            >>> optimizer = RGD(torch.optim.SGD([w], lr=0.1), tau=1.0)
+            >>> optimizer.objective(torch.tensor([0.0, 2.0]) + w)
+            tensor(1.6487, grad_fn=...)
+        """
+        objective = reweighted_mean(losses, self.weighting)
+        self._awaits_gradient = objective.requires_grad
+        return objective
+
+    def backward(
+        self, losses: Tensor, *, retain_graph: bool | None = None, create_graph: bool = False
+    ) -> Tensor:
+        """Add the gradient of `mean(w * losses)` to the parameters' `grad`.
+
+        Args:
+            losses: Losses of any shape with at least one axis, with a graph behind them; float32, float64,
+                float16 or bfloat16.
+            retain_graph: As in `torch.Tensor.backward`.
+            create_graph: As in `torch.Tensor.backward`.
+
+        Returns:
+            The objective, a scalar without grad: what to log.
+
+        Raises:
+            RuntimeError: If `losses` does not require grad.
+            TypeError: If `losses` is not a float tensor.
+            ValueError: If `losses` is a scalar.
+        """
+        objective = self.objective(losses)
+        if not objective.requires_grad:
+            raise RuntimeError(
+                "losses does not require grad, so there is nothing to call backward on: compute it from the "
+                "parameters, outside of torch.no_grad() and without detach()"
+            )
+        torch.autograd.backward(objective, retain_graph=retain_graph, create_graph=create_graph)
+        return objective.detach()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Let the wrapped optimizer make its step.
+
+        Args:
+            closure: A function that evaluates the model and returns the losses, one a sample. It is called as
+                often as the wrapped optimizer asks (`torch.optim.LBFGS`: many times); before each call the
+                gradients are cleared, and after it `backward` is called on the objective. So it need do
+                neither.
+
+        Returns:
+            What the wrapped optimizer returns: with a closure the objective of its first evaluation, else
+            None.
+
+        Raises:
+            RuntimeError: If an objective has been computed since the last step and yet no parameter has a
+                gradient: backward was not called, or the losses do not depend on these parameters. Or if what
+                the closure returns does not require grad.
+            TypeError: If the closure returns no float tensor.
+            ValueError: If the closure returns a scalar.
+
+        Example:
+            >>> import torch
+            >>> x = torch.tensor([3.0], requires_grad=True)
+            >>> optimizer = RGD(torch.optim.LBFGS([x]), tau=1.0)
+            >>> objective = optimizer.step(lambda: (x - torch.tensor([0.0, 1.0])) ** 2)
+        """
+        step: Callable[..., Any] = self.optimizer.step
+        if closure is None:
+            self._check_gradient()
+            result = step()
+        else:
+            result = step(lambda: self._evaluate(closure))
+        self._awaits_gradient = False
+        return result
+
+    @torch.enable_grad()
+    def _evaluate(self, closure: Callable[[], Any]) -> Tensor:
+        self.zero_grad()
+        losses = closure()
+        if isinstance(losses, (int, float)) or (isinstance(losses, Tensor) and losses.dim() == 0):
+            raise ValueError(
+                "the closure returned one number, and weighting that re-weights nothing: return the loss "
+                'of each sample, as reduction="none" gives, and leave backward to RGD. Where a trainer '
+                "brings its own closure (as Lightning's automatic optimization does), use the bare "
+                "optimizer and RGDLoss as the criterion"
+            )
+        objective = self.backward(check_losses(losses))
+        self._check_gradient()
+        return objective
+
+    def _check_gradient(self) -> None:
+        """Refuse a step that would be lost. Parameters of no elements, as a shard may hold, prove nothing."""
+        if not self._awaits_gradient:
+            return
+        parameters = [p for group in self.param_groups for p in group["params"] if p.numel()]
+        if parameters and all(p.grad is None for p in parameters):
+            raise RuntimeError(
+                "no parameter of this optimizer has a gradient, so the step would be lost: call "
+                "optimizer.backward(losses), or backward() on optimizer.objective(losses), after "
+                "zero_grad() and before step(), with losses computed from the parameters that the "
+                "optimizer was given"
+            )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the parameters' gradients, as the wrapped optimizer does."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Give the wrapped optimizer another group of parameters."""
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state dict."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of the wrapped optimizer, whether it was saved with this wrapper or without."""
+        self.optimizer.load_state_dict(state_dict)
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached only for what is not found here. `optimizer` itself is missing while a copy is being made.
+        if name == "optimizer":
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "weighting": self.weighting}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._awaits_gradient = False
+
+    def _patch_step_function(self) -> None:
+        """Nothing: the wrapped optimizer's step calls the hooks, and calls them once."""
+
+    def __repr__(self) -> str:
+        return f"RGD (weighting={self.weighting})\n{self.optimizer}"
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        given = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
+        raise TypeError(
+            "optimizer must be a torch.optim.Optimizer, such as torch.optim.AdamW(model.parameters()), "
+            f"got {given}"
+        )
+    inner: Any = optimizer
+    while inner is not None:
+        if isinstance(inner, RGD):
+            raise ValueError(
+                "optimizer is wrapped in RGD already, and a second wrapper would weigh every loss twice: "
+                "give the wrapped one, optimizer.optimizer, or set optimizer.weighting"
+            )
+        inner = getattr(inner, "optimizer", None)
