@@ -17,7 +17,7 @@ use ndarray::{ArrayView1, ArrayViewD, ArrayViewMutD, Axis};
 use std::fmt;
 
 /// How losses become an objective, as in `torch.nn.CrossEntropyLoss`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Reduction {
     /// `w_i l_i` each.
     None,
@@ -26,6 +26,19 @@ pub enum Reduction {
     Mean,
     /// `sum_i w_i l_i`.
     Sum,
+    /// `sum_i w_i l_i` times a number: a part of a larger batch, of which that number is known.
+    Times(f64),
+}
+
+impl Reduction {
+    /// What a weighted loss is multiplied by.
+    fn factor(self, totals: &Totals) -> f64 {
+        match self {
+            Self::None | Self::Sum => 1.0,
+            Self::Mean => 1.0 / totals.denominator,
+            Self::Times(factor) => factor,
+        }
+    }
 }
 
 /// The settings of a re-weighted cross-entropy.
@@ -212,7 +225,7 @@ pub fn cross_entropy<T: Element>(
         class_weight,
         hard: 1.0 - settings.label_smoothing,
         soft,
-        norm: if settings.reduction == Reduction::Mean { 1.0 / totals.denominator } else { 1.0 },
+        norm: settings.reduction.factor(&totals),
         losses: Shared(losses.as_mut_ptr()),
     };
     let threads = if targets * classes < PARALLEL { 1 } else { settings.threads };
@@ -237,14 +250,17 @@ pub fn cross_entropy<T: Element>(
                 *o = if ignored { T::Real::default() } else { weights[i / unit] * l };
             }
         }
-        Reduction::Mean | Reduction::Sum => {
+        Reduction::Mean | Reduction::Sum | Reduction::Times(_) => {
             let sum = if unit == 1 {
                 reduce::weighted_sum(losses, weights, settings.threads)
             } else {
                 let sample = |l: &[T::Real]| l.iter().map(|l| l.to_f64()).sum::<f64>();
                 losses.chunks(unit.max(1)).zip(&*weights).map(|(l, w)| sample(l) * w.to_f64()).sum()
             };
-            let value = if settings.reduction == Reduction::Mean { sum / totals.denominator } else { sum };
+            let value = match settings.reduction {
+                Reduction::Mean => sum / totals.denominator,
+                reduction => sum * reduction.factor(&totals),
+            };
             objective[0] = T::Real::from_f64(value);
         }
     }
@@ -336,7 +352,7 @@ enum Soft<T: Element> {
     /// None: the mass lies on the label.
     Nothing,
     /// `label_smoothing / C * c_k`.
-    Smoothing { mass: Vec<T::Real>, total: T::Real },
+    Smoothing { mass: Vec<T::Real> },
     /// `c_k ((1 - label_smoothing) p_k + label_smoothing / C)`.
     Probabilities { p: Shared<T>, class_stride: isize, factor: Vec<T::Real>, mass: Vec<T::Real> },
 }
@@ -361,11 +377,14 @@ impl<T: Element> Soft<T> {
                 mass,
             },
             _ if label_smoothing == 0.0 => Self::Nothing,
-            _ => {
-                let total = T::Real::from_f64(mass.iter().map(|m| m.to_f64()).sum());
-                Self::Smoothing { mass, total }
-            }
+            _ => Self::Smoothing { mass },
         }
+    }
+}
+
+impl<T: Element> Soft<T> {
+    fn is_some(&self) -> bool {
+        !matches!(self, Self::Nothing)
     }
 }
 
@@ -395,6 +414,46 @@ struct Problem<'a, T: Element> {
     losses: Shared<T::Real>,
 }
 
+/// Targets that are worked on together: their number is large enough for the lanes of every loop over them, and their
+/// numbers stay in the first-level cache.
+const GROUP: usize = 128;
+
+/// What is known of a group of targets, one entry each; `m` is the largest logit, `t` the mass spread over the classes.
+struct Group<A> {
+    /// `m`.
+    max: [A; GROUP],
+    /// `x_y - m` at the label `y`.
+    at_label: [A; GROUP],
+    /// `sum_k exp(x_k - m)`.
+    sum: [A; GROUP],
+    /// `sum_k t_k (x_k - m)`.
+    dot: [A; GROUP],
+    /// `sum_k t_k`.
+    spread: [A; GROUP],
+    /// The mass on the label.
+    hard: [A; GROUP],
+    /// What the gradient of the target's loss is multiplied by; 0 where the target is ignored.
+    factor: [A; GROUP],
+    /// `factor` times all mass over `sum`.
+    scale: [A; GROUP],
+}
+
+impl<A: Real> Group<A> {
+    fn new() -> Self {
+        let zero = [A::default(); GROUP];
+        Self {
+            max: zero,
+            at_label: zero,
+            sum: zero,
+            dot: zero,
+            spread: zero,
+            hard: zero,
+            factor: zero,
+            scale: zero,
+        }
+    }
+}
+
 impl<T: Element> Problem<'_, T> {
     fn run(&self, plan: Plan<T::Real>, threads: usize) {
         let targets = self.positions.len();
@@ -414,56 +473,98 @@ impl<T: Element> Problem<'_, T> {
         });
     }
 
-    /// The mass on the label of target `i`, and the label; `None` where it is ignored.
+    /// The label of target `i`; `None` where it is ignored, and where the target is a distribution.
     #[inline(always)]
-    fn label(&self, i: usize) -> Option<(T::Real, usize)> {
-        match self.labels {
-            None => Some((T::Real::default(), 0)),
-            Some(labels) if labels[i] == IGNORED => None,
-            Some(labels) => {
-                let y = labels[i] as usize;
-                let c = self.class_weight.map_or(1.0, |c| c[y].to_f64());
-                Some((T::Real::from_f64(self.hard * c), y))
-            }
+    fn label(&self, i: usize) -> Option<usize> {
+        self.labels.and_then(|labels| (labels[i] != IGNORED).then(|| labels[i] as usize))
+    }
+
+    /// Sets the mass on each label, and what its logit is, from `logit(i, y)`.
+    #[inline(always)]
+    fn look_at_labels(
+        &self,
+        start: usize,
+        count: usize,
+        group: &mut Group<T::Real>,
+        logit: impl Fn(usize, usize) -> T::Real,
+    ) {
+        for i in 0..count {
+            (group.hard[i], group.at_label[i]) = match self.label(start + i) {
+                Some(y) => {
+                    let c = self.class_weight.map_or(1.0, |c| c[y].to_f64());
+                    (T::Real::from_f64(self.hard * c), logit(i, y) - group.max[i])
+                }
+                None => (T::Real::default(), T::Real::default()),
+            };
         }
     }
 
-    /// From losses in `losses[..count]`: writes them and the weights as the plan says, and returns what the gradient
-    /// of each target's loss is multiplied by.
+    /// From the sums over the classes to losses and weights, written as the plan says, and on to `factor` and `scale`.
     #[inline(always)]
-    fn weigh<I: Isa, const N: usize>(
-        &self,
-        plan: Plan<T::Real>,
-        start: usize,
-        count: usize,
-        losses: [f64; N],
-        counted: [bool; N],
-    ) -> [T::Real; N] {
-        let mut weights = [0.0; N];
-        let rounded = losses.map(T::Real::from_f64);
+    fn weigh<I: Isa>(&self, plan: Plan<T::Real>, start: usize, count: usize, group: &mut Group<T::Real>) {
+        let mut buffer = [0.0; GROUP];
+        let values = &mut buffer[..count];
+        if self.soft.is_some() {
+            let sums = group.sum[..count].iter().zip(&group.dot[..count]).zip(&group.spread[..count]);
+            let labels = group.hard[..count].iter().zip(&group.at_label[..count]);
+            for ((value, ((&sum, &dot), &spread)), (&hard, &at_label)) in
+                values.iter_mut().zip(sums).zip(labels)
+            {
+                let log_sum = ln::<I>(sum.to_f64());
+                let hard = hard.to_f64() * (log_sum - at_label.to_f64());
+                let spread = spread.to_f64() * log_sum - dot.to_f64();
+                *value = if self.labels.is_some() { hard + spread } else { spread };
+            }
+        } else {
+            let labels = group.hard[..count].iter().zip(&group.at_label[..count]);
+            for ((value, &sum), (&hard, &at_label)) in values.iter_mut().zip(&group.sum[..count]).zip(labels)
+            {
+                *value = hard.to_f64() * (ln::<I>(sum.to_f64()) - at_label.to_f64());
+            }
+        }
+        for value in &mut *values {
+            *value = T::Real::from_f64(*value).to_f64();
+        }
+        let ignored = |i: usize| self.labels.is_some_and(|labels| labels[start + i] == IGNORED);
+        if self.labels.is_some() {
+            for (i, value) in values.iter_mut().enumerate() {
+                *value = if ignored(i) { 0.0 } else { *value };
+            }
+        }
         // SAFETY: a block writes the losses and the weights of its own targets only, and both slices outlive the call.
         unsafe {
+            if !matches!(plan, Plan::Given { .. }) {
+                for (loss, &value) in self.losses.part(start, start + count).iter_mut().zip(&*values) {
+                    *loss = T::Real::from_f64(value);
+                }
+            }
             match plan {
-                Plan::Losses => self.losses.part(start, start + count).copy_from_slice(&rounded[..count]),
+                Plan::Losses => return,
                 Plan::Pointwise(kl, out) => {
-                    self.losses.part(start, start + count).copy_from_slice(&rounded[..count]);
-                    weights = rounded.map(Real::to_f64);
-                    kl.pointwise::<I>(&mut weights);
-                    for i in 0..N {
-                        weights[i] = if counted[i] { T::Real::from_f64(weights[i]).to_f64() } else { 0.0 };
+                    kl.pointwise::<I>(values);
+                    let weights = out.part(start, start + count);
+                    for (weight, &value) in weights.iter_mut().zip(&*values) {
+                        *weight = T::Real::from_f64(value);
                     }
-                    for (w, &x) in out.part(start, start + count).iter_mut().zip(&weights) {
-                        *w = T::Real::from_f64(x);
+                    for (i, (weight, value)) in weights.iter_mut().zip(&mut *values).enumerate() {
+                        *weight = if ignored(i) { T::Real::default() } else { *weight };
+                        *value = weight.to_f64();
                     }
                 }
-                Plan::Given { weights: given, unit } => {
-                    for i in 0..count {
-                        weights[i] = given[(start + i) / unit].to_f64();
+                Plan::Given { weights, unit } => {
+                    for (i, value) in values.iter_mut().enumerate() {
+                        *value = weights[(start + i) / unit].to_f64();
                     }
                 }
             }
         }
-        std::array::from_fn(|i| T::Real::from_f64(if counted[i] { weights[i] * self.norm } else { 0.0 }))
+        for (i, value) in values.iter().enumerate() {
+            // The norm may be infinite, where no target counts.
+            group.factor[i] = T::Real::from_f64(if ignored(i) { 0.0 } else { value * self.norm });
+        }
+        for i in 0..count {
+            group.scale[i] = group.factor[i] * (group.hard[i] + group.spread[i]) / group.sum[i];
+        }
     }
 
     fn wants_grad(&self, plan: Plan<T::Real>) -> Option<Shared<T>> {
@@ -471,7 +572,7 @@ impl<T: Element> Problem<'_, T> {
     }
 }
 
-/// Lanes across targets: a tile of [`LANES`] targets and all classes, widened into scratch memory.
+/// Lanes across targets: a tile of at most [`GROUP`] targets and all classes, widened into scratch memory.
 struct Tiles<'a, 'b, T: Element> {
     problem: &'a Problem<'b, T>,
     plan: Plan<'a, T::Real>,
@@ -486,38 +587,51 @@ impl<T: Element> Kernel for Tiles<'_, '_, T> {
     fn run<I: Isa>(self) {
         let p = self.problem;
         let [x_step, g_step, t_step] = p.positions.inner();
-        let mut tile = vec![[T::Real::default(); LANES]; p.classes];
+        let width =
+            (BLOCK / p.classes.max(1)).next_multiple_of(LANES).clamp(LANES, GROUP).min(self.end - self.start);
+        let mut tile = vec![T::Real::default(); p.classes * width];
         let mut masses = match p.soft {
-            Soft::Probabilities { .. } => vec![[T::Real::default(); LANES]; p.classes],
+            Soft::Probabilities { .. } => vec![T::Real::default(); p.classes * width],
             _ => Vec::new(),
         };
+        let mut group = Group::new();
         for Run { position, length, offsets: [x, g, t] } in p.positions.runs(self.start, self.end) {
             let mut done = 0;
             while done < length {
-                let count = LANES.min(length - done);
+                let count = width.min(length - done);
                 let at = done as isize;
                 // SAFETY: the offsets come from `Positions`, made of the shape and strides of the very views that the
                 // addresses are of; a tile writes the gradient of its own targets only.
                 unsafe {
-                    load_tile(p.logits.0.offset(x + at * x_step), x_step, p.logits_class, count, &mut tile);
-                    if let Soft::Probabilities { p: probabilities, class_stride, factor, mass, .. } = &p.soft
-                    {
-                        load_tile(
-                            probabilities.0.offset(t + at * t_step),
-                            t_step,
-                            *class_stride,
-                            count,
-                            &mut masses,
-                        );
-                        for (k, m) in masses.iter_mut().enumerate() {
-                            for lane in m {
-                                *lane = *lane * factor[k] + mass[k];
+                    load_tile(
+                        p.logits.0.offset(x + at * x_step),
+                        x_step,
+                        p.logits_class,
+                        width,
+                        count,
+                        &mut tile,
+                    );
+                    if let Soft::Probabilities { p: probabilities, class_stride, factor, mass } = &p.soft {
+                        let first = probabilities.0.offset(t + at * t_step);
+                        load_tile(first, t_step, *class_stride, width, count, &mut masses);
+                        for (row, (&f, &m)) in masses.chunks_exact_mut(width).zip(factor.iter().zip(mass)) {
+                            for x in row {
+                                *x = *x * f + m;
                             }
                         }
                     }
-                    tile_step::<T, I>(p, self.plan, position + done, count, &mut tile, &masses);
+                    tile_step::<T, I>(
+                        p,
+                        self.plan,
+                        position + done,
+                        width,
+                        count,
+                        &mut group,
+                        &mut tile,
+                        &masses,
+                    );
                     if let Some(grad) = p.wants_grad(self.plan) {
-                        store_tile(grad.0.offset(g + at * g_step), g_step, p.grad_class, count, &tile);
+                        store_tile(grad.0.offset(g + at * g_step), g_step, p.grad_class, width, count, &tile);
                     }
                 }
                 done += count;
@@ -526,7 +640,7 @@ impl<T: Element> Kernel for Tiles<'_, '_, T> {
     }
 }
 
-/// Reads `count` targets of a tile, each class a row of lanes; lanes beyond `count` become 0.
+/// Reads `count` targets into a tile, each class a row of `width` lanes.
 ///
 /// # Safety
 /// `first` and the strides describe `count` targets of as many classes as `tile` has rows.
@@ -535,29 +649,21 @@ unsafe fn load_tile<T: Element>(
     first: *const T,
     step: isize,
     class: isize,
+    width: usize,
     count: usize,
-    tile: &mut [[T::Real; LANES]],
+    tile: &mut [T::Real],
 ) {
-    // SAFETY: what the caller promises.
-    unsafe {
-        if step == 1 && count == LANES {
-            for (k, row) in tile.iter_mut().enumerate() {
-                let source = &*first.offset(k as isize * class).cast::<[T; LANES]>();
-                for lane in 0..LANES {
-                    row[lane] = source[lane].widen();
+    for (k, row) in tile.chunks_exact_mut(width).enumerate() {
+        // SAFETY: what the caller promises.
+        unsafe {
+            let source = first.offset(k as isize * class);
+            if step == 1 {
+                for (x, y) in row.iter_mut().zip(std::slice::from_raw_parts(source, count)) {
+                    *x = y.widen();
                 }
-            }
-        } else {
-            for lane in 0..LANES {
-                if lane < count {
-                    let source = first.offset(lane as isize * step);
-                    for (k, row) in tile.iter_mut().enumerate() {
-                        row[lane] = (*source.offset(k as isize * class)).widen();
-                    }
-                } else {
-                    for row in tile.iter_mut() {
-                        row[lane] = T::Real::default();
-                    }
+            } else {
+                for (lane, x) in row[..count].iter_mut().enumerate() {
+                    *x = (*source.offset(lane as isize * step)).widen();
                 }
             }
         }
@@ -573,23 +679,21 @@ unsafe fn store_tile<T: Element>(
     first: *mut T,
     step: isize,
     class: isize,
+    width: usize,
     count: usize,
-    tile: &[[T::Real; LANES]],
+    tile: &[T::Real],
 ) {
-    // SAFETY: what the caller promises.
-    unsafe {
-        if step == 1 && count == LANES {
-            for (k, row) in tile.iter().enumerate() {
-                let sink = &mut *first.offset(k as isize * class).cast::<[T; LANES]>();
-                for lane in 0..LANES {
-                    sink[lane] = T::narrow(row[lane]);
+    for (k, row) in tile.chunks_exact(width).enumerate() {
+        // SAFETY: what the caller promises.
+        unsafe {
+            let sink = first.offset(k as isize * class);
+            if step == 1 {
+                for (x, &y) in std::slice::from_raw_parts_mut(sink, count).iter_mut().zip(row) {
+                    *x = T::narrow(y);
                 }
-            }
-        } else {
-            for lane in 0..count {
-                let sink = first.offset(lane as isize * step);
-                for (k, row) in tile.iter().enumerate() {
-                    *sink.offset(k as isize * class) = T::narrow(row[lane]);
+            } else {
+                for (lane, &y) in row[..count].iter().enumerate() {
+                    *sink.offset(lane as isize * step) = T::narrow(y);
                 }
             }
         }
@@ -598,102 +702,91 @@ unsafe fn store_tile<T: Element>(
 
 /// Turns a tile of logits into the gradient, writing losses and weights on the way as the plan says.
 #[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "one step of one loop")]
 fn tile_step<T: Element, I: Isa>(
     p: &Problem<T>,
     plan: Plan<T::Real>,
     start: usize,
+    width: usize,
     count: usize,
-    tile: &mut [[T::Real; LANES]],
-    masses: &[[T::Real; LANES]],
+    group: &mut Group<T::Real>,
+    tile: &mut [T::Real],
+    masses: &[T::Real],
 ) {
     let zero = T::Real::default();
-    let mut max = [T::Real::NEG_INFINITY; LANES];
-    for row in tile.iter() {
-        for lane in 0..LANES {
-            max[lane] = if row[lane] > max[lane] { row[lane] } else { max[lane] };
+    group.max[..count].fill(T::Real::NEG_INFINITY);
+    for row in tile.chunks_exact(width) {
+        for (max, &x) in group.max[..count].iter_mut().zip(row) {
+            *max = if x > *max { x } else { *max };
         }
     }
-    let (mut hard, mut at_label) = ([zero; LANES], [zero; LANES]);
-    let mut labels = [0; LANES];
-    let mut counted = [false; LANES];
-    for lane in 0..count {
-        if let Some((mass, y)) = p.label(start + lane) {
-            (hard[lane], labels[lane], counted[lane]) = (mass, y, true);
-            at_label[lane] = tile[y][lane] - max[lane];
-        }
-    }
+    p.look_at_labels(start, count, group, |i, y| tile[y * width + i]);
 
-    let (mut sum, mut dot, mut soft_total) = ([zero; LANES], [zero; LANES], [zero; LANES]);
-    macro_rules! exponentials {
-        ($mass:expr) => {
-            for (k, row) in tile.iter_mut().enumerate() {
-                for lane in 0..LANES {
-                    let z = row[lane] - max[lane];
-                    let e = z.exp_nonpositive::<I>();
-                    row[lane] = e;
-                    sum[lane] += e;
-                    if let Some(mass) = $mass(k, lane) {
-                        dot[lane] += mass * z;
-                        soft_total[lane] += mass;
-                    }
+    group.sum[..count].fill(zero);
+    if p.soft.is_some() {
+        group.dot[..count].fill(zero);
+        group.spread[..count].fill(zero);
+    }
+    for (k, row) in tile.chunks_exact_mut(width).enumerate() {
+        match &p.soft {
+            Soft::Nothing => {}
+            Soft::Smoothing { mass } => {
+                let sums = group.dot[..count].iter_mut().zip(&mut group.spread[..count]);
+                for ((&x, &max), (dot, spread)) in row.iter().zip(&group.max[..count]).zip(sums) {
+                    *dot += mass[k] * (x - max);
+                    *spread += mass[k];
                 }
             }
-        };
-    }
-    match &p.soft {
-        Soft::Nothing => exponentials!(|_, _| None),
-        Soft::Smoothing { mass, .. } => exponentials!(|k: usize, _| Some(mass[k])),
-        Soft::Probabilities { .. } => exponentials!(|k: usize, lane: usize| Some(masses[k][lane])),
+            Soft::Probabilities { .. } => {
+                let sums = group.dot[..count].iter_mut().zip(&mut group.spread[..count]);
+                let masses = &masses[k * width..][..count];
+                for (((&x, &max), &mass), (dot, spread)) in
+                    row.iter().zip(&group.max[..count]).zip(masses).zip(sums)
+                {
+                    *dot += mass * (x - max);
+                    *spread += mass;
+                }
+            }
+        }
+        for ((x, &max), sum) in row.iter_mut().zip(&group.max[..count]).zip(&mut group.sum[..count]) {
+            *x = (*x - max).exp_nonpositive::<I>();
+            *sum += *x;
+        }
     }
 
-    let soft = !matches!(p.soft, Soft::Nothing);
-    let mut losses = [0.0; LANES];
-    for lane in 0..LANES {
-        let log_sum = ln::<I>(sum[lane].to_f64());
-        let mut loss = 0.0;
-        if p.labels.is_some() {
-            loss += hard[lane].to_f64() * (log_sum - at_label[lane].to_f64());
-        }
-        if soft {
-            loss += soft_total[lane].to_f64() * log_sum - dot[lane].to_f64();
-        }
-        losses[lane] = if counted[lane] { loss } else { 0.0 };
-    }
-    let factor = p.weigh::<I, LANES>(plan, start, count, losses, counted);
+    p.weigh::<I>(plan, start, count, group);
     if p.wants_grad(plan).is_none() {
         return;
     }
-
-    let mut scale = [zero; LANES];
-    for lane in 0..LANES {
-        scale[lane] = factor[lane] * (hard[lane] + soft_total[lane]) / sum[lane];
-    }
-    macro_rules! gradient {
-        ($mass:expr) => {
-            for (k, row) in tile.iter_mut().enumerate() {
-                for lane in 0..LANES {
-                    row[lane] = row[lane] * scale[lane];
-                    if let Some(mass) = $mass(k, lane) {
-                        row[lane] = row[lane] - factor[lane] * mass;
-                    }
+    for (k, row) in tile.chunks_exact_mut(width).enumerate() {
+        for (x, &scale) in row.iter_mut().zip(&group.scale[..count]) {
+            *x = *x * scale;
+        }
+        match &p.soft {
+            Soft::Nothing => {}
+            Soft::Smoothing { mass } => {
+                for (x, &factor) in row.iter_mut().zip(&group.factor[..count]) {
+                    *x = *x - factor * mass[k];
                 }
             }
-        };
+            Soft::Probabilities { .. } => {
+                let masses = &masses[k * width..][..count];
+                for ((x, &factor), &mass) in row.iter_mut().zip(&group.factor[..count]).zip(masses) {
+                    *x = *x - factor * mass;
+                }
+            }
+        }
     }
-    match &p.soft {
-        Soft::Nothing => gradient!(|_, _| None),
-        Soft::Smoothing { mass, .. } => gradient!(|k: usize, _| Some(mass[k])),
-        Soft::Probabilities { .. } => gradient!(|k: usize, lane: usize| Some(masses[k][lane])),
-    }
-    if p.labels.is_some() {
-        for lane in 0..count {
-            let g = &mut tile[labels[lane]][lane];
-            *g = *g - factor[lane] * hard[lane];
+    for i in 0..count {
+        if let Some(y) = p.label(start + i) {
+            let x = &mut tile[y * width + i];
+            *x = *x - group.factor[i] * group.hard[i];
         }
     }
 }
 
-/// Lanes along the classes: one contiguous row after the other.
+/// Lanes along the classes: contiguous rows, of which a group stays in the second-level cache from the first pass over
+/// it, which sums, to the second, which writes the gradient.
 struct Rows<'a, 'b, T: Element> {
     problem: &'a Problem<'b, T>,
     plan: Plan<'a, T::Real>,
@@ -742,76 +835,108 @@ impl<T: Element> Kernel for Rows<'_, '_, T> {
     fn run<I: Isa>(self) {
         let p = self.problem;
         let [x_step, g_step, t_step] = p.positions.inner();
-        let grad = p.wants_grad(self.plan);
+        let mut group = Group::new();
         for Run { position, length, offsets: [x, g, t] } in p.positions.runs(self.start, self.end) {
-            for i in 0..length {
-                let at = i as isize;
+            let mut done = 0;
+            while done < length {
+                let count = GROUP.min(length - done);
+                let at = done as isize;
                 // SAFETY: the offsets come from `Positions`, made of the shape and strides of the very views that the
                 // addresses are of, with a class stride of 1; a block writes the gradient of its own targets only.
                 unsafe {
-                    let row = std::slice::from_raw_parts(p.logits.0.offset(x + at * x_step), p.classes);
-                    let grad = grad
-                        .map(|out| std::slice::from_raw_parts_mut(out.0.offset(g + at * g_step), p.classes));
+                    let rows = RowsOf {
+                        first: p.logits.0.offset(x + at * x_step),
+                        step: x_step,
+                        classes: p.classes,
+                    };
+                    let grads = p.wants_grad(self.plan).map(|out| out.0.offset(g + at * g_step));
+                    let sinks = RowsOf { first: grads.unwrap_or_default(), step: g_step, classes: p.classes };
+                    let steps = RowSteps { p, plan: self.plan, start: position + done, count, rows, sinks };
                     match &p.soft {
-                        Soft::Nothing => row_step::<T, I>(p, self.plan, position + i, row, grad, NoMass),
-                        Soft::Smoothing { mass, .. } => {
-                            row_step::<T, I>(p, self.plan, position + i, row, grad, SmoothingMass(mass));
-                        }
+                        Soft::Nothing => steps.run::<I, _>(&mut group, |_| NoMass),
+                        Soft::Smoothing { mass } => steps.run::<I, _>(&mut group, |_| SmoothingMass(mass)),
                         Soft::Probabilities { p: q, factor, mass, .. } => {
-                            let q = std::slice::from_raw_parts(q.0.offset(t + at * t_step), p.classes);
-                            row_step::<T, I>(
-                                p,
-                                self.plan,
-                                position + i,
-                                row,
-                                grad,
-                                ProbabilityMass(q, factor, mass),
-                            );
+                            let q = RowsOf {
+                                first: q.0.offset(t + at * t_step),
+                                step: t_step,
+                                classes: p.classes,
+                            };
+                            steps.run::<I, _>(&mut group, |i| ProbabilityMass::<T>(q.row(i), factor, mass));
                         }
                     }
                 }
+                done += count;
             }
         }
     }
 }
 
-/// Independent accumulators of a row, each of [`LANES`] lanes.
-const CHAINS: usize = 4;
+/// Contiguous rows at equal steps.
+#[derive(Clone, Copy)]
+struct RowsOf<T> {
+    first: *mut T,
+    step: isize,
+    classes: usize,
+}
 
-#[inline(always)]
-fn row_step<T: Element, I: Isa>(
-    p: &Problem<T>,
-    plan: Plan<T::Real>,
-    position: usize,
-    row: &[T],
-    grad: Option<&mut [T]>,
-    mass: impl Mass<T::Real>,
-) {
-    let max = row_max(row);
-    let [sum, dot, total] = row_sums::<T, I>(row, max, &mass);
-    let label = p.label(position);
-    let (hard, y) = label.unwrap_or_default();
-    let total = match &p.soft {
-        Soft::Smoothing { total, .. } => total.to_f64(),
-        _ => total,
-    };
-    let log_sum = ln::<I>(sum);
-    let mut loss = 0.0;
-    if label.is_some() {
-        if p.labels.is_some() {
-            loss += hard.to_f64() * (log_sum - (row[y].widen() - max).to_f64());
-        }
-        if mass_is_some(&mass) {
-            loss += total * log_sum - dot;
-        }
+impl<T> RowsOf<T> {
+    /// # Safety
+    /// There is a row `i`, and nobody writes to it meanwhile.
+    #[inline(always)]
+    unsafe fn row<'a>(self, i: usize) -> &'a [T] {
+        // SAFETY: what the caller promises.
+        unsafe { std::slice::from_raw_parts(self.first.offset(i as isize * self.step), self.classes) }
     }
-    let [factor] = p.weigh::<I, 1>(plan, position, 1, [loss], [label.is_some()]);
-    let Some(grad) = grad else { return };
-    let scale = T::Real::from_f64(factor.to_f64() * (hard.to_f64() + total) / sum);
-    row_gradient::<T, I>(row, max, scale, factor, &mass, grad);
-    if p.labels.is_some() && label.is_some() {
-        let z = row[y].widen() - max;
-        grad[y] = T::narrow(z.exp_nonpositive::<I>() * scale - factor * mass.at(y) - factor * hard);
+
+    /// # Safety
+    /// There is a row `i`, and nobody else touches it meanwhile.
+    #[inline(always)]
+    unsafe fn row_mut<'a>(self, i: usize) -> &'a mut [T] {
+        // SAFETY: what the caller promises.
+        unsafe { std::slice::from_raw_parts_mut(self.first.offset(i as isize * self.step), self.classes) }
+    }
+}
+
+/// The steps over a group of rows.
+struct RowSteps<'a, 'b, T: Element> {
+    p: &'a Problem<'b, T>,
+    plan: Plan<'a, T::Real>,
+    start: usize,
+    count: usize,
+    rows: RowsOf<T>,
+    sinks: RowsOf<T>,
+}
+
+impl<T: Element> RowSteps<'_, '_, T> {
+    /// # Safety
+    /// `rows` has `count` rows, and so has `sinks` where the gradient is wanted; those are this call's alone.
+    #[inline(always)]
+    unsafe fn run<I: Isa, M: Mass<T::Real>>(self, group: &mut Group<T::Real>, mass: impl Fn(usize) -> M) {
+        let Self { p, plan, start, count, rows, sinks } = self;
+        for i in 0..count {
+            // SAFETY: what the caller promises.
+            let row = unsafe { rows.row(i) };
+            group.max[i] = row_max(row);
+            let [sum, dot, spread] = row_sums::<T, I>(row, group.max[i], &mass(i)).map(T::Real::from_f64);
+            (group.sum[i], group.dot[i], group.spread[i]) = (sum, dot, spread);
+        }
+        // SAFETY: what the caller promises.
+        p.look_at_labels(start, count, group, |i, y| unsafe { rows.row(i) }[y].widen());
+        p.weigh::<I>(plan, start, count, group);
+        if p.wants_grad(plan).is_none() {
+            return;
+        }
+        for i in 0..count {
+            let (max, scale, factor) = (group.max[i], group.scale[i], group.factor[i]);
+            // SAFETY: what the caller promises.
+            let (row, grad) = unsafe { (rows.row(i), sinks.row_mut(i)) };
+            let mass = mass(i);
+            row_gradient::<T, I>(row, max, scale, factor, &mass, grad);
+            if let Some(y) = p.label(start + i) {
+                let e = (row[y].widen() - max).exp_nonpositive::<I>();
+                grad[y] = T::narrow(e * scale - factor * mass.at(y) - factor * group.hard[i]);
+            }
+        }
     }
 }
 
@@ -820,11 +945,20 @@ fn mass_is_some<A, M: Mass<A>>(_: &M) -> bool {
     M::SOME
 }
 
+/// Independent accumulators of a row, each of [`LANES`] lanes.
+const CHAINS: usize = 4;
+
+/// The last lanes of a row of [`ROW_CLASSES`] or more.
+#[inline(always)]
+fn last<T>(row: &[T]) -> &[T; LANES] {
+    row.last_chunk().expect("rows are longer than their lanes")
+}
+
 /// The largest logit; NaN logits are passed over, and show in the sum.
 #[inline(always)]
 fn row_max<T: Element>(row: &[T]) -> T::Real {
     let mut lanes = [[T::Real::NEG_INFINITY; LANES]; CHAINS];
-    let (tiles, rest) = row.as_chunks::<LANES>();
+    let (tiles, _) = row.as_chunks::<LANES>();
     let (groups, tiles) = tiles.as_chunks::<CHAINS>();
     for group in groups {
         for chain in 0..CHAINS {
@@ -840,7 +974,7 @@ fn row_max<T: Element>(row: &[T]) -> T::Real {
             lanes[0][lane] = if x > lanes[0][lane] { x } else { lanes[0][lane] };
         }
     }
-    for (lane, x) in rest.iter().enumerate() {
+    for (lane, x) in last(row).iter().enumerate() {
         let x = x.widen();
         lanes[1][lane] = if x > lanes[1][lane] { x } else { lanes[1][lane] };
     }
@@ -910,18 +1044,18 @@ fn row_sums<T: Element, I: Isa>(row: &[T], max: T::Real, mass: &impl Mass<T::Rea
             }
         }
     }
-    // What is left of the row, padded to full lanes: exp(-inf) adds nothing.
-    let mut padded = [T::Real::NEG_INFINITY; LANES];
-    for (lane, x) in rest.iter().enumerate() {
-        padded[lane] = x.widen() - max;
-        if some {
-            let t = mass.at(tiles.len() * LANES + lane);
-            dot[0][lane] += t * padded[lane];
-            total[0][lane] += t;
-        }
-    }
+    // What is left of the row is the end of its last lanes.
+    let done = LANES - rest.len();
+    let tile = last(row);
     for lane in 0..LANES {
-        sum[1][lane] += padded[lane].exp_nonpositive::<I>();
+        let z = tile[lane].widen() - max;
+        let e = z.exp_nonpositive::<I>();
+        sum[1][lane] += if lane >= done { e } else { zero };
+        if some {
+            let t = mass.at(row.len() - LANES + lane);
+            dot[1][lane] += if lane >= done { t * z } else { zero };
+            total[1][lane] += if lane >= done { t } else { zero };
+        }
     }
     if some { [join(sum), join(dot), join(total)] } else { [join(sum), 0.0, 0.0] }
 }
@@ -937,8 +1071,8 @@ fn row_gradient<T: Element, I: Isa>(
     grad: &mut [T],
 ) {
     let some = mass_is_some(mass);
-    let (tiles, rest) = row.as_chunks::<LANES>();
-    let (sinks, rest_sink) = grad.as_chunks_mut::<LANES>();
+    let (tiles, _) = row.as_chunks::<LANES>();
+    let (sinks, _) = grad.as_chunks_mut::<LANES>();
     for (i, (tile, sink)) in tiles.iter().zip(sinks).enumerate() {
         for lane in 0..LANES {
             let mut g = (tile[lane].widen() - max).exp_nonpositive::<I>() * scale;
@@ -948,18 +1082,15 @@ fn row_gradient<T: Element, I: Isa>(
             sink[lane] = T::narrow(g);
         }
     }
-    let mut padded = [T::Real::NEG_INFINITY; LANES];
-    for (lane, x) in rest.iter().enumerate() {
-        padded[lane] = x.widen() - max;
-    }
-    for x in &mut padded {
-        *x = x.exp_nonpositive::<I>() * scale;
-    }
-    for (lane, sink) in rest_sink.iter_mut().enumerate() {
-        let mut g = padded[lane];
-        if some {
-            g = g - factor * mass.at(tiles.len() * LANES + lane);
+    // The last lanes once more, for what the full ones left over.
+    let (tile, first) = (last(row), row.len() - LANES);
+    if let Some(sink) = grad.last_chunk_mut::<LANES>() {
+        for lane in 0..LANES {
+            let mut g = (tile[lane].widen() - max).exp_nonpositive::<I>() * scale;
+            if some {
+                g = g - factor * mass.at(first + lane);
+            }
+            sink[lane] = T::narrow(g);
         }
-        *sink = T::narrow(g);
     }
 }

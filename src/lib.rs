@@ -20,3 +20,5 @@ pub mod weights;
 mod python;
 #[cfg(feature = "python")]
 mod tensor;
+#[cfg(feature = "python")]
+mod xla;

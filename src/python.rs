@@ -241,10 +241,22 @@ where
     }
 }
 
+/// The XLA FFI handler of the fused cross-entropy, in the capsule that `jax.ffi.register_ffi_target` takes.
+#[pyfunction]
+fn xla_handler(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
+    // SAFETY: the interpreter is attached, the address is that of a function, which lives as long as the module's code,
+    // and a capsule without a name is what jax expects.
+    unsafe {
+        let capsule = pyo3::ffi::PyCapsule_New(crate::xla::address().cast_mut(), std::ptr::null(), None);
+        Bound::from_owned_ptr_or_err(py, capsule)
+    }
+}
+
 #[pymodule]
 fn _rgd(module: &Bound<PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(sample_weights, module)?)?;
     module.add_function(wrap_pyfunction!(weighted_sum, module)?)?;
     module.add_function(wrap_pyfunction!(weight_sums, module)?)?;
-    module.add_function(wrap_pyfunction!(cross_entropy, module)?)
+    module.add_function(wrap_pyfunction!(cross_entropy, module)?)?;
+    module.add_function(wrap_pyfunction!(xla_handler, module)?)
 }
