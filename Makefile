@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+BENCH ?= $(wildcard benches/*.py)
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check
@@ -61,9 +62,9 @@ wheel: $(VENV)/.tools | rust ## Build the abi3 wheel into dist/ and try it in a 
 	@$(python) tests/smoke_wheel.py dist/rgd-*.whl
 
 .PHONY: bench
-bench: $(VENV)/.built $(VENV)/.group-demo ## Run the programs in benches/
-	@for program in benches/*.py; do \
-	  printf '\n== %s\n' "$$program"; $(python) "$$program" $(BENCH_ARGS) || exit 1; \
+bench: $(VENV)/.built $(VENV)/.group-test ## Run the programs in benches/, or one: make bench BENCH=benches/...
+	@for program in $(BENCH); do \
+	  printf '\n== %s\n' "$$program"; $(python) "$$program" || exit 1; \
 	done
 
 .PHONY: clean
@@ -99,7 +100,7 @@ $(VENV)/.tools: | $(python)
 # In editable mode: a changed Python file needs no rebuild. A missing extension does, whatever the stamp says.
 $(VENV)/.built: pyproject.toml $(rust_sources) $(if $(extension),,FORCE) | rust $(VENV)/.tools
 	$(say) "building the Rust extension in release mode (a minute or two the first time)"
-	@VIRTUAL_ENV="$(abspath $(VENV))" $(python) -m maturin develop --release --quiet
+	@PIP_QUIET=1 VIRTUAL_ENV="$(abspath $(VENV))" $(python) -m maturin develop --release --quiet
 	@touch $@
 
 $(VENV)/.group-%: pyproject.toml | $(VENV)/.tools
