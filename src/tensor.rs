@@ -232,7 +232,7 @@ impl<'py> Tensor<'py> {
             if stride < 0 {
                 return Err(PyValueError::new_err(format!("{} must not have a negative stride", self.name)));
             }
-            if size > 1 {
+            if size > 1 && !self.shape.contains(&0) {
                 axes.push((stride as usize, size));
             }
         }
