@@ -28,10 +28,26 @@ def check_losses(losses: Any) -> Tensor:
         raise TypeError(f"losses must be float32, float64, float16 or bfloat16, got {losses.dtype}")
     if losses.dim() == 0:
         raise ValueError(
-            "losses has 0 dimensions: it is already reduced to one number, and weighting that re-weights nothing. "
-            'Compute the loss of each sample, with reduction="none"'
+            "losses has 0 dimensions: it is already reduced to one number, and weighting that re-weights "
+            'nothing. Compute the loss of each sample, with reduction="none"'
         )
     return losses
+
+
+def check_where(where: Any, losses: Tensor) -> None:
+    """Refuse what is no mask of the losses."""
+    if where is None:
+        return
+    if not isinstance(where, Tensor) or where.dtype is not torch.bool:
+        got = where.dtype if isinstance(where, Tensor) else type(where).__name__
+        raise TypeError(f"where must be a torch.Tensor of bool, got {got}: compare it, as in where=mask > 0")
+    if where.shape != losses.shape:
+        raise ValueError(
+            f"where must have the shape of the losses, {tuple(losses.shape)}, got {tuple(where.shape)}: "
+            "where.expand_as(losses) repeats it along axes of size 1"
+        )
+    if where.device != losses.device:
+        raise ValueError(f"losses is on {losses.device} and where on {where.device}: move both to one device")
 
 
 def check_label_smoothing(label_smoothing: Any) -> float:
@@ -51,11 +67,12 @@ def check_class_weight(weight: Any) -> None:
         raise TypeError(f"weight must be a torch.Tensor of one weight a class, got {type(weight).__name__}")
     if weight.dim() != 1 or weight.dtype not in FLOATS:
         raise ValueError(
-            f"weight must be a vector of one float a class, got shape {tuple(weight.shape)} and {weight.dtype}"
+            f"weight must be a vector of one float a class, got shape {tuple(weight.shape)} and "
+            f"{weight.dtype}"
         )
 
 
-def check_classification(logits: Any, target: Any, weight: Tensor | None) -> None:
+def check_classification(logits: Any, target: Any, weight: Tensor | None, ignore_index: int = -100) -> None:
     """Refuse logits, target and class weight that do not fit each other."""
     if not isinstance(logits, Tensor) or not isinstance(target, Tensor):
         wrong = "input" if not isinstance(logits, Tensor) else "target"
@@ -71,14 +88,19 @@ def check_classification(logits: Any, target: Any, weight: Tensor | None) -> Non
     if target.is_floating_point():
         if target.shape != shape:
             raise ValueError(
-                f"target has shape {tuple(target.shape)} and {target.dtype}: class probabilities must have the shape of "
-                f"input, {tuple(shape)}; class indices must be integers"
+                f"target has shape {tuple(target.shape)} and {target.dtype}: class probabilities must have "
+                f"the shape of input, {tuple(shape)}; class indices must be integers"
+            )
+        if ignore_index >= 0:
+            raise ValueError(
+                f"ignore_index does not apply to class probabilities, got {ignore_index}: leave it out"
             )
     elif target.dtype in INTEGERS:
         expected = shape[:axis] + shape[axis + 1 :]
         if target.shape != expected:
             raise ValueError(
-                f"target must have shape {tuple(expected)} for input of shape {tuple(shape)}, got {tuple(target.shape)}"
+                f"target must have shape {tuple(expected)} for input of shape {tuple(shape)}, "
+                f"got {tuple(target.shape)}"
             )
     else:
         raise TypeError(

@@ -3,57 +3,98 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from rgd import _rgd
-from rgd.diagnostics import WeightStats, clipping_factor, stats_from_sums
+from rgd.diagnostics import WeightStats, WeightSums, clipping_factor, stats_from_sums
+from rgd.torch._backend import RUST
 from rgd.weightings import Weighting
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Record:
+class Record(NamedTuple):
     """The plain losses of a call and their weights, detached, and what was left out.
 
     Attributes:
         losses: One a target, 0 where the target is ignored.
         weights: One a target, or one a sample of the leading axis; 0 where all is ignored.
-        denominator: What the mean divides by.
+        denominator: What the mean divides by; a tensor where it lies on a device that nobody has waited for.
         target: The class indices, where some may be ignored.
         ignore_index: The class index that counts for nothing.
+        where: Which losses count, where a mask was given.
+        path: "rust" or "composite": what computed it.
     """
 
     losses: Tensor
     weights: Tensor
-    denominator: float
+    denominator: float | Tensor
     target: Tensor | None = None
     ignore_index: int = -100
+    where: Tensor | None = None
+    path: str = RUST
 
     def stats(self, weighting: Weighting) -> WeightStats:
-        """The statistics of the weights, which `weighting` gave."""
+        """The statistics of the weights, which `weighting` gave; waits for the device they lie on."""
         losses, weights, count = self.losses, self.weights, self.losses.numel()
-        counted = None if self.target is None else self.target != self.ignore_index
+        denominator = float(self.denominator)
+        counted = self.where
+        if self.target is not None:
+            counted = self.target != self.ignore_index
         if weights.dim() < losses.dim():
-            kept = torch.ones_like(losses) if counted is None else counted.to(losses.dtype)
+            wide = losses.flatten(1).to(_wide(losses))
+            sums = wide.sum(1)
+            kept = torch.ones_like(losses, dtype=torch.bool) if counted is None else counted
             targets = kept.flatten(1).sum(1)
-            units = losses.flatten(1).sum(1) / targets.clamp(min=1)
-            stats = _stats(units, weights, weighting, int((targets > 0).sum()), self.denominator)
-            sums = losses.flatten(1).double().sum(1)
+            units = sums / targets.clamp(min=1)
+            stats = _stats(units, weights, weighting, int((targets > 0).sum()), denominator)
             return dataclasses.replace(
                 stats,
-                mean_loss=float(sums.sum() / self.denominator),
-                objective=float((sums * weights).sum() / self.denominator),
+                mean_loss=_quotient(sums.sum(), denominator),
+                objective=_quotient((sums * weights).sum(), denominator),
             )
         if counted is not None:
             count = int(counted.sum())
-        return _stats(losses, weights, weighting, count, self.denominator)
+        return _stats(losses, weights, weighting, count, denominator)
+
+
+def _quotient(numerator: Tensor, denominator: float) -> float:
+    return float(
+        numerator.double() / denominator if numerator.device.type != "mps" else numerator / denominator
+    )
 
 
 def _stats(
     losses: Tensor, weights: Tensor, weighting: Weighting, count: int, denominator: float
 ) -> WeightStats:
-    sums = _rgd.weight_sums(
-        losses.contiguous(), weights.contiguous(), clipping_factor(weighting), torch.get_num_threads()
-    )
+    tau = clipping_factor(weighting)
+    if losses.is_cpu and type(losses) is Tensor and type(weights) is Tensor:
+        sums = _rgd.weight_sums(losses.contiguous(), weights.contiguous(), tau, torch.get_num_threads())
+    else:
+        sums = _sums(losses, weights, tau)
     return stats_from_sums(sums, weighting, count=count, denominator=denominator)
+
+
+def _sums(losses: Tensor, weights: Tensor, tau: float) -> WeightSums:
+    """What `_rgd.weight_sums` returns, by torch operations and one wait for the device."""
+    if not losses.numel():
+        return 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0
+    above = (losses > tau).sum()
+    losses, weights = losses.to(_wide(losses)), weights.to(_wide(weights))
+    sums = [
+        losses.sum(),
+        weights.sum(),
+        (weights * losses).sum(),
+        weights.square().sum(),
+        torch.xlogy(weights, weights).sum(),
+        weights.max(),
+        above.to(losses.dtype),
+    ]
+    numbers = cast("list[float]", torch.stack(sums).tolist())  # pyright: ignore[reportUnknownMemberType]
+    loss, weight, weighted_loss, square, entropy, largest, clipped = numbers
+    return losses.numel(), loss, weight, weighted_loss, square, entropy, largest, int(clipped)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.device.type == "mps" else torch.float64

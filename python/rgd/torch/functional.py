@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rgd.torch import _ops
+from rgd.torch import _composite, _ops
+from rgd.torch._backend import must_forget
 from rgd.torch._checks import (
     REDUCTIONS,
     UNITS,
@@ -14,12 +15,19 @@ from rgd.torch._checks import (
     check_classification,
     check_label_smoothing,
     check_losses,
+    check_where,
 )
 from rgd.torch._record import Record
 from rgd.weightings import Weighting, resolve_weighting
 
 
-def sample_weights(losses: Tensor, weighting: Weighting | None = None, *, tau: float | None = None) -> Tensor:
+def sample_weights(
+    losses: Tensor,
+    weighting: Weighting | None = None,
+    *,
+    tau: float | None = None,
+    where: Tensor | None = None,
+) -> Tensor:
     """The weight of each sample, a constant to autograd.
 
     `w_i = exp(scale * min(l_i, tau))` for the default weighting `KL`; see `rgd.KL` and `rgd.KLBall`.
@@ -28,13 +36,16 @@ def sample_weights(losses: Tensor, weighting: Weighting | None = None, *, tau: f
         losses: Losses of any shape with at least one axis; float32, float64, float16 or bfloat16.
         weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
         tau: Short for `weighting=KL(tau)`.
+        where: Mask, bool, of the losses' shape. A loss where it is False, padding for instance, has weight
+            0 and takes no part in the weights of the others, whatever it is.
 
     Returns:
         Weights of the losses' shape, without grad; float64 for float64 losses, else float32.
 
     Raises:
-        TypeError: If `losses` is not a float tensor.
-        ValueError: If `losses` is a scalar, or both `tau` and `weighting` are given.
+        TypeError: If `losses` is not a float tensor, or `where` not a bool tensor.
+        ValueError: If `losses` is a scalar, `where` of another shape or device, or both `tau` and
+            `weighting` are given.
 
     Example:
         >>> import torch
@@ -44,34 +55,36 @@ def sample_weights(losses: Tensor, weighting: Weighting | None = None, *, tau: f
     References:
         Kumar et al., arXiv 2306.09222, Algorithm 1.
     """
-    return _sample_weights(check_losses(losses), resolve_weighting(tau, weighting))
-
-
-def _sample_weights(losses: Tensor, weighting: Weighting) -> Tensor:
-    if not _ops.serves(losses):
-        raise NotImplementedError(
-            f"losses is on {losses.device}; only the CPU is served: call losses.cpu() first"
-        )
-    return _ops.sample_weights(losses, weighting)
+    check_losses(losses)
+    check_where(where, losses)
+    return _ops.sample_weights(losses, resolve_weighting(tau, weighting), where)[0]
 
 
 def reweighted_mean(
-    losses: Tensor, weighting: Weighting | None = None, *, tau: float | None = None
+    losses: Tensor,
+    weighting: Weighting | None = None,
+    *,
+    tau: float | None = None,
+    where: Tensor | None = None,
 ) -> Tensor:
     """The objective of RGD over any losses: `mean(w * losses)`, `w` constant.
 
     Args:
-        losses: Losses of any shape with at least one axis, of samples, tasks, domains or sequences; float32, float64,
-            float16 or bfloat16.
+        losses: Losses of any shape with at least one axis, of samples, tasks, domains or sequences;
+            float32, float64, float16 or bfloat16.
         weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
         tau: Short for `weighting=KL(tau)`.
+        where: Mask, bool, of the losses' shape. Only losses where it is True are weighted and averaged. The
+            others, be they NaN, reach neither the objective nor the gradient, which is 0 there.
 
     Returns:
-        A scalar of the losses' dtype, differentiable with respect to `losses`.
+        A scalar of the losses' dtype, differentiable with respect to `losses`. NaN, as `torch.mean` gives,
+        where there is no loss, or `where` is all False.
 
     Raises:
-        TypeError: If `losses` is not a float tensor.
-        ValueError: If `losses` is a scalar, or both `tau` and `weighting` are given.
+        TypeError: If `losses` is not a float tensor, or `where` not a bool tensor.
+        ValueError: If `losses` is a scalar, `where` of another shape or device, or both `tau` and
+            `weighting` are given.
 
     Example:
         >>> import torch
@@ -79,23 +92,46 @@ def reweighted_mean(
         >>> reweighted_mean(losses, tau=1.0).backward()
         >>> losses.grad
         tensor([0.5000, 0.8244])
+        >>> padded = torch.tensor([0.0, 2.0, torch.nan])
+        >>> reweighted_mean(padded, tau=1.0, where=~padded.isnan())
+        tensor(1.6487)
 
     References:
         Kumar et al., arXiv 2306.09222, Algorithm 1.
     """
-    return weighted(check_losses(losses), resolve_weighting(tau, weighting), "mean", "element")[0]
+    check_losses(losses)
+    check_where(where, losses)
+    return weighted(losses, resolve_weighting(tau, weighting), "mean", "element", where)[0]
 
 
-def weighted(losses: Tensor, weighting: Weighting, reduction: str, per: str) -> tuple[Tensor, Record]:
-    """The reduction of `w * losses`, and the record of the weights."""
+def weighted(
+    losses: Tensor, weighting: Weighting, reduction: str, per: str, where: Tensor | None = None
+) -> tuple[Tensor, Record | None]:
+    """The reduction of `w * losses`, and the record of the weights, if its tensors may outlive the call."""
     wide = losses.to(_ops.accumulator(losses.dtype))
+    if where is not None:
+        wide = wide.masked_fill(~where, 0)
     plain = wide.detach()
-    trailing = plain.dim() - 1
-    units = plain.flatten(1).mean(1) if per == "sample" and trailing else plain
-    weights = _sample_weights(units, weighting)
-    weighted = wide * (weights.view(-1, *[1] * trailing) if per == "sample" else weights)
-    objective = weighted if reduction == "none" else getattr(weighted, reduction)()
-    return objective.to(losses.dtype), Record(plain, weights, plain.numel())
+    of_target = weights = None
+    if per == "sample" and plain.dim() > 1:
+        units, taking_part = _composite.sample_means(plain, where)
+        weights, path = _ops.sample_weights(units, weighting, taking_part)
+        weights = weights.to(plain.dtype)
+        of_target = weights.view(-1, *[1] * (plain.dim() - 1))
+        of_target = of_target if where is None else of_target.masked_fill(~where, 0)
+    else:
+        weights, path = _ops.sample_weights(plain, weighting, where)
+        of_target = weights
+    products = wide * of_target
+    denominator: float | Tensor = plain.numel() if where is None else where.sum(dtype=plain.dtype)
+    if reduction == "mean":
+        objective = products.mean() if where is None else products.sum() / denominator
+    else:
+        objective = products if reduction == "none" else products.sum()
+    record = None
+    if not must_forget():
+        record = Record(plain, weights, denominator, where=where, path=path)
+    return objective.to(losses.dtype), record
 
 
 def cross_entropy(
@@ -112,25 +148,26 @@ def cross_entropy(
 ) -> Tensor:
     """Re-weighted cross-entropy: `F.cross_entropy` with each target's loss `l_i` weighted by its own `w_i`.
 
-    `l_i` is what `F.cross_entropy(..., reduction="none")` gives, class weight and label smoothing included. With
-    `reduction="mean"` the result is `sum_i w_i l_i` over the sum of the class weights of the targets not ignored.
+    `l_i` is what `F.cross_entropy(..., reduction="none")` gives, class weight and label smoothing included.
+    With `reduction="mean"` the result is `sum_i w_i l_i` over the sum of the class weights of the targets
+    not ignored.
 
     Args:
         logits: Shape (C,), (N, C) or (N, C, d1, ..., dk); float32, float64, float16 or bfloat16.
-        target: Class indices (any integer dtype) of the logits' shape without C, or class probabilities of the
-            logits' shape.
+        target: Class indices (any integer dtype) of the logits' shape without C, or class probabilities of
+            the logits' shape.
         weight: Class weights, shape (C,).
         ignore_index: Class index of targets that count for nothing.
         reduction: "none", "mean" or "sum".
         label_smoothing: In [0, 1].
         tau: Short for `weighting=KL(tau)`.
         weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
-        per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the leading
-            axis by their mean loss, ignored ones left out.
+        per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the
+            leading axis by their mean loss, ignored ones left out.
 
     Returns:
-        A scalar, or for `reduction="none"` a tensor of the targets' shape. Its dtype is the logits', and float32 for
-        half precision under autocast, as for `F.cross_entropy`.
+        A scalar, or for `reduction="none"` a tensor of the targets' shape. Its dtype is the logits', and
+        float32 for half precision under autocast, as for `F.cross_entropy`.
 
     Raises:
         IndexError: If a class index is out of range.
@@ -161,17 +198,9 @@ def cross_entropy(
 
 def classify(
     logits: Tensor, target: Tensor, weight: Tensor | None, settings: _ops.CrossEntropySettings
-) -> tuple[Tensor, Record]:
-    """The re-weighted cross-entropy for settings already checked, and the record of its weights."""
-    check_classification(logits, target, weight)
-    if not _ops.serves(logits, target, weight):
-        raise NotImplementedError(
-            f"input is on {logits.device}; only the CPU is served: call input.cpu() first"
-        )
-    if target.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(
-            "class probabilities that require grad are not served: call target.detach() first"
-        )
+) -> tuple[Tensor, Record | None]:
+    """The re-weighted cross-entropy for checked settings, and the record of its weights if it may be kept."""
+    check_classification(logits, target, weight, settings.ignore_index)
     objective, record = _ops.cross_entropy(logits, target, weight, settings)
     if objective.dtype != logits.dtype and not torch.is_autocast_enabled(logits.device.type):
         objective = objective.to(logits.dtype)

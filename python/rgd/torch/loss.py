@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rgd.diagnostics import WeightStats
 from rgd.torch import _ops
-from rgd.torch._record import Record
 from rgd.torch._checks import (
     REDUCTIONS,
     UNITS,
@@ -18,16 +16,20 @@ from rgd.torch._checks import (
     check_class_weight,
     check_label_smoothing,
     check_losses,
+    check_where,
 )
+from rgd.torch._record import Record
 from rgd.torch.functional import classify, weighted
 from rgd.weightings import Weighting, resolve_weighting
 
 
 class RGDLoss(nn.Module):
-    """Cross-entropy, or any per-sample loss, re-weighted towards hard samples: a drop-in for `nn.CrossEntropyLoss`.
+    """Cross-entropy, or any per-sample loss, re-weighted towards hard samples.
 
-    Each sample's loss `l_i` is multiplied by `w_i = exp(min(l_i, tau) / (tau + 1))`, a constant to autograd, and the
-    products are reduced as `nn.CrossEntropyLoss` reduces losses.
+    A drop-in for `nn.CrossEntropyLoss`.
+
+    Each sample's loss `l_i` is multiplied by `w_i = exp(min(l_i, tau) / (tau + 1))`, a constant to
+    autograd, and the products are reduced as `nn.CrossEntropyLoss` reduces losses.
 
     Args:
         weight: Class weights, shape (C,); kept in the state dict, as in `nn.CrossEntropyLoss`.
@@ -35,21 +37,22 @@ class RGDLoss(nn.Module):
         reduction: "none", "mean" or "sum".
         label_smoothing: In [0, 1].
         tau: Short for `weighting=KL(tau)`.
-        weighting: What turns losses into weights, `rgd.KL` or `rgd.KLBall`; `KL(tau=1.0)` if neither it nor `tau` is
-            given.
-        base: The per-sample loss to re-weight instead of cross-entropy: a callable whose result has at least one axis,
-            such as `nn.BCEWithLogitsLoss(reduction="none")`. It takes its own settings, so `weight`, `ignore_index` and
-            `label_smoothing` must be left alone.
-        per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the leading
-            axis (a sequence, an image) by their mean loss.
+        weighting: What turns losses into weights, `rgd.KL` or `rgd.KLBall`; `KL(tau=1.0)` if neither it nor
+            `tau` is given.
+        base: The per-sample loss to re-weight instead of cross-entropy: a callable whose result has at
+            least one axis, such as `nn.BCEWithLogitsLoss(reduction="none")`. It takes its own settings, so
+            `weight`, `ignore_index` and `label_smoothing` must be left alone.
+        per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the
+            leading axis (a sequence, an image) by their mean loss.
 
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If a setting is out of range, or settings exclude each other.
 
     Shape:
-        As `nn.CrossEntropyLoss`: input (C,), (N, C) or (N, C, d1, ..., dk) with class indices (any integer dtype) of the
-        same shape without C, or class probabilities of the same shape. With `base`: whatever it takes.
+        As `nn.CrossEntropyLoss`: input (C,), (N, C) or (N, C, d1, ..., dk) with class indices (any integer
+        dtype) of the same shape without C, or class probabilities of the same shape. With `base`: whatever
+        it takes.
 
     Example:
         >>> import torch
@@ -60,8 +63,8 @@ class RGDLoss(nn.Module):
         8.0
 
     References:
-        Kumar et al., "Stochastic Re-weighted Gradient Descent via Distributionally Robust Optimization", TMLR 2024,
-        arXiv 2306.09222, Algorithm 1.
+        Kumar et al., "Stochastic Re-weighted Gradient Descent via Distributionally Robust Optimization",
+        TMLR 2024, arXiv 2306.09222, Algorithm 1.
     """
 
     weight: Tensor | None
@@ -90,13 +93,14 @@ class RGDLoss(nn.Module):
                 raise TypeError(f"base must be a callable that returns per-sample losses, got {base!r}")
             if weight is not None or ignore_index != -100 or smoothing != 0.0:
                 raise ValueError(
-                    "weight, ignore_index and label_smoothing are settings of the built-in cross-entropy: with base, "
-                    "give them to base itself"
+                    "weight, ignore_index and label_smoothing are settings of the built-in cross-entropy: "
+                    "with base, give them to base itself"
                 )
-            if getattr(base, "reduction", "none") != "none":
+            own_reduction = getattr(base, "reduction", "none")
+            if own_reduction != "none":
                 raise ValueError(
-                    f"base reduces its losses to one number (reduction={getattr(base, 'reduction')!r}), and weighting "  # noqa: B009
-                    f'that re-weights nothing: build it with reduction="none"; RGDLoss(reduction=...) reduces'
+                    f"base reduces its losses to one number (reduction={own_reduction!r}), and weighting "
+                    'that re-weights nothing: build it with reduction="none"; RGDLoss(reduction=...) reduces'
                 )
         self.register_buffer("weight", weight)
         self.base = base
@@ -130,12 +134,19 @@ class RGDLoss(nn.Module):
         """What a weight belongs to."""
         return self._settings.per
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    @property
+    def backend(self) -> str | None:
+        """What computed the last call, "rust" or "composite"; None where `stats` has no call to describe."""
+        return None if self._record is None else self._record.path
+
+    def forward(self, input: Tensor, *args: Any, where: Tensor | None = None, **kwargs: Any) -> Tensor:
         """The re-weighted objective.
 
         Args:
             input: Logits or, with `base`, its first argument.
             *args: The target or, with `base`, its other arguments.
+            where: With `base`, a mask, bool, of the shape of its losses: which of them count, as in
+                `reweighted_mean`. For the built-in cross-entropy, mark targets by `ignore_index` instead.
             **kwargs: `target=`, or keyword arguments of `base`.
 
         Returns:
@@ -144,13 +155,19 @@ class RGDLoss(nn.Module):
         Raises:
             IndexError: If a class index is out of range.
             TypeError: If a tensor's dtype does not fit.
-            ValueError: If a shape does not fit, or `base` returns a scalar.
+            ValueError: If a shape does not fit, `base` returns a scalar, or `where` is given without `base`.
         """
-        if self.base is not None:
-            losses = check_losses(self.base(input, *args, **kwargs))
-            objective, self._record = weighted(losses, self.weighting, self.reduction, self.per)
-            return objective
-        return self._classify(input, *args, **kwargs)
+        if self.base is None:
+            if where is not None:
+                raise ValueError(
+                    "where goes with base: the built-in cross-entropy leaves out the targets that equal "
+                    f"ignore_index, as in target.masked_fill(~where, {self.ignore_index})"
+                )
+            return self._classify(input, *args, **kwargs)
+        losses = check_losses(self.base(input, *args, **kwargs))
+        check_where(where, losses)
+        objective, self._record = weighted(losses, self.weighting, self.reduction, self.per, where)
+        return objective
 
     def _classify(self, input: Tensor, target: Tensor) -> Tensor:
         objective, self._record = classify(input, target, self.weight, self._settings)
@@ -160,15 +177,19 @@ class RGDLoss(nn.Module):
         """What the weights of the last call were like; computed now, from what that call left behind.
 
         Returns:
-            The plain (ERM) mean loss, the re-weighted objective's mean, the effective sample size, the KL divergence of the
-            weights from uniform, the largest weight and the share of clipped losses, over targets (with
-            `per="sample"`, over samples) not ignored.
+            The plain (ERM) mean loss, the re-weighted objective's mean, the effective sample size, the KL
+            divergence of the weights from uniform, the largest weight and the share of clipped losses, over
+            targets (with `per="sample"`, over samples) not ignored.
 
         Raises:
-            RuntimeError: If the loss has not been called yet.
+            RuntimeError: If the loss has not been called yet, or its last call was under a `torch.func`
+                transform.
         """
         if self._record is None:
-            raise RuntimeError("stats() describes the last call of the loss, and there has been none yet")
+            raise RuntimeError(
+                "stats() describes the last call of the loss, and there has been none yet; calls under "
+                "torch.func transforms and torch.export leave nothing behind to describe"
+            )
         return self._record.stats(self.weighting)
 
     def extra_repr(self) -> str:
