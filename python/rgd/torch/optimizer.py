@@ -208,8 +208,9 @@ class RGD(torch.optim.Optimizer):
         """Refuse a step that would be lost. Parameters of no elements, as a shard may hold, prove nothing."""
         if not self._awaits_gradient:
             return
-        parameters = [p for group in self.param_groups for p in group["params"] if p.numel()]
-        if parameters and all(p.grad is None for p in parameters):
+        parameters = (p for group in self.param_groups for p in group["params"] if p.numel())
+        first = next(parameters, None)
+        if first is not None and first.grad is None and all(p.grad is None for p in parameters):
             raise RuntimeError(
                 "no parameter of this optimizer has a gradient, so the step would be lost: call "
                 "optimizer.backward(losses), or backward() on optimizer.objective(losses), after "

@@ -1,0 +1,1 @@
+"""RGD where people train: one module a trainer, each imported only by who asks for it."""

@@ -1,0 +1,145 @@
+"""Lightning: `RGDLoss` in a module, `RGD` in manual optimization, and the `RGDStats` callback."""
+
+import logging
+import warnings
+
+import pytest
+import torch
+from rgd.torch import RGD, RGDLoss
+from torch import nn
+from torch.nn import functional as F
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # its dependencies warn at import
+    pl = pytest.importorskip("lightning.pytorch")
+
+from rgd.integrations.lightning import RGDStats
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+NAMES = ("mean_loss", "objective", "effective_sample_size", "kl_to_uniform", "max_weight", "clipped_share")
+
+
+class Recorder(pl.loggers.logger.DummyLogger):
+    """A logger that keeps what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, dict(metrics)))
+
+
+class Classifier(pl.LightningModule):
+    def __init__(self, **criteria):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.Linear(5, 3)
+        self.criteria = nn.ModuleDict(criteria)
+        self.plain = []
+
+    def training_step(self, batch, _):
+        inputs, target = batch
+        logits = self.model(inputs)
+        self.plain.append(F.cross_entropy(logits.detach(), target).item())
+        return sum(criterion(logits, target) for criterion in self.criteria.values())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def loader(batches=6, size=8):
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(batches * size, 5, generator=generator)
+    target = torch.randint(3, (batches * size,), generator=generator)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, target), batch_size=size)
+
+
+def fit(module, *callbacks, logger=False, **settings):
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        logger=logger,
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"log_every_n_steps": 2, **settings},
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the loader has few workers
+        trainer.fit(module, loader())
+
+
+def test_the_callback_logs_the_statistics_of_the_logged_steps():
+    module, logger = Classifier(ce=RGDLoss()), Recorder()
+    fit(module, RGDStats(), logger=logger)
+    rows = [row for _, row in logger.rows if "rgd/mean_loss" in row]
+    assert len(rows) == 3
+    assert all(set(row) >= {f"rgd/{name}" for name in NAMES} for row in rows)
+    for row, plain in zip(rows, module.plain[1::2], strict=True):
+        assert row["rgd/mean_loss"] == pytest.approx(plain, rel=1e-6)
+        assert 1 <= row["rgd/effective_sample_size"] <= 8
+        assert row["rgd/objective"] > row["rgd/mean_loss"]
+
+
+def test_statistics_are_computed_at_logged_steps_alone(monkeypatch):
+    calls = []
+    stats = RGDLoss.stats
+    monkeypatch.setattr(RGDLoss, "stats", lambda self: calls.append(1) or stats(self))
+    fit(Classifier(ce=RGDLoss()), RGDStats(), logger=Recorder(), log_every_n_steps=3)
+    assert len(calls) == 2
+
+
+def test_several_losses_are_logged_by_their_names():
+    logger = Recorder()
+    fit(Classifier(head=RGDLoss(), tail=RGDLoss(tau=2.0)), RGDStats(prefix="weights"), logger=logger)
+    names = set().union(*(row for _, row in logger.rows))
+    assert {"weights/criteria.head/mean_loss", "weights/criteria.tail/mean_loss"} <= names
+
+
+def test_a_module_without_rgd_loss_is_refused_with_a_hint():
+    with pytest.raises(ValueError, match=r"Classifier has no RGDLoss.*self\.criterion = RGDLoss\(\)"):
+        fit(Classifier(ce=nn.CrossEntropyLoss()), RGDStats())
+
+
+def test_a_loss_that_was_not_called_is_left_out():
+    module = Classifier(ce=RGDLoss())
+    module.unused = RGDLoss()
+    logger = Recorder()
+    fit(module, RGDStats(), logger=logger)
+    names = set().union(*(row for _, row in logger.rows))
+    assert "rgd/criteria.ce/mean_loss" in names
+    assert not any("unused" in name for name in names)
+
+
+def test_the_wrapper_trains_in_manual_optimization():
+    class Manual(Classifier):
+        automatic_optimization = False
+
+        def training_step(self, batch, _):
+            inputs, target = batch
+            optimizer = self.optimizers().optimizer
+            optimizer.zero_grad()
+            optimizer.backward(F.cross_entropy(self.model(inputs), target, reduction="none"))
+            optimizer.step()
+
+        def configure_optimizers(self):
+            return RGD(super().configure_optimizers())
+
+    module, twin = Manual(), Classifier(ce=RGDLoss())
+    fit(module)
+    fit(twin)
+    for p, q in zip(module.model.parameters(), twin.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
+def test_the_wrapper_refuses_automatic_optimization_with_a_hint():
+    class Wrong(Classifier):
+        def configure_optimizers(self):
+            return RGD(super().configure_optimizers())
+
+    with pytest.raises(ValueError, match="automatic optimization"):
+        fit(Wrong(ce=RGDLoss()))
