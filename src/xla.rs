@@ -18,7 +18,7 @@ use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2};
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::mem::{offset_of, size_of};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::ptr::{null, null_mut};
+use std::ptr::null_mut;
 
 #[repr(C)]
 struct Extension {
@@ -193,7 +193,9 @@ unsafe fn error(api: *const Api, message: &str, code: c_int) -> *mut XlaError {
         code,
     };
     // SAFETY: the table is XLA's, or null; XLA copies the message before it returns.
-    unsafe { api.as_ref().and_then(|api| api.error_create).map_or(null_mut(), |create| create(&raw mut args)) }
+    unsafe {
+        api.as_ref().and_then(|api| api.error_create).map_or(null_mut(), |create| create(&raw mut args))
+    }
 }
 
 /// A buffer's dtype, dimensions and address.
@@ -230,7 +232,10 @@ impl Memory<'_> {
 
 unsafe fn run(frame: &CallFrame) -> Result<(), String> {
     if frame.args.size != 3 || frame.rets.size != 3 {
-        return Err(format!("expected 3 operands and 3 results, got {} and {}", frame.args.size, frame.rets.size));
+        return Err(format!(
+            "expected 3 operands and 3 results, got {} and {}",
+            frame.args.size, frame.rets.size
+        ));
     }
     // SAFETY: there are three buffers each.
     let [logits, labels, settings] = unsafe { [0, 1, 2].map(|i| Memory::of(&frame.args, i)) };
@@ -285,7 +290,8 @@ unsafe fn fill<T: Element>((logits, labels, settings, outputs, classes): Call) -
     while start < rows {
         let own = &settings[4 * start..4 * start + 4];
         let same = |row: usize| settings[4 * row..4 * row + 4] == *own;
-        let end = (start + 1..rows.min(start + block)).find(|&row| !same(row)).unwrap_or(rows.min(start + block));
+        let end =
+            (start + 1..rows.min(start + block)).find(|&row| !same(row)).unwrap_or(rows.min(start + block));
         let count = end - start;
         let outside = |&label: &i32| label != IGNORED && !(0..classes as i64).contains(&i64::from(label));
         clean.clear();
@@ -345,6 +351,7 @@ pub(crate) fn address() -> *const c_void {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::ptr::null;
 
     #[test]
     fn the_metadata_query_is_answered_without_an_api_and_within_its_size() {
@@ -357,7 +364,8 @@ mod tests {
             base: Extension { struct_size: 32, kind: METADATA, next: null_mut() },
             metadata: &raw mut metadata,
         };
-        let none = || Buffers { struct_size: 40, extensions: null_mut(), size: 0, kinds: null(), data: null() };
+        let none =
+            || Buffers { struct_size: 40, extensions: null_mut(), size: 0, kinds: null(), data: null() };
         let mut frame = CallFrame {
             struct_size: size_of::<CallFrame>(),
             extensions: (&raw mut extension).cast(),

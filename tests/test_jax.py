@@ -1,8 +1,8 @@
 """The JAX front against the float64 reference, under JAX's transformations, and with bad input.
 
-Sizes are small and uneven (7 rows, 5 classes), so that no axis can stand in for another. A tolerance is the
-dtype's eps times the number of roundings on the longest path: the sums over a row and over the batch, and a few for
-exp and log.
+Sizes are small and uneven (7 rows, 5 classes), so that no axis can stand in for another. A tolerance is
+the dtype's eps times the number of roundings on the longest path: the sums over a row and over the batch, and
+a few for exp and log.
 """
 
 import math

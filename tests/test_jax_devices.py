@@ -66,16 +66,24 @@ for weighting in weightings:
 big = jnp.asarray(rng.standard_normal((32, 2048)), jnp.float32)
 big_labels = jnp.asarray(rng.integers(0, 2048, 32))
 rows = NamedSharding(mesh, P("data"))
-step = jax.jit(jax.value_and_grad(rj.cross_entropy))
-args = jax.device_put(big, rows), jax.device_put(big_labels, rows)
-compiled = step.lower(*args).compile()
-text = compiled.as_text()
-assert "all-gather" not in text and "all-to-all" not in text, text
-value, gradient = compiled(*args)
-assert gradient.sharding.is_equivalent_to(rows, 2), gradient.sharding
-expected = step(big, big_labels)
-close(value, expected[0])
-close(gradient, expected[1])
+for implementation in (None, "rust"):
+    step = jax.jit(jax.value_and_grad(rj.cross_entropy))
+    args = jax.device_put(big, rows), jax.device_put(big_labels, rows)
+    compiled = step.lower(*args).compile()
+    text = compiled.as_text()
+    assert "all-gather" not in text and "all-to-all" not in text, text
+    value, gradient = compiled(*args)
+    assert gradient.sharding.is_equivalent_to(rows, 2), gradient.sharding
+    expected = step(big, big_labels)
+    close(value, expected[0])
+    close(gradient, expected[1])
+    # Inside shard_map too, with the objective of the whole batch.
+    def whole(z, y):
+        return jax.value_and_grad(
+            lambda z: rj.cross_entropy(z, y, axis_name="data", implementation=implementation))(z)
+    inside = jax.shard_map(whole, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=(P(), P("data")))
+    close(jax.jit(inside)(*args)[0], expected[0])
+    close(jax.jit(inside)(*args)[1], expected[1])
 print("equal")
 """
 

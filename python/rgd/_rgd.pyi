@@ -64,3 +64,12 @@ def cross_entropy(
         IndexError: If a target is out of range; names the class and its position. The outputs are then unspecified.
         TypeError, ValueError: If shapes, dtypes or devices do not fit.
     """
+
+def xla_handler() -> object:
+    """The XLA FFI handler of the fused cross-entropy for the CPU, as a capsule for `jax.ffi.register_ffi_target`.
+
+    Its operands are logits (..., C), labels (...), int32, -1 for one that counts for nothing, and settings (..., 4): tau,
+    scale, norm and label smoothing of each row. Its results are losses (...) and weights (...), in the settings' dtype
+    (float64 for float64 logits, else float32), and the gradient of `norm * w * l`, of the logits' shape and dtype. A label
+    out of range makes its row of every result NaN.
+    """

@@ -13,7 +13,8 @@ and that of class probabilities `t` is `l = -sum_k c_k * ((1 - e) * t_k + e / C)
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias
+import os
+from typing import Literal, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.core
@@ -22,11 +23,13 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from rgd.jax._weights import AxisName, Batch, as_mask, check_bound, psum, resolve, weights_of
-from rgd.weightings import Weighting
+from rgd.jax import _fused
+from rgd.jax._weights import AxisName, Batch, as_mask, check_bound, psum, resolve, setting, weights_of
+from rgd.weightings import KL, Weighting
 
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
 Per: TypeAlias = Literal["element", "sample"]
+Implementation: TypeAlias = Literal["jnp", "rust"]
 
 
 def cross_entropy(
@@ -43,6 +46,7 @@ def cross_entropy(
     where: ArrayLike | None = None,
     axis: int = -1,
     axis_name: AxisName = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """The re-weighted cross-entropy of logits, reduced as `torch.nn.CrossEntropyLoss` reduces.
 
@@ -69,6 +73,14 @@ def cross_entropy(
         axis_name: Name or names of mapped axes (`jax.shard_map`, `jax.pmap`, `jax.vmap`) over which the batch
             is spread. "mean" and "sum", and weights that are normalised or from a ball, are then those of the
             whole batch.
+
+        implementation: "jnp" is plain `jax.numpy`. "rust" takes loss and gradient from a Rust kernel in one
+            pass over the logits, in place where they are donated or not needed again; on a platform other than
+            the CPU the same function in `jax.numpy` takes its place. It serves pointwise `KL`, class indices
+            without class weights, "mean" and "sum", `per="element"` and the class axis last. It cannot be
+            exported by `jax.export`, and where logits are sharded it must be called inside `jax.shard_map`.
+            By default the kernel is taken on one CPU device of few cores, where it serves and the logits are
+            large enough for it to be faster.
 
     Returns:
         The objective, float64 for float64 logits, else float32: shape () or, for "none", the logits' shape
@@ -103,9 +115,18 @@ def cross_entropy(
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     if per not in ("element", "sample"):
         raise ValueError(f"per must be 'element' or 'sample', got {per!r}")
+    if implementation not in (None, "jnp", "rust"):
+        raise ValueError(f"implementation must be 'jnp', 'rust' or None, got {implementation!r}")
     chosen = resolve(tau, weighting)
     check_bound(axis_name)
     problem = as_problem(logits, labels, weight, where, ignore_index, label_smoothing, axis)
+    refusal = _no_kernel(problem, chosen, reduction, per, axis)
+    if implementation == "rust" and refusal:
+        raise ValueError(f"implementation='rust' cannot serve {refusal}: leave implementation out")
+    if implementation == "rust" or (
+        implementation is None and not refusal and _kernel_is_faster(problem.logits)
+    ):
+        return _rust(problem, cast("KL", chosen), reduction, axis_name)
     losses = losses_of(problem)
     weighted = _target_weights(problem, losses, chosen, per, axis_name) * losses
     if reduction == "none":
@@ -241,6 +262,55 @@ def denominator_of(problem: Problem) -> jax.Array:
     if problem.counted is None:
         return jnp.full((), np.prod(problem.logits.shape[:-1]), dtype)
     return jnp.sum(problem.counted, dtype=dtype)
+
+
+def _no_kernel(problem: Problem, weighting: Weighting, reduction: Reduction, per: Per, axis: int) -> str:
+    """What of a call the kernel does not serve; empty if nothing."""
+    if not isinstance(weighting, KL) or weighting.normalize:
+        return f"{weighting}, whose weights depend on the whole batch"
+    if not problem.has_indices:
+        return "class probabilities"
+    if problem.class_weight is not None:
+        return "class weights"
+    if reduction == "none" or per == "sample":
+        return f"reduction={reduction!r} with per={per!r}"
+    if axis not in (-1, problem.logits.ndim - 1):
+        return f"axis={axis}, which is not the last"
+    if problem.logits.dtype not in _KERNEL_DTYPES:
+        return f"logits of dtype {problem.logits.dtype}"
+    return ""
+
+
+_KERNEL_DTYPES = (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16)
+
+
+def _kernel_is_faster(logits: jax.Array) -> bool:
+    """Whether `benches/jax_cross_entropy.py` shows the kernel ahead for logits of this size, here.
+
+    The kernel has one thread where jnp has all: it was measured on few cores, and is taken on few. XLA cannot split
+    a custom call over devices: where there are more than one, sharded logits would be gathered.
+    """
+    here = jax.default_backend() == "cpu" and (os.cpu_count() or 1) <= 4 and jax.device_count() == 1
+    return here and logits.shape[-1] >= 512 and logits.size >= 1 << 16
+
+
+def _rust(problem: Problem, weighting: KL, reduction: Reduction, axis_name: AxisName) -> jax.Array:
+    dtype = jnp.promote_types(problem.logits.dtype, jnp.float32)
+    labels = problem.labels.astype(jnp.int32)
+    if problem.counted is not None:
+        labels = jnp.where(problem.counted, labels, _fused.IGNORED)
+    if problem.out_of_range is not None:
+        labels = jnp.where(problem.out_of_range, _fused.OUT_OF_RANGE, labels)
+    norm = 1 if reduction == "sum" else 1 / psum(denominator_of(problem), axis_name)
+    total = _fused.weighted_sum(
+        problem.logits,
+        labels,
+        tau=setting("KL.tau", weighting.tau, dtype),
+        scale=setting("KL.scale", weighting.effective_scale, dtype),
+        norm=norm,
+        smoothing=problem.smoothing,
+    )
+    return psum(total, axis_name)
 
 
 def _target_weights(
