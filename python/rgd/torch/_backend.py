@@ -97,6 +97,11 @@ def must_forget() -> bool:
     return _transforms_active() or (torch.compiler.is_compiling() and is_exporting())
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device; never for one that knows no autocast, as "meta"."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def rust_serves(a: Tensor, b: Tensor | None = None, c: Tensor | None = None) -> bool:
     """Whether the Rust kernels compute a call on these tensors; where not, torch operations do.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rgd.torch import _composite, _ops
-from rgd.torch._backend import must_forget
+from rgd.torch._backend import autocasts, must_forget
 from rgd.torch._checks import (
     REDUCTIONS,
     UNITS,
@@ -202,6 +202,6 @@ def classify(
     """The re-weighted cross-entropy for checked settings, and the record of its weights if it may be kept."""
     check_classification(logits, target, weight, settings.ignore_index)
     objective, record = _ops.cross_entropy(logits, target, weight, settings)
-    if objective.dtype != logits.dtype and not torch.is_autocast_enabled(logits.device.type):
+    if objective.dtype != logits.dtype and not autocasts(logits.device.type):
         objective = objective.to(logits.dtype)
     return objective, record
