@@ -252,7 +252,10 @@ pub fn cross_entropy<T: Element>(
         }
         Reduction::Mean | Reduction::Sum | Reduction::Times(_) => {
             let sum = if unit == 1 {
-                reduce::weighted_sum(losses, weights, settings.threads)
+                {
+                    let vector = |x| Losses::new(ArrayView1::from(x).into_dyn());
+                    reduce::weighted_sum(&vector(&*losses), &vector(&*weights), settings.threads)
+                }
             } else {
                 let sample = |l: &[T::Real]| l.iter().map(|l| l.to_f64()).sum::<f64>();
                 losses.chunks(unit.max(1)).zip(&*weights).map(|(l, w)| sample(l) * w.to_f64()).sum()
@@ -1091,6 +1094,211 @@ fn row_gradient<T: Element, I: Isa>(
                 g = g - factor * mass.at(first + lane);
             }
             sink[lane] = T::narrow(g);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::{bf16, f16};
+    use ndarray::{Array, ArrayD, IxDyn, ShapeBuilder};
+    use proptest::prelude::*;
+
+    const KL: Weighting = Weighting::Kl(Kl { tau: 1.0, scale: 0.5, normalize: false });
+    const SETTINGS: Settings = Settings {
+        weighting: KL,
+        ignore_index: -100,
+        label_smoothing: 0.0,
+        per_sample: false,
+        reduction: Reduction::Mean,
+        threads: 1,
+    };
+
+    struct Result<T: Element> {
+        losses: Vec<T::Real>,
+        weights: Vec<T::Real>,
+        objective: Vec<T::Real>,
+        grad: ArrayD<T>,
+        totals: Totals,
+    }
+
+    fn run<T: Element>(
+        logits: ArrayViewD<T>,
+        target: &Target<T>,
+        class_weight: Option<&[T::Real]>,
+        settings: &Settings,
+    ) -> std::result::Result<Result<T>, Error> {
+        let targets = logits.len() / logits.len_of(Axis(usize::from(logits.ndim() > 1)));
+        let units = if settings.per_sample { logits.shape()[0] } else { targets };
+        let zero = T::Real::default();
+        let values = if settings.reduction == Reduction::None { targets } else { 1 };
+        let (mut losses, mut weights, mut objective) =
+            (vec![zero; targets], vec![zero; units], vec![zero; values]);
+        let mut grad = logits.to_owned();
+        let out = Outputs {
+            losses: &mut losses,
+            weights: &mut weights,
+            objective: &mut objective,
+            grad: Some(grad.view_mut()),
+        };
+        let totals = cross_entropy(logits, target, class_weight, settings, out)?;
+        Ok(Result { losses, weights, objective, grad, totals })
+    }
+
+    /// Rows of logits and of target mass, to losses and the gradient of `sum_i factor_i l_i`.
+    fn by_hand(logits: &[Vec<f64>], mass: &[Vec<f64>], factor: impl Fn(f64) -> f64) -> (Vec<f64>, Vec<f64>) {
+        let (mut losses, mut grad) = (Vec::new(), Vec::new());
+        for (x, t) in logits.iter().zip(mass) {
+            let max = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let sum: f64 = x.iter().map(|x| (x - max).exp()).sum();
+            let loss: f64 = x.iter().zip(t).map(|(x, t)| t * (max + sum.ln() - x)).sum();
+            let total: f64 = t.iter().sum();
+            grad.extend(x.iter().zip(t).map(|(x, t)| factor(loss) * (total * (x - max).exp() / sum - t)));
+            losses.push(loss);
+        }
+        (losses, grad)
+    }
+
+    fn noise(n: usize, seed: u64) -> impl Iterator<Item = f64> {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        (0..n).map(move |_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 11) as f64 / (1u64 << 53) as f64
+        })
+    }
+
+    fn check<T: Element>(
+        n: usize,
+        classes: usize,
+        smoothing: f64,
+        weighted: bool,
+        soft: bool,
+        seed: u64,
+        eps: f64,
+    ) {
+        let narrow = |x: f64| T::narrow(T::Real::from_f64(x));
+        let logits: Vec<T> = noise(n * classes, seed).map(|x| narrow(16.0 * x - 8.0)).collect();
+        let labels: Vec<i64> = noise(n, seed + 1).map(|x| (x * classes as f64) as i64).collect();
+        let c: Vec<T::Real> = noise(classes, seed + 2).map(|x| T::Real::from_f64(0.1 + x)).collect();
+        let p: Vec<T> = noise(n * classes, seed + 3).map(|x| narrow(x / classes as f64)).collect();
+        let shape = IxDyn(&[n, classes]);
+        let logits = ArrayD::from_shape_vec(shape.clone(), logits).unwrap();
+        let labels_view = ArrayD::from_shape_vec(IxDyn(&[n]), labels.clone()).unwrap();
+        let p = ArrayD::from_shape_vec(shape, p).unwrap();
+        let target = if soft { Target::Probabilities(p.view()) } else { Target::Int64(labels_view.view()) };
+        let settings = Settings { label_smoothing: smoothing, reduction: Reduction::Sum, ..SETTINGS };
+        let result = run(logits.view(), &target, weighted.then_some(&c[..]), &settings).unwrap();
+
+        let class_weight = |k: usize| if weighted { c[k].to_f64() } else { 1.0 };
+        let rows = |a: &ArrayD<T>| -> Vec<Vec<f64>> {
+            a.rows().into_iter().map(|r| r.iter().map(|x| x.widen().to_f64()).collect()).collect()
+        };
+        let mass: Vec<Vec<f64>> = rows(&p)
+            .iter()
+            .zip(&labels)
+            .map(|(p, &y)| {
+                let hard = |k: usize| if soft { p[k] } else { f64::from(u8::from(k as i64 == y)) };
+                let spread = smoothing / classes as f64;
+                (0..classes).map(|k| class_weight(k) * ((1.0 - smoothing) * hard(k) + spread)).collect()
+            })
+            .collect();
+        let (losses, grad) = by_hand(&rows(&logits), &mass, |l| (0.5 * l.min(1.0)).exp());
+        // Sums of `classes` terms in the accumulator, each rounded once; the gradient is rounded to the logits' type.
+        let sum_eps = if size_of::<T::Real>() == 8 { f64::EPSILON } else { f64::from(f32::EPSILON) };
+        let tolerance = sum_eps * (16.0 + classes as f64);
+        for (a, e) in result.losses.iter().zip(&losses) {
+            assert!((a.to_f64() - e).abs() <= tolerance * (8.0 + e.abs()), "loss {} {e}", a.to_f64());
+        }
+        for (a, e) in result.grad.iter().zip(&grad) {
+            let error = (a.widen().to_f64() - e).abs();
+            assert!(
+                error <= tolerance * 2.0 + eps * e.abs() + eps * 1e-4,
+                "gradient {} {e}",
+                a.widen().to_f64()
+            );
+        }
+        let objective: f64 = losses.iter().map(|&l| l * (0.5 * l.min(1.0)).exp()).sum();
+        assert!((result.objective[0].to_f64() - objective).abs() <= tolerance * 16.0 * n as f64);
+        assert_eq!(result.totals.counted, n);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+        #[test]
+        fn losses_objective_and_gradient_follow_the_equations(
+            n in 1usize..150, classes in prop::sample::select(vec![1, 2, 5, 16, 47, 48, 49, 63, 64, 65, 130]),
+            smoothing in prop::sample::select(vec![0.0, 0.2, 1.0]), weighted: bool, soft: bool, seed in 0u64..1000
+        ) {
+            check::<f64>(n, classes, smoothing, weighted, soft, seed, 0.0);
+            check::<f32>(n, classes, smoothing, weighted, soft, seed, 1e-6);
+            check::<bf16>(n, classes, smoothing, weighted, soft, seed, 1.0 / 128.0);
+            check::<f16>(n, classes, smoothing, weighted, soft, seed, 1.0 / 1024.0);
+        }
+
+        #[test]
+        fn any_layout_gives_the_same_losses(seed in 0u64..1000, classes in prop::sample::select(vec![3, 48, 60])) {
+            let shape = [4, classes, 3, 5];
+            let logits = Array::from_shape_vec(IxDyn(&shape), noise(4 * classes * 15, seed).collect()).unwrap();
+            let labels = Array::from_shape_fn(IxDyn(&[4, 3, 5]), |i| ((i[0] + i[1] * 7 + i[2]) % classes) as i32);
+            let target = Target::Int32(labels.view());
+            let plain = run(logits.view(), &target, None, &SETTINGS).unwrap();
+            let mut classes_last = ArrayD::zeros(IxDyn(&shape).f());
+            classes_last.assign(&logits);
+            for mut view in [classes_last.view(), logits.view()] {
+                view.invert_axis(Axis(0));
+                let mut flipped = labels.view();
+                flipped.invert_axis(Axis(0));
+                let other = run(view, &Target::Int32(flipped), None, &SETTINGS).unwrap();
+                for i in 0..60 {
+                    let (a, b) = (plain.losses[i], other.losses[(3 - i / 15) * 15 + i % 15]);
+                    prop_assert!((a - b).abs() < 1e-13);
+                }
+                prop_assert!((plain.objective[0] - other.objective[0]).abs() < 1e-13);
+                prop_assert!((plain.weights[0] - other.weights[45]).abs() < 1e-13);
+            }
+        }
+    }
+
+    #[test]
+    fn threads_do_not_change_a_bit() {
+        for shape in [[3000, 10], [700, 200]] {
+            let logits: Vec<f32> = noise(shape[0] * shape[1], 5).map(|x| x as f32).collect();
+            let logits = ArrayD::from_shape_vec(IxDyn(&shape), logits).unwrap();
+            let labels = Array::from_shape_fn(IxDyn(&shape[..1]), |i| (i[0] % shape[1]) as i64);
+            let [one, three] = [1, 3].map(|threads| {
+                let settings = Settings { threads, ..SETTINGS };
+                run(logits.view(), &Target::Int64(labels.view()), None, &settings).unwrap()
+            });
+            assert_eq!(one.grad, three.grad);
+            assert_eq!(one.objective[0].to_bits(), three.objective[0].to_bits());
+        }
+    }
+
+    #[test]
+    fn a_label_out_of_range_is_refused_before_anything_is_written() {
+        let logits = ArrayD::<f32>::zeros(IxDyn(&[2, 3, 2]));
+        let mut labels = ArrayD::<i64>::zeros(IxDyn(&[2, 2]));
+        labels[[1, 0]] = 3;
+        let mut losses = [7.0; 4];
+        let out = Outputs { losses: &mut losses, weights: &mut [7.0; 4], objective: &mut [7.0], grad: None };
+        let error =
+            cross_entropy(logits.view(), &Target::Int64(labels.view()), None, &SETTINGS, out).unwrap_err();
+        assert_eq!(error, Error::OutOfRange { index: 3, position: vec![1, 0], classes: 3 });
+        assert_eq!(losses, [7.0; 4]);
+    }
+
+    #[test]
+    fn ignored_targets_weigh_nothing_and_get_no_gradient() {
+        let logits = ArrayD::from_shape_vec(IxDyn(&[2, 3]), vec![1.0, 2.0, 3.0, 1.0, 2.0, 3.0]).unwrap();
+        let labels = ArrayD::from_shape_vec(IxDyn(&[2]), vec![-100i64, 0]).unwrap();
+        for weighting in [KL, Weighting::KlBall { radius: 0.1 }] {
+            let settings = Settings { weighting, ..SETTINGS };
+            let result = run::<f64>(logits.view(), &Target::Int64(labels.view()), None, &settings).unwrap();
+            assert_eq!(result.weights[0], 0.0);
+            assert_eq!(result.grad.as_slice().unwrap()[..3], [0.0; 3]);
+            assert!((result.objective[0] - result.weights[1] * result.losses[1]).abs() < 1e-15);
+            assert_eq!(result.totals, Totals { denominator: 1.0, counted: 1 });
         }
     }
 }

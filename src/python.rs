@@ -99,39 +99,14 @@ fn sample_weights(
     })
 }
 
-/// Evaluates `$body` with contiguous float32 or float64 slices of two tensors of one shape.
-macro_rules! for_pair {
-    ($names:expr, $a:ident, $b:ident => $body:expr) => {{
-        same_shape($names, &$a, &$b)?;
-        match ($a.dtype(), $b.dtype()) {
-            (Dtype::F32, Dtype::F32) => {
-                let ($a, $b) = ($a.slice::<f32>()?, $b.slice::<f32>()?);
-                $body
-            }
-            (Dtype::F64, Dtype::F64) => {
-                let ($a, $b) = ($a.slice::<f64>()?, $b.slice::<f64>()?);
-                $body
-            }
-            (Dtype::F32, Dtype::F64) => {
-                let ($a, $b) = ($a.slice::<f32>()?, $b.slice::<f64>()?);
-                $body
-            }
-            (Dtype::F64, Dtype::F32) => {
-                let ($a, $b) = ($a.slice::<f64>()?, $b.slice::<f32>()?);
-                $body
-            }
-            (a, b) => Err(PyTypeError::new_err(format!(
-                "{} and {} must be float32 or float64, got {a:?} and {b:?}",
-                $names[0], $names[1]
-            ))),
-        }
-    }};
-}
-
 #[pyfunction]
 fn weighted_sum(py: Python, values: &Bound<PyAny>, weights: &Bound<PyAny>, threads: usize) -> PyResult<f64> {
     let (values, weights) = (Tensor::import("values", values)?, Tensor::import("weights", weights)?);
-    for_pair!(["values", "weights"], values, weights => released(py, || reduce::weighted_sum(values, weights, threads)))
+    same_shape(["values", "weights"], &values, &weights)?;
+    for_float!(values.dtype(), "values", V => for_float!(weights.dtype(), "weights", W => {
+        let (values, weights) = (Losses::new(values.view::<V>()?), Losses::new(weights.view::<W>()?));
+        released(py, || reduce::weighted_sum(&values, &weights, threads))
+    }))
 }
 
 type Sums = (usize, f64, f64, f64, f64, f64, f64, usize);
@@ -145,10 +120,12 @@ fn weight_sums(
     threads: usize,
 ) -> PyResult<Sums> {
     let (losses, weights) = (Tensor::import("losses", losses)?, Tensor::import("weights", weights)?);
-    for_pair!(["losses", "weights"], losses, weights => {
-        let s = released(py, || reduce::sums(losses, weights, tau, threads))?;
+    same_shape(["losses", "weights"], &losses, &weights)?;
+    for_float!(losses.dtype(), "losses", V => for_float!(weights.dtype(), "weights", W => {
+        let (losses, weights) = (Losses::new(losses.view::<V>()?), Losses::new(weights.view::<W>()?));
+        let s = released(py, || reduce::sums(&losses, &weights, tau, threads))?;
         Ok((losses.len(), s.losses, s.weights, s.objective, s.squares, s.entropy, s.max, s.clipped))
-    })
+    }))
 }
 
 /// The outputs of `cross_entropy`, as Python gave them.

@@ -3,9 +3,13 @@
 //! `sum_i w_i l_i` in f64, per block of a fixed size and then over the blocks in order.
 
 use crate::parallel::map_blocks;
-use crate::simd::{Isa, Kernel, LANES, Real, dispatch};
+use crate::simd::{Element, Isa, Kernel, Real, dispatch};
+use crate::weights::Losses;
 
-const BLOCK: usize = 4096;
+const BLOCK: usize = 2048;
+
+/// Sums that are kept side by side, so that adding a row of products to them fills the lanes.
+const ROW: usize = 64;
 
 /// Elements below which waking a thread costs more than it saves.
 const PARALLEL: usize = 32 * BLOCK;
@@ -29,22 +33,25 @@ pub struct Sums {
     pub clipped: usize,
 }
 
-struct Dot<'a, V, W>(&'a [V], &'a [W]);
+struct Dot<'a, 'b, 'c, V, W> {
+    values: &'a Losses<'b, V>,
+    weights: &'a Losses<'c, W>,
+    start: usize,
+    end: usize,
+}
 
-impl<V: Real, W: Real> Kernel for Dot<'_, V, W> {
+impl<V: Element, W: Element> Kernel for Dot<'_, '_, '_, V, W> {
     type Output = f64;
     #[inline(always)]
     fn run<I: Isa>(self) -> f64 {
-        let mut lanes = [0.0; LANES];
-        let (values, values_rest) = self.0.as_chunks::<LANES>();
-        let (weights, weights_rest) = self.1.as_chunks::<LANES>();
-        for (v, w) in values.iter().zip(weights) {
-            for lane in 0..LANES {
-                lanes[lane] = Real::mul_add::<I>(v[lane].to_f64(), w[lane].to_f64(), lanes[lane]);
+        let (mut first, mut second, mut lanes) = ([0.0; BLOCK], [0.0; BLOCK], [0.0; ROW]);
+        let (values, weights) = (&mut first[..self.end - self.start], &mut second[..self.end - self.start]);
+        self.values.load(self.start, values);
+        self.weights.load(self.start, weights);
+        for (values, weights) in values.chunks(ROW).zip(weights.chunks(ROW)) {
+            for ((lane, &v), &w) in lanes.iter_mut().zip(values).zip(weights) {
+                *lane = Real::mul_add::<I>(v, w, *lane);
             }
-        }
-        for (v, w) in values_rest.iter().zip(weights_rest) {
-            lanes[0] += v.to_f64() * w.to_f64();
         }
         lanes.iter().sum()
     }
@@ -54,12 +61,12 @@ impl<V: Real, W: Real> Kernel for Dot<'_, V, W> {
 ///
 /// # Panics
 /// If the lengths differ.
-pub fn weighted_sum<V: Real, W: Real>(values: &[V], weights: &[W], threads: usize) -> f64 {
+#[must_use]
+pub fn weighted_sum<V: Element, W: Element>(values: &Losses<V>, weights: &Losses<W>, threads: usize) -> f64 {
     assert_eq!(values.len(), weights.len());
     let threads = if values.len() < PARALLEL { 1 } else { threads };
     map_blocks(values.len().div_ceil(BLOCK), threads, |i| {
-        let part = i * BLOCK..values.len().min((i + 1) * BLOCK);
-        dispatch(Dot(&values[part.clone()], &weights[part]))
+        dispatch(Dot { values, weights, start: i * BLOCK, end: values.len().min((i + 1) * BLOCK) })
     })
     .into_iter()
     .sum()
@@ -69,14 +76,23 @@ pub fn weighted_sum<V: Real, W: Real>(values: &[V], weights: &[W], threads: usiz
 ///
 /// # Panics
 /// If the lengths differ.
-pub fn sums<V: Real, W: Real>(losses: &[V], weights: &[W], tau: f64, threads: usize) -> Sums {
+#[must_use]
+pub fn sums<V: Element, W: Element>(
+    losses: &Losses<V>,
+    weights: &Losses<W>,
+    tau: f64,
+    threads: usize,
+) -> Sums {
     assert_eq!(losses.len(), weights.len());
     let threads = if losses.len() < PARALLEL { 1 } else { threads };
     let blocks = map_blocks(losses.len().div_ceil(BLOCK), threads, |i| {
-        let part = i * BLOCK..losses.len().min((i + 1) * BLOCK);
+        let (start, end) = (i * BLOCK, losses.len().min((i + 1) * BLOCK));
+        let (mut first, mut second) = ([0.0; BLOCK], [0.0; BLOCK]);
+        let (l, w) = (&mut first[..end - start], &mut second[..end - start]);
+        losses.load(start, l);
+        weights.load(start, w);
         let mut s = Sums::default();
-        for (l, w) in losses[part.clone()].iter().zip(&weights[part]) {
-            let (l, w) = (l.to_f64(), w.to_f64());
+        for (&mut l, &mut w) in l.iter_mut().zip(w) {
             s.losses += l;
             s.weights += w;
             s.objective += w * l;
@@ -101,11 +117,16 @@ pub fn sums<V: Real, W: Real>(losses: &[V], weights: &[W], tau: f64, threads: us
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ndarray::ArrayView1;
     use proptest::prelude::*;
+
+    fn vector<T: Element>(values: &[T]) -> Losses<'_, T> {
+        Losses::new(ArrayView1::from(values).into_dyn())
+    }
 
     #[test]
     fn the_sums_of_a_small_batch_are_as_by_hand() {
-        let s = sums(&[1.0, 3.0f32], &[0.0, 2.0f64], 1.0, 1);
+        let s = sums(&vector(&[1.0, 3.0f32]), &vector(&[0.0, 2.0f64]), 1.0, 1);
         let expected = Sums {
             losses: 4.0,
             weights: 2.0,
@@ -116,9 +137,9 @@ mod tests {
             clipped: 1,
         };
         assert_eq!(s, expected);
-        assert_eq!(sums::<f32, f32>(&[], &[], 1.0, 1), Sums::default());
+        assert_eq!(sums(&vector::<f32>(&[]), &vector::<f32>(&[]), 1.0, 1), Sums::default());
         let nan = [f64::NAN, 1.0];
-        assert!(sums(&nan, &nan, 1.0, 1).max.is_nan());
+        assert!(sums(&vector(&nan), &vector(&nan), 1.0, 1).max.is_nan());
     }
 
     proptest! {
@@ -127,8 +148,8 @@ mod tests {
             pairs in prop::collection::vec((-10f64..10.0, 0f64..3.0), 0..300), repeat in 1usize..600
         ) {
             let (v, w): (Vec<f64>, Vec<f64>) = pairs.iter().copied().cycle().take(pairs.len() * repeat).unzip();
-            let sum = weighted_sum(&v, &w, 1);
-            prop_assert_eq!(sum.to_bits(), weighted_sum(&v, &w, 3).to_bits());
+            let sum = weighted_sum(&vector(&v), &vector(&w), 1);
+            prop_assert_eq!(sum.to_bits(), weighted_sum(&vector(&v), &vector(&w), 3).to_bits());
             let magnitude: f64 = v.iter().zip(&w).map(|(v, w)| (v * w).abs()).sum();
             let plain: f64 = v.iter().zip(&w).map(|(v, w)| v * w).sum();
             prop_assert!((sum - plain).abs() <= 2.0 * f64::EPSILON * v.len() as f64 * magnitude + f64::MIN_POSITIVE);

@@ -239,9 +239,10 @@ impl Element for f16 {
     }
 }
 
-/// `exp(hi + lo)` for any `hi` and a `lo` of at most a few ulp of it, to 1 ulp over the whole range of `f64`.
+/// `factor * exp(hi + lo)` for any `hi`, a `lo` of at most a few ulp of it and a `factor` from 1 to `2^60`, to 2 ulp over
+/// the whole range of `f64`, subnormal results included.
 #[inline(always)]
-pub fn exp<I: Isa>(hi: f64, lo: f64) -> f64 {
+pub fn exp<I: Isa>(hi: f64, lo: f64, factor: f64) -> f64 {
     const ROUND: f64 = 1.5 * (1u64 << 52) as f64;
     const ONE: u64 = 1.0f64.to_bits();
     const TAYLOR: [f64; 12] = taylor!(f64, 12);
@@ -257,12 +258,12 @@ pub fn exp<I: Isa>(hi: f64, lo: f64) -> f64 {
         q = Real::mul_add::<I>(q, r, TAYLOR[k]);
     }
     let p = Real::mul_add::<I>(r * r, q, r) + 1.0;
-    // 2^n in two factors: n reaches past the exponents of normal numbers.
+    // 2^n in two factors, for n reaches past the exponents of normal numbers; only the last product can be subnormal.
     let half = Real::mul_add::<I>(n, 0.5, ROUND) - ROUND;
-    let y = p * power(half) * power(n - half);
+    let y = p * factor * power(half) * power(n - half);
     if hi > 709.79 {
         f64::INFINITY
-    } else if hi < -745.2 {
+    } else if hi < -800.0 {
         0.0
     } else {
         y
@@ -370,7 +371,7 @@ mod tests {
         type Output = Vec<f64>;
         #[inline(always)]
         fn run<I: Isa>(self) -> Vec<f64> {
-            self.0.iter().map(|&(hi, lo)| exp::<I>(hi, lo)).collect()
+            self.0.iter().map(|&(hi, lo)| exp::<I>(hi, lo, 1.0)).collect()
         }
     }
 

@@ -8,7 +8,7 @@
 
 use crate::layout::{Positions, Run, Shared};
 use crate::parallel::{for_each_block, map_blocks};
-use crate::simd::{Element, Isa, Kernel, LANES, Real, dispatch, exp, two_difference, two_product};
+use crate::simd::{Element, Isa, Kernel, Real, dispatch, exp, two_difference, two_product};
 use ndarray::ArrayViewD;
 
 /// How losses become weights.
@@ -80,7 +80,7 @@ impl<'a, T: Element> Losses<'a, T> {
 
     /// The losses `start..start + out.len()`, widened.
     #[inline(always)]
-    fn load(&self, start: usize, out: &mut [f64]) {
+    pub(crate) fn load(&self, start: usize, out: &mut [f64]) {
         let base = self.view.as_ptr();
         let [stride] = self.positions.inner();
         for Run { position, length, offsets: [offset] } in self.positions.runs(start, start + out.len()) {
@@ -109,7 +109,7 @@ impl Kl {
         for l in losses {
             let c = if *l > self.tau { self.tau } else { *l };
             let (hi, lo) = two_product::<I>(c, self.scale);
-            let w = exp::<I>(hi, lo);
+            let w = exp::<I>(hi, lo, 1.0);
             // 0 * inf is not the 1 that a scale of zero stands for.
             *l = if self.scale == 0.0 && !l.is_nan() { 1.0 } else { w };
         }
@@ -218,7 +218,7 @@ impl BlockMap for Scaled {
     fn apply<I: Isa>(&self, block: &mut [f64]) {
         for l in block {
             let (hi, lo) = self.exponent.at::<I>(*l);
-            *l = exp::<I>(hi, lo) * self.factor;
+            *l = exp::<I>(hi, lo, self.factor);
         }
     }
 }
@@ -254,10 +254,10 @@ fn write<T: Element, W: Real>(losses: &Losses<T>, weights: &mut [W], threads: us
     });
 }
 
-/// A function of a block of losses with a value in `R`, and how values of neighbouring blocks join.
+/// A function of a block of losses, which it may overwrite, and how values of neighbouring blocks join.
 trait BlockSum: Copy + Sync {
     type Sum: Send + Clone + Default;
-    fn sum<I: Isa>(&self, block: &[f64]) -> Self::Sum;
+    fn sum<I: Isa>(&self, block: &mut [f64]) -> Self::Sum;
     fn join(a: Self::Sum, b: Self::Sum) -> Self::Sum;
 }
 
@@ -287,6 +287,9 @@ fn sum<T: Element, F: BlockSum>(losses: &Losses<T>, threads: usize, of: F) -> F:
     blocks.into_iter().reduce(F::join).unwrap_or_default()
 }
 
+/// Sums that are kept side by side, so that adding a row of numbers to them fills the lanes.
+const ROW: usize = 64;
+
 /// A sum and its rounding error so far.
 #[derive(Debug, Clone, Copy, Default)]
 struct Compensated {
@@ -296,45 +299,39 @@ struct Compensated {
 
 impl Compensated {
     #[inline(always)]
-    fn add(&mut self, x: f64) {
-        let sum = self.sum + x;
-        let x_part = sum - self.sum;
-        self.error += (self.sum - (sum - x_part)) + (x - x_part);
-        self.sum = sum;
+    fn of_lanes(numbers: &[f64]) -> Self {
+        let (mut sums, mut errors) = ([0.0; ROW], [0.0; ROW]);
+        Self::add_rows(numbers, &mut sums, &mut errors);
+        let mut total = Self::default();
+        for (sum, error) in sums.into_iter().zip(errors) {
+            total = total.join(Self { sum, error });
+        }
+        total
     }
 
+    /// Adds each row of numbers to `sums` and the rounding errors of that to `errors`.
     #[inline(always)]
-    fn join(mut self, other: Self) -> Self {
-        self.add(other.sum);
-        self.error += other.error;
-        self
+    fn add_rows(numbers: &[f64], sums: &mut [f64], errors: &mut [f64]) {
+        for row in numbers.chunks(ROW) {
+            for ((sum, error), &x) in sums.iter_mut().zip(&mut *errors).zip(row) {
+                let next = *sum + x;
+                let part = next - *sum;
+                *error += (*sum - (next - part)) + (x - part);
+                *sum = next;
+            }
+        }
+    }
+
+    fn join(self, other: Self) -> Self {
+        let sum = self.sum + other.sum;
+        let part = sum - self.sum;
+        let error = (self.sum - (sum - part)) + (other.sum - part);
+        Self { sum, error: self.error + other.error + error }
     }
 
     fn value(self) -> f64 {
         self.sum + self.error
     }
-}
-
-/// Adds up `K` functions of each loss, each in compensated lanes.
-#[inline(always)]
-fn lane_sums<const K: usize>(block: &[f64], f: impl Fn(f64) -> [f64; K]) -> [Compensated; K] {
-    let mut lanes = [[Compensated::default(); LANES]; K];
-    let (chunks, rest) = block.as_chunks::<LANES>();
-    for chunk in chunks {
-        for lane in 0..LANES {
-            let terms = f(chunk[lane]);
-            for k in 0..K {
-                lanes[k][lane].add(terms[k]);
-            }
-        }
-    }
-    for &x in rest {
-        let terms = f(x);
-        for k in 0..K {
-            lanes[k][0].add(terms[k]);
-        }
-    }
-    lanes.map(|lanes| lanes.into_iter().fold(Compensated::default(), Compensated::join))
 }
 
 /// The range of a batch of losses.
@@ -344,8 +341,6 @@ struct Extent {
     max: f64,
     /// How many losses are the largest.
     at_max: usize,
-    /// Their sum over the batch; NaN if a loss is NaN.
-    total: f64,
 }
 
 #[derive(Clone, Copy)]
@@ -355,42 +350,38 @@ impl BlockSum for ExtentOf {
     type Sum = Option<Extent>;
 
     #[inline(always)]
-    fn sum<I: Isa>(&self, block: &[f64]) -> Option<Extent> {
-        let mut extent = Extent { min: block[0], max: block[0], at_max: 0, total: 0.0 };
-        for &l in block {
-            extent.min = if l < extent.min { l } else { extent.min };
-            extent.max = if l > extent.max { l } else { extent.max };
-            extent.total += l;
+    fn sum<I: Isa>(&self, block: &mut [f64]) -> Option<Extent> {
+        let (mut mins, mut maxs, mut nans) = ([f64::INFINITY; ROW], [f64::NEG_INFINITY; ROW], [0.0; ROW]);
+        for row in block.chunks(ROW) {
+            for (((min, max), nan), &l) in mins.iter_mut().zip(&mut maxs).zip(&mut nans).zip(row) {
+                *min = if l < *min { l } else { *min };
+                *max = if l > *max { l } else { *max };
+                *nan = if l.is_nan() { l } else { *nan };
+            }
         }
-        extent.at_max = block.iter().filter(|&&l| l == extent.max).count();
-        Some(extent)
+        let min = mins.into_iter().fold(f64::INFINITY, f64::min);
+        let max = maxs.into_iter().fold(f64::NEG_INFINITY, f64::max);
+        if nans.into_iter().any(f64::is_nan) {
+            return Some(Extent { min: f64::NAN, max: f64::NAN, at_max: 0 });
+        }
+        Some(Extent { min, max, at_max: block.iter().filter(|&&l| l == max).count() })
     }
 
     fn join(a: Option<Extent>, b: Option<Extent>) -> Option<Extent> {
-        let (Some(a), Some(b)) = (a, b) else {
-            return a.or(b);
-        };
-        let max = if b.max > a.max { b.max } else { a.max };
+        let (Some(a), Some(b)) = (a, b) else { return a.or(b) };
+        if a.max.is_nan() || b.max.is_nan() {
+            return Some(if a.max.is_nan() { a } else { b });
+        }
+        let max = a.max.max(b.max);
         let count = |e: Extent| if e.max == max { e.at_max } else { 0 };
-        Some(Extent {
-            min: if b.min < a.min { b.min } else { a.min },
-            max,
-            at_max: count(a) + count(b),
-            total: a.total + b.total,
-        })
+        Some(Extent { min: a.min.min(b.min), max, at_max: count(a) + count(b) })
     }
 }
 
 impl Extent {
     /// The extent of `losses`; if one of them is NaN, `min` and `max` are too.
     fn of<T: Element>(losses: &Losses<T>, threads: usize) -> Self {
-        let mut extent = sum(losses, threads, ExtentOf).unwrap_or_default();
-        // `total` is NaN as well for a batch that holds both infinities, and there no softmax exists.
-        if extent.total.is_nan() {
-            extent.min = f64::NAN;
-            extent.max = f64::NAN;
-        }
-        extent
+        sum(losses, threads, ExtentOf).unwrap_or_default()
     }
 }
 
@@ -401,12 +392,9 @@ impl BlockSum for ExpSum {
     type Sum = Compensated;
 
     #[inline(always)]
-    fn sum<I: Isa>(&self, block: &[f64]) -> Compensated {
-        let [sum] = lane_sums(block, |l| {
-            let (hi, lo) = self.0.at::<I>(l);
-            [exp::<I>(hi, lo)]
-        });
-        sum
+    fn sum<I: Isa>(&self, block: &mut [f64]) -> Compensated {
+        Scaled { exponent: self.0, factor: 1.0 }.apply::<I>(block);
+        Compensated::of_lanes(block)
     }
 
     fn join(a: Compensated, b: Compensated) -> Compensated {
@@ -426,6 +414,11 @@ fn softmax<T: Element, W: Real>(
         weights.fill(W::from_f64(1.0));
         return;
     }
+    if exponent.top.is_infinite() {
+        // The largest loss is infinite, and so is its distance to itself.
+        weights.fill(W::from_f64(f64::NAN));
+        return;
+    }
     let total = sum(losses, threads, ExpSum(exponent)).value();
     write(losses, weights, threads, Scaled { exponent, factor: losses.len() as f64 / total });
 }
@@ -442,35 +435,37 @@ impl BlockSum for Divergence {
     type Sum = [Compensated; 3];
 
     #[inline(always)]
-    fn sum<I: Isa>(&self, block: &[f64]) -> [Compensated; 3] {
-        lane_sums(block, |l| {
-            let (hi, lo) = self.exponent.at::<I>(l);
+    fn sum<I: Isa>(&self, block: &mut [f64]) -> [Compensated; 3] {
+        // phi(v) = v^2 (1/2 + v/3 + v^2/8 + ...): the series sum over k >= 2 of (k - 1) / k! v^k.
+        const SERIES: [f64; 9] = [
+            0.5,
+            1.0 / 3.0,
+            0.125,
+            1.0 / 30.0,
+            1.0 / 144.0,
+            1.0 / 840.0,
+            1.0 / 5760.0,
+            1.0 / 45360.0,
+            1.0 / 403_200.0,
+        ];
+        let (mut first, mut second) = ([0.0; BLOCK], [0.0; BLOCK]);
+        let (vw, vvw) = (&mut first[..block.len()], &mut second[..block.len()]);
+        for ((l, vw), vvw) in block.iter_mut().zip(&mut *vw).zip(&mut *vvw) {
+            let (hi, lo) = self.exponent.at::<I>(*l);
             let v = (hi - self.log_mean) + lo;
-            let w = exp::<I>(v, 0.0);
+            let w = exp::<I>(v, 0.0, 1.0);
             // w = 0 stands for v = -inf, and v w for its limit.
-            let vw = if w == 0.0 { 0.0 } else { v * w };
-            let vvw = if w == 0.0 { 0.0 } else { v * vw };
-            // For small v by its series, sum over k >= 2 of (k - 1) / k! v^k.
-            const SERIES: [f64; 9] = [
-                0.5,
-                1.0 / 3.0,
-                0.125,
-                1.0 / 30.0,
-                1.0 / 144.0,
-                1.0 / 840.0,
-                1.0 / 5760.0,
-                1.0 / 45360.0,
-                1.0 / 403_200.0,
-            ];
+            *vw = if w == 0.0 { 0.0 } else { v * w };
+            *vvw = if w == 0.0 { 0.0 } else { v * *vw };
             let mut q = SERIES[8];
             let mut k = 8;
             while k > 0 {
                 k -= 1;
                 q = Real::mul_add::<I>(q, v, SERIES[k]);
             }
-            let phi = if v.abs() < 0.1 { v * v * q } else { vw - w + 1.0 };
-            [phi, vw, vvw]
-        })
+            *l = if v.abs() < 0.1 { v * v * q } else { *vw - w + 1.0 };
+        }
+        [Compensated::of_lanes(block), Compensated::of_lanes(vw), Compensated::of_lanes(vvw)]
     }
 
     fn join(a: [Compensated; 3], b: [Compensated; 3]) -> [Compensated; 3] {

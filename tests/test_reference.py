@@ -67,7 +67,8 @@ def test_weights_agree_with_mpmath(weighting, losses):
     # An exponent x, rounded, moves exp(x) by |x| units in the last place, and the losses span at most 40.
     largest = 1.5 * 40 if isinstance(weighting, KL) else 0
     for value, target, allowance in zip(got, expected, slack, strict=True):
-        assert abs(value - target) <= (largest + len(losses) + 8) * EPS * target + allowance
+        rounding = (largest + len(losses) + 8) * EPS * target + math.ulp(0.0)
+        assert abs(value - target) <= rounding + allowance
 
 
 @pytest.mark.parametrize("radius", [1e-8, 1e-4, 0.1, 1.0, 2.0])
