@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from rgd import _rgd
 from rgd.diagnostics import WeightStats, WeightSums, clipping_factor, stats_from_sums
 from rgd.torch._backend import RUST
+from rgd.torch._group import reduce_max, reduce_sums
 from rgd.weightings import Weighting
 
 
@@ -35,45 +35,41 @@ class Record(NamedTuple):
     where: Tensor | None = None
     path: str = RUST
 
-    def stats(self, weighting: Weighting) -> WeightStats:
-        """The statistics of the weights, which `weighting` gave; waits for the device they lie on."""
+    def stats(self, weighting: Weighting, group: Any = None) -> WeightStats:
+        """The statistics of the weights, which `weighting` gave; waits for the device they lie on.
+
+        With a process group: of the weights of all its processes.
+        """
         losses, weights, count = self.losses, self.weights, self.losses.numel()
         denominator = float(self.denominator)
         counted = self.where
         if self.target is not None:
             counted = self.target != self.ignore_index
+        tau = clipping_factor(weighting)
         if weights.dim() < losses.dim():
-            wide = losses.flatten(1).to(_wide(losses))
-            sums = wide.sum(1)
+            totals = losses.flatten(1).to(_wide(losses)).sum(1)
             kept = torch.ones_like(losses, dtype=torch.bool) if counted is None else counted
             targets = kept.flatten(1).sum(1)
-            units = sums / targets.clamp(min=1)
-            stats = _stats(units, weights, weighting, int((targets > 0).sum()), denominator)
-            return dataclasses.replace(
-                stats,
-                mean_loss=_quotient(sums.sum(), denominator),
-                objective=_quotient((sums * weights).sum(), denominator),
-            )
-        if counted is not None:
-            count = int(counted.sum())
-        return _stats(losses, weights, weighting, count, denominator)
+            units, _, weight, _, *rest = _all_sums(totals / targets.clamp(min=1), weights, tau)
+            # Weights belong to samples, losses to targets.
+            sums = (units, float(totals.sum()), weight, float((totals * weights).sum()), *rest)
+            count = int((targets > 0).sum())
+        else:
+            sums = _all_sums(losses, weights, tau)
+            count = count if counted is None else int(counted.sum())
+        if group is not None:
+            *additive, largest, clipped = sums
+            additive = reduce_sums([*additive, clipped, count, denominator], losses.device, group)
+            largest = reduce_max(largest, losses.device, group)
+            number, *additive, clipped, count, denominator = additive
+            sums = (int(number), *additive, largest, int(clipped))
+        return stats_from_sums(cast("WeightSums", sums), weighting, count=int(count), denominator=denominator)
 
 
-def _quotient(numerator: Tensor, denominator: float) -> float:
-    return float(
-        numerator.double() / denominator if numerator.device.type != "mps" else numerator / denominator
-    )
-
-
-def _stats(
-    losses: Tensor, weights: Tensor, weighting: Weighting, count: int, denominator: float
-) -> WeightStats:
-    tau = clipping_factor(weighting)
+def _all_sums(losses: Tensor, weights: Tensor, tau: float) -> WeightSums:
     if losses.is_cpu and type(losses) is Tensor and type(weights) is Tensor:
-        sums = _rgd.weight_sums(losses.contiguous(), weights.contiguous(), tau, torch.get_num_threads())
-    else:
-        sums = _sums(losses, weights, tau)
-    return stats_from_sums(sums, weighting, count=count, denominator=denominator)
+        return _rgd.weight_sums(losses.contiguous(), weights.contiguous(), tau, torch.get_num_threads())
+    return _sums(losses, weights, tau)
 
 
 def _sums(losses: Tensor, weights: Tensor, tau: float) -> WeightSums:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
-from rgd.torch import _composite, _ops
+from rgd.torch import _composite, _distributed, _ops
 from rgd.torch._backend import autocasts, must_forget
 from rgd.torch._checks import (
     REDUCTIONS,
@@ -17,6 +18,7 @@ from rgd.torch._checks import (
     check_losses,
     check_where,
 )
+from rgd.torch._group import Sync
 from rgd.torch._record import Record
 from rgd.weightings import Weighting, resolve_weighting
 
@@ -66,6 +68,8 @@ def reweighted_mean(
     *,
     tau: float | None = None,
     where: Tensor | None = None,
+    process_group: Any = None,
+    sync: bool = True,
 ) -> Tensor:
     """The objective of RGD over any losses: `mean(w * losses)`, `w` constant.
 
@@ -76,6 +80,11 @@ def reweighted_mean(
         tau: Short for `weighting=KL(tau)`.
         where: Mask, bool, of the losses' shape. Only losses where it is True are weighted and averaged. The
             others, be they NaN, reach neither the objective nor the gradient, which is 0 there.
+        process_group: With normalised weights or a `KLBall`, the processes that share the batch: the weights
+            are those of their losses together, and average to one over these. None: the default group, once
+            `torch.distributed` is initialised. Every process of the group then has to make the call, one
+            with an empty batch too. Pointwise weights ask no one.
+        sync: False for weights of this process's losses alone.
 
     Returns:
         A scalar of the losses' dtype, differentiable with respect to `losses`. NaN, as `torch.mean` gives,
@@ -101,11 +110,12 @@ def reweighted_mean(
     """
     check_losses(losses)
     check_where(where, losses)
-    return weighted(losses, resolve_weighting(tau, weighting), "mean", "element", where)[0]
+    weighting = resolve_weighting(tau, weighting)
+    return weighted(losses, weighting, "mean", "element", where, Sync(process_group, sync))[0]
 
 
-def weighted(
-    losses: Tensor, weighting: Weighting, reduction: str, per: str, where: Tensor | None = None
+def weighted(  # noqa: PLR0917
+    losses: Tensor, weighting: Weighting, reduction: str, per: str, where: Tensor | None, sync: Sync
 ) -> tuple[Tensor, Record | None]:
     """The reduction of `w * losses`, and the record of the weights, if its tensors may outlive the call."""
     wide = losses.to(_ops.accumulator(losses.dtype))
@@ -115,12 +125,12 @@ def weighted(
     of_target = weights = None
     if per == "sample" and plain.dim() > 1:
         units, taking_part = _composite.sample_means(plain, where)
-        weights, path = _ops.sample_weights(units, weighting, taking_part)
+        weights, path = _sample_weights(units, weighting, taking_part, sync)
         weights = weights.to(plain.dtype)
         of_target = weights.view(-1, *[1] * (plain.dim() - 1))
         of_target = of_target if where is None else of_target.masked_fill(~where, 0)
     else:
-        weights, path = _ops.sample_weights(plain, weighting, where)
+        weights, path = _sample_weights(plain, weighting, where, sync)
         of_target = weights
     products = wide * of_target
     denominator: float | Tensor = plain.numel() if where is None else where.sum(dtype=plain.dtype)
@@ -134,6 +144,15 @@ def weighted(
     return objective.to(losses.dtype), record
 
 
+def _sample_weights(
+    losses: Tensor, weighting: Weighting, where: Tensor | None, sync: Sync
+) -> tuple[Tensor, str]:
+    group = sync.group_for(weighting)
+    if group is None:
+        return _ops.sample_weights(losses, weighting, where)
+    return _distributed.sample_weights(losses, weighting, where, group)
+
+
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -145,6 +164,8 @@ def cross_entropy(
     tau: float | None = None,
     weighting: Weighting | None = None,
     per: str = "element",
+    process_group: Any = None,
+    sync: bool = True,
 ) -> Tensor:
     """Re-weighted cross-entropy: `F.cross_entropy` with each target's loss `l_i` weighted by its own `w_i`.
 
@@ -164,6 +185,8 @@ def cross_entropy(
         weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
         per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the
             leading axis by their mean loss, ignored ones left out.
+        process_group: As in `reweighted_mean`.
+        sync: As in `reweighted_mean`.
 
     Returns:
         A scalar, or for `reduction="none"` a tensor of the targets' shape. Its dtype is the logits', and
@@ -193,15 +216,19 @@ def cross_entropy(
         reduction,
         per,
     )
-    return classify(logits, target, weight, settings)[0]
+    return classify(logits, target, weight, settings, Sync(process_group, sync))[0]
 
 
 def classify(
-    logits: Tensor, target: Tensor, weight: Tensor | None, settings: _ops.CrossEntropySettings
+    logits: Tensor, target: Tensor, weight: Tensor | None, settings: _ops.CrossEntropySettings, sync: Sync
 ) -> tuple[Tensor, Record | None]:
     """The re-weighted cross-entropy for checked settings, and the record of its weights if it may be kept."""
     check_classification(logits, target, weight, settings.ignore_index)
-    objective, record = _ops.cross_entropy(logits, target, weight, settings)
+    group = sync.group_for(settings.weighting)
+    if group is None:
+        objective, record = _ops.cross_entropy(logits, target, weight, settings)
+    else:
+        objective, record = _distributed.cross_entropy(logits, target, weight, settings, group)
     if objective.dtype != logits.dtype and not autocasts(logits.device.type):
         objective = objective.to(logits.dtype)
     return objective, record

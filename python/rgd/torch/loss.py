@@ -18,6 +18,7 @@ from rgd.torch._checks import (
     check_losses,
     check_where,
 )
+from rgd.torch._group import Sync
 from rgd.torch._record import Record
 from rgd.torch.functional import classify, weighted
 from rgd.weightings import Weighting, resolve_weighting
@@ -44,6 +45,12 @@ class RGDLoss(nn.Module):
             `weight`, `ignore_index` and `label_smoothing` must be left alone.
         per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the
             leading axis (a sequence, an image) by their mean loss.
+        process_group: With normalised weights or a `KLBall`, the processes that share a batch: the weights
+            are those of their losses together. None: the default group, once `torch.distributed` is
+            initialised. Every process of the group then has to call the loss, one with an empty batch too;
+            where only some do, as in an evaluation by one process, use a loss with `sync=False`. Pointwise
+            weights ask no one.
+        sync: False for weights of this process's losses alone.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -80,6 +87,8 @@ class RGDLoss(nn.Module):
         weighting: Weighting | None = None,
         base: Callable[..., Tensor] | None = None,
         per: str = "element",
+        process_group: Any = None,
+        sync: bool = True,
     ) -> None:
         super().__init__()
         check_choice("reduction", reduction, REDUCTIONS)
@@ -107,6 +116,7 @@ class RGDLoss(nn.Module):
         self._settings = _ops.CrossEntropySettings(
             resolve_weighting(tau, weighting), ignore_index, smoothing, reduction, per
         )
+        self._sync = Sync(process_group, sync)
         self._record: Record | None = None
 
     @property
@@ -166,15 +176,21 @@ class RGDLoss(nn.Module):
             return self._classify(input, *args, **kwargs)
         losses = check_losses(self.base(input, *args, **kwargs))
         check_where(where, losses)
-        objective, self._record = weighted(losses, self.weighting, self.reduction, self.per, where)
+        objective, self._record = weighted(
+            losses, self.weighting, self.reduction, self.per, where, self._sync
+        )
         return objective
 
     def _classify(self, input: Tensor, target: Tensor) -> Tensor:
-        objective, self._record = classify(input, target, self.weight, self._settings)
+        objective, self._record = classify(input, target, self.weight, self._settings, self._sync)
         return objective
 
-    def stats(self) -> WeightStats:
+    def stats(self, *, sync: bool = False) -> WeightStats:
         """What the weights of the last call were like; computed now, from what that call left behind.
+
+        Args:
+            sync: Whether to describe the batches of all processes of the group together. Every process then
+                has to ask.
 
         Returns:
             The plain (ERM) mean loss, the re-weighted objective's mean, the effective sample size, the KL
@@ -190,7 +206,7 @@ class RGDLoss(nn.Module):
                 "stats() describes the last call of the loss, and there has been none yet; calls under "
                 "torch.func transforms and torch.export leave nothing behind to describe"
             )
-        return self._record.stats(self.weighting)
+        return self._record.stats(self.weighting, self._sync.group() if sync else None)
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""

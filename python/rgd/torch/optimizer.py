@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rgd.torch._checks import check_losses
-from rgd.torch.functional import reweighted_mean
+from rgd.torch._group import Sync
+from rgd.torch.functional import weighted
 from rgd.weightings import Weighting, resolve_weighting
 
 
@@ -47,6 +48,8 @@ class RGD(torch.optim.Optimizer):
             looked up there.
         tau: Short for `weighting=KL(tau)`; 1.0 if neither it nor `weighting` is given.
         weighting: What turns losses into weights, `rgd.KL` or `rgd.KLBall`.
+        process_group: As in `reweighted_mean`: with normalised weights or a `KLBall`, who shares the batch.
+        sync: As in `reweighted_mean`.
 
     Attributes:
         optimizer: The wrapped optimizer.
@@ -74,6 +77,7 @@ class RGD(torch.optim.Optimizer):
 
     optimizer: torch.optim.Optimizer
     weighting: Weighting
+    _sync: Sync
 
     param_groups = cast("list[dict[str, Any]]", _Shared())
     state = cast("Any", _Shared())
@@ -94,9 +98,14 @@ class RGD(torch.optim.Optimizer):
         tau: float | None = None,
         *,
         weighting: Weighting | None = None,
+        process_group: Any = None,
+        sync: bool = True,
     ) -> None:
         _check_optimizer(optimizer)
-        self.__setstate__({"optimizer": optimizer, "weighting": resolve_weighting(tau, weighting)})
+        weighting = resolve_weighting(tau, weighting)
+        self.__setstate__(
+            {"optimizer": optimizer, "weighting": weighting, "_sync": Sync(process_group, sync)}
+        )
 
     def objective(self, losses: Tensor) -> Tensor:
         """The objective `mean(w * losses)`, to call `backward()` on.
@@ -122,7 +131,8 @@ class RGD(torch.optim.Optimizer):
             >>> optimizer.objective(torch.tensor([0.0, 2.0]) + w)
             tensor(1.6487, grad_fn=...)
         """
-        objective = reweighted_mean(losses, self.weighting)
+        weighting = resolve_weighting(None, self.weighting)
+        objective, _ = weighted(check_losses(losses), weighting, "mean", "element", None, self._sync)
         self._awaits_gradient = objective.requires_grad
         return objective
 
@@ -241,7 +251,7 @@ class RGD(torch.optim.Optimizer):
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer, "weighting": self.weighting}
+        return {"optimizer": self.optimizer, "weighting": self.weighting, "_sync": self._sync}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

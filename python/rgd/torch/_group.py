@@ -1,0 +1,113 @@
+"""Who shares a batch, and what its processes tell each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rgd.weightings import KL, Weighting
+
+
+@dataclasses.dataclass(frozen=True)
+class Sync:
+    """With whom a batch is shared.
+
+    Args:
+        process_group: The group; None for the default one, once it is initialised.
+        sync: Whether the batch is shared at all.
+
+    Raises:
+        TypeError: If `sync` is no bool, or `process_group` no group.
+        ValueError: If a group is given and `sync` is False, or this process does not belong to the group.
+    """
+
+    process_group: Any = None
+    sync: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sync, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"sync must be True or False, got {self.sync!r}")
+        if self.process_group is None:
+            return
+        if dist.is_available() and self.process_group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                "process_group is one that this process does not belong to: build the loss in its members "
+                "only"
+            )
+        if not (dist.is_available() and isinstance(self.process_group, dist.ProcessGroup)):
+            raise TypeError(
+                "process_group must be a torch.distributed.ProcessGroup, such as "
+                "torch.distributed.new_group() returns, or None for the default one, got "
+                f"{type(self.process_group).__name__}"
+            )
+        if not self.sync:
+            raise ValueError("give process_group or sync=False, not both: without sync no group is asked")
+
+    def group_for(self, weighting: Weighting) -> Any:
+        """The group whose losses the weights depend on, or None where this process needs no other."""
+        if isinstance(weighting, KL) and not weighting.normalize:
+            return None
+        return self.group()
+
+    def group(self) -> Any:
+        """The group of more than one process that shares the batch, or None."""
+        if not self.sync or not dist.is_available() or not dist.is_initialized():
+            return None
+        group = dist.group.WORLD if self.process_group is None else self.process_group
+        return group if dist.get_world_size(group) > 1 else None
+
+    def __deepcopy__(self, memo: Any) -> Sync:
+        """The same: a group is a connection, and a copied loss talks over the same one."""
+        return self
+
+
+def reduce_sums(values: list[float], device: torch.device, group: Any) -> list[float]:
+    """The sum over all processes of each value."""
+    return _reduce(values, dist.ReduceOp.SUM, device, group)
+
+
+def reduce_max(value: float, device: torch.device, group: Any) -> float:
+    """The maximum over all processes."""
+    return _reduce([value], dist.ReduceOp.MAX, device, group)[0]
+
+
+def _reduce(values: list[float], operation: Any, device: torch.device, group: Any) -> list[float]:
+    _check_backend(group, device)
+    tensor = torch.tensor(
+        values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
+    )
+    dist.all_reduce(tensor, operation, group=group)
+    return [float(value) for value in tensor.cpu()]
+
+
+def gather(own: Tensor, group: Any) -> tuple[Tensor, int]:
+    """The concatenation of every process's vector, in the order of ranks, and where this process's begins."""
+    _check_backend(group, own.device)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    number = torch.tensor([own.numel()], device=own.device)
+    numbers = number.new_empty(size)
+    dist.all_gather_into_tensor(numbers, number, group=group)
+    counts = [int(n) for n in numbers.cpu()]
+    longest = max(counts)
+    padded = own.new_zeros(longest)
+    padded[: own.numel()] = own
+    everything = own.new_empty(size * longest)
+    dist.all_gather_into_tensor(everything, padded, group=group)
+    parts = [everything[i * longest : i * longest + n] for i, n in enumerate(counts)]
+    return torch.cat(parts), sum(counts[:rank])
+
+
+def _check_backend(group: Any, device: torch.device) -> None:
+    try:
+        group._get_backend(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"process_group has the backend {dist.get_backend(group)!r}, which cannot send from "
+            f"{device.type}, where the losses are: give a group made for it, as "
+            f"torch.distributed.new_group(backend={'nccl' if device.type == 'cuda' else 'gloo'!r}), or "
+            "sync=False"
+        ) from error
