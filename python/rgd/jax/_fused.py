@@ -81,7 +81,7 @@ def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, j
 @jax.custom_jvp
 def _kernel(logits: jax.Array, labels: jax.Array, settings: jax.Array) -> Outputs:
     """Losses, weights and the gradient of `norm * w * l`."""
-    varying = frozenset[Any]().union(*(getattr(jax.typeof(x), "vma", ()) for x in (logits, labels, settings)))
+    varying = tuple(_mapped_axes(logits) | _mapped_axes(labels) | _mapped_axes(settings))
 
     def rust(logits: jax.Array, labels: jax.Array, settings: jax.Array) -> Outputs:
         row = jax.ShapeDtypeStruct(labels.shape, settings.dtype)
@@ -90,9 +90,7 @@ def _kernel(logits: jax.Array, labels: jax.Array, settings: jax.Array) -> Output
             TARGET, (row, row, like_logits), vmap_method="broadcast_all", input_output_aliases={0: 2}
         )
         outputs: Any = call(logits, labels, settings)
-        return (
-            tuple(lax.pcast(x, tuple(varying), to="varying") for x in outputs) if varying else tuple(outputs)
-        )
+        return tuple(lax.pcast(x, varying, to="varying") if varying else x for x in outputs)
 
     return lax.platform_dependent(logits, labels, settings, cpu=rust, default=_composed)
 
@@ -106,6 +104,14 @@ def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Outputs, Out
         return _composed(logits, labels, settings)
 
     return outputs, jax.jvp(of_logits, (logits,), (tangents[0],))[1]
+
+
+def _mapped_axes(array: jax.Array) -> frozenset[Any]:
+    """The axes of `jax.shard_map` that an array varies over, by either of the names jax has had for them."""
+    aval: Any = jax.typeof(array)
+    if hasattr(aval, "vma"):
+        return frozenset(aval.vma)
+    return frozenset(getattr(getattr(aval, "manual_axis_type", None), "varying", ()))
 
 
 def _composed(logits: jax.Array, labels: jax.Array, settings: jax.Array) -> Outputs:

@@ -1,0 +1,54 @@
+"""The JAX examples run, warnings being errors, and print what they promise."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("jax")
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.parametrize(
+    ("script", "needs", "printed"),
+    [
+        ("jax_flax", "flax", "worst class"),
+        ("jax_equinox", "equinox", "rare part"),
+        ("jax_maml", "optax", "worst tenth"),
+    ],
+)
+def test_example_runs_and_prints_its_table(script, needs, printed):
+    pytest.importorskip(needs)
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / f"{script}.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert printed in done.stdout
+    assert "nan" not in done.stdout
+
+
+def test_notebook_runs_and_keeps_its_outputs():
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(EXAMPLES / "quickstart_jax.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code)
+    assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+
+
+def test_benchmark_prints_its_table():
+    benchmark = EXAMPLES.parent / "benches" / "jax_cross_entropy.py"
+    done = subprocess.run(
+        [sys.executable, benchmark, "--sizes", "8x10", "--seconds", "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "8x10" in done.stdout
