@@ -3,7 +3,8 @@
     python examples/jax_equinox.py
 
 One sample in ten comes from a fast wave on the right, the others from a slow one on the left. The same
-network is trained with the mean squared error and re-weighted, over five seeds; the table has the error on each part.
+network is trained with the mean squared error and re-weighted, over five seeds; the table has the error on
+each part.
 """
 
 import equinox as eqx

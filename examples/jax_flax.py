@@ -3,8 +3,8 @@
     python examples/jax_flax.py
 
 Ten Gaussian classes, the commonest with 500 training samples and the rarest with 5. The same network is
-trained by plain cross-entropy and by `rgd.jax.cross_entropy`, over five seeds; the table has the accuracy on a
-balanced test set, and that of the worst class.
+trained by plain cross-entropy and by `rgd.jax.cross_entropy`, over five seeds; the table has the accuracy
+on a balanced test set, and that of the worst class.
 """
 
 import jax

@@ -2,10 +2,10 @@
 
     python examples/jax_maml.py
 
-Each task is a sine wave of its own amplitude and phase. The inner loop takes one gradient step on ten points
-of it; the outer loop minimises the loss after that step. `jax.vmap` makes that loss a vector, one for each
-task of the meta-batch, and RGD weights the hard tasks up. The table has the loss after adaptation on new tasks:
-the mean, and the mean of the worst tenth.
+Each task is a sine wave of its own amplitude and phase. The inner loop takes one gradient step on ten
+points of it; the outer loop minimises the loss after that step. `jax.vmap` makes that loss a vector, one
+for each task of the meta-batch, and RGD weights the hard tasks up. The table has the loss after adaptation
+on new tasks: the mean, and the mean of the worst tenth.
 
 References:
     Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning", ICML 2017, section 5.1;

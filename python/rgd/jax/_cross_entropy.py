@@ -76,11 +76,11 @@ def cross_entropy(
 
         implementation: "jnp" is plain `jax.numpy`. "rust" takes loss and gradient from a Rust kernel in one
             pass over the logits, in place where they are donated or not needed again; on a platform other
-            than the CPU the same function in `jax.numpy` takes its place. It serves pointwise `KL`, class indices
-            without class weights, "mean" and "sum", `per="element"` and the class axis last. It cannot be
-            exported by `jax.export`, and where logits are sharded it must be called inside `jax.shard_map`.
-            By default the kernel is taken on one CPU device of few cores, where it serves and the logits are
-            large enough for it to be faster.
+            than the CPU the same function in `jax.numpy` takes its place. It serves pointwise `KL`, class
+            indices without class weights, "mean" and "sum", `per="element"` and the class axis last. It
+            cannot be exported by `jax.export`, and where logits are sharded it must be called inside
+            `jax.shard_map`. By default the kernel is taken on one CPU device of few cores, where it serves
+            and the logits are large enough for it to be faster.
 
     Returns:
         The objective, float64 for float64 logits, else float32: shape () or, for "none", the logits' shape
@@ -287,8 +287,8 @@ _KERNEL_DTYPES = (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16)
 def _kernel_is_faster(logits: jax.Array) -> bool:
     """Whether `benches/jax_cross_entropy.py` shows the kernel ahead for logits of this size, here.
 
-    The kernel has one thread where jnp has all: it was measured on few cores, and is taken on few. XLA does not
-    split a custom call over devices: where there are more than one, sharded logits would be gathered.
+    The kernel has one thread where jnp has all: it was measured on few cores, and is taken on few. XLA does
+    not split a custom call over devices: where there are more than one, sharded logits would be gathered.
     """
     here = jax.default_backend() == "cpu" and (os.cpu_count() or 1) <= 4 and jax.device_count() == 1
     return here and logits.shape[-1] >= 512 and logits.size >= 1 << 16
