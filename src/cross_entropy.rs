@@ -13,7 +13,7 @@ use crate::parallel::for_each_block;
 use crate::reduce;
 use crate::simd::{Element, Isa, Kernel, LANES, Real, dispatch, ln};
 use crate::weights::{self, Kl, Losses, Weighting};
-use ndarray::{ArrayView1, ArrayViewD, ArrayViewMutD, Axis};
+use ndarray::{ArrayView1, ArrayViewD, ArrayViewMutD};
 use std::fmt;
 
 /// How losses become an objective, as in `torch.nn.CrossEntropyLoss`.
@@ -142,62 +142,15 @@ const PARALLEL: usize = 1 << 15;
 /// # Errors
 /// [`Error::OutOfRange`] for a class index that is no class; [`Error::Shape`] where shapes do not fit.
 pub fn cross_entropy<T: Element>(
-    logits: ArrayViewD<T>,
+    logits: &ArrayViewD<T>,
     target: &Target<T>,
     class_weight: Option<&[T::Real]>,
     settings: &Settings,
     out: Outputs<T>,
 ) -> Result<Totals, Error> {
-    if logits.ndim() == 0 {
-        return Err(Error::Shape(
-            "logits must have a class axis: (C,), (N, C) or (N, C, d1, ..., dk), got 0 dimensions".into(),
-        ));
-    }
-    let class_axis = usize::from(logits.ndim() > 1);
-    let classes = logits.len_of(Axis(class_axis));
-    let mut shape = logits.shape().to_vec();
-    shape.remove(class_axis);
-    let targets: usize = shape.iter().product();
-    let samples = if logits.ndim() > 1 { shape[0] } else { 1 };
-    let unit = if settings.per_sample { targets / samples.max(1) } else { 1 };
-    let units = if settings.per_sample { samples } else { targets };
-
-    let expect = |name: &str, got: usize, wanted: usize| {
-        if got == wanted {
-            return Ok(());
-        }
-        Err(Error::Shape(format!(
-            "{name} must have {wanted} elements for logits of shape {:?}, got {got}",
-            logits.shape()
-        )))
-    };
-    if let Some(c) = class_weight {
-        expect("weight", c.len(), classes)?;
-    }
-    expect("losses", out.losses.len(), targets)?;
-    expect("weights", out.weights.len(), units)?;
-    expect(
-        "objective",
-        out.objective.len(),
-        if settings.reduction == Reduction::None { targets } else { 1 },
-    )?;
-    if let Some(grad) = &out.grad
-        && grad.shape() != logits.shape()
-    {
-        return Err(Error::Shape(format!(
-            "grad must have the logits' shape {:?}, got {:?}",
-            logits.shape(),
-            grad.shape()
-        )));
-    }
-    let wanted: &[usize] = if let Target::Probabilities(_) = target { logits.shape() } else { &shape };
-    if target.shape() != wanted {
-        return Err(Error::Shape(format!(
-            "target must have shape {wanted:?} for logits of shape {:?}, got {:?}",
-            logits.shape(),
-            target.shape()
-        )));
-    }
+    let dims = Dimensions::of(logits, settings)?;
+    dims.check(target, class_weight, settings, &out)?;
+    let Dimensions { classes, class_axis, ref shape, targets, unit, .. } = dims;
     let (labels, totals) = read_labels(target, targets, classes, class_weight, settings.ignore_index)?;
 
     let Outputs { losses, weights, objective, mut grad } = out;
@@ -216,7 +169,7 @@ pub fn cross_entropy<T: Element>(
     };
     let problem = Problem {
         classes,
-        positions: Positions::new(&shape, [&x_strides, &g_strides, &t_strides]),
+        positions: Positions::new(shape, [&x_strides, &g_strides, &t_strides]),
         logits: Shared(logits.as_ptr().cast_mut()),
         logits_class: if classes == 1 { 1 } else { logits.strides()[class_axis] },
         grad: grad.as_mut().map(|g| Shared(g.as_mut_ptr())),
@@ -268,6 +221,73 @@ pub fn cross_entropy<T: Element>(
         }
     }
     Ok(totals)
+}
+
+/// The shapes a call's arguments must have.
+struct Dimensions<'a> {
+    logits: &'a [usize],
+    classes: usize,
+    class_axis: usize,
+    /// That of the targets.
+    shape: Vec<usize>,
+    targets: usize,
+    /// How many targets share a weight.
+    unit: usize,
+    /// How many weights there are.
+    units: usize,
+}
+
+impl<'a> Dimensions<'a> {
+    fn of<T>(logits: &'a ArrayViewD<T>, settings: &Settings) -> Result<Self, Error> {
+        if logits.ndim() == 0 {
+            return Err(Error::Shape(
+                "logits must have a class axis: (C,), (N, C) or (N, C, d1, ..., dk), got 0 dimensions".into(),
+            ));
+        }
+        let class_axis = usize::from(logits.ndim() > 1);
+        let mut shape = logits.shape().to_vec();
+        let classes = shape.remove(class_axis);
+        let targets: usize = shape.iter().product();
+        let samples = if logits.ndim() > 1 { shape[0] } else { 1 };
+        let (unit, units) =
+            if settings.per_sample { (targets / samples.max(1), samples) } else { (1, targets) };
+        Ok(Self { logits: logits.shape(), classes, class_axis, shape, targets, unit, units })
+    }
+
+    fn check<T: Element>(
+        &self,
+        target: &Target<T>,
+        class_weight: Option<&[T::Real]>,
+        settings: &Settings,
+        out: &Outputs<T>,
+    ) -> Result<(), Error> {
+        let values = if settings.reduction == Reduction::None { self.targets } else { 1 };
+        let lengths = [
+            ("weight", class_weight.map_or(self.classes, <[_]>::len), self.classes),
+            ("losses", out.losses.len(), self.targets),
+            ("weights", out.weights.len(), self.units),
+            ("objective", out.objective.len(), values),
+        ];
+        for (name, got, wanted) in lengths {
+            if got != wanted {
+                return Err(Error::Shape(format!(
+                    "{name} must have {wanted} elements for logits of shape {:?}, got {got}",
+                    self.logits
+                )));
+            }
+        }
+        let targets = if let Target::Probabilities(_) = target { self.logits } else { &self.shape };
+        let grad = out.grad.as_ref().map_or(self.logits, |grad| grad.shape());
+        for (name, got, wanted) in [("target", target.shape(), targets), ("grad", grad, self.logits)] {
+            if got != wanted {
+                return Err(Error::Shape(format!(
+                    "{name} must have shape {wanted:?} for logits of shape {:?}, got {got:?}",
+                    self.logits
+                )));
+            }
+        }
+        Ok(())
+    }
 }
 
 impl<T> Target<'_, T> {
@@ -1102,7 +1122,7 @@ fn row_gradient<T: Element, I: Isa>(
 mod tests {
     use super::*;
     use half::{bf16, f16};
-    use ndarray::{Array, ArrayD, IxDyn, ShapeBuilder};
+    use ndarray::{Array, ArrayD, Axis, IxDyn, ShapeBuilder};
     use proptest::prelude::*;
 
     const KL: Weighting = Weighting::Kl(Kl { tau: 1.0, scale: 0.5, normalize: false });
@@ -1124,7 +1144,7 @@ mod tests {
     }
 
     fn run<T: Element>(
-        logits: ArrayViewD<T>,
+        logits: &ArrayViewD<T>,
         target: &Target<T>,
         class_weight: Option<&[T::Real]>,
         settings: &Settings,
@@ -1188,7 +1208,7 @@ mod tests {
         let p = ArrayD::from_shape_vec(shape, p).unwrap();
         let target = if soft { Target::Probabilities(p.view()) } else { Target::Int64(labels_view.view()) };
         let settings = Settings { label_smoothing: smoothing, reduction: Reduction::Sum, ..SETTINGS };
-        let result = run(logits.view(), &target, weighted.then_some(&c[..]), &settings).unwrap();
+        let result = run(&logits.view(), &target, weighted.then_some(&c[..]), &settings).unwrap();
 
         let class_weight = |k: usize| if weighted { c[k].to_f64() } else { 1.0 };
         let rows = |a: &ArrayD<T>| -> Vec<Vec<f64>> {
@@ -1242,14 +1262,14 @@ mod tests {
             let logits = Array::from_shape_vec(IxDyn(&shape), noise(4 * classes * 15, seed).collect()).unwrap();
             let labels = Array::from_shape_fn(IxDyn(&[4, 3, 5]), |i| ((i[0] + i[1] * 7 + i[2]) % classes) as i32);
             let target = Target::Int32(labels.view());
-            let plain = run(logits.view(), &target, None, &SETTINGS).unwrap();
+            let plain = run(&logits.view(), &target, None, &SETTINGS).unwrap();
             let mut classes_last = ArrayD::zeros(IxDyn(&shape).f());
             classes_last.assign(&logits);
             for mut view in [classes_last.view(), logits.view()] {
                 view.invert_axis(Axis(0));
                 let mut flipped = labels.view();
                 flipped.invert_axis(Axis(0));
-                let other = run(view, &Target::Int32(flipped), None, &SETTINGS).unwrap();
+                let other = run(&view, &Target::Int32(flipped), None, &SETTINGS).unwrap();
                 for i in 0..60 {
                     let (a, b) = (plain.losses[i], other.losses[(3 - i / 15) * 15 + i % 15]);
                     prop_assert!((a - b).abs() < 1e-13);
@@ -1268,7 +1288,7 @@ mod tests {
             let labels = Array::from_shape_fn(IxDyn(&shape[..1]), |i| (i[0] % shape[1]) as i64);
             let [one, three] = [1, 3].map(|threads| {
                 let settings = Settings { threads, ..SETTINGS };
-                run(logits.view(), &Target::Int64(labels.view()), None, &settings).unwrap()
+                run(&logits.view(), &Target::Int64(labels.view()), None, &settings).unwrap()
             });
             assert_eq!(one.grad, three.grad);
             assert_eq!(one.objective[0].to_bits(), three.objective[0].to_bits());
@@ -1283,7 +1303,7 @@ mod tests {
         let mut losses = [7.0; 4];
         let out = Outputs { losses: &mut losses, weights: &mut [7.0; 4], objective: &mut [7.0], grad: None };
         let error =
-            cross_entropy(logits.view(), &Target::Int64(labels.view()), None, &SETTINGS, out).unwrap_err();
+            cross_entropy(&logits.view(), &Target::Int64(labels.view()), None, &SETTINGS, out).unwrap_err();
         assert_eq!(error, Error::OutOfRange { index: 3, position: vec![1, 0], classes: 3 });
         assert_eq!(losses, [7.0; 4]);
     }
@@ -1294,7 +1314,7 @@ mod tests {
         let labels = ArrayD::from_shape_vec(IxDyn(&[2]), vec![-100i64, 0]).unwrap();
         for weighting in [KL, Weighting::KlBall { radius: 0.1 }] {
             let settings = Settings { weighting, ..SETTINGS };
-            let result = run::<f64>(logits.view(), &Target::Int64(labels.view()), None, &settings).unwrap();
+            let result = run::<f64>(&logits.view(), &Target::Int64(labels.view()), None, &settings).unwrap();
             assert_eq!(result.weights[0], 0.0);
             assert_eq!(result.grad.as_slice().unwrap()[..3], [0.0; 3]);
             assert!((result.objective[0] - result.weights[1] * result.losses[1]).abs() < 1e-15);

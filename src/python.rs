@@ -137,6 +137,7 @@ struct Filled<'py> {
 }
 
 #[pyfunction]
+#[allow(clippy::too_many_arguments)] // one for each tensor and setting; Python's front bundles them
 fn cross_entropy(
     py: Python,
     logits: &Bound<PyAny>,
@@ -210,7 +211,7 @@ where
         objective: out.objective.slice_mut()?,
         grad: out.grad.as_mut().map(Tensor::view_mut).transpose()?,
     };
-    let totals = released(py, || ce::cross_entropy(logits, &target, class_weight, settings, outputs))?;
+    let totals = released(py, || ce::cross_entropy(&logits, &target, class_weight, settings, outputs))?;
     match totals {
         Ok(totals) => Ok((totals.denominator, totals.counted)),
         Err(error @ ce::Error::OutOfRange { .. }) => Err(PyIndexError::new_err(error.to_string())),

@@ -100,8 +100,10 @@ pub trait Real:
     /// Exact.
     fn to_f64(self) -> f64;
     /// `self * a + b`, rounded once where the instruction set can.
+    #[must_use]
     fn mul_add<I: Isa>(self, a: Self, b: Self) -> Self;
     /// `exp(self)` for `self <= 0`, to 2 ulp; results below the smallest normal number are 0, NaN stays NaN.
+    #[must_use]
     fn exp_nonpositive<I: Isa>(self) -> Self;
 }
 
@@ -187,7 +189,7 @@ macro_rules! taylor {
 }
 
 // ln 2 in two parts, the first with enough trailing zeros that its product with n is exact.
-real!(f32, u32, mantissa 23, ln2 0.693_359_375 -2.121_944_4e-4, min -87.336_54, terms 6);
+real!(f32, u32, mantissa 23, ln2 0.693_359_4 -2.121_944_4e-4, min -87.336_54, terms 6);
 real!(f64, u64, mantissa 52, ln2 6.931_471_803_691_238e-1 1.908_214_929_270_587_7e-10, min -708.396_418_532_264_1,
       terms 12);
 
@@ -242,6 +244,7 @@ impl Element for f16 {
 /// `factor * exp(hi + lo)` for any `hi`, a `lo` of at most a few ulp of it and a `factor` from 1 to `2^60`, to 2 ulp over
 /// the whole range of `f64`, subnormal results included.
 #[inline(always)]
+#[must_use]
 pub fn exp<I: Isa>(hi: f64, lo: f64, factor: f64) -> f64 {
     const ROUND: f64 = 1.5 * (1u64 << 52) as f64;
     const ONE: u64 = 1.0f64.to_bits();
@@ -272,6 +275,7 @@ pub fn exp<I: Isa>(hi: f64, lo: f64, factor: f64) -> f64 {
 
 /// `ln(x)` for `x >= 1`, to 2 ulp; NaN and infinity stay.
 #[inline(always)]
+#[must_use]
 pub fn ln<I: Isa>(x: f64) -> f64 {
     // x = 2^e m, m in [sqrt(1/2), sqrt(2)); ln m = f - f^2/2 + s (f^2/2 + R), f = m - 1, s = f / (2 + f),
     // R = sum over k >= 1 of 2/(2k+1) s^(2k).
@@ -305,6 +309,7 @@ pub fn ln<I: Isa>(x: f64) -> f64 {
 
 /// `a * b` as a rounded product and its rounding error.
 #[inline(always)]
+#[must_use]
 pub fn two_product<I: Isa>(a: f64, b: f64) -> (f64, f64) {
     let p = a * b;
     let error = if I::FMA {

@@ -319,7 +319,7 @@ unsafe fn fill<T: Element>((logits, labels, settings, outputs, classes): Call) -
                 threads: 1,
             };
             cross_entropy(
-                ArrayView2::from_shape_ptr(shape, source).into_dyn(),
+                &ArrayView2::from_shape_ptr(shape, source).into_dyn(),
                 &Target::Int32(ArrayView1::from(&clean[..]).into_dyn()),
                 None,
                 &settings,

@@ -212,7 +212,7 @@ def test_strides_and_layouts_do_not_change_the_result(data):
     value, grad = value_and_grad(cross_entropy, logits.contiguous(), target, **kwargs)
     for other in (view, spread[::every], offset):
         other_value, other_grad = value_and_grad(cross_entropy, other, expanded, **kwargs)
-        # The loops differ in the order of their sums: a unit in the last place for each doubling of the classes.
+        # The loops differ in the order of their sums: a unit in the last place each doubling of the classes.
         relative = 8 * max(
             torch.finfo(dtype).eps, torch.finfo(torch.float32).eps if dtype != torch.float64 else 0
         )

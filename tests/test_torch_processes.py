@@ -1,13 +1,13 @@
 """Forks, workers and threads: the pool survives them all."""
 
-import multiprocessing
+import subprocess
 import sys
+import textwrap
 import threading
 
 import pytest
 import torch
 from rgd.torch import cross_entropy
-from torch.utils.data import DataLoader, Dataset
 
 LOGITS = torch.randn(400, 500, generator=torch.Generator().manual_seed(0))
 TARGET = torch.arange(400) % 500
@@ -17,43 +17,60 @@ def value() -> float:
     return cross_entropy(LOGITS, TARGET).item()
 
 
-def child(queue):
-    torch.set_num_threads(2)
-    queue.put(value())
+def run_alone(program):
+    """Run a program in a process of its own: a fork of this one inherits what other tests imported."""
+    prelude = textwrap.dedent("""
+        import torch
+        from rgd.torch import cross_entropy
+        logits = torch.randn(400, 500)
+        target = torch.arange(400) % 500
+        torch.set_num_threads(2)
+        expected = cross_entropy(logits, target)
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", prelude + textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "same"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_computes_with_a_pool_of_its_own():
-    expected = value()
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    processes = [context.Process(target=child, args=(queue,)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    results = [queue.get(timeout=60) for _ in processes]
-    for process in processes:
-        process.join(timeout=60)
-        assert process.exitcode == 0
-    assert results == [expected] * 3
-    assert value() == expected
+def test_forked_children_compute_with_a_pool_of_their_own():
+    run_alone("""
+        import os
+        children = []
+        for _ in range(3):
+            child = os.fork()
+            if child == 0:
+                torch.set_num_threads(2)
+                os._exit(0 if torch.equal(cross_entropy(logits, target), expected) else 1)
+            children.append(child)
+        codes = [os.waitpid(child, 0)[1] for child in children]
+        same = torch.equal(cross_entropy(logits, target), expected)
+        print("same" if same and codes == [0, 0, 0] else codes)
+    """)
 
 
-class Losses(Dataset):
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, i):
-        torch.set_num_threads(2)
-        return cross_entropy(LOGITS[i:], TARGET[i:])
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
 def test_data_loader_workers_compute_too():
-    value()
-    expected = torch.stack([cross_entropy(LOGITS[i:], TARGET[i:]) for i in range(8)])
-    loader = DataLoader(Losses(), batch_size=4, num_workers=2, timeout=60)
-    assert torch.equal(torch.cat(list(loader)), expected)
+    run_alone("""
+        class Losses(torch.utils.data.Dataset):
+            def __len__(self):
+                return 8
+
+            def __getitem__(self, i):
+                torch.set_num_threads(2)
+                return cross_entropy(logits[i:], target[i:])
+
+        loader = torch.utils.data.DataLoader(Losses(), batch_size=4, num_workers=2, timeout=60)
+        results = torch.cat(list(loader))
+        here = torch.stack([cross_entropy(logits[i:], target[i:]) for i in range(8)])
+        print("same" if torch.equal(results, here) else results)
+    """)
 
 
 def test_many_python_threads_get_the_right_result():
