@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rgd.diagnostics import WeightStats
 from rgd.torch import _ops
+from rgd.torch._backend import is_exporting
 from rgd.torch._checks import (
     REDUCTIONS,
     UNITS,
@@ -176,13 +177,15 @@ class RGDLoss(nn.Module):
             return self._classify(input, *args, **kwargs)
         losses = check_losses(self.base(input, *args, **kwargs))
         check_where(where, losses)
-        objective, self._record = weighted(
-            losses, self.weighting, self.reduction, self.per, where, self._sync
-        )
-        return objective
+        return self._keep(*weighted(losses, self.weighting, self.reduction, self.per, where, self._sync))
 
     def _classify(self, input: Tensor, target: Tensor) -> Tensor:
-        objective, self._record = classify(input, target, self.weight, self._settings, self._sync)
+        return self._keep(*classify(input, target, self.weight, self._settings, self._sync))
+
+    def _keep(self, objective: Tensor, record: Record | None) -> Tensor:
+        # An exported program has no side effects.
+        if record is not None or not is_exporting():
+            self._record = record
         return objective
 
     def stats(self, *, sync: bool = False) -> WeightStats:
