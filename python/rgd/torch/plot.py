@@ -7,7 +7,7 @@ of matplotlib is touched.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -240,8 +240,9 @@ def _exponential(
     shown = np.isfinite(losses) & (weights > 0)
     if not shown.any():
         return losses, weights
-    knots: npt.NDArray[Any] = losses[shown]
-    grid: npt.NDArray[Any] = np.sort(np.append(np.linspace(knots[0], knots[-1], 401), knots))
+    knots = losses[shown]
+    even = cast("Any", np.linspace(knots[0], knots[-1], 401))
+    grid = np.sort(np.concatenate([even, knots]))
     return grid, np.exp(np.interp(grid, knots, np.log(weights[shown])))
 
 
