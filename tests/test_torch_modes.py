@@ -16,10 +16,7 @@ WEIGHTINGS = [KL(), KL(normalize=True), KLBall(0.1)]
 ERM = KL(scale=0.0)
 
 # torch compiles decompositions with its own deprecated compiler when forward mode is first used.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.script:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is:FutureWarning")
 
 
 def batch(*shape, dtype=torch.float64):

@@ -82,11 +82,11 @@ def _rust_cross_entropy(
     soft = target.is_floating_point()
     if soft:
         shape = shape[:1] + shape[2:] if len(shape) > 1 else torch.Size(())
-    new_empty = logits.new_empty
-    losses = new_empty(shape, dtype=dtype)
+    losses = logits.new_empty(shape, dtype=dtype)
     per_sample = settings.per == "sample"
-    weights = new_empty(shape[:1] if per_sample else shape, dtype=dtype)
-    objective = new_empty(shape if settings.reduction == "none" else (), dtype=dtype)
+    # empty_like takes a third of the time of new_empty.
+    weights = losses.new_empty(shape[:1]) if per_sample else torch.empty_like(losses)
+    objective = torch.empty_like(losses) if settings.reduction == "none" else losses.new_empty(())
     grad = _empty_like(logits) if with_grad else None
     denominator, _ = _rgd.cross_entropy(
         logits if not logits.is_neg() else logits.resolve_neg(),
