@@ -9,8 +9,7 @@ from rgd.torch._ops import _numbers
 from torch._dynamo.testing import CompileCounterWithBackend
 
 # torch's compiler reads the gradient of tensors that have none.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a
-leaf:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 
 WEIGHTINGS = [KL(), KL(normalize=True), KLBall(0.1)]
 CROSS_ENTROPY = torch.ops.rgd.cross_entropy.default
