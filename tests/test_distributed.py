@@ -445,6 +445,34 @@ def test_fsdp2_equals_one_process_on_the_concatenated_batch(run, weighting):
         assert_close(parameters, expected)
 
 
+# --- digits ---
+
+
+def train_digits(rank, size):
+    # A process of its own, which has not imported it yet; the data set may be missing.
+    import test_trainers  # noqa: PLC0415
+
+    (images, labels), _ = test_trainers.load()
+    model = DistributedDataParallel(test_trainers.make_model())
+    criterion, optimizer = RGDLoss(), test_trainers.sgd(model)
+    for indices in test_trainers.indices():
+        own = indices.chunk(size)[rank]
+        optimizer.zero_grad()
+        criterion(model(images[own]), labels[own]).backward()
+        optimizer.step()
+    return parameters_of(model)
+
+
+def test_digits_on_two_processes_end_where_the_plain_loop_does(run):
+    pytest.importorskip("sklearn")
+    import test_trainers  # noqa: PLC0415
+
+    yardstick = parameters_of(test_trainers.train(test_trainers.composed, test_trainers.load()))
+    for parameters in run(2, train_digits):
+        for p, q in zip(parameters, yardstick, strict=True):
+            torch.testing.assert_close(p, q, **test_trainers.CLOSE)
+
+
 # --- the example ---
 
 

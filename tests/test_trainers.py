@@ -28,12 +28,16 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def digits():
+def load():
     images, labels = datasets.load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
     images, labels = torch.tensor(images[order] / 16, dtype=torch.float32), torch.tensor(labels[order])
     return (images[:1400], labels[:1400]), (images[1400:], labels[1400:])
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load()
 
 
 def make_model():

@@ -89,16 +89,15 @@ def gather(own: Tensor, group: Any) -> tuple[Tensor, int]:
     _check_backend(group, own.device)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     number = torch.tensor([own.numel()], device=own.device)
-    numbers = number.new_empty(size)
-    dist.all_gather_into_tensor(numbers, number, group=group)
-    counts = [int(n) for n in numbers.cpu()]
-    longest = max(counts)
-    padded = own.new_zeros(longest)
+    numbers = [torch.empty_like(number) for _ in range(size)]
+    dist.all_gather(numbers, number, group=group)
+    counts = [int(n) for n in torch.cat(numbers).cpu()]
+    padded = own.new_zeros(max(counts))
     padded[: own.numel()] = own
-    everything = own.new_empty(size * longest)
-    dist.all_gather_into_tensor(everything, padded, group=group)
-    parts = [everything[i * longest : i * longest + n] for i, n in enumerate(counts)]
-    return torch.cat(parts), sum(counts[:rank])
+    parts = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(parts, padded, group=group)
+    everything = torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+    return everything, sum(counts[:rank])
 
 
 def _check_backend(group: Any, device: torch.device) -> None:
