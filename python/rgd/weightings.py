@@ -1,7 +1,7 @@
 """The weightings: which distribution over the minibatch the worst case is taken over.
 
-Each is a small frozen dataclass that checks its own numbers. Every front (NumPy, torch, JAX) takes the same ones. In JAX
-a setting may be an array or a traced value too, whose number is checked only where it is known.
+Each is a small frozen dataclass that checks its own numbers. Every front (NumPy, torch, JAX) takes the same
+ones. In JAX a setting may be an array or a traced value too, whose number is checked only where it is known.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from typing import Any, TypeAlias
 class KL:
     """Exponential weights: distributionally robust optimization with a Kullback-Leibler penalty.
 
-    A sample with loss `l` weighs `exp(scale * min(l, tau))`. With `normalize=True` the weights are divided by their
-    mean over the batch, so that they average to one.
+    A sample with loss `l` weighs `exp(scale * min(l, tau))`. With `normalize=True` the weights are divided by
+    their mean over the batch, so that they average to one.
 
     Args:
-        tau: Clipping factor, a positive number in units of the loss: a loss above `tau` weighs no more than one at
-            `tau`. `math.inf` clips nothing, and then `scale` must be given.
-        scale: Scaling factor, a finite number >= 0 in units of 1/loss; `None` stands for the paper's `1 / (tau + 1)`.
-            `scale=0` is plain empirical risk minimization. With `tau=math.inf, scale=1/gamma, normalize=True` the
-            weights are the exact solution of `max_q <q, losses> - gamma * KL(q || uniform)`, times the batch size.
+        tau: Clipping factor, a positive number in units of the loss: a loss above `tau` weighs no more than
+            one at `tau`. `math.inf` clips nothing, and then `scale` must be given.
+        scale: Scaling factor, a finite number >= 0 in units of 1/loss; `None` stands for the paper's
+            `1 / (tau + 1)`. `scale=0` is plain empirical risk minimization. With `normalize=True` and
+            `tau=math.inf, scale=1/gamma` the weights are the exact solution of
+            `max_q <q, losses> - gamma * KL(q || uniform)`, times the batch size.
         normalize: Whether the weights of a batch are divided by their mean.
 
     Raises:
         TypeError: If a setting is not a number (or, for `normalize`, not a bool).
-        ValueError: If `tau` is not positive, `scale` is negative or not finite, or `tau` is infinite and `scale` is
-            not given.
+        ValueError: If `tau` is not positive, `scale` is negative or not finite, or `tau` is infinite and
+            `scale` is not given.
 
     Example:
         >>> import rgd
@@ -43,9 +44,9 @@ class KL:
         ValueError: tau must be a positive number, got -1.0
 
     References:
-        Kumar, Majmundar, Nagaraj, Suggala, "Stochastic Re-weighted Gradient Descent via Distributionally Robust
-        Optimization", TMLR 2024, arXiv 2306.09222: Algorithm 1 (pointwise weights) and Proposition 3.1 (the KL
-        penalty's solution).
+        Kumar, Majmundar, Nagaraj, Suggala, "Stochastic Re-weighted Gradient Descent via Distributionally
+        Robust Optimization", TMLR 2024, arXiv 2306.09222: Algorithm 1 (pointwise weights) and Proposition 3.1
+        (the KL penalty's solution).
     """
 
     tau: float = 1.0
@@ -69,10 +70,10 @@ class KL:
             object.__setattr__(self, "scale", scale)
         elif any(math.isinf(number) for number in _known(tau)):
             raise ValueError(
-                "tau=inf clips nothing, and its scale 1 / (tau + 1) would be 0, which is no re-weighting at all: "
+                "tau=inf clips nothing, and its scale 1 / (tau + 1) would be 0, which is no re-weighting: "
                 "give scale too, as in KL(tau=math.inf, scale=1.0)"
             )
-        if not isinstance(self.normalize, bool):
+        if not isinstance(self.normalize, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"normalize must be True or False, got {self.normalize!r}")
 
     @property
@@ -85,10 +86,10 @@ class KL:
 class KLBall:
     """Weights of the worst distribution within a Kullback-Leibler ball around the uniform one.
 
-    The weights are `n * q` with `q` the solution of `max_q <q, losses>` subject to `KL(q || uniform) <= radius`:
-    `q = softmax(losses / gamma)`, with `gamma` the root of `KL(q || uniform) = radius`. They average to one. A radius of
-    `log(n / m)` or more, where `m` samples share the largest loss, puts all weight on those; equal losses get equal
-    weights.
+    The weights are `n * q` with `q` the solution of `max_q <q, losses>` subject to
+    `KL(q || uniform) <= radius`: `q = softmax(losses / gamma)`, with `gamma` the root of
+    `KL(q || uniform) = radius`. They average to one. A radius of `log(n / m)` or more, where `m` samples
+    share the largest loss, puts all weight on those; equal losses get equal weights.
 
     Args:
         radius: Radius of the ball in nats, a number >= 0. 0 is plain empirical risk minimization.
@@ -133,12 +134,12 @@ def resolve_weighting(tau: float | None, weighting: Weighting | None) -> Weighti
     if weighting is None:
         return KL() if tau is None else KL(tau)
     if tau is not None:
-        raise ValueError(
-            "give tau or weighting, not both: tau=t is short for weighting=rgd.KL(tau=t)"
-        )
+        raise ValueError("give tau or weighting, not both: tau=t is short for weighting=rgd.KL(tau=t)")
     given: Any = weighting
     if not isinstance(given, (KL, KLBall)):
-        raise TypeError(f"weighting must be an rgd.KL or an rgd.KLBall, got {given!r}; did you mean tau={given!r}?")
+        raise TypeError(
+            f"weighting must be an rgd.KL or an rgd.KLBall, got {given!r}; did you mean tau={given!r}?"
+        )
     return given
 
 
