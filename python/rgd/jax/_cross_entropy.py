@@ -288,8 +288,8 @@ def _kernel_is_faster(logits: jax.Array) -> bool:
     """Whether `benches/jax_cross_entropy.py` shows the kernel ahead for logits of this size, here.
 
     The kernel has one thread where jnp has all: it was measured on few cores, and is taken on few. XLA does
-    not split a custom call over devices: where there are more than one, sharded logits would be gathered. Below
-    this size the gain in place is less than the cost of the copy that logits still needed elsewhere call for.
+    not split a custom call over devices: where there are more than one, sharded logits would be gathered.
+    Logits that are needed again are copied first, which costs less than the kernel gains only at this size.
     """
     here = jax.default_backend() == "cpu" and (os.cpu_count() or 1) <= 4 and jax.device_count() == 1
     return here and logits.shape[-1] >= 512 and logits.size >= 1 << 22
