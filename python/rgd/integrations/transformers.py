@@ -41,7 +41,7 @@ def rgd_loss_func(
     With `l_i` the loss of label `i` and `w_i` its weight, a constant to autograd, a micro-batch contributes
     `sum_i w_i l_i / num_items_in_batch`. The default weights depend on their own losses alone, so gradient
     accumulation and data parallelism change nothing. Normalised weights and those of a `KLBall` are taken
-    over the micro-batch.
+    over the micro-batch, of all processes together.
 
     The `Trainer` calls the function for its evaluation loss too, which is then the re-weighted one; `stats()`
     holds the plain mean of the last call.
