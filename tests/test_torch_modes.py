@@ -2,7 +2,9 @@
 
 import copy
 import itertools
+import pathlib
 import pickle
+import re
 
 import pytest
 import torch
@@ -294,3 +296,16 @@ def test_a_used_loss_is_copied_pickled_and_moved():
     expected = criterion(logits, target)
     for other in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion)), criterion.to("cpu")):
         torch.testing.assert_close(other(logits, target), expected)
+
+
+# Documentation
+
+
+def test_the_code_of_the_page_on_paths_runs_and_prints_what_it_says(capsys):
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "paths.md").read_text(encoding="utf-8")
+    for code in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        exec(code, {})
+        said = [line.split("# ")[1] for line in code.splitlines() if line.startswith("print")]
+        printed = capsys.readouterr().out.splitlines()
+        assert said
+        assert [line.split(":")[0] for line in said] == printed
