@@ -1,42 +1,54 @@
-"""Every Python block of README.md runs, and what it points at exists."""
+"""Every Python block of README.md and of docs/ runs, and what they point at exists."""
 
 import pathlib
 import re
 import shlex
 
+import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]
+}
+README = PAGES["README.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def sections() -> list[tuple[str, str]]:
+def sections(page: str) -> list[tuple[str, str]]:
     """Title and text of each `##` section; what comes before the first is the introduction."""
-    introduction, *rest = re.split(r"^## ", README, flags=re.MULTILINE)
+    introduction, *rest = re.split(r"^## ", PAGES[page], flags=re.MULTILINE)
     return [("introduction", introduction), *(tuple(part.split("\n", 1)) for part in rest)]
 
 
-def blocks(text: str, language: str) -> list[tuple[int, str]]:
-    """The code of each fenced block, with the line of the README it starts on."""
+def blocks(text: str, language: str, page: str = "README.md") -> list[tuple[int, str]]:
+    """The code of each fenced block, with the line of the page it starts on."""
     return [
-        (README[: README.index(match[0])].count("\n") + 2, match[2])
+        (PAGES[page][: PAGES[page].index(match[0])].count("\n") + 2, match[2])
         for match in FENCE.finditer(text)
         if match[1] == language
     ]
 
 
-WITH_CODE = [(title, text) for title, text in sections() if blocks(text, "python")]
+WITH_CODE = [
+    pytest.param(page, text, id=f"{page}: {title}")
+    for page in sorted(PAGES)
+    for title, text in sections(page)
+    if blocks(text, "python", page)
+]
 
 
-@pytest.mark.parametrize("text", [text for _, text in WITH_CODE], ids=[title for title, _ in WITH_CODE])
-def test_a_sections_code_runs_top_to_bottom_on_its_own(text: str):
+@pytest.mark.parametrize(("page", "text"), WITH_CODE)
+def test_a_sections_code_runs_top_to_bottom_on_its_own(page: str, text: str):
+    matplotlib.use("agg")
     torch.manual_seed(0)
-    namespace = {"__name__": "readme"}
-    for line, code in blocks(text, "python"):
-        # Padded, so that a traceback names the README's own line.
-        exec(compile("\n" * (line - 1) + code, str(ROOT / "README.md"), "exec"), namespace)
+    namespace = {"__name__": "page"}
+    for line, code in blocks(text, "python", page):
+        # Padded, so that a traceback names the page's own line.
+        exec(compile("\n" * (line - 1) + code, str(ROOT / page), "exec"), namespace)
+    plt.close("all")
 
 
 def test_working_code_stands_within_the_first_15_lines():
@@ -47,10 +59,11 @@ def test_working_code_stands_within_the_first_15_lines():
 
 
 def test_every_file_it_links_to_exists():
-    links = re.findall(r"\]\(([^)#\s]+)\)", README)
-    local = [link for link in links if "://" not in link]
-    assert local
-    assert [link for link in local if not (ROOT / link).exists()] == []
+    for page, text in PAGES.items():
+        folder = ROOT if page == "README.md" else ROOT / "docs"
+        local = [link for link in re.findall(r"\]\(([^)#\s]+)\)", text) if "://" not in link]
+        assert [link for link in local if not (folder / link).exists()] == []
+    assert "docs/torch.md" in README
 
 
 def test_every_make_target_it_names_exists():
