@@ -809,7 +809,8 @@ fn tile_step<T: Element, I: Isa>(
 }
 
 /// Lanes along the classes: contiguous rows, of which a group stays in the second-level cache from the first pass over
-/// it, which sums, to the second, which writes the gradient.
+/// it to the last. The exponentials are kept in the gradient's own memory or, where that is too narrow for them, in
+/// scratch memory.
 struct Rows<'a, 'b, T: Element> {
     problem: &'a Problem<'b, T>,
     plan: Plan<'a, T::Real>,
@@ -857,8 +858,15 @@ impl<T: Element> Kernel for Rows<'_, '_, T> {
     #[inline(always)]
     fn run<I: Isa>(self) {
         let p = self.problem;
+        let classes = p.classes;
         let [x_step, g_step, t_step] = p.positions.inner();
         let mut group = Group::new();
+        let grad = p.wants_grad(self.plan);
+        let own = grad.and_then(|grad| T::as_real(grad.0));
+        // Without a gradient to come, one row of exponentials after the other may take the same place.
+        let kept = if grad.is_none() && T::as_real(p.logits.0).is_some() { 1 } else { GROUP };
+        let kept = if own.is_some() { 0 } else { kept.min(self.end - self.start) };
+        let mut scratch = vec![T::Real::default(); classes * kept];
         for Run { position, length, offsets: [x, g, t] } in p.positions.runs(self.start, self.end) {
             let mut done = 0;
             while done < length {
@@ -867,23 +875,27 @@ impl<T: Element> Kernel for Rows<'_, '_, T> {
                 // SAFETY: the offsets come from `Positions`, made of the shape and strides of the very views that the
                 // addresses are of, with a class stride of 1; a block writes the gradient of its own targets only.
                 unsafe {
-                    let rows = RowsOf {
-                        first: p.logits.0.offset(x + at * x_step),
-                        step: x_step,
-                        classes: p.classes,
+                    let rows = RowsOf { first: p.logits.0.offset(x + at * x_step), step: x_step, classes };
+                    let grads = grad.map(|grad| RowsOf {
+                        first: grad.0.offset(g + at * g_step),
+                        step: g_step,
+                        classes,
+                    });
+                    let exps = match own {
+                        Some(own) => RowsOf { first: own.offset(g + at * g_step), step: g_step, classes },
+                        None => RowsOf {
+                            first: scratch.as_mut_ptr(),
+                            step: if kept == 1 { 0 } else { classes as isize },
+                            classes,
+                        },
                     };
-                    let grads = p.wants_grad(self.plan).map(|out| out.0.offset(g + at * g_step));
-                    let sinks = RowsOf { first: grads.unwrap_or_default(), step: g_step, classes: p.classes };
-                    let steps = RowSteps { p, plan: self.plan, start: position + done, count, rows, sinks };
+                    let steps =
+                        RowSteps { p, plan: self.plan, start: position + done, count, rows, grads, exps };
                     match &p.soft {
                         Soft::Nothing => steps.run::<I, _>(&mut group, |_| NoMass),
                         Soft::Smoothing { mass } => steps.run::<I, _>(&mut group, |_| SmoothingMass(mass)),
                         Soft::Probabilities { p: q, factor, mass, .. } => {
-                            let q = RowsOf {
-                                first: q.0.offset(t + at * t_step),
-                                step: t_step,
-                                classes: p.classes,
-                            };
+                            let q = RowsOf { first: q.0.offset(t + at * t_step), step: t_step, classes };
                             steps.run::<I, _>(&mut group, |i| ProbabilityMass::<T>(q.row(i), factor, mass));
                         }
                     }
@@ -902,13 +914,21 @@ struct RowsOf<T> {
     classes: usize,
 }
 
-impl<T> RowsOf<T> {
+impl<T: Copy> RowsOf<T> {
+    /// # Safety
+    /// There is a row `i`.
+    #[inline(always)]
+    unsafe fn address(self, i: usize) -> *mut T {
+        // SAFETY: what the caller promises.
+        unsafe { self.first.offset(i as isize * self.step) }
+    }
+
     /// # Safety
     /// There is a row `i`, and nobody writes to it meanwhile.
     #[inline(always)]
     unsafe fn row<'a>(self, i: usize) -> &'a [T] {
         // SAFETY: what the caller promises.
-        unsafe { std::slice::from_raw_parts(self.first.offset(i as isize * self.step), self.classes) }
+        unsafe { std::slice::from_raw_parts(self.address(i), self.classes) }
     }
 
     /// # Safety
@@ -916,7 +936,7 @@ impl<T> RowsOf<T> {
     #[inline(always)]
     unsafe fn row_mut<'a>(self, i: usize) -> &'a mut [T] {
         // SAFETY: what the caller promises.
-        unsafe { std::slice::from_raw_parts_mut(self.first.offset(i as isize * self.step), self.classes) }
+        unsafe { std::slice::from_raw_parts_mut(self.address(i), self.classes) }
     }
 }
 
@@ -927,37 +947,68 @@ struct RowSteps<'a, 'b, T: Element> {
     start: usize,
     count: usize,
     rows: RowsOf<T>,
-    sinks: RowsOf<T>,
+    /// Where the gradient goes, if it is wanted.
+    grads: Option<RowsOf<T>>,
+    /// Where the exponentials go, which become the gradient: for wide types into `grads`.
+    exps: RowsOf<T::Real>,
 }
 
 impl<T: Element> RowSteps<'_, '_, T> {
     /// # Safety
-    /// `rows` has `count` rows, and so has `sinks` where the gradient is wanted; those are this call's alone.
+    /// `rows`, `grads` and `exps` have `count` rows; the last two are this call's alone.
     #[inline(always)]
     unsafe fn run<I: Isa, M: Mass<T::Real>>(self, group: &mut Group<T::Real>, mass: impl Fn(usize) -> M) {
-        let Self { p, plan, start, count, rows, sinks } = self;
+        let Self { p, plan, start, count, rows, grads, exps } = self;
+        // SAFETY of every block below: what the caller promises.
+        let source = if let Some(first) = T::as_real(rows.first) {
+            RowsOf { first, step: rows.step, classes: rows.classes }
+        } else {
+            for i in 0..count {
+                // SAFETY: as above.
+                let (row, wide) = unsafe { (rows.row(i), exps.row_mut(i)) };
+                for (wide, x) in wide.iter_mut().zip(row) {
+                    *wide = x.widen();
+                }
+            }
+            exps
+        };
+        // One loop after the other, for a row's maximum is long in coming and the next row's need not wait for it.
         for i in 0..count {
-            // SAFETY: what the caller promises.
-            let row = unsafe { rows.row(i) };
-            group.max[i] = row_max(row);
-            let [sum, dot, spread] = row_sums::<T, I>(row, group.max[i], &mass(i)).map(T::Real::from_f64);
+            // SAFETY: as above.
+            group.max[i] = row_max(unsafe { source.row(i) });
+        }
+        for i in 0..count {
+            // SAFETY: as above.
+            let [sum, dot, spread] = unsafe {
+                row_exps::<_, I>(source.address(i), exps.address(i), p.classes, group.max[i], &mass(i))
+            };
             (group.sum[i], group.dot[i], group.spread[i]) = (sum, dot, spread);
         }
-        // SAFETY: what the caller promises.
+        // SAFETY: as above.
         p.look_at_labels(start, count, group, |i, y| unsafe { rows.row(i) }[y].widen());
         p.weigh::<I>(plan, start, count, group);
-        if p.wants_grad(plan).is_none() {
+        let Some(grads) = grads else {
             return;
-        }
+        };
         for i in 0..count {
-            let (max, scale, factor) = (group.max[i], group.scale[i], group.factor[i]);
-            // SAFETY: what the caller promises.
-            let (row, grad) = unsafe { (rows.row(i), sinks.row_mut(i)) };
+            let (scale, factor) = (group.scale[i], group.factor[i]);
+            // SAFETY: as above.
+            let exps = unsafe { exps.row_mut(i) };
             let mass = mass(i);
-            row_gradient::<T, I>(row, max, scale, factor, &mass, grad);
+            for (k, x) in exps.iter_mut().enumerate() {
+                *x = *x * scale;
+                if mass_is_some(&mass) {
+                    *x = *x - factor * mass.at(k);
+                }
+            }
             if let Some(y) = p.label(start + i) {
-                let e = (row[y].widen() - max).exp_nonpositive::<I>();
-                grad[y] = T::narrow(e * scale - factor * mass.at(y) - factor * group.hard[i]);
+                exps[y] = exps[y] - factor * group.hard[i];
+            }
+            if T::as_real(grads.first).is_none() {
+                // SAFETY: as above.
+                for (grad, &x) in unsafe { grads.row_mut(i) }.iter_mut().zip(&*exps) {
+                    *grad = T::narrow(x);
+                }
             }
         }
     }
@@ -971,35 +1022,25 @@ fn mass_is_some<A, M: Mass<A>>(_: &M) -> bool {
 /// Independent accumulators of a row, each of [`LANES`] lanes.
 const CHAINS: usize = 4;
 
-/// The last lanes of a row of [`ROW_CLASSES`] or more.
-#[inline(always)]
-fn last<T>(row: &[T]) -> &[T; LANES] {
-    row.last_chunk().expect("rows are longer than their lanes")
-}
-
 /// The largest logit; NaN logits are passed over, and show in the sum.
 #[inline(always)]
-fn row_max<T: Element>(row: &[T]) -> T::Real {
-    let mut lanes = [[T::Real::NEG_INFINITY; LANES]; CHAINS];
+fn row_max<A: Real>(row: &[A]) -> A {
+    let mut lanes = [[A::NEG_INFINITY; LANES]; CHAINS];
     let (tiles, _) = row.as_chunks::<LANES>();
     let (groups, tiles) = tiles.as_chunks::<CHAINS>();
     for group in groups {
         for chain in 0..CHAINS {
             for lane in 0..LANES {
-                let x = group[chain][lane].widen();
+                let x = group[chain][lane];
                 lanes[chain][lane] = if x > lanes[chain][lane] { x } else { lanes[chain][lane] };
             }
         }
     }
-    for tile in tiles {
+    let last: &[A; LANES] = row.last_chunk().expect("rows are longer than their lanes");
+    for tile in tiles.iter().chain([last]) {
         for lane in 0..LANES {
-            let x = tile[lane].widen();
-            lanes[0][lane] = if x > lanes[0][lane] { x } else { lanes[0][lane] };
+            lanes[0][lane] = if tile[lane] > lanes[0][lane] { tile[lane] } else { lanes[0][lane] };
         }
-    }
-    for (lane, x) in last(row).iter().enumerate() {
-        let x = x.widen();
-        lanes[1][lane] = if x > lanes[1][lane] { x } else { lanes[1][lane] };
     }
     let [mut a, b, mut c, d] = lanes;
     for lane in 0..LANES {
@@ -1017,105 +1058,100 @@ fn row_max<T: Element>(row: &[T]) -> T::Real {
     a[0]
 }
 
-/// The sum of the lanes of all chains, in f64.
+/// The sum of the lanes of all chains.
 #[inline(always)]
-fn join<A: Real>([a, b, c, d]: [[A; LANES]; CHAINS]) -> f64 {
-    let mut lanes = [0.0; LANES];
+fn join<A: Real>([mut a, b, c, d]: [[A; LANES]; CHAINS]) -> A {
     for lane in 0..LANES {
-        lanes[lane] = (a[lane].to_f64() + b[lane].to_f64()) + (c[lane].to_f64() + d[lane].to_f64());
+        a[lane] = (a[lane] + b[lane]) + (c[lane] + d[lane]);
     }
     let mut half = LANES / 2;
     while half > 0 {
         for lane in 0..half {
-            lanes[lane] += lanes[lane + half];
+            a[lane] += a[lane + half];
         }
         half /= 2;
     }
-    lanes[0]
+    a[0]
 }
 
-/// `sum_k exp(x_k - max)`, `sum_k t_k (x_k - max)` and `sum_k t_k` of the spread mass `t`.
+/// Writes `exp(x_k - max)`; `sum_k exp(x_k - max)`, `sum_k t_k (x_k - max)` and `sum_k t_k` of the spread mass `t`.
+///
+/// # Safety
+/// `source` and `exps`, which may be the same, are rows of at least [`LANES`] numbers, the latter this call's alone.
 #[inline(always)]
-fn row_sums<T: Element, I: Isa>(row: &[T], max: T::Real, mass: &impl Mass<T::Real>) -> [f64; 3] {
-    let zero = T::Real::default();
+unsafe fn row_exps<A: Real, I: Isa>(
+    source: *const A,
+    exps: *mut A,
+    classes: usize,
+    max: A,
+    mass: &impl Mass<A>,
+) -> [A; 3] {
+    let zero = A::default();
     let (mut sum, mut dot, mut total) =
         ([[zero; LANES]; CHAINS], [[zero; LANES]; CHAINS], [[zero; LANES]; CHAINS]);
     let some = mass_is_some(mass);
-    let (tiles, rest) = row.as_chunks::<LANES>();
-    let (groups, tail) = tiles.as_chunks::<CHAINS>();
-    for (i, group) in groups.iter().enumerate() {
+    // What full tiles leave of the row is the end of its last lanes, which are read before anything is written.
+    let rest = classes % LANES;
+    let last = classes - LANES;
+    // SAFETY: what the caller promises.
+    let mut tile = unsafe { source.add(last).cast::<[A; LANES]>().read() };
+    if rest != 0 {
+        for lane in 0..LANES {
+            let z = tile[lane] - max;
+            let e = z.exp_nonpositive::<I>();
+            let counts = lane >= LANES - rest;
+            sum[1][lane] = if counts { e } else { zero };
+            tile[lane] = e;
+            if some {
+                let t = mass.at(last + lane);
+                dot[1][lane] = if counts { t * z } else { zero };
+                total[1][lane] = if counts { t } else { zero };
+            }
+        }
+    }
+    let mut k = 0;
+    while k + CHAINS * LANES <= classes {
         for chain in 0..CHAINS {
+            let k = k + chain * LANES;
+            // SAFETY: as above.
+            let mut x = unsafe { source.add(k).cast::<[A; LANES]>().read() };
             for lane in 0..LANES {
-                let z = group[chain][lane].widen() - max;
-                sum[chain][lane] += z.exp_nonpositive::<I>();
+                let z = x[lane] - max;
+                x[lane] = z.exp_nonpositive::<I>();
+                sum[chain][lane] += x[lane];
                 if some {
-                    let t = mass.at((i * CHAINS + chain) * LANES + lane);
+                    let t = mass.at(k + lane);
                     dot[chain][lane] += t * z;
                     total[chain][lane] += t;
                 }
             }
+            // SAFETY: as above.
+            unsafe { exps.add(k).cast::<[A; LANES]>().write(x) };
         }
+        k += CHAINS * LANES;
     }
-    for (i, tile) in tail.iter().enumerate() {
+    while k + LANES <= classes {
+        // SAFETY: as above.
+        let mut x = unsafe { source.add(k).cast::<[A; LANES]>().read() };
         for lane in 0..LANES {
-            let z = tile[lane].widen() - max;
-            sum[0][lane] += z.exp_nonpositive::<I>();
+            let z = x[lane] - max;
+            x[lane] = z.exp_nonpositive::<I>();
+            sum[0][lane] += x[lane];
             if some {
-                let t = mass.at((groups.len() * CHAINS + i) * LANES + lane);
+                let t = mass.at(k + lane);
                 dot[0][lane] += t * z;
                 total[0][lane] += t;
             }
         }
+        // SAFETY: as above.
+        unsafe { exps.add(k).cast::<[A; LANES]>().write(x) };
+        k += LANES;
     }
-    // What is left of the row is the end of its last lanes.
-    let done = LANES - rest.len();
-    let tile = last(row);
-    for lane in 0..LANES {
-        let z = tile[lane].widen() - max;
-        let e = z.exp_nonpositive::<I>();
-        sum[1][lane] += if lane >= done { e } else { zero };
-        if some {
-            let t = mass.at(row.len() - LANES + lane);
-            dot[1][lane] += if lane >= done { t * z } else { zero };
-            total[1][lane] += if lane >= done { t } else { zero };
-        }
+    if rest != 0 {
+        // SAFETY: as above.
+        unsafe { exps.add(last).cast::<[A; LANES]>().write(tile) };
     }
-    if some { [join(sum), join(dot), join(total)] } else { [join(sum), 0.0, 0.0] }
-}
-
-/// `exp(x_k - max) scale - factor t_k`, written to `grad`.
-#[inline(always)]
-fn row_gradient<T: Element, I: Isa>(
-    row: &[T],
-    max: T::Real,
-    scale: T::Real,
-    factor: T::Real,
-    mass: &impl Mass<T::Real>,
-    grad: &mut [T],
-) {
-    let some = mass_is_some(mass);
-    let (tiles, _) = row.as_chunks::<LANES>();
-    let (sinks, _) = grad.as_chunks_mut::<LANES>();
-    for (i, (tile, sink)) in tiles.iter().zip(sinks).enumerate() {
-        for lane in 0..LANES {
-            let mut g = (tile[lane].widen() - max).exp_nonpositive::<I>() * scale;
-            if some {
-                g = g - factor * mass.at(i * LANES + lane);
-            }
-            sink[lane] = T::narrow(g);
-        }
-    }
-    // The last lanes once more, for what the full ones left over.
-    let (tile, first) = (last(row), row.len() - LANES);
-    if let Some(sink) = grad.last_chunk_mut::<LANES>() {
-        for lane in 0..LANES {
-            let mut g = (tile[lane].widen() - max).exp_nonpositive::<I>() * scale;
-            if some {
-                g = g - factor * mass.at(first + lane);
-            }
-            sink[lane] = T::narrow(g);
-        }
-    }
+    if some { [join(sum), join(dot), join(total)] } else { [join(sum), zero, zero] }
 }
 
 #[cfg(test)]

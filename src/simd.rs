@@ -115,6 +115,8 @@ pub trait Element: Copy + Send + Sync + 'static {
     fn widen(self) -> Self::Real;
     /// Rounds to the nearest value, ties to even.
     fn narrow(x: Self::Real) -> Self;
+    /// The same address, if what lies there is computed in as it is.
+    fn as_real(address: *mut Self) -> Option<*mut Self::Real>;
 }
 
 macro_rules! real {
@@ -129,6 +131,10 @@ macro_rules! real {
             #[inline(always)]
             fn narrow(x: Self) -> Self {
                 x
+            }
+            #[inline(always)]
+            fn as_real(address: *mut Self) -> Option<*mut Self> {
+                Some(address)
             }
         }
 
@@ -206,6 +212,10 @@ impl Element for bf16 {
         let quiet = (bits >> 16) | 0x40;
         Self::from_bits((if x.is_nan() { quiet } else { rounded }) as u16)
     }
+    #[inline(always)]
+    fn as_real(_: *mut Self) -> Option<*mut f32> {
+        None
+    }
 }
 
 impl Element for f16 {
@@ -238,6 +248,10 @@ impl Element for f16 {
             normal
         };
         Self::from_bits((value | ((bits >> 16) & 0x8000)) as u16)
+    }
+    #[inline(always)]
+    fn as_real(_: *mut Self) -> Option<*mut f32> {
+        None
     }
 }
 
