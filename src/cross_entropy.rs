@@ -127,13 +127,13 @@ impl std::error::Error for Error {}
 const IGNORED: u32 = u32::MAX;
 
 /// Classes from which on lanes run along a contiguous row.
-const ROW_CLASSES: usize = 48;
+const ROW_CLASSES: usize = 24;
 
 /// Logits of a block, the unit of work of a thread.
 const BLOCK: usize = 1 << 15;
 
 /// Logits below which waking a thread costs more than it saves.
-const PARALLEL: usize = 1 << 15;
+const PARALLEL: usize = 1 << 18;
 
 /// Fills `out` from `logits` of shape `(C,)`, `(N, C)` or `(N, C, d1, ..., dk)`.
 ///
@@ -308,36 +308,76 @@ fn read_labels<T: Element>(
     class_weight: Option<&[T::Real]>,
     ignore_index: i64,
 ) -> Result<(Option<Vec<u32>>, Totals), Error> {
-    let read = |indices: &mut dyn Iterator<Item = i64>| {
-        let mut labels = Vec::with_capacity(targets);
-        let mut totals = Totals { denominator: 0.0, counted: 0 };
-        for index in indices {
-            if index == ignore_index {
-                labels.push(IGNORED);
-            } else if (0..classes as i64).contains(&index) {
-                labels.push(index as u32);
-                totals.counted += 1;
-                totals.denominator += class_weight.map_or(1.0, |c| c[index as usize].to_f64());
-            } else {
-                let mut rest = labels.len();
-                let mut position = target.shape().to_vec();
-                for p in position.iter_mut().rev() {
-                    let size = *p;
-                    *p = rest % size;
-                    rest /= size;
-                }
-                return Err(Error::OutOfRange { index, position, classes });
-            }
+    let mut labels = vec![IGNORED; targets];
+    let counted = match target {
+        Target::Int64(t) => encode(t, classes, ignore_index, &mut labels)?,
+        Target::Int32(t) => encode(t, classes, ignore_index, &mut labels)?,
+        Target::Probabilities(_) => {
+            return Ok((None, Totals { denominator: targets as f64, counted: targets }));
         }
-        Ok((Some(labels), totals))
     };
-    match target {
-        Target::Int64(t) => match t.as_slice() {
-            Some(t) => read(&mut t.iter().copied()),
-            None => read(&mut t.iter().copied()),
-        },
-        Target::Int32(t) => read(&mut t.iter().map(|&i| i64::from(i))),
-        Target::Probabilities(_) => Ok((None, Totals { denominator: targets as f64, counted: targets })),
+    let denominator = class_weight.map_or(counted as f64, |class_weight| {
+        let counting = labels.iter().filter(|&&label| label != IGNORED);
+        counting.map(|&label| class_weight[label as usize].to_f64()).sum()
+    });
+    Ok((Some(labels), Totals { denominator, counted }))
+}
+
+/// Class indices as labels, and how many count.
+fn encode<L: Copy + Into<i64>>(
+    target: &ArrayViewD<L>,
+    classes: usize,
+    ignore_index: i64,
+    labels: &mut [u32],
+) -> Result<usize, Error> {
+    let ranged = |index: i64| (index as u64) < classes as u64;
+    let valid = if let Some(indices) = target.as_slice() {
+        dispatch(Encode { indices, classes, ignore_index, labels })
+    } else {
+        let mut valid = true;
+        for (label, &index) in labels.iter_mut().zip(target) {
+            let index = index.into();
+            *label = if index == ignore_index { IGNORED } else { index as u32 };
+            valid &= ranged(index) || index == ignore_index;
+        }
+        valid
+    };
+    if valid {
+        return Ok(labels.iter().filter(|&&label| label != IGNORED).count());
+    }
+    let refused = |&(_, &index): &(usize, &L)| !ranged(index.into()) && index.into() != ignore_index;
+    let (mut rest, &index) = target.iter().enumerate().find(refused).expect("one was seen");
+    let mut position = target.shape().to_vec();
+    for p in position.iter_mut().rev() {
+        let size = *p;
+        *p = rest % size;
+        rest /= size;
+    }
+    Err(Error::OutOfRange { index: index.into(), position, classes })
+}
+
+/// Writes labels; whether all indices are classes or the ignored one.
+struct Encode<'a, L> {
+    indices: &'a [L],
+    classes: usize,
+    ignore_index: i64,
+    labels: &'a mut [u32],
+}
+
+impl<L: Copy + Into<i64>> Kernel for Encode<'_, L> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run<I: Isa>(self) -> bool {
+        let mut refused = 0;
+        for (label, &index) in self.labels.iter_mut().zip(self.indices) {
+            let index = index.into();
+            let ignored = index == self.ignore_index;
+            let ranged = (index as u64) < self.classes as u64;
+            *label = if ignored { IGNORED } else { index as u32 };
+            refused |= u32::from(!(ranged | ignored));
+        }
+        refused == 0
     }
 }
 
@@ -439,7 +479,7 @@ struct Problem<'a, T: Element> {
 
 /// Targets that are worked on together: their number is large enough for the lanes of every loop over them, and their
 /// numbers stay in the first-level cache.
-const GROUP: usize = 128;
+const GROUP: usize = 256;
 
 /// What is known of a group of targets, one entry each; `m` is the largest logit, `t` the mass spread over the classes.
 struct Group<A> {
@@ -866,7 +906,7 @@ impl<T: Element> Kernel for Rows<'_, '_, T> {
         // Without a gradient to come, one row of exponentials after the other may take the same place.
         let kept = if grad.is_none() && T::as_real(p.logits.0).is_some() { 1 } else { GROUP };
         let kept = if own.is_some() { 0 } else { kept.min(self.end - self.start) };
-        let mut scratch = vec![T::Real::default(); classes * kept];
+        let mut scratch = Vec::<T::Real>::with_capacity(classes * kept);
         for Run { position, length, offsets: [x, g, t] } in p.positions.runs(self.start, self.end) {
             let mut done = 0;
             while done < length {
@@ -960,22 +1000,20 @@ impl<T: Element> RowSteps<'_, '_, T> {
     unsafe fn run<I: Isa, M: Mass<T::Real>>(self, group: &mut Group<T::Real>, mass: impl Fn(usize) -> M) {
         let Self { p, plan, start, count, rows, grads, exps } = self;
         // SAFETY of every block below: what the caller promises.
-        let source = if let Some(first) = T::as_real(rows.first) {
-            RowsOf { first, step: rows.step, classes: rows.classes }
-        } else {
-            for i in 0..count {
-                // SAFETY: as above.
-                let (row, wide) = unsafe { (rows.row(i), exps.row_mut(i)) };
-                for (wide, x) in wide.iter_mut().zip(row) {
-                    *wide = x.widen();
-                }
-            }
-            exps
-        };
-        // One loop after the other, for a row's maximum is long in coming and the next row's need not wait for it.
+        let own = T::as_real(rows.first);
+        let source = own.map_or(exps, |first| RowsOf { first, step: rows.step, classes: rows.classes });
+        // The maxima first, for each is long in coming, and the next row's need not wait for it.
         for i in 0..count {
             // SAFETY: as above.
-            group.max[i] = row_max(unsafe { source.row(i) });
+            unsafe {
+                if own.is_none() {
+                    let wide = exps.address(i);
+                    for (k, x) in rows.row(i).iter().enumerate() {
+                        wide.add(k).write(x.widen());
+                    }
+                }
+                group.max[i] = row_max(source.row(i));
+            }
         }
         for i in 0..count {
             // SAFETY: as above.
