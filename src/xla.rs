@@ -331,10 +331,15 @@ unsafe fn fill<T: Element>((logits, labels, settings, outputs, classes): Call) -
                 },
             )
             .map_err(|error| error.to_string())?;
-            for (i, _) in labels[start..end].iter().enumerate().filter(|(_, label)| outside(label)) {
-                let nan = T::Real::from_f64(f64::NAN);
-                (losses[i], weights[i]) = (nan, nan);
-                grad[i * classes..(i + 1) * classes].fill(T::narrow(nan));
+            for (i, label) in labels[start..end].iter().enumerate() {
+                if outside(label) {
+                    let nan = T::Real::from_f64(f64::NAN);
+                    (losses[i], weights[i]) = (nan, nan);
+                    grad[i * classes..(i + 1) * classes].fill(T::narrow(nan));
+                } else if *label == IGNORED {
+                    // Masked logits may hold anything, of which NaN times 0 would be left.
+                    grad[i * classes..(i + 1) * classes].fill(T::narrow(T::Real::default()));
+                }
             }
         }
         start = end;

@@ -535,6 +535,11 @@ def test_cross_entropy_runs_under_scan_remat_donation_and_export():
             "one entry a class",
         ),
         (
+            lambda: rj.cross_entropy(jnp.ones((2, 3)), jnp.zeros(2, int), rgd.KL()),
+            TypeError,
+            r"name it weighting=KL\(",
+        ),
+        (
             lambda: rj.cross_entropy(jnp.ones((2, 3)), jnp.zeros(2, int), reduction="avg"),
             ValueError,
             "reduction",

@@ -117,6 +117,23 @@ def test_label_out_of_range_makes_its_row_nan_under_jit(classes):
     )
 
 
+@pytest.mark.parametrize("mask", ["ignore_index", "where"])
+@pytest.mark.parametrize("classes", [5, 64])
+def test_what_masked_logits_hold_reaches_no_result(classes, mask):
+    logits, labels = problem((7, classes))
+    counted = np.arange(7) != 3
+    options = {"where": counted} if mask == "where" else {}
+    labels = labels if mask == "where" else jnp.where(counted, labels, -100)
+    step = jax.jit(
+        jax.value_and_grad(lambda z: rj.cross_entropy(z, labels, implementation="rust", **options))
+    )
+    expected = step(logits)
+    for value, gradient in (step(logits.at[3].set(jnp.nan)), step(logits.at[3, 1].set(jnp.inf))):
+        assert value == expected[0]
+        np.testing.assert_array_equal(gradient, expected[1])
+        np.testing.assert_array_equal(gradient[3], 0)
+
+
 @pytest.mark.parametrize("rows", [0, 3])
 def test_no_target_that_counts_gives_nan_and_a_gradient_of_zero(rows):
     step = jax.jit(jax.value_and_grad(lambda z, y: rj.cross_entropy(z, y, implementation="rust")))

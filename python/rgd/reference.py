@@ -283,7 +283,7 @@ def cross_entropy_grad(
         per: "element" or "sample", as in `cross_entropy`.
 
     Returns:
-        The gradient, float64, of the logits' shape; 0 for an ignored target.
+        The gradient, float64, of the logits' shape; 0 for an ignored target, NaN where its logits hold NaN.
 
     Raises:
         ValueError, TypeError, IndexError: As `cross_entropy`.
@@ -301,7 +301,7 @@ def cross_entropy_grad(
     counted = np.expand_dims(problem.counted, problem.class_axis)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         gradient = weights * problem.gradients / _denominator(problem, reduction)
-    return np.where(counted, gradient, 0.0)
+        return np.where(counted, gradient, 0.0 * problem.gradients)
 
 
 def _weights(losses: Array, weighting: Weighting) -> Array:

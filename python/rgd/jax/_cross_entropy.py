@@ -25,7 +25,7 @@ from jax.typing import ArrayLike
 
 from rgd.jax import _fused
 from rgd.jax._weights import AxisName, Batch, as_mask, check_bound, psum, resolve, setting, weights_of
-from rgd.weightings import KL, Weighting
+from rgd.weightings import KL, KLBall, Weighting
 
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
 Per: TypeAlias = Literal["element", "sample"]
@@ -347,6 +347,8 @@ def _(
 def _class_weight(weight: ArrayLike | None, classes: int, dtype: jnp.dtype) -> jax.Array | None:
     if weight is None:
         return None
+    if isinstance(weight, (KL, KLBall)):
+        raise TypeError(f"weight takes class weights, got {weight!r}: name it weighting={weight!r}")
     array = jnp.asarray(weight)
     if array.shape != (classes,):
         raise ValueError(f"weight must have one entry a class, shape {(classes,)}, got {array.shape}")
