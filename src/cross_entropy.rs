@@ -15,6 +15,7 @@ use crate::simd::{Element, Isa, Kernel, LANES, Real, dispatch, ln};
 use crate::weights::{self, Kl, Losses, Weighting};
 use ndarray::{ArrayView1, ArrayViewD, ArrayViewMutD};
 use std::fmt;
+use std::sync::atomic::{Ordering, compiler_fence};
 
 /// How losses become an objective, as in `torch.nn.CrossEntropyLoss`.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -970,14 +971,6 @@ impl<T: Copy> RowsOf<T> {
         // SAFETY: what the caller promises.
         unsafe { std::slice::from_raw_parts(self.address(i), self.classes) }
     }
-
-    /// # Safety
-    /// There is a row `i`, and nobody else touches it meanwhile.
-    #[inline(always)]
-    unsafe fn row_mut<'a>(self, i: usize) -> &'a mut [T] {
-        // SAFETY: what the caller promises.
-        unsafe { std::slice::from_raw_parts_mut(self.address(i), self.classes) }
-    }
 }
 
 /// The steps over a group of rows.
@@ -1007,10 +1000,7 @@ impl<T: Element> RowSteps<'_, '_, T> {
             // SAFETY: as above.
             unsafe {
                 if own.is_none() {
-                    let wide = exps.address(i);
-                    for (k, x) in rows.row(i).iter().enumerate() {
-                        wide.add(k).write(x.widen());
-                    }
+                    row_widen(rows.address(i), exps.address(i), p.classes);
                 }
                 group.max[i] = row_max(source.row(i));
             }
@@ -1030,22 +1020,15 @@ impl<T: Element> RowSteps<'_, '_, T> {
         };
         for i in 0..count {
             let (scale, factor) = (group.scale[i], group.factor[i]);
-            // SAFETY: as above.
-            let exps = unsafe { exps.row_mut(i) };
             let mass = mass(i);
-            for (k, x) in exps.iter_mut().enumerate() {
-                *x = *x * scale;
-                if mass_is_some(&mass) {
-                    *x = *x - factor * mass.at(k);
-                }
-            }
-            if let Some(y) = p.label(start + i) {
-                exps[y] = exps[y] - factor * group.hard[i];
-            }
-            if T::as_real(grads.first).is_none() {
-                // SAFETY: as above.
-                for (grad, &x) in unsafe { grads.row_mut(i) }.iter_mut().zip(&*exps) {
-                    *grad = T::narrow(x);
+            // SAFETY: as above.
+            unsafe {
+                let (exps, grad) = (exps.address(i).cast_const(), grads.address(i));
+                let at_label = p.label(start + i).map(|y| (y, exps.add(y).read()));
+                row_gradient(exps, grad, p.classes, scale, factor, &mass);
+                if let Some((y, e)) = at_label {
+                    let g = e * scale - factor * mass.at(y) - factor * group.hard[i];
+                    grad.add(y).write(T::narrow(g));
                 }
             }
         }
@@ -1057,8 +1040,38 @@ fn mass_is_some<A, M: Mass<A>>(_: &M) -> bool {
     M::SOME
 }
 
+/// Keeps a loop to one tile a step, along whose lanes it is vectorised; across tiles it would gather and scatter.
+#[inline(always)]
+fn one_tile_a_step() {
+    compiler_fence(Ordering::SeqCst);
+}
+
 /// Independent accumulators of a row, each of [`LANES`] lanes.
 const CHAINS: usize = 4;
+
+/// Widens a row.
+///
+/// # Safety
+/// The addresses are of rows of at least [`LANES`] numbers that do not overlap, the latter this call's alone.
+#[inline(always)]
+unsafe fn row_widen<T: Element>(row: *const T, wide: *mut T::Real, classes: usize) {
+    let last = classes - LANES;
+    let mut k = 0;
+    while k < classes {
+        // What full tiles leave over is the end of the last lanes.
+        let at = k.min(last);
+        // SAFETY: what the caller promises.
+        let x = unsafe { row.add(at).cast::<[T; LANES]>().read() };
+        let mut y = [T::Real::default(); LANES];
+        for lane in 0..LANES {
+            y[lane] = x[lane].widen();
+        }
+        // SAFETY: as above.
+        unsafe { wide.add(at).cast::<[T::Real; LANES]>().write(y) };
+        one_tile_a_step();
+        k += LANES;
+    }
+}
 
 /// The largest logit; NaN logits are passed over, and show in the sum.
 #[inline(always)]
@@ -1190,6 +1203,56 @@ unsafe fn row_exps<A: Real, I: Isa>(
         unsafe { exps.add(last).cast::<[A; LANES]>().write(tile) };
     }
     if some { [join(sum), join(dot), join(total)] } else { [join(sum), zero, zero] }
+}
+
+/// Writes `exps_k scale - factor t_k`, `t` the spread mass.
+///
+/// # Safety
+/// `exps` and `grad` are rows of at least [`LANES`] numbers, the latter this call's alone; they overlap only where they
+/// are the same.
+#[inline(always)]
+unsafe fn row_gradient<T: Element>(
+    exps: *const T::Real,
+    grad: *mut T,
+    classes: usize,
+    scale: T::Real,
+    factor: T::Real,
+    mass: &impl Mass<T::Real>,
+) {
+    let last = classes - LANES;
+    // SAFETY: what the caller promises.
+    let end = unsafe { exps.add(last).cast::<[T::Real; LANES]>().read() };
+    let mut k = 0;
+    while k <= last {
+        // SAFETY: as above.
+        unsafe {
+            let x = exps.add(k).cast::<[T::Real; LANES]>().read();
+            grad.add(k).cast::<[T; LANES]>().write(tile_gradient(x, k, scale, factor, mass));
+        }
+        one_tile_a_step();
+        k += LANES;
+    }
+    // SAFETY: as above.
+    unsafe { grad.add(last).cast::<[T; LANES]>().write(tile_gradient(end, last, scale, factor, mass)) };
+}
+
+#[inline(always)]
+fn tile_gradient<T: Element>(
+    exps: [T::Real; LANES],
+    first: usize,
+    scale: T::Real,
+    factor: T::Real,
+    mass: &impl Mass<T::Real>,
+) -> [T; LANES] {
+    let mut grad = [T::narrow(scale); LANES];
+    for lane in 0..LANES {
+        let mut g = exps[lane] * scale;
+        if mass_is_some(mass) {
+            g = g - factor * mass.at(first + lane);
+        }
+        grad[lane] = T::narrow(g);
+    }
+    grad
 }
 
 #[cfg(test)]
