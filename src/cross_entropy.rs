@@ -859,16 +859,28 @@ struct Rows<'a, 'b, T: Element> {
     end: usize,
 }
 
-/// The spread mass of a row, class by class.
+/// The spread mass of a row.
 trait Mass<A> {
     /// Whether there is any.
     const SOME: bool;
+
+    /// That of the classes from `k` on.
+    ///
+    /// # Safety
+    /// There are [`LANES`] of them.
+    unsafe fn tile(&self, k: usize) -> [A; LANES];
+
+    /// That of class `k`.
     fn at(&self, k: usize) -> A;
 }
 
 struct NoMass;
 impl<A: Real> Mass<A> for NoMass {
     const SOME: bool = false;
+    #[inline(always)]
+    unsafe fn tile(&self, _: usize) -> [A; LANES] {
+        [A::default(); LANES]
+    }
     #[inline(always)]
     fn at(&self, _: usize) -> A {
         A::default()
@@ -879,6 +891,11 @@ struct SmoothingMass<'a, A>(&'a [A]);
 impl<A: Real> Mass<A> for SmoothingMass<'_, A> {
     const SOME: bool = true;
     #[inline(always)]
+    unsafe fn tile(&self, k: usize) -> [A; LANES] {
+        // SAFETY: what the caller promises.
+        unsafe { read_tile(self.0.as_ptr().add(k)) }
+    }
+    #[inline(always)]
     fn at(&self, k: usize) -> A {
         self.0[k]
     }
@@ -888,9 +905,38 @@ struct ProbabilityMass<'a, T: Element>(&'a [T], &'a [T::Real], &'a [T::Real]);
 impl<T: Element> Mass<T::Real> for ProbabilityMass<'_, T> {
     const SOME: bool = true;
     #[inline(always)]
+    unsafe fn tile(&self, k: usize) -> [T::Real; LANES] {
+        // SAFETY: what the caller promises.
+        let (p, factor, mass) = unsafe {
+            let Self(p, factor, mass) = self;
+            (read_tile(p.as_ptr().add(k)), read_tile(factor.as_ptr().add(k)), read_tile(mass.as_ptr().add(k)))
+        };
+        let mut tile = mass;
+        for lane in 0..LANES {
+            tile[lane] = p[lane].widen() * factor[lane] + mass[lane];
+        }
+        tile
+    }
+    #[inline(always)]
     fn at(&self, k: usize) -> T::Real {
         self.0[k].widen() * self.1[k] + self.2[k]
     }
+}
+
+/// # Safety
+/// [`LANES`] numbers may be read there.
+#[inline(always)]
+unsafe fn read_tile<T: Copy>(address: *const T) -> [T; LANES] {
+    // SAFETY: what the caller promises.
+    unsafe { address.cast::<[T; LANES]>().read() }
+}
+
+/// # Safety
+/// [`LANES`] numbers may be written there.
+#[inline(always)]
+unsafe fn write_tile<T: Copy>(address: *mut T, tile: [T; LANES]) {
+    // SAFETY: what the caller promises.
+    unsafe { address.cast::<[T; LANES]>().write(tile) }
 }
 
 impl<T: Element> Kernel for Rows<'_, '_, T> {
@@ -1008,7 +1054,7 @@ impl<T: Element> RowSteps<'_, '_, T> {
         for i in 0..count {
             // SAFETY: as above.
             let [sum, dot, spread] = unsafe {
-                row_exps::<_, I>(source.address(i), exps.address(i), p.classes, group.max[i], &mass(i))
+                row_exps::<_, I, _>(source.address(i), exps.address(i), p.classes, group.max[i], &mass(i))
             };
             (group.sum[i], group.dot[i], group.spread[i]) = (sum, dot, spread);
         }
@@ -1035,11 +1081,6 @@ impl<T: Element> RowSteps<'_, '_, T> {
     }
 }
 
-#[inline(always)]
-fn mass_is_some<A, M: Mass<A>>(_: &M) -> bool {
-    M::SOME
-}
-
 /// Keeps a loop to one tile a step, along whose lanes it is vectorised; across tiles it would gather and scatter.
 #[inline(always)]
 fn one_tile_a_step() {
@@ -1055,21 +1096,20 @@ const CHAINS: usize = 4;
 /// The addresses are of rows of at least [`LANES`] numbers that do not overlap, the latter this call's alone.
 #[inline(always)]
 unsafe fn row_widen<T: Element>(row: *const T, wide: *mut T::Real, classes: usize) {
-    let last = classes - LANES;
     let mut k = 0;
     while k < classes {
         // What full tiles leave over is the end of the last lanes.
-        let at = k.min(last);
+        let at = k.min(classes - LANES);
         // SAFETY: what the caller promises.
-        let x = unsafe { row.add(at).cast::<[T; LANES]>().read() };
+        let x = unsafe { read_tile(row.add(at)) };
         let mut y = [T::Real::default(); LANES];
         for lane in 0..LANES {
             y[lane] = x[lane].widen();
         }
         // SAFETY: as above.
-        unsafe { wide.add(at).cast::<[T::Real; LANES]>().write(y) };
-        one_tile_a_step();
+        unsafe { write_tile(wide.add(at), y) };
         k += LANES;
+        one_tile_a_step();
     }
 }
 
@@ -1125,132 +1165,159 @@ fn join<A: Real>([mut a, b, c, d]: [[A; LANES]; CHAINS]) -> A {
     a[0]
 }
 
+/// Sums over the classes, lane by lane: of `exp(x_k - max)`, of `t_k (x_k - max)` and of `t_k`, `t` the spread mass.
+#[derive(Clone, Copy)]
+struct Sums<A> {
+    exps: [A; LANES],
+    dot: [A; LANES],
+    mass: [A; LANES],
+}
+
+impl<A: Real> Sums<A> {
+    /// Adds the lanes from `first` on; the exponentials of all lanes. One short loop after the other, for those the
+    /// compiler unrolls.
+    #[inline(always)]
+    fn add<I: Isa>(
+        &mut self,
+        mut x: [A; LANES],
+        max: A,
+        mass: Option<[A; LANES]>,
+        first: usize,
+    ) -> [A; LANES] {
+        let kept = |lane: usize, x: A| if lane >= first { x } else { A::default() };
+        for z in &mut x {
+            *z = *z - max;
+        }
+        if let Some(mass) = mass {
+            for (lane, (dot, (&t, &z))) in self.dot.iter_mut().zip(mass.iter().zip(&x)).enumerate() {
+                *dot += kept(lane, t * z);
+            }
+            for (lane, (sum, &t)) in self.mass.iter_mut().zip(&mass).enumerate() {
+                *sum += kept(lane, t);
+            }
+        }
+        for z in &mut x {
+            *z = z.exp_nonpositive::<I>();
+        }
+        for (lane, (sum, &e)) in self.exps.iter_mut().zip(&x).enumerate() {
+            *sum += kept(lane, e);
+        }
+        x
+    }
+}
+
 /// Writes `exp(x_k - max)`; `sum_k exp(x_k - max)`, `sum_k t_k (x_k - max)` and `sum_k t_k` of the spread mass `t`.
 ///
 /// # Safety
-/// `source` and `exps`, which may be the same, are rows of at least [`LANES`] numbers, the latter this call's alone.
+/// `source` and `exps`, which may be the same, are rows of at least [`LANES`] numbers, the latter this call's alone, and
+/// `mass` is that of a row as long.
 #[inline(always)]
-unsafe fn row_exps<A: Real, I: Isa>(
+unsafe fn row_exps<A: Real, I: Isa, M: Mass<A>>(
     source: *const A,
     exps: *mut A,
     classes: usize,
     max: A,
-    mass: &impl Mass<A>,
+    mass: &M,
 ) -> [A; 3] {
-    let zero = A::default();
-    let (mut sum, mut dot, mut total) =
-        ([[zero; LANES]; CHAINS], [[zero; LANES]; CHAINS], [[zero; LANES]; CHAINS]);
-    let some = mass_is_some(mass);
+    let zero = [A::default(); LANES];
+    let mut sums = [Sums { exps: zero, dot: zero, mass: zero }; CHAINS];
     // What full tiles leave of the row is the end of its last lanes, which are read before anything is written.
     let rest = classes % LANES;
     let last = classes - LANES;
     // SAFETY: what the caller promises.
-    let mut tile = unsafe { source.add(last).cast::<[A; LANES]>().read() };
+    let mut end = unsafe { read_tile(source.add(last)) };
     if rest != 0 {
-        for lane in 0..LANES {
-            let z = tile[lane] - max;
-            let e = z.exp_nonpositive::<I>();
-            let counts = lane >= LANES - rest;
-            sum[1][lane] = if counts { e } else { zero };
-            tile[lane] = e;
-            if some {
-                let t = mass.at(last + lane);
-                dot[1][lane] = if counts { t * z } else { zero };
-                total[1][lane] = if counts { t } else { zero };
-            }
-        }
+        // SAFETY: as above.
+        let t = if M::SOME { Some(unsafe { mass.tile(last) }) } else { None };
+        end = sums[1].add::<I>(end, max, t, LANES - rest);
     }
     let mut k = 0;
     while k + CHAINS * LANES <= classes {
-        for chain in 0..CHAINS {
+        for (chain, sums) in sums.iter_mut().enumerate() {
             let k = k + chain * LANES;
             // SAFETY: as above.
-            let mut x = unsafe { source.add(k).cast::<[A; LANES]>().read() };
-            for lane in 0..LANES {
-                let z = x[lane] - max;
-                x[lane] = z.exp_nonpositive::<I>();
-                sum[chain][lane] += x[lane];
-                if some {
-                    let t = mass.at(k + lane);
-                    dot[chain][lane] += t * z;
-                    total[chain][lane] += t;
-                }
+            unsafe {
+                let t = if M::SOME { Some(mass.tile(k)) } else { None };
+                write_tile(exps.add(k), sums.add::<I>(read_tile(source.add(k)), max, t, 0));
             }
-            // SAFETY: as above.
-            unsafe { exps.add(k).cast::<[A; LANES]>().write(x) };
         }
         k += CHAINS * LANES;
+        one_tile_a_step();
     }
     while k + LANES <= classes {
         // SAFETY: as above.
-        let mut x = unsafe { source.add(k).cast::<[A; LANES]>().read() };
-        for lane in 0..LANES {
-            let z = x[lane] - max;
-            x[lane] = z.exp_nonpositive::<I>();
-            sum[0][lane] += x[lane];
-            if some {
-                let t = mass.at(k + lane);
-                dot[0][lane] += t * z;
-                total[0][lane] += t;
-            }
+        unsafe {
+            let t = if M::SOME { Some(mass.tile(k)) } else { None };
+            write_tile(exps.add(k), sums[0].add::<I>(read_tile(source.add(k)), max, t, 0));
         }
-        // SAFETY: as above.
-        unsafe { exps.add(k).cast::<[A; LANES]>().write(x) };
         k += LANES;
+        one_tile_a_step();
     }
     if rest != 0 {
         // SAFETY: as above.
-        unsafe { exps.add(last).cast::<[A; LANES]>().write(tile) };
+        unsafe { write_tile(exps.add(last), end) };
     }
-    if some { [join(sum), join(dot), join(total)] } else { [join(sum), zero, zero] }
+    let [a, b, c, d] = sums;
+    let exps = join([a.exps, b.exps, c.exps, d.exps]);
+    if M::SOME {
+        [exps, join([a.dot, b.dot, c.dot, d.dot]), join([a.mass, b.mass, c.mass, d.mass])]
+    } else {
+        [exps, A::default(), A::default()]
+    }
 }
 
 /// Writes `exps_k scale - factor t_k`, `t` the spread mass.
 ///
 /// # Safety
 /// `exps` and `grad` are rows of at least [`LANES`] numbers, the latter this call's alone; they overlap only where they
-/// are the same.
+/// are the same. `mass` is that of a row as long.
 #[inline(always)]
-unsafe fn row_gradient<T: Element>(
+unsafe fn row_gradient<T: Element, M: Mass<T::Real>>(
     exps: *const T::Real,
     grad: *mut T,
     classes: usize,
     scale: T::Real,
     factor: T::Real,
-    mass: &impl Mass<T::Real>,
+    mass: &M,
 ) {
     let last = classes - LANES;
     // SAFETY: what the caller promises.
-    let end = unsafe { exps.add(last).cast::<[T::Real; LANES]>().read() };
+    let end = unsafe { read_tile(exps.add(last)) };
     let mut k = 0;
     while k <= last {
         // SAFETY: as above.
         unsafe {
-            let x = exps.add(k).cast::<[T::Real; LANES]>().read();
-            grad.add(k).cast::<[T; LANES]>().write(tile_gradient(x, k, scale, factor, mass));
+            let t = if M::SOME { Some(mass.tile(k)) } else { None };
+            write_tile(grad.add(k), tile_gradient(read_tile(exps.add(k)), scale, factor, t));
         }
-        one_tile_a_step();
         k += LANES;
+        one_tile_a_step();
     }
     // SAFETY: as above.
-    unsafe { grad.add(last).cast::<[T; LANES]>().write(tile_gradient(end, last, scale, factor, mass)) };
+    unsafe {
+        let t = if M::SOME { Some(mass.tile(last)) } else { None };
+        write_tile(grad.add(last), tile_gradient(end, scale, factor, t));
+    }
 }
 
 #[inline(always)]
 fn tile_gradient<T: Element>(
-    exps: [T::Real; LANES],
-    first: usize,
+    mut x: [T::Real; LANES],
     scale: T::Real,
     factor: T::Real,
-    mass: &impl Mass<T::Real>,
+    mass: Option<[T::Real; LANES]>,
 ) -> [T; LANES] {
-    let mut grad = [T::narrow(scale); LANES];
-    for lane in 0..LANES {
-        let mut g = exps[lane] * scale;
-        if mass_is_some(mass) {
-            g = g - factor * mass.at(first + lane);
+    for x in &mut x {
+        *x = *x * scale;
+    }
+    if let Some(mass) = mass {
+        for (x, &t) in x.iter_mut().zip(&mass) {
+            *x = *x - factor * t;
         }
-        grad[lane] = T::narrow(g);
+    }
+    let mut grad = [T::narrow(scale); LANES];
+    for (grad, &x) in grad.iter_mut().zip(&x) {
+        *grad = T::narrow(x);
     }
     grad
 }
