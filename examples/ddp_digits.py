@@ -68,6 +68,7 @@ def main() -> None:
         with torch.no_grad():
             accuracy = (model.module(images).argmax(1) == labels).double().mean().item()
         print(f"{dist.get_world_size()} processes: test accuracy {accuracy:.1%}")
+    dist.barrier()
     dist.destroy_process_group()
 
 

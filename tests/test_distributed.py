@@ -11,6 +11,7 @@ import pathlib
 import queue
 import subprocess
 import sys
+import time
 import traceback
 
 import pytest
@@ -50,6 +51,8 @@ def work(inbox, outbox):
             try:
                 outcome = function(rank, size, *arguments)
             finally:
+                # Older torch may hang where a group is destroyed while its thread lets go of its last tensor.
+                time.sleep(0.05)
                 dist.destroy_process_group()
             outbox.put((rank, outcome, None))
         except Exception:
@@ -442,9 +445,8 @@ def train_fsdp(rank, size, weighting, sizes):
 
 @pytest.mark.parametrize("weighting", [POINTWISE, SHARED[0], SHARED[2]], ids=str)
 def test_fsdp2_equals_one_process_on_the_concatenated_batch(run, weighting):
-    pytest.importorskip("torch.distributed.fsdp", reason="this torch has no FSDP")
-    if not hasattr(torch.distributed.fsdp, "fully_shard"):
-        pytest.skip("this torch has no FSDP2")
+    if torch.__version__ < "2.7":
+        pytest.skip("FSDP2 in torch before 2.7 needs a GPU")
     outcomes = run(2, train_fsdp, weighting, [6, 6])
     expected = train_alone(weighting, [6, 6])
     for parameters in outcomes:

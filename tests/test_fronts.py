@@ -11,6 +11,7 @@ import rgd.jax
 import rgd.torch
 import torch
 from rgd import reference
+from x64 import enable_x64
 
 WEIGHTINGS = [
     rgd.KL(),
@@ -44,7 +45,7 @@ def test_weights_and_their_mean_agree_in_every_front(weighting, dtype, masked):
     rng = np.random.default_rng(3)
     values = rng.gamma(1.0, 1.5, SAMPLES)
     mask = rng.random(SAMPLES) < 0.7 if masked else None
-    with jax.enable_x64(True):
+    with enable_x64(True):
         tensor, array, exact = pair(values, dtype)
         where = {"where": None if mask is None else torch.as_tensor(mask)}
         where_jax = {"where": None if mask is None else jnp.asarray(mask)}
@@ -76,7 +77,7 @@ def test_cross_entropy_and_its_gradient_agree_in_every_front(weighting, dtype, k
     labels = rng.integers(0, CLASSES, SAMPLES)
     labels[::5] = -100
     options = {"label_smoothing": 0.1, "weighting": weighting}
-    with jax.enable_x64(True):
+    with enable_x64(True):
         tensor, array, exact = pair(logits, dtype)
         weight, weight_jax, weight_exact = pair(class_weight, "float64" if dtype == "float64" else "float32")
         if kind == "indices":

@@ -19,6 +19,7 @@ jnp = jax.numpy
 
 import rgd.jax as rj  # noqa: E402
 from jax.test_util import check_grads  # noqa: E402
+from x64 import enable_x64  # noqa: E402
 
 WEIGHTINGS = [
     rgd.KL(),
@@ -39,7 +40,7 @@ ROWS, CLASSES = 7, 5
 
 @pytest.fixture(params=DTYPES)
 def dtype(request):
-    with jax.enable_x64(request.param == "float64"):
+    with enable_x64(request.param == "float64"):
         yield jnp.dtype(request.param)
 
 
@@ -88,7 +89,7 @@ def test_weights_and_mean_equal_the_reference(weighting, masked, dtype):
 @pytest.mark.parametrize("radius", [1e-6, 1e-2, 0.5, 2.0, 4.0])
 @pytest.mark.parametrize("n", [2, 10, 1000])
 def test_ball_is_reached_exactly_where_it_can_be(n, radius, seed):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         losses = np.random.default_rng(seed).lognormal(0, 2, n)
         weights = np.asarray(jax.jit(rj.sample_weights)(losses, rgd.KLBall(radius)))
     np.testing.assert_allclose(weights.mean(), 1, rtol=(n + 16) * np.finfo(np.float64).eps)
@@ -176,7 +177,7 @@ def test_gradient_is_the_weights_over_n_and_the_weights_are_constants(weighting)
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS, ids=str)
 def test_gradients_of_the_mean_with_constant_weights_pass_check_grads(weighting):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         losses = some_losses("float64")
         weights = rj.sample_weights(losses, weighting)
 
@@ -293,7 +294,7 @@ def test_value_and_grad_says_what_the_function_must_return():
 @pytest.mark.parametrize("weighting", [*WEIGHTINGS, None], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 def test_weight_stats_equal_the_reference_under_jit(weighting, masked):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         losses = some_losses("float64")
         where = jnp.array([True] * 5 + [False] * 2) if masked else None
         weights = rj.sample_weights(losses, weighting, where=where)
@@ -391,7 +392,7 @@ def test_cross_entropy_of_one_example_is_vmapped_to_that_of_each():
 
 
 def test_cross_entropy_passes_check_grads_where_the_weights_are_constant():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         logits, labels = some_logits("float64")
         labels = labels.at[2].set(-100)
         for options in ({}, {"weight": jnp.arange(1.0, 6.0), "label_smoothing": 0.1}):

@@ -13,6 +13,7 @@ jax = pytest.importorskip("jax")
 jnp = jax.numpy
 
 import rgd.jax as rj  # noqa: E402
+from x64 import enable_x64  # noqa: E402
 
 SHAPES = [(7, 5), (33, 101), (1, 3000), (2, 3, 64)]
 
@@ -45,7 +46,7 @@ def close(a, b, dtype, terms):
     ids=str,
 )
 def test_kernel_gives_the_value_and_gradient_of_jnp_and_of_the_reference(shape, dtype, options):
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         logits, labels = problem(shape, dtype)
         (value, gradient), (other_value, other_gradient) = (
             jax.jit(
@@ -82,7 +83,7 @@ def test_numbers_may_be_traced_and_vmapped():
 
 
 def test_second_derivatives_and_forward_mode_are_those_of_jnp():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         logits, labels = problem((3, 6), "float64")
         direction = jnp.cos(jnp.arange(18.0)).reshape(3, 6)
         results = []

@@ -90,7 +90,9 @@ def _kernel(logits: jax.Array, labels: jax.Array, settings: jax.Array) -> Output
             TARGET, (row, row, like_logits), vmap_method="broadcast_all", input_output_aliases={0: 2}
         )
         outputs: Any = call(logits, labels, settings)
-        return tuple(lax.pcast(x, varying, to="varying") if varying else x for x in outputs)
+        # JAX before 0.9 takes the outputs of a custom call for varying without being told.
+        cast = varying and hasattr(lax, "pcast")
+        return tuple(lax.pcast(x, varying, to="varying") if cast else x for x in outputs)
 
     return lax.platform_dependent(logits, labels, settings, cpu=rust, default=_composed)
 

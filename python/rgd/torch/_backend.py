@@ -24,6 +24,12 @@ _transforms_active = _internals._are_functorch_transforms_active
 _dispatch_modes = _internals._len_torch_dispatch_stack
 _tracing_state = _internals._get_tracing_state
 _forward_ad: Any = forward_ad
+# Asked once: not every torch can trace the question.
+_AUTOCASTING = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "hpu", "mps", "mtia", "privateuseone", "xla", "xpu")
+    if torch.amp.is_autocast_available(kind)
+)
 
 
 def _check(name: Any, source: str) -> str | None:
@@ -99,7 +105,7 @@ def must_forget() -> bool:
 
 def autocasts(device_type: str) -> bool:
     """Whether autocast is on for a kind of device; never for one that knows no autocast, as "meta"."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type in _AUTOCASTING and torch.is_autocast_enabled(device_type)
 
 
 def rust_serves(a: Tensor, b: Tensor | None = None, c: Tensor | None = None) -> bool:
