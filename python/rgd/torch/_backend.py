@@ -161,14 +161,12 @@ def op_serves(a: Tensor, b: Tensor | None = None, c: Tensor | None = None) -> bo
 
 def is_exporting() -> bool:
     """Whether `torch.export` is tracing."""
-    return _is_exporting()
+    return _compiler._is_exporting_flag if _HAS_EXPORTING_FLAG else torch.compiler.is_exporting()
 
 
-def _never() -> bool:
-    return False
-
-
-_is_exporting = getattr(torch.compiler, "is_exporting", _never)
+# The flag itself where there is one: torch 2.8 traces `is_exporting` as True in any compiled graph.
+_compiler: Any = torch.compiler
+_HAS_EXPORTING_FLAG = hasattr(_compiler, "_is_exporting_flag")
 
 
 def _refusal(tensors: tuple[Tensor | None, ...]) -> RuntimeError:
