@@ -41,10 +41,14 @@ def _check(name: Any, source: str) -> str | None:
 
 
 class _State:
-    forced: str | None = _check(
-        os.environ.get(ENVIRONMENT) or None, f"the environment variable {ENVIRONMENT}"
-    )
-    ran: list[str] | None = None
+    """An object, not a class of variables: torch 2.8 compiles those once and for all."""
+
+    def __init__(self) -> None:
+        self.forced = _check(os.environ.get(ENVIRONMENT) or None, f"the environment variable {ENVIRONMENT}")
+        self.ran: list[str] | None = None
+
+
+_state = _State()
 
 
 class backend:  # noqa: N801 - used as a function
@@ -86,16 +90,16 @@ class backend:  # noqa: N801 - used as a function
         self._name = _check(name, "backend")
 
     def __enter__(self) -> list[str]:
-        self._outer = (_State.forced, _State.ran)
+        self._outer = (_state.forced, _state.ran)
         ran: list[str] = []
         # Without a name the block only watches: what an outer block or the environment asked for still holds.
-        _State.forced, _State.ran = self._name or _State.forced, ran
+        _state.forced, _state.ran = self._name or _state.forced, ran
         return ran
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _State.forced, _State.ran = self._outer
+        _state.forced, _state.ran = self._outer
 
 
 def must_forget() -> bool:
@@ -123,25 +127,25 @@ def rust_serves(a: Tensor, b: Tensor | None = None, c: Tensor | None = None) -> 
         and not _dispatch_modes()
         and _tracing_state() is None
     )
-    if _State.forced is not None:
-        if _State.forced == COMPOSITE:
+    if _state.forced is not None:
+        if _state.forced == COMPOSITE:
             serves = False
         elif not serves:
             raise _refusal((a, b, c))
-    if _State.ran is not None:
-        _State.ran.append(RUST if serves else COMPOSITE)
+    if _state.ran is not None:
+        _state.ran.append(RUST if serves else COMPOSITE)
     return serves
 
 
 def must_not_serve() -> None:
     """Say that a call goes through torch operations, for a reason that the tensors do not show."""
-    if _State.forced == RUST:
+    if _state.forced == RUST:
         raise RuntimeError(
             'backend("rust") was asked for, but class probabilities that require grad take torch operations: '
             "call target.detach() first, or leave the choice to rgd"
         )
-    if _State.ran is not None:
-        _State.ran.append(COMPOSITE)
+    if _state.ran is not None:
+        _state.ran.append(COMPOSITE)
 
 
 def op_serves(a: Tensor, b: Tensor | None = None, c: Tensor | None = None) -> bool:
@@ -150,7 +154,7 @@ def op_serves(a: Tensor, b: Tensor | None = None, c: Tensor | None = None) -> bo
     An exported graph holds torch operations, so that it runs where `rgd` is not installed.
     """
     return (
-        _State.forced != COMPOSITE
+        _state.forced != COMPOSITE
         and a.device.type == "cpu"
         and (b is None or b.device.type == "cpu")
         and (c is None or c.device.type == "cpu")
