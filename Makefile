@@ -23,7 +23,7 @@ extension := $(wildcard python/rgd/_rgd*.so)
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: $(VENV)/.built $(VENV)/.group-demo ## Train on long-tailed digits with CrossEntropyLoss and with RGDLoss, print the table, draw the picture
@@ -35,6 +35,15 @@ test: $(VENV)/.built $(VENV)/.group-test ## Run the Rust tests, then the Python 
 	$(say) "cargo test: the kernels, without Python"
 	@cargo test --quiet
 	$(say) "pytest"
+	@$(python) -m pytest $(PYTEST_ARGS)
+
+.PHONY: test-oldest
+test-oldest: ## Run the Python tests with the oldest supported versions, in an environment of their own
+	@$(MAKE) --no-print-directory VENV=$(VENV)-oldest pytest-oldest
+
+.PHONY: pytest-oldest
+pytest-oldest: $(VENV)/.built $(VENV)/.group-oldest
+	$(say) "pytest with $$($(python) --version) and the oldest supported versions"
 	@$(python) -m pytest $(PYTEST_ARGS)
 
 .PHONY: lint
@@ -68,8 +77,8 @@ bench: $(VENV)/.built $(VENV)/.group-test ## Run the programs in benches/, or on
 	done
 
 .PHONY: clean
-clean: ## Remove .venv and everything built
-	rm -rf $(VENV) target dist python/rgd/_rgd*.so
+clean: ## Remove the environments and everything built
+	rm -rf $(VENV) $(VENV)-oldest target dist python/rgd/_rgd*.so
 
 # --- what the targets stand on ---
 

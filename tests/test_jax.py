@@ -17,6 +17,7 @@ from rgd import reference
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 
+import jax.export  # noqa: E402
 import rgd.jax as rj  # noqa: E402
 from jax.test_util import check_grads  # noqa: E402
 from x64 import enable_x64  # noqa: E402
