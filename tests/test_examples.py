@@ -53,6 +53,16 @@ def test_processes_give_the_result_that_one_gives(tmp_path):
     assert one == two
 
 
+def test_the_pictures_of_the_weights_are_drawn(tmp_path):
+    command = [sys.executable, EXAMPLES / "weight_pictures.py", "--epochs", "2", "--output", tmp_path / "new"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = {"weight_curve.png", "weight_history.png", "heaviest_samples.png"}
+    assert {path.name for path in (tmp_path / "new").iterdir()} == names
+    docs = EXAMPLES.parent / "docs"
+    assert all((docs / name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
 def test_the_long_tail_falls_from_100_images_to_1(longtail):
     assert longtail.class_sizes(100) == [100, 60, 36, 22, 13, 8, 5, 3, 2, 1]
     assert longtail.class_sizes(1) == [100] * 10
