@@ -414,6 +414,32 @@ def test_cross_entropy_passes_check_grads_where_the_weights_are_constant():
         )
 
 
+BAD_SETTINGS = [
+    *((rgd.KL, "tau", value) for value in (-1.0, -0.5, 0.0, math.inf, math.nan)),
+    *((rgd.KL, "scale", value) for value in (-1.0, math.inf, math.nan)),
+    *((rgd.KLBall, "radius", value) for value in (-1.0, math.nan)),
+]
+
+
+@pytest.mark.parametrize(("weighting", "name", "value"), BAD_SETTINGS)
+def test_a_setting_that_is_not_allowed_raises_or_is_nan_where_traced(weighting, name, value):
+    logits, labels = some_logits("float32")
+    with pytest.raises(ValueError, match=name):
+        weighting(**{name: value})
+
+    def objective(z, number, implementation):
+        chosen = weighting(**{name: number})
+        return rj.cross_entropy(z, labels, weighting=chosen, implementation=implementation)
+
+    for implementation in ("jnp", "rust") if weighting is rgd.KL else ("jnp",):
+        compiled = jax.jit(jax.value_and_grad(objective), static_argnums=2)
+        result, gradient = compiled(logits, value, implementation)
+        assert jnp.isnan(result)
+        assert jnp.all(jnp.isnan(gradient))
+    weights = jax.jit(lambda number: rj.sample_weights(jnp.arange(3.0), weighting(**{name: number})))(value)
+    assert jnp.all(jnp.isnan(weights))
+
+
 @pytest.mark.parametrize("label", [-1, CLASSES, 10**6])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"weight": jnp.ones(CLASSES)}], ids=str)
 def test_label_out_of_range_raises_or_is_nan_under_jit(label, options):

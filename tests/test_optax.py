@@ -177,3 +177,9 @@ def test_tau_and_weighting_together_are_refused():
         rgd.optax.reweight(1.0, weighting=rgd.KL())
     with pytest.raises(ValueError, match="not both"):
         rgd.optax.rgd(optax.sgd(1.0), optax.constant_schedule(1.0), weighting=rgd.KL())
+
+
+@pytest.mark.parametrize("inner", [optax.adam, None, 0.1])
+def test_what_is_no_gradient_transformation_is_refused(inner):
+    with pytest.raises(TypeError, match=r"inner must be an optax.GradientTransformation, such as"):
+        rgd.optax.rgd(inner)

@@ -138,7 +138,7 @@ def rgd(
 
     Raises:
         ValueError: As `reweight`.
-        TypeError: As `reweight`.
+        TypeError: As `reweight`; if `inner` is no gradient transformation.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, rgd.optax
@@ -158,6 +158,12 @@ def rgd(
     References:
         Kumar et al., arXiv 2306.09222, Algorithm 1.
     """
+    given: Any = inner
+    if not isinstance(given, (optax.MultiSteps, optax.GradientTransformation)):
+        raise TypeError(
+            "inner must be an optax.GradientTransformation, such as optax.adam(1e-3) returns, got "
+            f"{getattr(given, '__name__', type(given).__name__)}"
+        )
     outer = reweight(tau, weighting=weighting, axis_name=axis_name)
     if isinstance(inner, optax.MultiSteps):
         inner = optax.GradientTransformationExtraArgs(inner.init, cast("Any", inner.update))

@@ -24,7 +24,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from rgd.jax import _fused
-from rgd.jax._weights import AxisName, Batch, as_mask, check_bound, psum, resolve, setting, weights_of
+from rgd.jax._weights import AxisName, Batch, as_mask, check_bound, kl_settings, psum, resolve, weights_of
 from rgd.weightings import KL, KLBall, Weighting
 
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
@@ -64,7 +64,8 @@ def cross_entropy(
         reduction: "none", "mean" or "sum".
         label_smoothing: Share `e` of a target that is spread over all classes, in [0, 1].
         tau: Short for `weighting=rgd.KL(tau=tau)`.
-        weighting: `rgd.KL` or `rgd.KLBall`, of which every number may be traced. By default `KL(tau=1.0)`.
+        weighting: `rgd.KL` or `rgd.KLBall`, of which every number may be traced; a traced number that is not
+            allowed cannot raise, and makes the weights NaN. By default `KL(tau=1.0)`.
         per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the
             leading dimension of `labels` by the mean of their losses, over the targets that count.
         where: Booleans that broadcast to the losses' shape. A target where it is False counts for nothing,
@@ -303,12 +304,13 @@ def _rust(problem: Problem, weighting: KL, reduction: Reduction, axis_name: Axis
         labels = jnp.where(problem.counted, labels, _fused.IGNORED)
     if problem.out_of_range is not None:
         labels = jnp.where(problem.out_of_range, _fused.OUT_OF_RANGE, labels)
+    tau, scale = kl_settings(weighting, dtype)
     norm = 1 if reduction == "sum" else 1 / psum(denominator_of(problem), axis_name)
     total = _fused.weighted_sum(
         problem.logits,
         labels,
-        tau=setting("KL.tau", weighting.tau, dtype),
-        scale=setting("KL.scale", weighting.effective_scale, dtype),
+        tau=tau,
+        scale=scale,
         norm=norm,
         smoothing=problem.smoothing,
     )

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
@@ -46,7 +47,8 @@ def sample_weights(
 
     Args:
         losses: Losses, any shape but (), floating.
-        weighting: `rgd.KL` or `rgd.KLBall`, of which every number may be traced. By default `KL(tau=1.0)`.
+        weighting: `rgd.KL` or `rgd.KLBall`, of which every number may be traced; a traced number that is not
+            allowed cannot raise, and makes the weights NaN. By default `KL(tau=1.0)`.
         tau: Short for `weighting=rgd.KL(tau=tau)`.
         where: Booleans that broadcast to the losses' shape. A loss where it is False has weight 0 and takes
             no part in the others' weights.
@@ -92,7 +94,8 @@ def reweighted_mean(
 
     Args:
         losses: Losses, any shape but (), floating: of examples, tasks, domains or sequences.
-        weighting: `rgd.KL` or `rgd.KLBall`, of which every number may be traced. By default `KL(tau=1.0)`.
+        weighting: `rgd.KL` or `rgd.KLBall`, of which every number may be traced; a traced number that is not
+            allowed cannot raise, and makes the weights NaN. By default `KL(tau=1.0)`.
         tau: Short for `weighting=rgd.KL(tau=tau)`.
         where: Booleans that broadcast to the losses' shape: which losses take part, and are counted in `n`.
             What the others hold, be it NaN, reaches neither the objective nor its gradient.
@@ -257,6 +260,21 @@ def setting(name: str, value: ArrayLike, dtype: jnp.dtype) -> jax.Array:
     return lax.stop_gradient(array)
 
 
+def kl_settings(weighting: KL, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """`tau` and the scale, as constants of the losses' dtype; the scale is NaN for a bad traced number."""
+    tau = setting("KL.tau", weighting.tau, dtype)
+    scale = setting("KL.scale", weighting.effective_scale, dtype)
+    if _is_traced(weighting.tau):
+        scale = jnp.where((tau > 0) & (jnp.isfinite(tau) | (weighting.scale is not None)), scale, jnp.nan)
+    if _is_traced(weighting.scale):
+        scale = jnp.where((scale >= 0) & jnp.isfinite(scale), scale, jnp.nan)
+    return tau, scale
+
+
+def _is_traced(value: object) -> bool:
+    return isinstance(value, jax.core.Tracer)
+
+
 def count_of(batch: Batch) -> jax.Array:
     """How many losses take part, with the batch's axes kept as 1, in the losses' dtype."""
     taking_part = (
@@ -301,8 +319,7 @@ def _axes(axis: Axis, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _kl_weights(batch: Batch, weighting: KL) -> jax.Array:
     losses = batch.losses
-    tau = setting("KL.tau", weighting.tau, losses.dtype)
-    scale = setting("KL.scale", weighting.effective_scale, losses.dtype)
+    tau, scale = kl_settings(weighting, losses.dtype)
     clipped = jnp.minimum(losses, tau)
     # An infinite loss times a scale of 0 is 0 here: without re-weighting it weighs 1.
     exponent = jnp.where((scale == 0) & ~jnp.isnan(losses), 0, scale * clipped)
@@ -383,6 +400,7 @@ def _ball_weights(batch: Batch, weighting: KLBall) -> jax.Array:
     weights = jnp.where(none_or_all, 1, weights)
     # An infinite loss has no weight in a ball, but weighs 1 without re-weighting.
     bad = jnp.where(radius == 0, jnp.isnan(losses), ~jnp.isfinite(losses))
+    bad |= ~(radius >= 0)
     any_bad = psum(jnp.sum(bad, axis=batch.axes, keepdims=True), batch.axis_name) > 0
     return jnp.where(any_bad, jnp.nan, weights)
 
