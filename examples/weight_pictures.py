@@ -13,8 +13,11 @@ from __future__ import annotations
 import argparse
 import pathlib
 
+import matplotlib as mpl
 import numpy as np
 import torch
+from longtail_digits import class_sizes
+from matplotlib import pyplot as plt
 from rgd.torch import RGDLoss, plot, sample_weights
 from sklearn.datasets import load_digits
 from torch import nn
@@ -22,14 +25,16 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 TAU = 2.0
-SIZES = (100, 60, 36, 22, 13, 8, 5, 3, 2, 1)
+IMBALANCE = 100
 WRONG = 5
 
 
 def training_images() -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Images (n, 8, 8) with values from 0 to 1, labels (n,), and what to call each image."""
     images, digits = load_digits(return_X_y=True)
-    chosen = np.concatenate([np.flatnonzero(digits == k)[:size] for k, size in enumerate(SIZES)])
+    chosen = np.concatenate(
+        [np.flatnonzero(digits == k)[:size] for k, size in enumerate(class_sizes(IMBALANCE))]
+    )
     digits = digits[chosen]
     labels = digits.copy()
     labels[:WRONG] = np.arange(1, WRONG + 1)
@@ -47,10 +52,7 @@ def main() -> None:
         "--output", type=pathlib.Path, default=pathlib.Path(__file__).parent, help="folder of the pictures"
     )
     options = parser.parse_args()
-    import matplotlib as mpl  # noqa: PLC0415
-
     mpl.use("agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
 
     images, labels, names = training_images()
     torch.manual_seed(0)
@@ -59,19 +61,18 @@ def main() -> None:
     criterion = RGDLoss(tau=TAU)
 
     history: list[torch.Tensor] = []
-    losses = torch.empty(0)
     for _ in tqdm(range(options.epochs), desc="training", unit="epoch"):
         for batch in torch.randperm(len(labels)).split(32):
             optimizer.zero_grad()
             criterion(model(images[batch]), labels[batch]).backward()
             optimizer.step()
         with torch.no_grad():
-            losses = F.cross_entropy(model(images), labels, reduction="none")
-        history.append(sample_weights(losses, tau=TAU))
+            history.append(F.cross_entropy(model(images), labels, reduction="none"))
 
+    losses, weights = history[-1], [sample_weights(losses, tau=TAU) for losses in history]
     axes = {
         "weight_curve": plot.weight_curve(tau=TAU, losses=losses),
-        "weight_history": plot.weight_history(history, steps=range(1, len(history) + 1)),
+        "weight_history": plot.weight_history(weights, steps=range(1, len(weights) + 1)),
         "heaviest_samples": plot.heaviest_samples(losses, tau=TAU, count=8, names=names, images=images),
     }
     axes["weight_history"].set_xlabel("epoch")

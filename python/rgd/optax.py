@@ -158,15 +158,15 @@ def rgd(
     References:
         Kumar et al., arXiv 2306.09222, Algorithm 1.
     """
+    outer = reweight(tau, weighting=weighting, axis_name=axis_name)
+    if isinstance(inner, optax.MultiSteps):
+        inner = optax.GradientTransformationExtraArgs(inner.init, cast("Any", inner.update))
     given: Any = inner
-    if not isinstance(given, (optax.MultiSteps, optax.GradientTransformation)):
+    if not isinstance(given, optax.GradientTransformation):
         raise TypeError(
             "inner must be an optax.GradientTransformation, such as optax.adam(1e-3) returns, got "
             f"{getattr(given, '__name__', type(given).__name__)}"
         )
-    outer = reweight(tau, weighting=weighting, axis_name=axis_name)
-    if isinstance(inner, optax.MultiSteps):
-        inner = optax.GradientTransformationExtraArgs(inner.init, cast("Any", inner.update))
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> RGDState:

@@ -264,15 +264,11 @@ def kl_settings(weighting: KL, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """`tau` and the scale, as constants of the losses' dtype; the scale is NaN for a bad traced number."""
     tau = setting("KL.tau", weighting.tau, dtype)
     scale = setting("KL.scale", weighting.effective_scale, dtype)
-    if _is_traced(weighting.tau):
+    if isinstance(weighting.tau, jax.core.Tracer):
         scale = jnp.where((tau > 0) & (jnp.isfinite(tau) | (weighting.scale is not None)), scale, jnp.nan)
-    if _is_traced(weighting.scale):
+    if isinstance(weighting.scale, jax.core.Tracer):
         scale = jnp.where((scale >= 0) & jnp.isfinite(scale), scale, jnp.nan)
     return tau, scale
-
-
-def _is_traced(value: object) -> bool:
-    return isinstance(value, jax.core.Tracer)
 
 
 def count_of(batch: Batch) -> jax.Array:
@@ -400,9 +396,8 @@ def _ball_weights(batch: Batch, weighting: KLBall) -> jax.Array:
     weights = jnp.where(none_or_all, 1, weights)
     # An infinite loss has no weight in a ball, but weighs 1 without re-weighting.
     bad = jnp.where(radius == 0, jnp.isnan(losses), ~jnp.isfinite(losses))
-    bad |= ~(radius >= 0)
     any_bad = psum(jnp.sum(bad, axis=batch.axes, keepdims=True), batch.axis_name) > 0
-    return jnp.where(any_bad, jnp.nan, weights)
+    return jnp.where(any_bad | ~(radius >= 0), jnp.nan, weights)
 
 
 def _mean(values: jax.Array, batch: Batch) -> jax.Array:
