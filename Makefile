@@ -6,11 +6,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BENCH ?= $(wildcard benches/*.py)
+# How many processes run the Python tests; 0 for this one alone, as a debugger needs it.
+PYTEST_JOBS ?= 2
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check
 # Torch's CUDA build is large: a slow line needs patience, not a failure after 15 seconds.
 pip_install := $(pip) install --quiet --timeout 120
+pytest = $(python) -m pytest -n $(PYTEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 say := @printf '\n== %s\n'
 
 rust_sources := Cargo.toml $(wildcard Cargo.lock) $(shell find src -name '*.rs')
@@ -35,7 +38,7 @@ test: $(VENV)/.built $(VENV)/.group-test ## Run the Rust tests, then the Python 
 	$(say) "cargo test: the kernels, without Python"
 	@cargo test --quiet
 	$(say) "pytest"
-	@$(python) -m pytest $(PYTEST_ARGS)
+	@$(pytest)
 
 .PHONY: test-oldest
 test-oldest: ## Run the Python tests with the oldest supported versions, in an environment of their own
@@ -44,7 +47,7 @@ test-oldest: ## Run the Python tests with the oldest supported versions, in an e
 .PHONY: pytest-oldest
 pytest-oldest: $(VENV)/.built $(VENV)/.group-oldest
 	$(say) "pytest with $$($(python) --version) and the oldest supported versions"
-	@$(python) -m pytest $(PYTEST_ARGS)
+	@$(pytest)
 
 .PHONY: lint
 lint: $(VENV)/.group-test $(VENV)/.group-lint | rust ## Check format, lints and types of both languages

@@ -38,8 +38,8 @@ def plain_optax(logits, labels):
 
 CONTENDERS = {
     "rgd.jax": rgd.jax.cross_entropy,
-    "rgd.jax, rust": lambda logits, labels: rgd.jax.cross_entropy(logits, labels, implementation="rust"),
-    "rgd.jax, jnp": lambda logits, labels: rgd.jax.cross_entropy(logits, labels, implementation="jnp"),
+    "rgd.jax, rust": lambda logits, labels: rgd.jax.cross_entropy(logits, labels, backend="rust"),
+    "rgd.jax, jnp": lambda logits, labels: rgd.jax.cross_entropy(logits, labels, backend="jnp"),
     "jnp formula": formula,
     "optax (ERM)": plain_optax,
 }

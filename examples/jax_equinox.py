@@ -7,6 +7,8 @@ network is trained with the mean squared error and re-weighted, over five seeds;
 each part.
 """
 
+import sys
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -57,9 +59,8 @@ def train(seed, weighting, progress):
     return [float(losses(model, x, target(x)[:, 0]).mean()) for x in (-grid, grid)]
 
 
-def main():
-    seeds = 5
-    arms = {"mean squared error": rgd.KL(scale=0.0), "RGD in a KL ball": rgd.KLBall(1.0)}
+def main(seeds=5):
+    arms = {"mean squared error": rgd.ERM(), "RGD in a KL ball": rgd.KLBall(1.0)}
     results = {}
     with trange(len(arms) * seeds * 10, desc="training", unit="part") as progress:
         for name, weighting in arms.items():
@@ -71,4 +72,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

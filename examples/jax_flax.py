@@ -7,6 +7,8 @@ trained by plain cross-entropy and by `rgd.jax.cross_entropy`, over five seeds; 
 on a balanced test set, and that of the worst class.
 """
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -57,9 +59,8 @@ def train(seed, weighting, progress):
     return float(correct.mean()), float(correct.reshape(400, CLASSES).mean(0).min())
 
 
-def main():
-    seeds = 5
-    arms = {"cross-entropy": rgd.KL(scale=0.0), "RGD": rgd.KL(tau=3.0)}
+def main(seeds=5):
+    arms = {"cross-entropy": rgd.ERM(), "RGD": rgd.KL(tau=3.0)}
     results = {}
     with trange(len(arms) * seeds * STEPS, desc="training", unit="step") as progress:
         for name, weighting in arms.items():
@@ -74,4 +75,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

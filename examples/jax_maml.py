@@ -12,6 +12,8 @@ References:
     Kumar et al., arXiv 2306.09222.
 """
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -82,9 +84,8 @@ def train(seed, weighting, progress):
     return float(judged.mean()), float(judged[-100:].mean())
 
 
-def main():
-    seeds = 3
-    arms = {"MAML": rgd.KL(scale=0.0), "MAML + RGD": rgd.KL(tau=5.0)}
+def main(seeds=3):
+    arms = {"MAML": rgd.ERM(), "MAML + RGD": rgd.KL(tau=5.0)}
     results = {}
     with trange(len(arms) * seeds * 10, desc="meta-training", unit="part") as progress:
         for name, weighting in arms.items():
@@ -96,4 +97,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

@@ -2,7 +2,7 @@
 
 A small network learns long-tailed digits with RGDLoss: 100 zeros, 60 ones, and so on down to a single nine.
 Five of the zeros are given a wrong label. Each epoch the weights of all training images are kept; at the end
-`rgd.torch.plot` draws the weight of each image against its loss, the weights over the training, and the
+`rgd.plot` draws the weight of each image against its loss, the weights over the training, and the
 heaviest images.
 
 Run it with `python examples/weight_pictures.py`; it takes seconds.
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from longtail_digits import class_sizes
 from matplotlib import pyplot as plt
-from rgd.torch import RGDLoss, plot, sample_weights
+from rgd import plot
+from rgd.torch import RGDLoss, sample_weights
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F

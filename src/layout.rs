@@ -1,7 +1,13 @@
-//! Strided tensors as runs: the positions of one or more tensors of equal shape, walked in row-major order.
+//! Strided tensors: [`Positions`] walks one or more tensors of equal shape in row-major order, [`Vector`] reads the
+//! elements of one as `f64`.
 //!
-//! Axes that lie behind one another in every tensor are merged first, so that a contiguous tensor is one run and a
-//! contiguous `(N, C, H, W)` tensor without its class axis is `N` runs of `H * W`.
+//! An element with index `(i_1, ..., i_d)` lies at the address `first + sum_k i_k stride_k`. Neighbouring axes that are
+//! contiguous with each other in every tensor are merged, so that a contiguous tensor is one run and a contiguous
+//! `(N, C, H, W)` tensor without its class axis is `N` runs of `H * W`.
+
+use crate::numeric::{Element, Isa, Kernel, Real, dispatch};
+use ndarray::{ArrayView1, ArrayViewD};
+use std::mem::MaybeUninit;
 
 /// The positions of `K` tensors of one shape, with their strides in elements.
 #[derive(Debug, Clone)]
@@ -107,6 +113,104 @@ impl<const K: usize> Iterator for Runs<'_, K> {
     }
 }
 
+/// A tensor of any float type and strides, read as a vector in row-major order.
+#[derive(Debug)]
+pub struct Vector<'a, T> {
+    view: ArrayViewD<'a, T>,
+    positions: Positions<1>,
+}
+
+impl<'a, T: Element> Vector<'a, T> {
+    /// The elements of `view`.
+    #[must_use]
+    pub fn new(view: ArrayViewD<'a, T>) -> Self {
+        let positions = Positions::new(view.shape(), [view.strides()]);
+        Self { view, positions }
+    }
+
+    /// The elements of a slice.
+    #[must_use]
+    pub fn of(slice: &'a [T]) -> Self {
+        Self::new(ArrayView1::from(slice).into_dyn())
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Copies the elements `start..start + out.len()`, widened.
+    #[inline(always)]
+    pub(crate) fn load(&self, start: usize, out: &mut [f64]) {
+        let base = self.view.as_ptr();
+        let [stride] = self.positions.inner();
+        for Run { position, length, offsets: [offset] } in self.positions.runs(start, start + out.len()) {
+            let out = &mut out[position - start..position - start + length];
+            // SAFETY: `Positions` was made of the view's own shape and strides, so every address is an element of it.
+            unsafe {
+                let first = base.offset(offset);
+                if stride == 1 {
+                    for (x, y) in out.iter_mut().zip(std::slice::from_raw_parts(first, length)) {
+                        *x = y.widen().to_f64();
+                    }
+                } else {
+                    for (i, x) in out.iter_mut().enumerate() {
+                        *x = (*first.offset(i as isize * stride)).widen().to_f64();
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A vector of a float type that the caller need not know.
+pub trait Values: Sync {
+    /// How many there are.
+    fn count(&self) -> usize;
+    /// Copies the elements `start..start + out.len()`, widened.
+    fn read(&self, start: usize, out: &mut [f64]);
+}
+
+struct Load<'a, 'b, 'c, T> {
+    vector: &'a Vector<'b, T>,
+    start: usize,
+    out: &'c mut [f64],
+}
+
+impl<T: Element> Kernel for Load<'_, '_, '_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        self.vector.load(self.start, self.out);
+    }
+}
+
+impl<T: Element> Values for Vector<'_, T> {
+    fn count(&self) -> usize {
+        self.len()
+    }
+
+    fn read(&self, start: usize, out: &mut [f64]) {
+        dispatch(Load { vector: self, start, out });
+    }
+}
+
+/// A slice whose elements have all been written, as numbers.
+///
+/// # Safety
+/// They have all been written.
+pub(crate) unsafe fn written<T: Copy>(slice: &[MaybeUninit<T>]) -> &[T] {
+    // SAFETY: the layouts are the same, and the caller promises that the elements are initialised.
+    unsafe { std::slice::from_raw_parts(slice.as_ptr().cast(), slice.len()) }
+}
+
 /// A tensor's memory, shared by the threads of one kernel call that each touch their own part.
 #[derive(Debug)]
 pub(crate) struct Shared<T>(pub *mut T);
@@ -118,7 +222,8 @@ impl<T> Clone for Shared<T> {
 }
 impl<T> Copy for Shared<T> {}
 
-// SAFETY: a plain address; whoever dereferences it says why that part of memory is theirs alone.
+// SAFETY: an address may be sent to another thread; each place that dereferences it says why no two threads touch the
+// same elements.
 unsafe impl<T: Send> Send for Shared<T> {}
 // SAFETY: as above.
 unsafe impl<T: Send> Sync for Shared<T> {}
@@ -181,5 +286,16 @@ mod tests {
         assert_eq!(walk(&Positions::new(&[], [&[]]), 0, 1), [[0]]);
         assert!(Positions::new(&[3, 0], [&[0, 1]]).is_empty());
         assert_eq!(walk(&Positions::new(&[3], [&[0]]), 0, 3), [[0]; 3]);
+    }
+
+    #[test]
+    fn a_vector_reads_any_strides_widened() {
+        let numbers: Vec<half::f16> = (0..60u8).map(half::f16::from).collect();
+        let array = ndarray::ArrayView2::from_shape((6, 10), &numbers).unwrap();
+        let view = array.slice(ndarray::s![..;-2, 1..;3]);
+        let vector = Vector::new(view.into_dyn());
+        let mut read = [0.0; 7];
+        vector.read(1, &mut read);
+        assert_eq!((vector.count(), read), (9, [54.0, 57.0, 31.0, 34.0, 37.0, 11.0, 14.0]));
     }
 }

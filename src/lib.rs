@@ -1,24 +1,22 @@
 //! The kernels of Re-weighted Gradient Descent (RGD), and the Python extension `rgd._rgd` that serves them.
 //!
-//! Kernels come first and know neither Python nor `DLPack`: [`weights`] turns losses into KL-DRO sample weights,
-//! [`cross_entropy`] turns logits into losses, weights and the gradient of the re-weighted objective, [`reduce`] sums.
-//! They stand on [`simd`] (lane arithmetic and the choice of instruction set), [`layout`] (strided tensors) and
-//! [`parallel`] (the thread pool). With the feature `python`, `tensor` reads `NumPy` arrays and `DLPack` tensors into
-//! typed views and `python` checks arguments and releases the interpreter.
+//! Kernels know neither Python nor `DLPack`: [`weightings`] turns losses into sample weights, one file a member of the
+//! family; [`cross_entropy`] turns logits into losses, weights and the gradient of the re-weighted objective; [`reduce`]
+//! sums. They stand on [`numeric`] (float types, `exp` and `ln`, the choice of instruction set), [`layout`] (strided
+//! tensors) and [`parallel`] (the thread pool).
+//!
+//! With the feature `python`, `bindings` holds the edges: `tensor` reads `NumPy` arrays and `DLPack` tensors as typed
+//! views, `python` checks arguments and releases the interpreter, `xla` is the custom call that JAX makes.
 //!
 //! Source of the mathematics: Kumar, Majmundar, Nagaraj, Suggala, "Stochastic Re-weighted Gradient Descent via
 //! Distributionally Robust Optimization", TMLR 2024, arXiv 2306.09222.
 
 pub mod cross_entropy;
 pub mod layout;
+pub mod numeric;
 pub mod parallel;
 pub mod reduce;
-pub mod simd;
-pub mod weights;
+pub mod weightings;
 
 #[cfg(feature = "python")]
-mod python;
-#[cfg(feature = "python")]
-mod tensor;
-#[cfg(feature = "python")]
-mod xla;
+mod bindings;

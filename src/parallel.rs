@@ -1,7 +1,8 @@
 //! The thread pool: private, built at the first large call, and built anew in a forked child.
 //!
-//! Work is cut into blocks whose bounds depend on the sizes alone, never on the number of threads, and whoever sums
-//! does so per block and then in the order of the blocks: results are the same, bit for bit, for any number of threads.
+//! Work is cut into blocks whose bounds depend on the sizes alone, never on the number of threads. A sum `sum_b s_b` is
+//! taken of the blocks' sums `s_b` in the order of the blocks, so that results are the same, bit for bit, for any number of
+//! threads.
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};

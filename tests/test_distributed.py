@@ -5,14 +5,10 @@ Three workers stay alive for the whole module; each test forms a new process gro
 
 import copy
 import itertools
-import multiprocessing
 import os
 import pathlib
-import queue
 import subprocess
 import sys
-import time
-import traceback
 
 import pytest
 import rgd
@@ -22,6 +18,7 @@ from rgd.torch import RGD, RGDLoss, cross_entropy, reweighted_mean, sample_weigh
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from workers import Workers
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 
@@ -40,57 +37,6 @@ CLOSE = {"rtol": 1e-11, "atol": 1e-13}
 
 
 # --- processes ---
-
-
-def work(inbox, outbox):
-    torch.set_num_threads(1)
-    while (job := inbox.get()) is not None:
-        function, rank, size, store, arguments = job
-        try:
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-            try:
-                outcome = function(rank, size, *arguments)
-            finally:
-                # Older torch may hang where a group is destroyed while its thread lets go of its last tensor.
-                time.sleep(0.05)
-                dist.destroy_process_group()
-            outbox.put((rank, outcome, None))
-        except Exception:
-            outbox.put((rank, None, traceback.format_exc()))
-
-
-class Workers:
-    def __init__(self):
-        context = multiprocessing.get_context("spawn")
-        self.outbox = context.Queue()
-        self.inboxes = [context.Queue() for _ in range(3)]
-        self.processes = [
-            context.Process(target=work, args=(inbox, self.outbox), daemon=True) for inbox in self.inboxes
-        ]
-        for process in self.processes:
-            process.start()
-
-    def run(self, size, store, function, *arguments):
-        """What `function(rank, size, *arguments)` returns on each rank."""
-        for rank in range(size):
-            self.inboxes[rank].put((function, rank, size, store, arguments))
-        outcomes = {}
-        for _ in range(size):
-            try:
-                rank, outcome, error = self.outbox.get(timeout=TIMEOUT)
-            except queue.Empty:
-                self.stop()
-                pytest.fail(f"no answer in {TIMEOUT} s, after {sorted(outcomes)} of {size} ranks: they hang")
-            if error is not None:
-                self.stop()  # the other ranks may still wait for this one
-                pytest.fail(f"rank {rank}:\n{error}")
-            outcomes[rank] = outcome
-        return [outcomes[rank] for rank in range(size)]
-
-    def stop(self):
-        for process in self.processes:
-            process.kill()
-            process.join()
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("jax")
 
 PROGRAM = """
+import dataclasses
 import warnings
 
 import jax
@@ -29,7 +30,29 @@ losses = jnp.asarray(rng.gamma(1.0, 1.5, 24), jnp.float32)
 logits = jnp.asarray(rng.standard_normal((24, 5)), jnp.float32)
 labels = jnp.asarray(rng.integers(0, 5, 24)).at[3].set(-100).at[20].set(-100)
 where = jnp.asarray(rng.random(24) < 0.7)
+mass = jnp.asarray(rng.integers(0, 3, 24))
+groups = jnp.arange(24) % 3
+
+@dataclasses.dataclass(frozen=True)
+class Softer(rgd.Weighting):
+    power: float = 0.5
+    pointwise = True
+    def weights(self, batch):
+        return (1 + batch.losses) ** self.power
+
+@dataclasses.dataclass(frozen=True)
+class Record(rgd.Weighting):
+    fade: float = 0.5
+    def init(self):
+        return {"largest": np.zeros(()), "batches": 0}
+    def step(self, batch, state):
+        faded, top = self.fade * state["largest"], batch.max(batch.losses)
+        largest = batch.xp.where(top > faded, top, faded)
+        return batch.losses / largest, {"largest": largest, "batches": state["batches"] + 1}
+
 weightings = [rgd.KL(), rgd.KL(tau=2.0, normalize=True), rgd.KLBall(0.3)]
+members = [Softer(), rgd.ChiSquareBall(0.4), rgd.CVaR(0.3), rgd.Trimmed(rgd.KL(), 0.2), rgd.GroupDRO(3, 0.1),
+           rgd.MovingAverage(rgd.KL(), 0.9), Record()]
 # 24 * 5 roundings in float32, exponents of at most 20: see tests/test_jax.py
 close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
@@ -62,11 +85,42 @@ for weighting in weightings:
         close(value, jnp.full(devices, one[0]))
         close(jnp.mean(gradient), one[1])
 
+# Every member, with a base measure, groups and a state that counts as replicated, two batches in a scan.
+for weighting in members if devices == 4 else (Softer(), Record()):
+    def batch(state, part):
+        l, m, p, g = part
+        options = {"where": m, "sample_weight": p, "groups": g, "axis_name": NAME, "state": state}
+        weights = rj.sample_weights(l, weighting, **options)
+        mean = rj.reweighted_mean(l, weighting, **options)
+        if state is None:
+            return None, (weights, mean)
+        return mean[1], (weights[0], mean[0])
+    def batches(state, *parts):
+        return jax.lax.scan(batch, state, parts)
+    parts = [jnp.stack([a, jnp.flip(a)]) for a in (losses, where, mass, groups)]
+    state = weighting.init() if weighting.stateful else None
+    NAME = None
+    one = jax.jit(batches)(state, *parts)
+    NAME = "data"
+    rows = P(None, "data")
+    spread = jax.shard_map(batches, mesh=mesh, in_specs=(P(), *[rows] * 4), out_specs=(P(), (rows, P())))
+    jax.tree.map(close, jax.jit(spread)(state, *parts), one)
+
+# Two mapped axes at once: the rows lie across both.
+if devices == 4:
+    square = Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
+    both = P(("a", "b"))
+    for name in (("a", "b"), ["a", "b"]):
+        def part(l):
+            return rj.sample_weights(l, rgd.CVaR(0.3), axis_name=name)
+        spread = jax.shard_map(part, mesh=square, in_specs=both, out_specs=both)
+        close(jax.jit(spread)(losses), rj.sample_weights(losses, rgd.CVaR(0.3)))
+
 # jit with sharded inputs: no device is sent another's logits.
 big = jnp.asarray(rng.standard_normal((32, 2048)), jnp.float32)
 big_labels = jnp.asarray(rng.integers(0, 2048, 32))
 rows = NamedSharding(mesh, P("data"))
-for implementation in (None, "rust"):
+for backend in (None, "rust"):
     step = jax.jit(jax.value_and_grad(rj.cross_entropy))
     args = jax.device_put(big, rows), jax.device_put(big_labels, rows)
     compiled = step.lower(*args).compile()
@@ -80,7 +134,7 @@ for implementation in (None, "rust"):
     # Inside shard_map too, with the objective of the whole batch.
     def whole(z, y):
         return jax.value_and_grad(
-            lambda z: rj.cross_entropy(z, y, axis_name="data", implementation=implementation))(z)
+            lambda z: rj.cross_entropy(z, y, axis_name="data", backend=backend))(z)
     inside = jax.shard_map(whole, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=(P(), P("data")))
     close(jax.jit(inside)(*args)[0], expected[0])
     close(jax.jit(inside)(*args)[1], expected[1])
@@ -91,7 +145,9 @@ print("equal")
 @pytest.mark.parametrize("devices", [2, 4])
 def test_many_devices_give_what_one_gives(devices):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    # What is asked is which numbers come out, and what moves between devices: compiled in a hurry.
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = {**os.environ, **quick, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     program = PROGRAM.replace("DEVICES", str(devices))
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False

@@ -74,7 +74,9 @@ def test_losses_in_foreign_byte_order_are_refused(function):
 
 @FUNCTIONS
 @pytest.mark.parametrize(
-    "losses", [[0.5, 1.0, 3.0], (0.5,), None, "losses", {}, memoryview(LOSSES)], ids=repr
+    "losses",
+    [[0.5, 1.0, 3.0], (0.5,), None, "losses", {}, memoryview(LOSSES)],
+    ids=["list", "tuple", "None", "str", "dict", "memoryview"],
 )
 def test_what_is_no_array_is_refused_with_asarray(function, losses):
     with pytest.raises(TypeError, match=r"losses must be an array .*: pass np\.asarray\(losses\)"):
@@ -229,6 +231,103 @@ def test_a_tau_that_is_no_positive_number_is_refused(function, tau, error):
 def test_a_number_given_as_weighting_is_refused_with_tau(function):
     with pytest.raises(TypeError, match=r"weighting must be .*did you mean tau=0\.5"):
         function(LOSSES, 0.5)
+
+
+OPTIONED = pytest.mark.parametrize(
+    "function",
+    [
+        rgd.sample_weights,
+        rgd.reweighted_mean,
+        lambda losses, **options: rgd.weight_stats(losses, np.ones(losses.shape), **options),
+    ],
+    ids=["sample_weights", "reweighted_mean", "weight_stats"],
+)
+
+
+@OPTIONED
+@pytest.mark.parametrize("where", [np.ones(3), [1, 0, 1], np.ones(3, np.int8), "yes"], ids=repr)
+def test_a_mask_that_is_not_bool_is_refused_with_the_comparison(function, where):
+    with pytest.raises(
+        TypeError, match=r"where must be an array of bool, got .*: compare it, as in where=mask > 0"
+    ):
+        function(LOSSES, where=where)
+
+
+@OPTIONED
+@pytest.mark.parametrize("shape", [(), (2,), (1, 3), (3, 1)], ids=str)
+def test_a_mask_of_another_shape_is_refused_with_both_shapes(function, shape):
+    with pytest.raises(ValueError, match=r"where must have the shape of the losses, \(3,\), got"):
+        function(LOSSES, where=np.ones(shape, bool))
+
+
+@OPTIONED
+@pytest.mark.parametrize("wrong", [-1.0, -1e-300, np.nan, np.inf, -np.inf], ids=str)
+def test_a_base_measure_that_is_negative_or_not_finite_is_refused_with_the_number(function, wrong):
+    with pytest.raises(ValueError, match=rf"sample_weight must hold finite numbers >= 0, got {wrong}"):
+        function(LOSSES, sample_weight=np.array([1.0, wrong, 1.0]))
+
+
+@OPTIONED
+def test_a_negative_integer_in_a_base_measure_is_refused(function):
+    with pytest.raises(ValueError, match="sample_weight must hold finite numbers >= 0, got -2"):
+        function(LOSSES, sample_weight=[1, -2, 1])
+
+
+@OPTIONED
+@pytest.mark.parametrize("dtype", ["bool", "complex64", "object", "U1"])
+def test_a_base_measure_that_is_no_numbers_is_refused(function, dtype):
+    with pytest.raises(TypeError, match="sample_weight must be an array of numbers, got"):
+        function(LOSSES, sample_weight=np.ones(3, dtype))
+
+
+@OPTIONED
+@pytest.mark.parametrize("name", ["sample_weight", "groups"])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 1), (3, 2), (1, 2, 3)], ids=str)
+def test_one_number_a_loss_or_a_sample_is_asked_for(function, name, shape):
+    message = rf"{name} must have the shape of the losses, \(2, 3\), or one entry a sample, \(2,\), got"
+    with pytest.raises(ValueError, match=message):
+        function(np.ones((2, 3)), **{name: np.ones(shape, int)})
+
+
+@OPTIONED
+@pytest.mark.parametrize("dtype", ["float64", "bool", "object", "U1"])
+def test_groups_that_are_no_integers_are_refused(function, dtype):
+    with pytest.raises(TypeError, match="groups must be an array of integers, got"):
+        function(LOSSES, groups=np.ones(3, dtype))
+
+
+def test_statistics_of_a_negative_group_are_refused():
+    with pytest.raises(ValueError, match="groups must be integers >= 0, got -1"):
+        rgd.weight_stats(LOSSES, np.ones(3), groups=[0, -1, 1])
+
+
+@pytest.mark.parametrize("function", [rgd.sample_weights, rgd.reweighted_mean])
+@pytest.mark.parametrize("groups", [[0, 1, 2], [0, -1, 1]], ids=str)
+def test_a_group_outside_the_weightings_range_is_refused(function, groups):
+    weighting = rgd.GroupDRO(2, 0.1)
+    with pytest.raises(ValueError, match=r"groups must lie in 0\.\.1 for GroupDRO\(groups=2\), got"):
+        function(LOSSES, weighting, groups=groups, state=weighting.init())
+
+
+@pytest.mark.parametrize("function", [rgd.sample_weights, rgd.reweighted_mean])
+def test_missing_groups_are_asked_for(function):
+    weighting = rgd.GroupDRO(2, 0.1)
+    with pytest.raises(ValueError, match="GroupDRO needs the group of each sample: give groups="):
+        function(LOSSES, weighting, state=weighting.init())
+
+
+@pytest.mark.parametrize("function", [rgd.sample_weights, rgd.reweighted_mean])
+@pytest.mark.parametrize("weighting", [rgd.GroupDRO(2, 0.1), rgd.MovingAverage(rgd.KL(), 0.9)], ids=str)
+def test_a_weighting_that_remembers_is_refused_without_its_state(function, weighting):
+    name = type(weighting).__name__
+    with pytest.raises(ValueError, match=rf"{name} remembers earlier batches: .*state = weighting\.init\(\)"):
+        function(LOSSES, weighting, groups=[0, 1, 1])
+
+
+@pytest.mark.parametrize("function", [rgd.sample_weights, rgd.reweighted_mean])
+def test_a_state_is_refused_by_a_weighting_that_keeps_none(function):
+    with pytest.raises(ValueError, match="KL keeps no state: leave state out"):
+        function(LOSSES, rgd.KL(), state={"shares": 1.0})
 
 
 @pytest.mark.parametrize("shape", [(), (2,), (1, 3), (3, 1), (0,)], ids=str)

@@ -81,6 +81,59 @@ def test_tau_may_be_a_schedule_of_the_step_count(problem):
     assert state.count.dtype == jnp.int32
 
 
+def test_a_weighting_may_be_a_schedule_of_the_step_count(problem):
+    schedule = lambda count: rgd.CVaR(alpha=1.0 / (1 + count))  # noqa: E731
+    tx = rgd.optax.rgd(optax.sgd(1.0), schedule)
+    losses, grads = per_example(*problem)
+    state, update = tx.init(problem[0]), jax.jit(tx.update)
+    for step in range(3):
+        updates, state = update(grads, state, problem[0], losses=losses)
+        assert_close(updates, jax.tree.map(jnp.negative, mean_gradient(problem, weighting=schedule(step))))
+    assert update._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "weighting", [rgd.GroupDRO(groups=2, step_size=0.5), rgd.MovingAverage(rgd.KL(), 0.9)], ids=str
+)
+def test_what_a_weighting_remembers_is_part_of_the_state(problem, weighting):
+    params, x, y = problem
+    groups = jnp.arange(BATCH) % 2
+    tx = rgd.optax.rgd(optax.sgd(1.0), weighting)
+    losses, grads = per_example(*problem)
+    state, update, remembered = tx.init(params), jax.jit(tx.update), weighting.init()
+    for _ in range(3):
+        # Restored from a checkpoint: a pytree like any other.
+        leaves, structure = jax.tree.flatten(state)
+        state = jax.tree.unflatten(structure, [np.asarray(leaf) for leaf in leaves])
+        updates, state = update(grads, state, params, losses=losses, groups=groups)
+        step = rgd.jax.value_and_grad(jax.vmap(loss, (None, 0, 0)), weighting)
+        (_, expected), remembered = step(params, x, y, groups=groups, state=remembered)
+        assert_close(updates, jax.tree.map(jnp.negative, expected))
+        assert_close(state.weighting_state, remembered)
+    assert update._cache_size() == 1
+    chained = optax.chain(rgd.optax.reweight(weighting), optax.sgd(1.0))
+    _, after = chained.update(grads, chained.init(params), params, losses=losses, groups=groups)
+    assert after[0].weighting_state.keys() == weighting.init().keys()
+
+
+def test_an_integer_sample_weight_equals_repeated_examples(problem):
+    params, x, y = problem
+    mass = jnp.array([1, 0, 2, 3, 1, 0])
+    updates, _ = one_update(rgd.optax.rgd(optax.sgd(1.0), rgd.CVaR(0.4)), problem, sample_weight=mass)
+    repeated = params, jnp.repeat(x, mass, axis=0), jnp.repeat(y, mass)
+    assert_close(updates, one_update(rgd.optax.rgd(optax.sgd(1.0), rgd.CVaR(0.4)), repeated)[0])
+
+
+def test_an_example_of_weight_zero_may_hold_an_infinite_gradient(problem):
+    losses, grads = per_example(*problem)
+    tx = rgd.optax.reweight(rgd.KL(scale=-1.0))
+    broken = jax.tree.map(lambda g: g.at[1].set(jnp.inf), grads)
+    updates, _ = tx.update(broken, tx.init(None), losses=losses.at[1].set(jnp.inf))
+    weights = jnp.exp(-losses).at[1].set(0)
+    expected = jax.tree.map(lambda g: jnp.tensordot(weights, g, 1) / BATCH, grads)
+    assert_close(updates, expected)
+
+
 def test_injected_tau_is_read_from_the_state(problem):
     tx = optax.inject_hyperparams(rgd.optax.rgd)(optax.sgd(1.0), tau=1.0)
     state = tx.init(problem[0])
@@ -174,9 +227,13 @@ def test_bad_calls_are_refused_with_the_fix(problem, extra, match):
 
 def test_tau_and_weighting_together_are_refused():
     with pytest.raises(ValueError, match="not both"):
-        rgd.optax.reweight(1.0, weighting=rgd.KL())
+        rgd.optax.reweight(rgd.KL(), tau=1.0)
     with pytest.raises(ValueError, match="not both"):
-        rgd.optax.rgd(optax.sgd(1.0), optax.constant_schedule(1.0), weighting=rgd.KL())
+        rgd.optax.rgd(optax.sgd(1.0), rgd.KL(), tau=optax.constant_schedule(1.0))
+    with pytest.raises(TypeError, match=r"did you mean tau=1\.0"):
+        rgd.optax.reweight(1.0)
+    with pytest.raises(TypeError, match=r"call it, as in KL\(...\)"):
+        rgd.optax.reweight(rgd.KL)
 
 
 @pytest.mark.parametrize("inner", [optax.adam, None, 0.1])

@@ -3,16 +3,19 @@
 import pathlib
 import re
 import shlex
+from collections.abc import Callable
 
 import matplotlib
 import matplotlib.pyplot as plt
 import pytest
+import rgd
 import torch
+from rgd.torch import RGDLoss, sample_weights
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = {
-    path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]
-}
+PATHS = {path.name: path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+PAGES = {name: path.read_text(encoding="utf-8") for name, path in PATHS.items()}
 README = PAGES["README.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -47,7 +50,7 @@ def test_a_sections_code_runs_top_to_bottom_on_its_own(page: str, text: str):
     namespace = {"__name__": "page"}
     for line, code in blocks(text, "python", page):
         # Padded, so that a traceback names the page's own line.
-        exec(compile("\n" * (line - 1) + code, str(ROOT / page), "exec"), namespace)
+        exec(compile("\n" * (line - 1) + code, str(PATHS[page]), "exec"), namespace)
     plt.close("all")
 
 
@@ -60,10 +63,143 @@ def test_working_code_stands_within_the_first_15_lines():
 
 def test_every_file_it_links_to_exists():
     for page, text in PAGES.items():
-        folder = ROOT if page == "README.md" else ROOT / "docs"
-        local = [link for link in re.findall(r"\]\(([^)#\s]+)\)", text) if "://" not in link]
-        assert [link for link in local if not (folder / link).exists()] == []
-    assert "docs/torch.md" in README
+        local = [link for link in re.findall(r"\]\(([^)#\s]+)[)#]", text) if "://" not in link]
+        assert [link for link in local if not (PATHS[page].parent / link).exists()] == []
+    assert all(f"docs/{page}" in README for page in PAGES if page != "README.md")
+
+
+def test_every_section_it_links_to_exists():
+    slugs = {
+        page: {
+            re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
+            for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        }
+        for page, text in PAGES.items()
+    }
+    links = [
+        (page, pathlib.PurePath(target or page).name, section)
+        for page, text in PAGES.items()
+        for target, section in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", text)
+        if "://" not in target
+    ]
+    assert links
+    assert [link for link in links if link[2] not in slugs[link[1]]] == []
+
+
+def test_the_table_of_weightings_holds_the_whole_family():
+    (table,) = [text for title, text in sections("README.md") if title == "Weightings"]
+    members = {
+        name
+        for name in rgd.__all__
+        if isinstance(kind := getattr(rgd, name), type) and issubclass(kind, rgd.Weighting)
+    }
+    assert set(re.findall(r"^\| `rgd\.(\w+)\(", table, re.MULTILINE)) == members - {"Weighting"}
+
+
+def test_the_map_of_the_house_names_every_room():
+    (code,) = [code for _, code in blocks(PAGES["architecture.md"], "", "architecture.md")]
+    named = {line.split()[0].rstrip("/") for line in code.splitlines() if line}
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    roots = ("src", "python/rgd")
+    files = [
+        path.relative_to(ROOT)
+        for root in roots
+        for path in (ROOT / root).rglob("*")
+        if path.suffix in (".rs", ".py", ".pyi")
+    ]
+    assert [str(f) for f in files if str(f) not in named and (str(f.parent) not in named)] == []
+    assert not named & set(roots)
+
+
+def test_the_page_on_backends_prints_what_its_comments_say(capsys):
+    checked = 0
+    for _, code in blocks(PAGES["backends.md"], "python", "backends.md"):
+        exec(code, {})
+        said = [line.split("# ")[1].split(":")[0] for line in code.splitlines() if line.startswith("print")]
+        assert said == capsys.readouterr().out.splitlines()
+        checked += len(said)
+    assert checked
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts the operations that torch dispatches, those of a backend on another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.count += 1
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize(
+    ("operators", "weighting_at"),
+    [
+        ({"cross_entropy"}, lambda step: rgd.KL(tau=1.0 + step)),
+        ({"cross_entropy"}, lambda step: rgd.KLBall(0.1 + step)),
+        ({"cross_entropy_losses", "cross_entropy_gradient"}, lambda step: rgd.CVaR(0.3 + step)),
+        ({"cross_entropy_losses", "cross_entropy_gradient"}, lambda step: rgd.ChiSquareBall(0.1 + step)),
+    ],
+    ids=["KL", "KLBall", "CVaR", "ChiSquareBall"],
+)
+def test_a_schedule_compiles_nothing_again_and_the_graph_has_the_operators_of_the_page(
+    operators: set[str], weighting_at: Callable[[float], rgd.Weighting]
+):
+    torch.compiler.reset()
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    criterion = RGDLoss()
+    compiled = torch.compile(criterion, backend=keep, fullgraph=True)
+    logits, target = torch.randn(8, 3, dtype=torch.float64, requires_grad=True), torch.arange(8) % 3
+    criterion.weighting = weighting_at(0.0)
+    first = compiled(logits, target).item()
+    criterion.weighting = weighting_at(0.25)
+    second = compiled(logits, target).item()
+    (graph,) = graphs
+    assert second == pytest.approx(RGDLoss(weighting=weighting_at(0.25))(logits, target).item(), rel=1e-13)
+    assert second != first
+    called = {
+        str(node.target).split(".")[1] for node in graph.graph.nodes if str(node.target).startswith("rgd.")
+    }
+    assert called == operators
+    assert all(f"`rgd::{name}`" in PAGES["backends.md"] for name in operators)
+
+
+OPERATIONS = {
+    "`KL()`": rgd.KL(),
+    "`KL(normalize=True)`": rgd.KL(normalize=True),
+    "`MidrangeKL`": rgd.MidrangeKL(1.0),
+    "`CVaR`": rgd.CVaR(0.1),
+    "`CVaR` with smoothing": rgd.CVaR(0.1, smoothing=0.5),
+    "`ChiSquare`": rgd.ChiSquare(1.0),
+    "`KLBall`": rgd.KLBall(0.1),
+    "`ChiSquareBall`": rgd.ChiSquareBall(0.3),
+}
+
+
+def operations(weighting: rgd.Weighting, size: int) -> int:
+    losses = torch.linspace(0.0, 3.0, size)
+    with CountOperations() as counter:
+        sample_weights(losses, weighting)
+    return counter.count
+
+
+def test_the_page_on_backends_counts_the_operations_of_each_search():
+    page = PAGES["backends.md"]
+    header, numbers = re.search(r"^ +\| (`KL\(\)`.*) \|\n.*\n +\| (.*) \|$", page, re.MULTILINE).groups()
+    stated = dict(zip(header.split(" | "), map(int, numbers.split(" | ")), strict=True))
+    assert stated.keys() == OPERATIONS.keys()
+    counted = {name: operations(weighting, 512) for name, weighting in OPERATIONS.items()}
+    # Versions of torch and of array-api-compat differ by an operation here and there.
+    assert {name: pytest.approx(number, rel=0.1, abs=3) for name, number in stated.items()} == counted
+    (large,) = re.findall(r"at 100,000 losses\s+`KLBall` takes about (\d+) operations", page)
+    assert operations(rgd.KLBall(0.1), 100_000) == pytest.approx(int(large), rel=0.1)
 
 
 def test_every_make_target_it_names_exists():

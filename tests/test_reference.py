@@ -1,7 +1,9 @@
 """The reference against mpmath, against torch's own cross-entropy, and against what the equations imply."""
 
+import ast
 import itertools
 import math
+import textwrap
 import warnings
 
 import exact
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rgd import KL, KLBall, reference
+from rgd import KL, ChiSquareBall, CVaR, GroupDRO, KLBall, MovingAverage, Trimmed, reference
 
 EPS = np.finfo(np.float64).eps
 ERM = KL(scale=0.0)
@@ -20,6 +22,11 @@ WEIGHTINGS = [
     KL(math.inf, scale=1.5, normalize=True),
     KLBall(0.05),
     KLBall(1.0),
+    KL(scale=-0.7),
+    ChiSquareBall(0.3),
+    CVaR(0.3),
+    CVaR(0.3, smoothing=0.5),
+    Trimmed(KL(2.0), 0.25),
 ]
 SHAPES = [(5,), (6, 5), (4, 5, 3), (2, 5, 3, 2)]
 
@@ -65,7 +72,7 @@ def test_weights_agree_with_mpmath(weighting, losses):
     got = reference.sample_weights(losses, weighting)
     expected, slack = exact.weights(losses, weighting)
     # An exponent x, rounded, moves exp(x) by |x| units in the last place, and the losses span at most 40.
-    largest = 1.5 * 40 if isinstance(weighting, KL) else 0
+    largest = 1.5 * 40
     for value, target, allowance in zip(got, expected, slack, strict=True):
         rounding = (largest + len(losses) + 8) * EPS * target + math.ulp(0.0)
         assert abs(value - target) <= rounding + allowance
@@ -180,6 +187,56 @@ def test_weight_stats_of_all_weight_on_one_sample():
 def test_weight_stats_of_weights_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"weights must have the shape of losses, \(3,\), got \(2,\)"):
         reference.weight_stats([1.0, 2.0, 6.0], [1.0, 1.0])
+
+
+def test_weight_stats_of_an_integer_mass_are_those_of_the_samples_repeated():
+    losses, weights, times = (
+        np.array([0.5, 3.0, 1.0, 9.0]),
+        np.array([0.4, 2.0, 1.0, 5.0]),
+        np.array([3, 1, 2, 0]),
+    )
+    weighted = reference.weight_stats(losses, weights, KL(2.0), sample_weight=times)
+    repeated = reference.weight_stats(np.repeat(losses, times), np.repeat(weights, times), KL(2.0))
+    for name in ("mean_loss", "objective", "kl_to_uniform", "max_weight", "clipped_share"):
+        assert getattr(weighted, name) == pytest.approx(getattr(repeated, name), rel=16 * EPS)
+    # Three samples have mass, which are six repeated.
+    assert (weighted.count, repeated.count) == (3, 6)
+    assert weighted.effective_sample_size / 3 == pytest.approx(
+        repeated.effective_sample_size / 6, rel=16 * EPS
+    )
+
+
+def test_weight_stats_of_masked_samples_are_those_of_the_rest():
+    losses, weights, taken = (
+        np.array([0.5, math.nan, 1.0]),
+        np.array([0.4, 7.0, 1.6]),
+        np.array([True, False, True]),
+    )
+    stats = reference.weight_stats(losses, weights, KL(), where=taken)
+    assert stats == reference.weight_stats(losses[taken], weights[taken], KL())
+
+
+def test_weight_stats_of_groups():
+    stats = reference.weight_stats(
+        [1.0, 3.0, 5.0, 7.0], [1.0, 2.0, 3.0, 9.0], sample_weight=[1.0, 2.0, 1.0, 0.0], groups=[2, 2, 0, 1]
+    )
+    mean_loss, share, count = stats.groups.mean_loss, stats.groups.weight_share, stats.groups.count
+    np.testing.assert_array_equal(mean_loss, [5.0, math.nan, 7 / 3])
+    np.testing.assert_array_equal(share, [3 / 8, 0.0, 5 / 8])
+    np.testing.assert_array_equal(count, [1, 0, 2])
+
+
+def test_formulas_in_the_modules_docstring_are_python():
+    blocks = code_blocks(reference.__doc__)
+    assert len(blocks) == 3
+    for block in blocks:
+        ast.parse(block)
+
+
+def code_blocks(docstring):
+    """The indented blocks of a docstring that do not belong to a section such as "References:"."""
+    paragraphs = docstring.split("\n\n")
+    return [textwrap.dedent(block) for block in paragraphs if block.startswith("    ")]
 
 
 # Cross-entropy, against torch.
@@ -339,6 +396,112 @@ def test_a_sample_shares_one_weight_from_the_mean_over_its_targets_not_ignored()
     np.testing.assert_allclose(values, expected, rtol=8 * EPS)
 
 
+MASSES = np.array([2, 0, 1, 3])
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("per", ["element", "sample"])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_an_integer_mass_is_as_a_sample_repeated(weighting, reduction, per, kind):
+    logits, target, probabilities, weight = make_problem((4, 5, 3), seed=6, ignore_index=1)
+    target = probabilities if kind == "probabilities" else target
+    options = {"ignore_index": 1 if kind == "indices" else -100, "per": per}
+    options |= {"weighting": weighting, "reduction": reduction}
+    value = reference.cross_entropy(logits, target, weight, sample_weight=MASSES, **options)
+    gradient = reference.cross_entropy_grad(logits, target, weight, sample_weight=MASSES, **options)
+    repeated = np.repeat(logits, MASSES, axis=0), np.repeat(target, MASSES, axis=0), weight
+    # A ball's root carries the rounding of its sums into all weights, through inverse temperatures below 10.
+    np.testing.assert_allclose(value, reference.cross_entropy(*repeated, **options), rtol=1e-12)
+    expected = reference.cross_entropy_grad(*repeated, **options)
+    starts = np.cumsum(MASSES) - MASSES
+    for sample in np.flatnonzero(MASSES):
+        total = MASSES[sample] * expected[starts[sample]]
+        np.testing.assert_allclose(gradient[sample], total, rtol=1e-12, atol=1e-14)
+    np.testing.assert_array_equal(gradient[MASSES == 0], 0.0)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("per", ["element", "sample"])
+def test_a_masked_target_is_as_an_ignored_one(weighting, reduction, per):
+    logits, target, _, weight = make_problem((4, 5, 3), seed=7)
+    taken = np.random.default_rng(8).uniform(size=target.shape) < 0.6
+    options = {"weighting": weighting, "reduction": reduction, "per": per}
+    for function in (reference.cross_entropy, reference.cross_entropy_grad):
+        got = function(logits, target, weight, where=taken, **options)
+        np.testing.assert_array_equal(got, function(logits, np.where(taken, target, -100), weight, **options))
+    if per == "element":
+        got = reference.cross_entropy(logits, target, weight, sample_weight=taken.astype(float), **options)
+        np.testing.assert_array_equal(
+            got, reference.cross_entropy(logits, target, weight, where=taken, **options)
+        )
+
+
+def test_masked_class_probabilities_leave_the_mean_to_the_rest():
+    logits, _, probabilities, _ = make_problem((6, 5), seed=9)
+    taken = np.array([True, True, False, True, False, False])
+    value = reference.cross_entropy(logits, probabilities, where=taken)
+    assert value == pytest.approx(reference.cross_entropy(logits[taken], probabilities[taken]), rel=8 * EPS)
+
+
+def test_the_mean_divides_by_the_mass_of_the_class_weights():
+    logits, target, _, weight = make_problem((6, 5), seed=10)
+    base = np.array([0.5, 2.0, 1.0, 0.25, 3.0, 1.5])
+    losses = reference.cross_entropy_losses(logits, target, weight)
+    expected = np.sum(base * np.exp(np.minimum(losses, 1) / 2) * losses) / np.sum(base * weight[target])
+    assert reference.cross_entropy(logits, target, weight, sample_weight=base) == pytest.approx(
+        expected, rel=16 * EPS
+    )
+    elements = reference.cross_entropy(logits, target, weight, sample_weight=base, reduction="none")
+    np.testing.assert_allclose(elements, base * np.exp(np.minimum(losses, 1) / 2) * losses, rtol=8 * EPS)
+
+
+def test_an_infinite_loss_of_weight_zero_gives_neither_value_nor_gradient():
+    logits, target = np.array([[-math.inf, 0.0], [0.0, 0.0]]), np.array([0, 0])
+    options = {"weighting": KL(scale=-1.0), "reduction": "sum"}
+    assert reference.cross_entropy(logits, target, **options) == pytest.approx(math.log(2) / 2, rel=4 * EPS)
+    gradient = reference.cross_entropy_grad(logits, target, **options)
+    np.testing.assert_allclose(gradient, [[0.0, 0.0], [-0.25, 0.25]], rtol=4 * EPS)
+
+
+def test_the_gradient_of_what_takes_no_part_is_zero_or_nan_where_logits_are():
+    logits, target = np.array([[1.0, 0.0], [math.nan, 0.0], [0.0, 1.0]]), np.zeros(3, int)
+    for options in ({"where": [True, False, False]}, {"sample_weight": [1.0, 0.0, 0.0]}):
+        gradient = reference.cross_entropy_grad(logits, target, **options)
+        assert np.isfinite(gradient[0]).all()
+        assert np.isnan(gradient[1]).all()
+        np.testing.assert_array_equal(gradient[2], [0.0, 0.0])
+
+
+@pytest.mark.parametrize("per", ["element", "sample"])
+def test_a_weighting_that_remembers_hands_its_state_on(per):
+    logits, target, _, _ = make_problem((4, 5, 3), seed=11)
+    weighting, groups = GroupDRO(3, 0.5), np.array([0, 2, 2, 0])
+    losses = reference.cross_entropy_losses(logits, target)
+    seen = losses if per == "element" else losses.mean(1)
+    state = weighting.init()
+    for _ in range(2):
+        weights, expected = reference.sample_weights(seen, weighting, groups=groups, state=state)
+        options = {"weighting": weighting, "per": per, "groups": groups, "state": state}
+        value, after = reference.cross_entropy(logits, target, **options)
+        gradient, other = reference.cross_entropy_grad(logits, target, **options)
+        for got in (after, other):
+            np.testing.assert_array_equal(got["shares"], expected["shares"])
+        weights = np.broadcast_to(np.reshape(weights, (4, -1)), losses.shape)
+        assert value == pytest.approx(np.mean(weights * losses), rel=16 * EPS)
+        plain = reference.cross_entropy_grad(logits, target, weighting=ERM)
+        np.testing.assert_allclose(gradient, weights[:, None] * plain, rtol=8 * EPS)
+        mean, _ = reference.reweighted_mean(seen, weighting, groups=groups, state=state)
+        assert mean == pytest.approx(np.mean(weights * losses), rel=16 * EPS)
+        state = after
+
+
+def test_a_weighting_that_remembers_is_refused_without_its_state():
+    with pytest.raises(ValueError, match=r"needs its state: give state=weighting\.init\(\)"):
+        reference.cross_entropy(np.zeros((2, 3)), [0, 1], weighting=MovingAverage(KL(), 0.9))
+
+
 def test_a_target_out_of_range_is_named_with_its_position():
     with pytest.raises(IndexError, match=r"target 3 at \(1, 0\) is out of range for 3 classes"):
         reference.cross_entropy(np.zeros((2, 3, 2)), np.array([[0, 1], [3, 0]]))
@@ -361,6 +524,18 @@ def test_a_target_out_of_range_is_named_with_its_position():
         (ValueError, "label_smoothing must be in", (np.zeros((2, 3)), [0, 1]), {"label_smoothing": 1.5}),
         (ValueError, "reduction must be", (np.zeros((2, 3)), [0, 1]), {"reduction": "average"}),
         (ValueError, "per must be", (np.zeros((2, 3)), [0, 1]), {"per": "row"}),
+        (
+            ValueError,
+            r"sample_weight must have shape \(2,\)",
+            (np.zeros((2, 3, 4)), np.zeros((2, 4), int)),
+            {"per": "sample", "sample_weight": np.ones((2, 4))},
+        ),
+        (
+            ValueError,
+            "sample_weight must hold finite numbers >= 0, got -1",
+            (np.zeros((2, 3)), [0, 1]),
+            {"sample_weight": [1.0, -1.0]},
+        ),
     ],
 )
 def test_bad_input_to_the_cross_entropy_is_refused(error, message, arguments, options):

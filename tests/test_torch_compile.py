@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
-from rgd.torch import KL, KLBall, RGDLoss, backend, cross_entropy, reweighted_mean, sample_weights
-from rgd.torch._ops import _numbers
+from rgd import KL, KLBall
+from rgd.torch import RGDLoss, backend, cross_entropy, reweighted_mean, sample_weights
+from rgd.torch._weigher import Plan
 from torch._dynamo.testing import CompileCounterWithBackend
 
 # torch's compiler reads the gradient of tensors that have none.
@@ -14,6 +15,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:
 WEIGHTINGS = [KL(), KL(normalize=True), KLBall(0.1)]
 CROSS_ENTROPY = torch.ops.rgd.cross_entropy.default
 SAMPLE_WEIGHTS = torch.ops.rgd.sample_weights.default
+
+
+def kernel(weighting):
+    plan = Plan(weighting)
+    return plan.kind, plan.numbers
 
 
 @pytest.fixture(autouse=True)
@@ -258,7 +264,7 @@ def test_the_cross_entropy_operator_passes_opcheck(weighting, per):
     soft = logits.detach().softmax(1)
     weight = torch.linspace(0.5, 2, 3)
     for reduction, (y, w) in itertools.product(["none", "mean"], [(target, weight), (soft, None)]):
-        settings = (*_numbers(weighting), -100, 0.1, reduction, per)
+        settings = (None, *kernel(weighting), -100, 0.1, reduction, per)
         torch.library.opcheck(CROSS_ENTROPY, (logits, y, w, *settings, True))
     torch.library.opcheck(CROSS_ENTROPY, (logits.detach(), target, weight, *settings, False))
 
@@ -266,5 +272,5 @@ def test_the_cross_entropy_operator_passes_opcheck(weighting, per):
 @pytest.mark.parametrize("weighting", WEIGHTINGS, ids=str)
 def test_the_weights_operator_passes_opcheck(weighting):
     losses = torch.rand(5, 2, requires_grad=True)
-    torch.library.opcheck(SAMPLE_WEIGHTS, (losses, None, *_numbers(weighting)))
-    torch.library.opcheck(SAMPLE_WEIGHTS, (losses.detach(), losses > 0.3, *_numbers(weighting)))
+    torch.library.opcheck(SAMPLE_WEIGHTS, (losses, *kernel(weighting)))
+    torch.library.opcheck(SAMPLE_WEIGHTS, (losses.detach(), *kernel(weighting)))

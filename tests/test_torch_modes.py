@@ -9,7 +9,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from rgd.torch import KL, KLBall, RGDLoss, _composite, backend, cross_entropy, reweighted_mean, sample_weights
+from rgd import KL, KLBall
+from rgd.torch import RGDLoss, backend, cross_entropy, reweighted_mean, sample_weights
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
@@ -232,7 +233,6 @@ def graph_of(function, *inputs):
 
 @pytest.mark.parametrize("weighting", [*WEIGHTINGS, ERM, KLBall(0.0)], ids=str)
 def test_the_composite_s_graph_reads_no_value_on_the_host(weighting, monkeypatch):
-    monkeypatch.setattr(_composite, "BALL_STEPS", 3)  # all steps are alike
     logits, target = batch(6, 4, 3)
     weight = torch.linspace(0.5, 2, 4, dtype=torch.float64)
     where = torch.rand(6, 4, 3) > 0.3
@@ -301,8 +301,8 @@ def test_a_used_loss_is_copied_pickled_and_moved():
 # Documentation
 
 
-def test_the_code_of_the_page_on_paths_runs_and_prints_what_it_says(capsys):
-    page = (pathlib.Path(__file__).parents[1] / "docs" / "paths.md").read_text(encoding="utf-8")
+def test_the_code_of_the_page_on_backends_runs_and_prints_what_it_says(capsys):
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "backends.md").read_text(encoding="utf-8")
     for code in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
         exec(code, {})
         said = [line.split("# ")[1] for line in code.splitlines() if line.startswith("print")]

@@ -42,12 +42,12 @@ def tokens(rows=4, length=6, dtype=torch.float64):
     return logits.requires_grad_(), labels
 
 
-def composed(logits, labels, per="token", tau=1.0, items=None):
+def composed(logits, labels, per="element", tau=1.0, items=None):
     """`sum_i w_i l_i / items` from torch operations, for logits (N, T, C) and labels (N, T)."""
     losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
     kept = labels != -100
     unit = losses.detach()
-    if per == "sequence":
+    if per == "sample":
         unit = (unit.sum(1) / kept.sum(1).clamp(min=1)).unsqueeze(1)
     weights = torch.exp(unit.clamp(max=tau) / (tau + 1))
     return (weights * losses).sum() / (kept.sum() if items is None else items)
@@ -61,21 +61,21 @@ def assert_same(loss, expected, logits):
 
 
 @pytest.mark.parametrize("items", [None, 40, torch.tensor(40)], ids=["no count", "int", "tensor"])
-@pytest.mark.parametrize("per", ["token", "sequence"])
+@pytest.mark.parametrize("per", ["element", "sample"])
 def test_token_classification_sums_over_labels_kept_and_divides_by_the_number_of_items(per, items):
     logits, labels = tokens()
     loss = rgd_loss_func(per=per)(TokenClassifierOutput(logits), labels, num_items_in_batch=items)
     assert_same(loss, composed(logits, labels, per, items=items), logits)
 
 
-@pytest.mark.parametrize("per", ["token", "sequence"])
+@pytest.mark.parametrize("per", ["element", "sample"])
 def test_labels_of_a_causal_language_model_are_shifted(per):
     logits, labels = tokens()
     loss = rgd_loss_func(per=per)(CausalLMOutputWithPast(logits), labels, num_items_in_batch=40)
     assert_same(loss, composed(logits[:, :-1], labels[:, 1:], per, items=40), logits)
 
 
-@pytest.mark.parametrize("per", ["token", "sequence"])
+@pytest.mark.parametrize("per", ["element", "sample"])
 def test_one_label_a_row_is_plain_classification(per):
     logits, labels = (
         torch.randn(9, CLASSES, requires_grad=True, dtype=torch.float64),
@@ -317,9 +317,9 @@ TASKS = {
 @pytest.mark.parametrize(
     ("task", "per"),
     [
-        ("bert classifier", "token"),
-        ("causal language model", "token"),
-        ("causal language model", "sequence"),
+        ("bert classifier", "element"),
+        ("causal language model", "element"),
+        ("causal language model", "sample"),
     ],
 )
 def test_trainer_lowers_the_loss(transformers, tmp_path, task, per):
@@ -369,9 +369,9 @@ def test_trainer_with_no_reweighting_equals_the_models_own_loss(transformers, tm
 @pytest.mark.parametrize(
     ("task", "per"),
     [
-        ("bert classifier", "token"),
-        ("causal language model", "token"),
-        ("causal language model", "sequence"),
+        ("bert classifier", "element"),
+        ("causal language model", "element"),
+        ("causal language model", "sample"),
     ],
 )
 def test_trainer_accumulating_gradients_equals_the_large_batch(transformers, tmp_path, task, per):

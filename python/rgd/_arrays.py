@@ -75,6 +75,62 @@ def read(name: str, given: Any) -> Source:
     return _read_numpy(name, _view(name, given), restore)
 
 
+def read_mask(where: Any, shape: tuple[int, ...]) -> npt.NDArray[np.bool_] | None:
+    """Check a mask: bool, of the losses' shape; None stays None."""
+    if where is None:
+        return None
+    mask = _as_numpy("where", where)
+    if mask.dtype != np.bool_:
+        raise TypeError(f"where must be an array of bool, got {mask.dtype}: compare it, as in where=mask > 0")
+    if mask.shape != shape:
+        raise ValueError(f"where must have the shape of the losses, {shape}, got {mask.shape}")
+    return mask
+
+
+def read_mass(sample_weight: Any, shape: tuple[int, ...]) -> npt.NDArray[np.float64] | None:
+    """Check a base measure and give it the losses' shape: finite numbers >= 0; None stays None."""
+    if sample_weight is None:
+        return None
+    mass = _as_numpy("sample_weight", sample_weight)
+    if mass.dtype.kind not in "fiu":
+        raise TypeError(f"sample_weight must be an array of numbers, got {mass.dtype}")
+    mass = _by_sample("sample_weight", mass, shape).astype(np.float64)
+    if mass.size and not (np.isfinite(mass).all() and mass.min() >= 0):
+        wrong = mass[~(np.isfinite(mass) & (mass >= 0))][0]
+        raise ValueError(f"sample_weight must hold finite numbers >= 0, got {wrong}")
+    return mass
+
+
+def read_groups(groups: Any, shape: tuple[int, ...]) -> npt.NDArray[np.int64] | None:
+    """Check group numbers and give them the losses' shape: integers; None stays None."""
+    if groups is None:
+        return None
+    numbers = _as_numpy("groups", groups)
+    if numbers.dtype.kind not in "iu":
+        raise TypeError(f"groups must be an array of integers, got {numbers.dtype}")
+    return _by_sample("groups", numbers, shape).astype(np.int64)
+
+
+def _by_sample(name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """An array of the losses' shape, from one of that shape or of one entry for each of the leading axis."""
+    if array.shape == shape:
+        return array
+    if array.shape == shape[:1]:
+        return np.broadcast_to(np.expand_dims(array, tuple(range(1, len(shape)))), shape)
+    raise ValueError(
+        f"{name} must have the shape of the losses, {shape}, or one entry a sample, {shape[:1]}, got "
+        f"{array.shape}"
+    )
+
+
+def _as_numpy(name: str, given: Any) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(given)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise TypeError(f"{name} cannot be read as a NumPy array: {reason}") from error
+
+
 @functools.cache
 def available_cores() -> int:
     """The cores this process may run on."""

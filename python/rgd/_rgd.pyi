@@ -1,36 +1,76 @@
 """The Rust kernels.
 
 Every tensor argument is a NumPy array or a CPU object that speaks DLPack; none is copied.
-Outputs are allocated by the caller and filled in place. `threads` is the largest number of threads to use.
+Outputs are allocated by the caller, may be uninitialised, and are filled in place; they must not share memory
+with another argument. The accumulator's dtype is float64 for float64 tensors, else float32. `threads` is the
+largest number of threads to use; a result does not depend on it.
+
+A weighting is given as the name of its kernel and its numbers:
+
+- `"kl"`: tau, scale, and 1.0 for weights that are divided by their mean, else 0.0.
+  `exp(scale * min(l, tau))`; the scale may be negative and tau infinite. Pointwise where not divided.
+- `"kl_ball"`: radius. The worst distribution within a Kullback-Leibler ball.
+
+Another name, or another number of numbers, is a ValueError that lists the names known.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
-from rgd.weightings import Weighting
+def sample_weights(losses: Any, weights: Any, kind: str, numbers: Sequence[float], threads: int) -> None:
+    """Fill `weights` from `losses`.
 
-def sample_weights(losses: Any, weights: Any, weighting: Weighting, threads: int) -> None:
-    """Fill `weights` (same shape as `losses`; float64 where losses are float64, else float32)."""
+    Args:
+        losses: Of any shape, strides and float dtype.
+        weights: Output of the same shape, contiguous, in the accumulator's dtype.
+        kind: Name of the weighting's kernel.
+        numbers: The weighting's numbers.
+        threads: The largest number of threads to use.
+    """
 
-def weighted_sum(values: Any, weights: Any, threads: int) -> float:
-    """The sum of `values * weights`, accumulated in float64."""
+def widen(values: Any, out: Any, threads: int) -> None:
+    """Fill `out`, contiguous and float64, from values of the same shape, any strides and any float dtype."""
+
+def weighted_sum(values: Any, weights: Any, base: Any | None, threads: int) -> float:
+    """The sum of `base * weights * values`, accumulated in float64.
+
+    A product with a weight of zero is zero, unless the value is NaN. Where `base` is zero the sample takes no
+    part: it adds zero whatever its value and weight.
+
+    Args:
+        values: Of any shape, strides and float dtype, as are the others.
+        weights: Of the values' shape.
+        base: Base measure of the values' shape; None: all ones.
+        threads: The largest number of threads to use.
+    """
 
 def weight_sums(
-    losses: Any, weights: Any, tau: float, threads: int
-) -> tuple[int, float, float, float, float, float, float, int]:
-    """The sums the diagnostics are made of, in one pass over losses and weights of one shape.
+    losses: Any, weights: Any, base: Any | None, clip: float, threads: int
+) -> tuple[int, float, float, float, float, float, float, float, float]:
+    """The sums that the statistics are made of, in one pass over losses `l`, weights `w` and base `p`.
 
-    Samples of weight zero count like any other.
+    Samples of weight zero count like any other; those with `p = 0` take no part.
+
+    Args:
+        losses: Of any shape, strides and float dtype, as are the others.
+        weights: Of the losses' shape.
+        base: Base measure `p` of the losses' shape; None: all ones.
+        clip: The loss above which a sample counts as clipped.
+        threads: The largest number of threads to use.
 
     Returns:
-        count, sum(l), sum(w), sum(w * l), sum(w * w), sum(w * log(w)), max(w), and how many losses exceed
-        `tau`.
+        count (how many have `p > 0`), mass `sum p`, loss `sum p l`, weight `sum p w`, objective `sum p w l`
+        (0 where `w = 0`, unless `l` is NaN), square `sum p w^2`, entropy `sum p w log w`, largest (the
+        largest `w`; 0 for an empty batch), and clipped `sum p [l > clip]`.
     """
 
 def cross_entropy(
     logits: Any,
     target: Any,
     class_weight: Any | None,
-    weighting: Weighting,
+    sample_weight: Any | None,
+    kind: str,
+    numbers: Sequence[float],
     ignore_index: int,
     label_smoothing: float,
     per_sample: bool,
@@ -43,38 +83,105 @@ def cross_entropy(
 ) -> tuple[float, int]:
     """Re-weighted cross-entropy, and its gradient where `grad` is given.
 
+    A weight of zero gives a product and a gradient of zero, also for an infinite loss; a NaN loss stays NaN.
+
     Args:
         logits: (C,), (N, C) or (N, C, d1, ..., dk); float32, float64, float16 or bfloat16.
         target: Class indices, int64 or int32, of the logits' shape without the class axis; or class
             probabilities of the logits' shape and dtype.
-        class_weight: (C,), contiguous, in the accumulator's dtype: float64 for float64 logits, else float32.
-        weighting: Turns losses into weights.
-        ignore_index: The target that counts for nothing.
+        class_weight: (C,), contiguous, in the accumulator's dtype.
+        sample_weight: Base measure `p`, contiguous, in the accumulator's dtype: one a target or, with
+            `per_sample`, one a sample. A target with `p = 0` takes no part, as if it were ignored, and its
+            index is not looked at. Only for pointwise weightings.
+        kind: Name of the weighting's kernel.
+        numbers: The weighting's numbers.
+        ignore_index: The index of a target that takes no part.
         label_smoothing: In [0, 1].
-        per_sample: Whether a weight is shared by all targets of a sample of the leading dimension.
+        per_sample: Whether a weight is shared by all targets of a sample of the leading axis.
         reduction: "none", "mean" or "sum".
-        losses: Output, one loss a target; accumulator's dtype, contiguous. 0 for an ignored target.
-        weights: Output: one a target or, with `per_sample`, one a sample; accumulator's dtype, contiguous. 0
-            where all is ignored.
-        objective: Output: a 0-d value, or for "none" one a target; accumulator's dtype, contiguous.
+        losses: Output, one loss a target; accumulator's dtype, contiguous. 0 for a target that takes no part.
+        weights: Output: one a target or, with `per_sample`, one a sample; accumulator's dtype, contiguous.
+            The weight `w`, not `p * w`; 0 where nothing takes part.
+        objective: Output: a 0-d value, or for "none" one `p * w * l` a target; accumulator's dtype,
+            contiguous.
         grad: Output of the logits' shape and dtype, any strides: the gradient of the objective (for "none",
             of the sum of its elements).
         threads: The largest number of threads to use.
 
     Returns:
-        The denominator of "mean", and the number of targets not ignored.
+        The denominator of "mean" (the sum of `p` times the target's class weight; for class probabilities,
+        of `p`), and the number of targets that take part.
 
     Raises:
         IndexError: If a target is out of range; names the class and its position. Nothing was written.
         TypeError: If dtypes do not fit.
-        ValueError: If shapes, devices or a setting do not fit.
+        ValueError: If shapes, devices or a setting do not fit, if the weighting is not known, or if
+            `sample_weight` is given with a weighting that is not pointwise.
+    """
+
+def cross_entropy_losses(
+    logits: Any,
+    target: Any,
+    class_weight: Any | None,
+    ignore_index: int,
+    label_smoothing: float,
+    losses: Any,
+    threads: int,
+) -> int:
+    """Fill `losses`, one a target and 0 for an ignored one; arguments and errors as for `cross_entropy`.
+
+    Returns:
+        The number of targets that are not ignored.
+    """
+
+def cross_entropy_gradient(
+    logits: Any,
+    target: Any,
+    class_weight: Any | None,
+    sample_weight: Any | None,
+    ignore_index: int,
+    label_smoothing: float,
+    per_sample: bool,
+    reduction: str,
+    losses: Any,
+    weights: Any,
+    objective: Any,
+    grad: Any | None,
+    threads: int,
+) -> tuple[float, int]:
+    """The objective of given losses and weights, and its gradient where `grad` is given.
+
+    With the losses of `cross_entropy_losses` and pointwise weights of these this is the second half of
+    `cross_entropy`, to the last bit; the weights may be any, and count as constants of the gradient.
+
+    Args:
+        logits: As for `cross_entropy`, like all that is not named here.
+        target: As there.
+        class_weight: As there.
+        sample_weight: As there, for any weights.
+        ignore_index: As there.
+        label_smoothing: As there.
+        per_sample: As there.
+        reduction: As there.
+        losses: Input: one loss a target, accumulator's dtype, contiguous, 0 for an ignored target.
+        weights: Input: one weight a target or, with `per_sample`, one a sample; accumulator's dtype,
+            contiguous. Finite where nothing takes part.
+        objective: Output, as there.
+        grad: Output, as there.
+        threads: As there.
+
+    Returns:
+        As `cross_entropy`.
     """
 
 def xla_handler() -> object:
     """The XLA FFI handler of the fused cross-entropy for the CPU, for `jax.ffi.register_ffi_target`.
 
-    Its operands are logits (..., C), labels (...), int32, -1 for one that counts for nothing, and settings
-    (..., 4): tau, scale, norm and label smoothing of each row. Its results are losses (...) and weights
-    (...), in the settings' dtype (float64 for float64 logits, else float32), and the gradient of
-    `norm * w * l`, of the logits' shape and dtype. A label out of range makes its row of every result NaN.
+    Its operands are logits (..., C), labels (...), int32, -1 for one that takes no part, and settings
+    (..., 2 + K): norm (what multiplies the row's weighted loss, a sample weight included), label smoothing,
+    and the K numbers of the weighting of each row. Its string attribute `kind` names the weighting's kernel,
+    which must be pointwise; another name is an error of XLA's that lists the names known. Its results are
+    losses (...) and weights (...), in the settings' dtype (float64 for float64 logits, else float32), and the
+    gradient of `norm * w * l`, of the logits' shape and dtype. A label out of range makes its row of every
+    result NaN.
     """

@@ -1,11 +1,12 @@
 """Re-weighted Gradient Descent as optax transformations, for gradients taken example by example.
 
-    losses, grads = jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0, 0))(params, x, y)   # leading axis:
-    batch updates, state = tx.update(grads, state, params, losses=losses)
+    per_example = jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0, 0))
+    losses, grads = per_example(params, x, y)  # with a leading axis: the batch
+    updates, state = tx.update(grads, state, params, losses=losses)
 
-The update that the inner optimizer sees is `(1/n) * sum_i w_i * g_i`, with `w_i` the weight that the loss
-`l_i` calls for. Where the gradients of single examples are not needed for anything else,
-`rgd.jax.value_and_grad` gives the same mean from one backward pass.
+The update that the inner optimizer sees is `sum_i p_i * w_i * g_i / sum_i p_i`, with `w_i` the weight that
+the loss `l_i` calls for and `p_i` its `sample_weight`, or 1. Where the gradients of single examples are not
+needed for anything else, `rgd.jax.value_and_grad` gives the same mean from one backward pass.
 """
 
 # The types of jax and optax leave members partly unknown; optax has no stubs.
@@ -19,51 +20,73 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from rgd.jax._weights import AxisName, as_batch, count_of, psum, resolve, weights_of
+from rgd.jax._batch import AxisName, Losses, as_losses, psum, weights_of
 from rgd.weightings import Weighting
+from rgd.weightings._base import map_state, resolve_weighting
 
 __all__ = ["RGDState", "ReweightState", "reweight", "rgd"]
 
 Schedule: TypeAlias = Callable[[ArrayLike], ArrayLike]
 """An optax schedule: from the step count to a number."""
 
+WeightingSchedule: TypeAlias = Callable[[ArrayLike], Weighting]
+"""From the step count to a weighting, always of one class."""
+
 
 class ReweightState(NamedTuple):
-    """State of `reweight`: how many updates were made, as int32 of shape ()."""
+    """State of `reweight`.
+
+    Attributes:
+        count: How many updates were made, int32 of shape ().
+        weighting_state: What the weighting remembers, as `weighting.init()` gives it; () for one that
+            remembers nothing.
+    """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    weighting_state: Any = ()
 
 
 class RGDState(NamedTuple):
-    """State of `rgd`: how many updates were made, as int32 of shape (), and the inner optimizer's state."""
+    """State of `rgd`.
+
+    Attributes:
+        count: How many updates were made, int32 of shape ().
+        inner_state: The inner optimizer's state.
+        weighting_state: As in `ReweightState`.
+    """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     inner_state: Any
+    weighting_state: Any = ()
 
 
 def reweight(
-    tau: ArrayLike | Schedule | None = None,
+    weighting: Weighting | WeightingSchedule | None = None,
     *,
-    weighting: Weighting | None = None,
+    tau: ArrayLike | Schedule | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Reduce per-example gradients to their re-weighted mean, `(1/n) * sum_i w_i * g_i`.
+    """Reduce per-example gradients to their re-weighted mean, `sum_i p_i * w_i * g_i / sum_i p_i`.
 
     The first link of an `optax.chain`, since it takes the leading axis off the gradients.
 
     Args:
-        tau: Clipping factor of `rgd.KL(tau)`, or an optax schedule of it. By default 1.
-        weighting: `rgd.KL` or `rgd.KLBall`, in place of `tau`.
+        weighting: Turns losses into weights, `rgd.KL(tau=1.0)` if neither this nor `tau` is given; or a
+            schedule, a function from the step count to weightings of one class.
+        tau: Short for `weighting=rgd.KL(tau=tau)`; or an optax schedule of it.
         axis_name: Name or names of mapped axes over which the batch is spread; the mean is then over the
             whole batch.
 
     Returns:
-        A transformation whose `update(grads, state, params=None, *, losses, where=None)` takes gradients with
-        a leading axis of examples, their losses (batch,), and booleans (batch,) that say which examples take
-        part. An example that takes no part may hold NaN.
+        A transformation whose `update(grads, state, params=None, *, losses, where=None, sample_weight=None,
+        groups=None)` takes gradients with a leading axis of examples, and vectors of shape (batch,): their
+        losses; booleans that say which examples take part; the base measure `p`, numbers >= 0; the group of
+        each, integers, for `rgd.GroupDRO`. An example that takes no part, or whose weight is 0, may hold what
+        it likes. What a weighting remembers is part of the state.
 
     Raises:
         ValueError: If both `tau` and `weighting` are given; from `update`, if `losses` are not given, are not
@@ -83,16 +106,13 @@ def reweight(
         Kumar, Majmundar, Nagaraj, Suggala, "Stochastic Re-weighted Gradient Descent via Distributionally
         Robust Optimization", TMLR 2024, arXiv 2306.09222, Algorithm 1.
     """
-    if callable(tau) and weighting is not None:
-        raise ValueError("give tau or weighting, not both: tau=t is short for weighting=rgd.KL(tau=t)")
-    constant = None if callable(tau) else resolve(tau, weighting)
-
-    def weighting_at(count: jax.Array) -> Weighting:
-        return constant or resolve(cast("Schedule", tau)(count), None)
+    weighting_at = _schedule(weighting, tau)
 
     def init(params: optax.Params) -> ReweightState:
         del params
-        return ReweightState(jnp.zeros((), jnp.int32))
+        count = jnp.zeros((), jnp.int32)
+        # By way of NumPy, so that no leaf is weakly typed: a second update would compile again.
+        return ReweightState(count, map_state(jnp.asarray, map_state(np.asarray, weighting_at(count).init())))
 
     def update(
         updates: optax.Updates,
@@ -101,25 +121,44 @@ def reweight(
         *,
         losses: ArrayLike | None = None,
         where: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ReweightState]:
         del params, extra_args
-        mean = _reweighted_mean_gradient(updates, losses, where, weighting_at(state.count), axis_name)
-        return mean, ReweightState(cast("jax.Array", optax.safe_increment(state.count)))
+        if losses is None:
+            raise ValueError(
+                "losses are needed: call update(grads, state, params, losses=losses) with the loss of each "
+                "example, as from jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0, 0))(params, x, y)"
+            )
+        batch = as_losses(
+            losses, where=where, sample_weight=sample_weight, groups=groups, axis_name=axis_name
+        )
+        if batch.values.ndim != 1:
+            raise ValueError(
+                f"losses must have shape (batch,), one for each gradient, got {batch.values.shape}"
+            )
+        current = weighting_at(state.count)
+        old = state.weighting_state
+        weights, new = weights_of(batch, current, old if current.stateful else None)
+        mean = _reweighted_mean_gradient(updates, batch, weights)
+        count = cast("jax.Array", optax.safe_increment(state.count))
+        return mean, ReweightState(count, new if current.stateful else old)
 
     return optax.GradientTransformationExtraArgs(init, cast("Any", update))
 
 
 def rgd(
     inner: optax.GradientTransformation | optax.MultiSteps,
-    tau: ArrayLike | Schedule | None = None,
+    weighting: Weighting | WeightingSchedule | None = None,
     *,
-    weighting: Weighting | None = None,
+    tau: ArrayLike | Schedule | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Re-weighted gradient descent around any optax optimizer.
 
-    Per-example gradients and their losses go in; `inner` gets the one gradient `(1/n) * sum_i w_i * g_i`.
+    Per-example gradients and their losses go in; `inner` gets the one gradient `sum_i p_i * w_i * g_i /
+    sum_i p_i`.
 
     It changes the shape of the gradients, so what expects gradients of the parameters' shape goes inside it:
     `rgd(optax.MultiSteps(optax.adam(1e-3), 4))`, `rgd(optax.apply_if_finite(...))`, `rgd(optax.masked(...))`.
@@ -127,9 +166,11 @@ def rgd(
     batch. `optax.inject_hyperparams(rgd.optax.rgd)(inner, tau=...)` and `optax.multi_transform` wrap it.
 
     Args:
-        inner: The optimizer; extra arguments of `update` reach it, but for `losses` and `where`.
-        tau: Clipping factor of `rgd.KL(tau)`, or an optax schedule of it. By default 1.
-        weighting: `rgd.KL` or `rgd.KLBall`, in place of `tau`.
+        inner: The optimizer; extra arguments of `update` reach it, but for `losses`, `where`, `sample_weight`
+            and `groups`.
+        weighting: Turns losses into weights, `rgd.KL(tau=1.0)` if neither this nor `tau` is given; or a
+            schedule, a function from the step count to weightings of one class.
+        tau: Short for `weighting=rgd.KL(tau=tau)`; or an optax schedule of it.
         axis_name: Name or names of mapped axes over which the batch is spread; the mean is then over the
             whole batch.
 
@@ -158,7 +199,7 @@ def rgd(
     References:
         Kumar et al., arXiv 2306.09222, Algorithm 1.
     """
-    outer = reweight(tau, weighting=weighting, axis_name=axis_name)
+    outer = reweight(weighting, tau=tau, axis_name=axis_name)
     if isinstance(inner, optax.MultiSteps):
         inner = optax.GradientTransformationExtraArgs(inner.init, cast("Any", inner.update))
     given: Any = inner
@@ -170,7 +211,8 @@ def rgd(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> RGDState:
-        return RGDState(jnp.zeros((), jnp.int32), inner.init(params))
+        count, weighting_state = cast("ReweightState", outer.init(params))
+        return RGDState(count, inner.init(params), weighting_state)
 
     def update(
         updates: optax.Updates,
@@ -179,34 +221,41 @@ def rgd(
         *,
         losses: ArrayLike | None = None,
         where: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, RGDState]:
         mean, reweighted = outer.update(
-            updates, ReweightState(state.count), params, losses=losses, where=where
+            updates,
+            ReweightState(state.count, state.weighting_state),
+            params,
+            losses=losses,
+            where=where,
+            sample_weight=sample_weight,
+            groups=groups,
         )
+        count, weighting_state = cast("ReweightState", reweighted)
         mean, inner_state = inner.update(mean, state.inner_state, params, **extra_args)
-        return mean, RGDState(cast("ReweightState", reweighted).count, inner_state)
+        return mean, RGDState(count, inner_state, weighting_state)
 
     return optax.GradientTransformationExtraArgs(init, cast("Any", update))
 
 
-def _reweighted_mean_gradient(
-    grads: optax.Updates,
-    losses: ArrayLike | None,
-    where: ArrayLike | None,
-    weighting: Weighting,
-    axis_name: AxisName,
-) -> optax.Updates:
-    if losses is None:
-        raise ValueError(
-            "losses are needed: call update(grads, state, params, losses=losses) with the loss of each "
-            "example, as from jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0, 0))(params, x, y)"
-        )
-    batch = as_batch(losses, where, None, axis_name)
-    if batch.losses.ndim != 1:
-        raise ValueError(f"losses must have shape (batch,), one for each gradient, got {batch.losses.shape}")
-    weights = weights_of(batch, weighting)
-    count = jnp.squeeze(count_of(batch))
+def _schedule(weighting: Any, tau: Any) -> Callable[[jax.Array], Weighting]:
+    """The weighting at each step count, from a weighting, a number `tau`, or a schedule of one of them."""
+    if callable(tau) and weighting is None:
+        return lambda count: resolve_weighting(None, tau(count))
+    # A weighting's class is a function too, and resolve_weighting says that it must be called.
+    if callable(weighting) and tau is None and not isinstance(weighting, (Weighting, type)):
+        return lambda count: resolve_weighting(weighting(count))
+    constant = resolve_weighting(weighting, tau)
+    return lambda count: constant
+
+
+def _reweighted_mean_gradient(grads: optax.Updates, batch: Losses, weights: jax.Array) -> optax.Updates:
+    base = batch.ones
+    mass = psum(jnp.sum(base), batch.axis_name)
+    dropped = (base == 0) | ((weights == 0) & ~jnp.isnan(batch.values))
 
     def mean(path: Any, grad: jax.Array) -> jax.Array:
         if grad.ndim == 0 or grad.shape[:1] != weights.shape:
@@ -217,11 +266,10 @@ def _reweighted_mean_gradient(
                 "parameters goes inside rgd, as in rgd(optax.MultiSteps(...))"
             )
         dtype = jnp.promote_types(grad.dtype, weights.dtype)
-        if batch.where is not None:
-            grad = jnp.where(batch.where.reshape((-1,) + (1,) * (grad.ndim - 1)), grad, 0)
+        kept = jnp.where(dropped.reshape((-1,) + (1,) * (grad.ndim - 1)), 0, grad)
         total = jnp.tensordot(
-            weights.astype(dtype), grad.astype(dtype), axes=1, precision=jax.lax.Precision.HIGHEST
+            (base * weights).astype(dtype), kept.astype(dtype), axes=1, precision=jax.lax.Precision.HIGHEST
         )
-        return (psum(total, axis_name) / count.astype(dtype)).astype(grad.dtype)
+        return (psum(total, batch.axis_name) / mass.astype(dtype)).astype(grad.dtype)
 
     return jax.tree_util.tree_map_with_path(mean, grads)

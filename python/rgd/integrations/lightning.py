@@ -5,7 +5,6 @@ The loss itself needs nothing from here: `self.criterion = RGDLoss()` in a `Ligh
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -71,8 +70,8 @@ class RGDStats(pl.Callback):
             prefix = self.prefix if len(losses) == 1 else f"{self.prefix}/{name}"
             values = {
                 f"{prefix}/{key}": float(value)
-                for key, value in dataclasses.asdict(stats).items()
-                if value is not None and key != "count"
+                for key, value in vars(stats).items()
+                if value is not None and key not in ("count", "groups")
             }
             pl_module.log_dict(
                 values, on_step=True, on_epoch=False, sync_dist=self.sync_dist, batch_size=max(stats.count, 1)

@@ -14,22 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rgd.diagnostics import WeightStats
-from rgd.torch._checks import check_choice
+from rgd.stats import WeightStats
 from rgd.torch.loss import RGDLoss
 from rgd.weightings import Weighting
-
-_PER = {"token": "element", "sequence": "sample"}
 
 # Outputs with logits and a label for each position, which the position itself predicts.
 _ALIGNED = ("Seq2SeqLMOutput", "MaskedLMOutput", "TokenClassifierOutput")
 
 
 def rgd_loss_func(
-    tau: float | None = None,
-    *,
     weighting: Weighting | None = None,
-    per: str = "token",
+    *,
+    tau: float | None = None,
+    per: str = "element",
     weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
@@ -40,17 +37,17 @@ def rgd_loss_func(
 
     With `l_i` the loss of label `i` and `w_i` its weight, a constant to autograd, a micro-batch contributes
     `sum_i w_i l_i / num_items_in_batch`. The default weights depend on their own losses alone, so gradient
-    accumulation and data parallelism change nothing. Normalised weights and those of a `KLBall` are taken
-    over the micro-batch, of all processes together.
+    accumulation and data parallelism change nothing. Weights that depend on the batch are taken over the
+    micro-batch, of all processes together.
 
     The `Trainer` calls the function for its evaluation loss too, which is then the re-weighted one; `stats()`
     holds the plain mean of the last call.
 
     Args:
-        tau: Short for `weighting=KL(tau)`.
         weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
-        per: "token" weights each label by its own loss; "sequence" weights all labels of a row by their mean
-            loss. The two are the same where a row has one label.
+        tau: Short for `weighting=KL(tau)`.
+        per: "element" weights each label (a token) by its own loss; "sample" weights all labels of a row (a
+            sequence) by their mean loss. The two are the same where a row has one label.
         weight: Class weights, shape (C,).
         ignore_index: The label that pads: it counts for nothing. The `Trainer` counts with -100.
         label_smoothing: In [0, 1]; `TrainingArguments.label_smoothing_factor` is not heard by a
@@ -86,7 +83,6 @@ def rgd_loss_func(
     References:
         Kumar et al., arXiv 2306.09222, Algorithm 1.
     """
-    check_choice("per", per, tuple(_PER))
     if shift_labels not in (None, True, False):
         raise TypeError(f"shift_labels must be True, False or None, got {shift_labels!r}")
     settings: dict[str, Any] = {
@@ -96,7 +92,7 @@ def rgd_loss_func(
         "tau": tau,
         "weighting": weighting,
         "base": base,
-        "per": _PER[per],
+        "per": per,
     }
     return RGDLossFunc(
         RGDLoss(reduction="sum", **settings), RGDLoss(reduction="mean", **settings), shift_labels
@@ -115,6 +111,8 @@ class RGDLossFunc:
     def __init__(self, total: RGDLoss, mean: RGDLoss, shift_labels: bool | None) -> None:
         self._total = total
         self._mean = mean
+        # One state, whichever of the two is called.
+        self._total.weighting_state = self._mean.weighting_state
         self._shift_labels = shift_labels
         self._last = mean
 
@@ -156,6 +154,17 @@ class RGDLossFunc:
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(loss.device)
         return loss / num_items_in_batch
+
+    @property
+    def weighting(self) -> Weighting:
+        """What turns losses into weights; another may be set between steps, as `WeightingSchedule` does."""
+        return self._mean.weighting
+
+    @weighting.setter
+    def weighting(self, weighting: Weighting) -> None:
+        self._mean.weighting = weighting
+        self._total.weighting = weighting
+        self._total.weighting_state = self._mean.weighting_state
 
     def stats(self) -> WeightStats:
         """What the weights of the last call were like, as `RGDLoss.stats()` tells."""

@@ -3,13 +3,19 @@
     losses = per_example_loss(params, x, y)                  # (batch,)
     objective = rgd.jax.reweighted_mean(losses, tau=1.0)     # mean_i sg(w_i) * l_i
 
-The weights are constants of the gradient. A weighting (`rgd.KL`, `rgd.KLBall`) is a pytree, so that its
-numbers may be traced, vmapped over and scheduled. Everything is plain `jax.numpy`, but for the cross-entropy
-on a CPU, which is a Rust kernel where that is faster (`rgd.jax.cross_entropy`).
+The weights are constants of the gradient. A weighting (`rgd.KL`, any other, or a subclass of your own of
+`rgd.Weighting`) is a pytree, so that its numbers may be traced, vmapped over and scheduled. A weighting that
+remembers gives and takes its state:
+
+    state = weighting.init()
+    objective, state = rgd.jax.reweighted_mean(losses, weighting, state=state)
+
+Everything is plain `jax.numpy`, but for the cross-entropy on a CPU, which is a Rust kernel where that is
+faster (`rgd.jax.cross_entropy`).
 """
 
-from rgd.jax._cross_entropy import cross_entropy
-from rgd.jax._objective import value_and_grad
-from rgd.jax._weights import reweighted_mean, sample_weights, weight_stats
+from rgd.jax import _pytrees  # pyright: ignore[reportUnusedImport] # noqa: F401 - registers the weightings
+from rgd.jax.cross_entropy import cross_entropy
+from rgd.jax.functional import reweighted_mean, sample_weights, value_and_grad, weight_stats
 
 __all__ = ["cross_entropy", "reweighted_mean", "sample_weights", "value_and_grad", "weight_stats"]

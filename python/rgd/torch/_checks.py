@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rgd.torch.backends._registry import values_can_be_read
+
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REDUCTIONS = ("none", "mean", "sum")
@@ -34,20 +36,88 @@ def check_losses(losses: Any) -> Tensor:
     return losses
 
 
-def check_where(where: Any, losses: Tensor) -> None:
-    """Refuse what is no mask of the losses."""
+def check_where(where: Any, shape: torch.Size, device: torch.device) -> None:
+    """Refuse what is no mask of losses of a shape, on a device."""
     if where is None:
         return
     if not isinstance(where, Tensor) or where.dtype is not torch.bool:
         got = where.dtype if isinstance(where, Tensor) else type(where).__name__
         raise TypeError(f"where must be a torch.Tensor of bool, got {got}: compare it, as in where=mask > 0")
-    if where.shape != losses.shape:
+    if where.shape != shape:
         raise ValueError(
-            f"where must have the shape of the losses, {tuple(losses.shape)}, got {tuple(where.shape)}: "
+            f"where must have the shape of the losses, {tuple(shape)}, got {tuple(where.shape)}: "
             "where.expand_as(losses) repeats it along axes of size 1"
         )
-    if where.device != losses.device:
-        raise ValueError(f"losses is on {losses.device} and where on {where.device}: move both to one device")
+    if where.device != device:
+        raise ValueError(f"losses is on {device} and where on {where.device}: move both to one device")
+
+
+def check_base(sample_weight: Any, losses_shape: torch.Size, device: torch.device, per: str) -> Tensor | None:
+    """The base measure `p` of each unit that has a weight, in a float dtype; None stays None.
+
+    Args:
+        sample_weight: What the caller gave: numbers >= 0, of the losses' shape, or one for each sample of the
+            leading axis.
+        losses_shape: The losses' shape.
+        device: Where the losses are.
+        per: "element" where a unit is a loss, "sample" where it is a sample.
+
+    Returns:
+        A tensor of the units' shape, without grad. Where values cannot be read now, one that is negative or
+        not finite is NaN in it.
+    """
+    if sample_weight is None:
+        return None
+    if not isinstance(sample_weight, Tensor):
+        raise TypeError(
+            f"sample_weight must be a torch.Tensor, got {type(sample_weight).__name__}: pass "
+            "torch.as_tensor(sample_weight)"
+        )
+    if sample_weight.dtype not in (*FLOATS, *INTEGERS):
+        raise TypeError(f"sample_weight must hold numbers, got {sample_weight.dtype}")
+    p = by_unit("sample_weight", sample_weight, losses_shape, device, per).detach()
+    p = p.to(torch.float64 if p.dtype is torch.float64 else torch.float32)
+    allowed = (p >= 0) & (p < float("inf"))
+    if values_can_be_read(p):
+        if not bool(allowed.all()):
+            raise ValueError(f"sample_weight must hold finite numbers >= 0, got {float(p[~allowed][0])}")
+        return p
+    return p.masked_fill(~allowed, float("nan"))
+
+
+def check_groups(groups: Any, losses_shape: torch.Size, device: torch.device, per: str) -> Tensor | None:
+    """The group of each unit that has a weight, int64; None stays None. Arguments as for `check_base`."""
+    if groups is None:
+        return None
+    if not isinstance(groups, Tensor) or groups.dtype not in INTEGERS:
+        got = groups.dtype if isinstance(groups, Tensor) else type(groups).__name__
+        raise TypeError(f"groups must be a torch.Tensor of integers, got {got}")
+    return by_unit("groups", groups, losses_shape, device, per).to(torch.int64)
+
+
+def by_unit(name: str, values: Tensor, losses_shape: torch.Size, device: torch.device, per: str) -> Tensor:
+    """Values of the units' shape, from ones of the losses' shape or of one entry a sample."""
+    if values.device != device:
+        raise ValueError(f"losses are on {device} and {name} on {values.device}: move both to one device")
+    units = losses_shape[:1] if per == "sample" else losses_shape
+    if values.shape == units:
+        return values
+    if values.shape == losses_shape[:1]:
+        return values.view(-1, *[1] * (len(losses_shape) - 1)).expand(losses_shape)
+    if per == "sample":
+        raise ValueError(
+            f'{name} must have one entry a sample, shape {tuple(units)}, with per="sample", got '
+            f"{tuple(values.shape)}"
+        )
+    raise ValueError(
+        f"{name} must have the shape of the losses, {tuple(losses_shape)}, or one entry a sample, "
+        f"{tuple(losses_shape[:1])}, got {tuple(values.shape)}"
+    )
+
+
+def targets_shape(logits: Tensor) -> torch.Size:
+    """The shape of the losses of logits: (C,), (N, C) or (N, C, d1, ..., dk) without the class axis."""
+    return logits.shape[:1] + logits.shape[2:] if logits.dim() > 1 else torch.Size(())
 
 
 def check_label_smoothing(label_smoothing: Any) -> float:

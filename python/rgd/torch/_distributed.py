@@ -1,9 +1,9 @@
-"""Weights of the global batch, when it is spread over the processes of a group.
+"""Who shares a batch, and what its processes tell each other.
 
-A pointwise weight depends on its own loss, and needs no one else. Normalised weights and those of a KL ball
-depend on every loss of the batch: the losses of all processes are gathered, in the order of their ranks,
-every process computes all weights, and keeps its own. Weights are constants to autograd, so nothing is
-communicated in the backward pass.
+A pointwise weight depends on its own loss, and needs no one else. Weights that depend on the batch depend on
+every loss of it: the losses of all processes are gathered, in the order of their ranks, every process
+computes all weights, and keeps its own. Weights are constants to autograd, so nothing is communicated in the
+backward pass.
 
 Each process still averages over its own samples, and DistributedDataParallel averages the gradients of the
 processes. Where all local batches have the same size, that is the gradient of the global batch; where they
@@ -16,66 +16,117 @@ import dataclasses
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-
-from rgd.torch import _composite, _ops
-from rgd.torch._backend import must_forget
-from rgd.torch._group import gather
-from rgd.torch._record import Record
-from rgd.torch._settings import CrossEntropySettings
-from rgd.weightings import KL, Weighting
 
 # A compiled graph is left for the collectives, whose sizes are known only when it runs.
 _outside_of_graphs = cast("Any", torch.compiler).disable
 
 
+@dataclasses.dataclass(frozen=True)
+class Sync:
+    """With whom a batch is shared.
+
+    Args:
+        process_group: The group; None for the default one, once it is initialised.
+        sync: Whether the batch is shared at all.
+
+    Raises:
+        TypeError: If `sync` is no bool, or `process_group` no group.
+        ValueError: If a group is given and `sync` is False, or this process does not belong to the group.
+    """
+
+    process_group: Any = None
+    sync: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sync, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"sync must be True or False, got {self.sync!r}")
+        if self.process_group is None:
+            return
+        if dist.is_available() and self.process_group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                "process_group is one that this process does not belong to: build the loss in its members "
+                "only"
+            )
+        if not (dist.is_available() and isinstance(self.process_group, dist.ProcessGroup)):
+            raise TypeError(
+                "process_group must be a torch.distributed.ProcessGroup, such as "
+                "torch.distributed.new_group() returns, or None for the default one, got "
+                f"{type(self.process_group).__name__}"
+            )
+        if not self.sync:
+            raise ValueError("give process_group or sync=False, not both: without sync no group is asked")
+
+    def group(self) -> Any:
+        """The group of more than one process that shares the batch, or None."""
+        if not self.sync or not dist.is_available() or not dist.is_initialized():
+            return None
+        group = dist.group.WORLD if self.process_group is None else self.process_group
+        return group if dist.get_world_size(group) > 1 else None
+
+    def __deepcopy__(self, memo: Any) -> Sync:
+        """The same: a group is a connection, and a copied loss talks over the same one."""
+        return self
+
+
+def reduce_sums(values: list[float], device: torch.device, group: Any) -> list[float]:
+    """The sum over all processes of each value."""
+    return _reduce(values, dist.ReduceOp.SUM, device, group)
+
+
+def reduce_max(value: float, device: torch.device, group: Any) -> float:
+    """The maximum over all processes."""
+    return _reduce([value], dist.ReduceOp.MAX, device, group)[0]
+
+
+def _reduce(values: list[float], operation: Any, device: torch.device, group: Any) -> list[float]:
+    _check_backend(group, device)
+    tensor = torch.tensor(
+        values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
+    )
+    dist.all_reduce(tensor, operation, group=group)
+    return [float(value) for value in tensor.cpu()]
+
+
 @_outside_of_graphs
 @torch.no_grad()
-def sample_weights(
-    losses: Tensor, weighting: Weighting, where: Tensor | None, group: Any
-) -> tuple[Tensor, str]:
-    """The weights of this process's losses within those of all, and the path that computed them.
+def gather(own: list[Tensor], group: Any) -> tuple[list[Tensor], int]:
+    """Vectors of all processes, each concatenated in the order of ranks, and where this one's part begins.
 
     Every process of the group has to call this, one without losses too.
 
     Args:
-        losses: This process's, of any shape, and of another number than elsewhere.
-        weighting: Turns losses into weights.
-        where: Which losses take part; None for all.
+        own: This process's vectors, all of one length, which may differ from that of other processes.
         group: The process group.
 
-    Returns:
-        Weights of the losses' shape, without grad; they average to one over all processes' losses.
-
     Raises:
-        ValueError: If the group cannot communicate from the losses' device.
+        ValueError: If the group cannot communicate from the vectors' device.
     """
-    own = (losses if where is None else losses[where]).detach().flatten()
-    gathered, first = gather(own, group)
-    weights, path = _ops.sample_weights(gathered, weighting)
-    weights = weights[first : first + own.numel()]
-    if where is None:
-        return weights.view(losses.shape), path
-    spread = weights.new_zeros(losses.shape)
-    spread[where] = weights
-    return spread, path
+    first = own[0]
+    _check_backend(group, first.device)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    number = torch.tensor([first.numel()], device=first.device)
+    numbers = [torch.empty_like(number) for _ in range(size)]
+    dist.all_gather(numbers, number, group=group)
+    counts = [int(n) for n in torch.cat(numbers).cpu()]
+    gathered: list[Tensor] = []
+    for vector in own:
+        padded = vector.new_zeros(max(counts))
+        padded[: vector.numel()] = vector
+        parts = [torch.empty_like(padded) for _ in range(size)]
+        dist.all_gather(parts, padded, group=group)
+        gathered.append(torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]))
+    return gathered, sum(counts[:rank])
 
 
-def cross_entropy(
-    logits: Tensor, target: Tensor, weight: Tensor | None, settings: CrossEntropySettings, group: Any
-) -> tuple[Tensor, Record | None]:
-    """`_ops.cross_entropy` with the weights of the global batch: first all losses, then their weights."""
-    plain = dataclasses.replace(settings, weighting=KL(scale=0.0), reduction="none")
-    losses, _ = _ops.cross_entropy(logits, target, weight, plain)
-    counted = None if target.is_floating_point() else target != settings.ignore_index
-    units, taking_part = losses.detach(), counted
-    if settings.per == "sample" and losses.dim() > 1:
-        units, taking_part = _composite.sample_means(losses, counted)
-    weights, path = sample_weights(units, settings.weighting, taking_part, group)
-    weights = weights.to(losses.dtype)
-    objective, denominator = _composite.reduce(losses, weights, counted, target, weight, settings)
-    if must_forget():
-        return objective, None
-    indices = None if counted is None else target
-    record = Record(losses.detach(), weights, denominator, indices, settings.ignore_index, path=path)
-    return objective, record
+def _check_backend(group: Any, device: torch.device) -> None:
+    try:
+        group._get_backend(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"process_group has the backend {dist.get_backend(group)!r}, which cannot send from "
+            f"{device.type}, where the losses are: give a group made for it, as "
+            f"torch.distributed.new_group(backend={'nccl' if device.type == 'cuda' else 'gloo'!r}), or "
+            "sync=False"
+        ) from error

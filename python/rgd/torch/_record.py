@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rgd import _rgd
-from rgd.diagnostics import WeightStats, WeightSums, clipping_factor, stats_from_sums
-from rgd.torch._backend import RUST
-from rgd.torch._group import reduce_max, reduce_sums
+from rgd.stats import GroupStats, WeightStats, WeightSums, clip_of, group_stats, stats_from_sums
+from rgd.torch._distributed import gather, reduce_max, reduce_sums
+from rgd.torch.backends._options import wide
 from rgd.weightings import Weighting
 
 
@@ -21,76 +23,99 @@ class Record(NamedTuple):
         losses: One a target, 0 where the target is ignored.
         weights: One a target, or one a sample of the leading axis; 0 where all is ignored.
         denominator: What the mean divides by; a tensor where it lies on a device that nobody has waited for.
+        base: The base measure of each weight; None for ones.
         target: The class indices, where some may be ignored.
         ignore_index: The class index that counts for nothing.
-        where: Which losses count, where a mask was given.
-        path: "rust" or "composite": what computed it.
+        groups: The group of each weight, where they were given.
+        backend: What computed it.
+        where: Which losses count, where a mask was given for losses whose weights belong to samples.
     """
 
     losses: Tensor
     weights: Tensor
     denominator: float | Tensor
-    target: Tensor | None = None
-    ignore_index: int = -100
+    base: Tensor | None
+    target: Tensor | None
+    ignore_index: int
+    groups: Tensor | None
+    backend: str
     where: Tensor | None = None
-    path: str = RUST
 
-    def stats(self, weighting: Weighting, group: Any = None) -> WeightStats:
+    def stats(
+        self, weighting: Weighting | None, groups: Tensor | None = None, group: Any = None
+    ) -> WeightStats:
         """The statistics of the weights, which `weighting` gave; waits for the device they lie on.
 
         With a process group: of the weights of all its processes.
         """
-        losses, weights, count = self.losses, self.weights, self.losses.numel()
+        losses, weights, base = self.losses, self.weights, self.base
         denominator = float(self.denominator)
-        counted = self.where
-        if self.target is not None:
-            counted = self.target != self.ignore_index
-        tau = clipping_factor(weighting)
+        counted = self.where if self.target is None else self.target != self.ignore_index
+        of_targets = None
         if weights.dim() < losses.dim():
-            totals = losses.flatten(1).to(_wide(losses)).sum(1)
-            kept = torch.ones_like(losses, dtype=torch.bool) if counted is None else counted
-            targets = kept.flatten(1).sum(1)
-            units, _, weight, _, *rest = _all_sums(totals / targets.clamp(min=1), weights, tau)
             # Weights belong to samples, losses to targets.
-            sums = (units, float(totals.sum()), weight, float((totals * weights).sum()), *rest)
-            count = int((targets > 0).sum())
-        else:
-            sums = _all_sums(losses, weights, tau)
-            count = count if counted is None else int(counted.sum())
+            of_targets = losses.flatten(1).to(wide(losses))
+            kept = torch.ones_like(of_targets, dtype=torch.bool) if counted is None else counted.flatten(1)
+            of_targets, number = of_targets.masked_fill(~kept, 0).sum(1), kept.sum(1)
+            losses, counted = of_targets / number.clamp(min=1), number > 0
+        if counted is not None:
+            kept = counted.to(wide(losses))
+            base = kept if base is None else kept * base
+        sums = sums_of(losses, weights, base, clip_of(weighting))
+        if of_targets is not None:
+            over_targets = sums_of(of_targets, weights, base, math.inf)
+            sums = sums._replace(loss=over_targets.loss, objective=over_targets.objective)
+        groups = self.groups if groups is None else groups
         if group is not None:
-            *additive, largest, clipped = sums
-            additive = reduce_sums([*additive, clipped, count, denominator], losses.device, group)
-            largest = reduce_max(largest, losses.device, group)
-            number, *additive, clipped, count, denominator = additive
-            sums = (int(number), *additive, largest, int(clipped))
-        return stats_from_sums(cast("WeightSums", sums), weighting, count=int(count), denominator=denominator)
+            *totals, denominator = reduce_sums([*sums, denominator], losses.device, group)
+            largest = reduce_max(sums.largest, losses.device, group)
+            sums = WeightSums(int(totals[0]), *totals[1:])._replace(largest=largest)
+        by_group = None if groups is None else stats_by_group(losses, weights, base, groups, group)
+        return stats_from_sums(sums, weighting, denominator=denominator, groups=by_group)
 
 
-def _all_sums(losses: Tensor, weights: Tensor, tau: float) -> WeightSums:
+def sums_of(losses: Tensor, weights: Tensor, base: Tensor | None, clip: float) -> WeightSums:
+    """The sums of the statistics, over tensors of one shape."""
     if losses.is_cpu and type(losses) is Tensor and type(weights) is Tensor:
-        return _rgd.weight_sums(losses.contiguous(), weights.contiguous(), tau, torch.get_num_threads())
-    return _sums(losses, weights, tau)
+        base = None if base is None else base.double().contiguous()
+        threads = torch.get_num_threads()
+        return WeightSums(*_rgd.weight_sums(losses.contiguous(), weights.contiguous(), base, clip, threads))
+    return _sums(losses, weights, base, clip)
 
 
-def _sums(losses: Tensor, weights: Tensor, tau: float) -> WeightSums:
+def stats_by_group(
+    losses: Tensor, weights: Tensor, base: Tensor | None, groups: Tensor, group: Any = None
+) -> GroupStats:
+    """The statistics of each group, over the processes of a process group if there is one."""
+    vectors = [losses.to(wide(losses)), weights.to(wide(losses)), groups.to(torch.int64)]
+    vectors += [] if base is None else [base.to(wide(losses))]
+    vectors = [vector.detach().reshape(-1) for vector in vectors]
+    if group is not None:
+        vectors = gather(vectors, group)[0]
+    arrays = [np.asarray(vector.cpu()) for vector in vectors]
+    return group_stats(arrays[0], arrays[1], arrays[3] if len(arrays) > 3 else None, arrays[2])
+
+
+def _sums(losses: Tensor, weights: Tensor, base: Tensor | None, clip: float) -> WeightSums:
     """What `_rgd.weight_sums` returns, by torch operations and one wait for the device."""
     if not losses.numel():
-        return 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0
-    above = (losses > tau).sum()
-    losses, weights = losses.to(_wide(losses)), weights.to(_wide(weights))
+        return WeightSums(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    dtype = wide(losses)
+    losses, weights = losses.detach().to(dtype), weights.detach().to(dtype)
+    p = torch.ones_like(losses) if base is None else base.to(dtype)
+    counted = p != 0
+    losses, weights = losses.masked_fill(~counted, 0), weights.masked_fill(~counted, 0)
+    safe = losses.masked_fill((weights == 0) & ~losses.isnan(), 0)
     sums = [
-        losses.sum(),
-        weights.sum(),
-        (weights * losses).sum(),
-        weights.square().sum(),
-        torch.xlogy(weights, weights).sum(),
+        counted.sum(dtype=dtype),
+        p.sum(),
+        (p * losses).sum(),
+        (p * weights).sum(),
+        (p * weights * safe).sum(),
+        (p * weights.square()).sum(),
+        (p * torch.xlogy(weights, weights)).sum(),
         weights.max(),
-        above.to(losses.dtype),
+        (p * (losses > clip)).sum(),
     ]
     numbers = cast("list[float]", torch.stack(sums).tolist())  # pyright: ignore[reportUnknownMemberType]
-    loss, weight, weighted_loss, square, entropy, largest, clipped = numbers
-    return losses.numel(), loss, weight, weighted_loss, square, entropy, largest, int(clipped)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
+    return WeightSums(int(numbers[0]), *numbers[1:])

@@ -1,26 +1,35 @@
-"""The functions behind `RGDLoss`: weights, the re-weighted mean, and the re-weighted cross-entropy."""
+"""The functions behind `RGDLoss`: weights, the re-weighted mean and cross-entropy, statistics."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from rgd.torch import _composite, _distributed, _ops
-from rgd.torch._backend import autocasts, must_forget
+from rgd.stats import WeightStats, clip_of, stats_from_sums
 from rgd.torch._checks import (
+    FLOATS,
     REDUCTIONS,
     UNITS,
+    check_base,
     check_choice,
     check_class_weight,
     check_classification,
+    check_groups,
     check_label_smoothing,
     check_losses,
     check_where,
+    targets_shape,
 )
-from rgd.torch._group import Sync
-from rgd.torch._record import Record
-from rgd.weightings import Weighting, resolve_weighting
+from rgd.torch._distributed import Sync
+from rgd.torch._record import Record, stats_by_group, sums_of
+from rgd.torch._weigher import Plan, Weigher, functional_state
+from rgd.torch.backends import composite as _composite
+from rgd.torch.backends._options import Options, accumulator
+from rgd.torch.backends._registry import autocasts, choose, must_forget, values_can_be_read
+from rgd.weightings import Weighting
+from rgd.weightings._base import resolve_weighting
 
 
 def sample_weights(
@@ -29,10 +38,13 @@ def sample_weights(
     *,
     tau: float | None = None,
     where: Tensor | None = None,
-) -> Tensor:
+    sample_weight: Tensor | None = None,
+    groups: Tensor | None = None,
+    state: Any = None,
+) -> Any:
     """The weight of each sample, a constant to autograd.
 
-    `w_i = exp(scale * min(l_i, tau))` for the default weighting `KL`; see `rgd.KL` and `rgd.KLBall`.
+    `w_i = exp(scale * min(l_i, tau))` for the default weighting `KL`; each member of `rgd` says its own.
 
     Args:
         losses: Losses of any shape with at least one axis; float32, float64, float16 or bfloat16.
@@ -40,14 +52,22 @@ def sample_weights(
         tau: Short for `weighting=KL(tau)`.
         where: Mask, bool, of the losses' shape. A loss where it is False, padding for instance, has weight
             0 and takes no part in the weights of the others, whatever it is.
+        sample_weight: The base measure `p`, numbers >= 0, of the losses' shape or (N,). Weightings that
+            depend on the batch heed it: an integer `p` counts as that many equal samples, 0 as masked out.
+            Where values cannot be read without waiting (on a GPU, in a compiled graph), a number that is
+            not allowed makes the weights NaN instead of raising.
+        groups: The group of each sample, integers of the losses' shape or (N,), for `GroupDRO`.
+        state: The state of a weighting that remembers: `weighting.init()`, or what the last call returned.
 
     Returns:
-        Weights of the losses' shape, without grad; float64 for float64 losses, else float32.
+        Weights of the losses' shape (`w`, without `p`), without grad; float64 for float64 losses, else
+        float32. With `state`: the weights and the new state.
 
     Raises:
-        TypeError: If `losses` is not a float tensor, or `where` not a bool tensor.
-        ValueError: If `losses` is a scalar, `where` of another shape or device, or both `tau` and
-            `weighting` are given.
+        TypeError: If `losses` is not a float tensor, or another argument is of the wrong type.
+        ValueError: If `losses` is a scalar, a shape or device does not fit, `sample_weight` holds a number
+            that is negative or not finite, both `tau` and `weighting` are given, or the weighting remembers
+            and `state` is missing.
 
     Example:
         >>> import torch
@@ -58,8 +78,13 @@ def sample_weights(
         Kumar et al., arXiv 2306.09222, Algorithm 1.
     """
     check_losses(losses)
-    check_where(where, losses)
-    return _ops.sample_weights(losses, resolve_weighting(tau, weighting), where)[0]
+    base = _base(losses, where, sample_weight)
+    weigher = _weigher(losses, resolve_weighting(weighting, tau), groups, state, None)
+    weights = choose(losses, base).sample_weights(losses, base, weigher)
+    if base is not None and not values_can_be_read(base):
+        # What `check_base` could not refuse is NaN in the base, which pointwise weights do not depend on.
+        weights = weights.masked_fill(base.isnan(), float("nan"))
+    return weights if state is None else (weights, weigher.state)
 
 
 def reweighted_mean(
@@ -68,10 +93,13 @@ def reweighted_mean(
     *,
     tau: float | None = None,
     where: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    groups: Tensor | None = None,
+    state: Any = None,
     process_group: Any = None,
     sync: bool = True,
-) -> Tensor:
-    """The objective of RGD over any losses: `mean(w * losses)`, `w` constant.
+) -> Any:
+    """The re-weighted objective over any losses, `sum p w l / sum p`: `mean(w * l)` without `sample_weight`.
 
     Args:
         losses: Losses of any shape with at least one axis, of samples, tasks, domains or sequences;
@@ -80,20 +108,22 @@ def reweighted_mean(
         tau: Short for `weighting=KL(tau)`.
         where: Mask, bool, of the losses' shape. Only losses where it is True are weighted and averaged. The
             others, be they NaN, reach neither the objective nor the gradient, which is 0 there.
-        process_group: With normalised weights or a `KLBall`, the processes that share the batch: the weights
-            are those of their losses together, and average to one over these. None: the default group, once
-            `torch.distributed` is initialised. Every process of the group then has to make the call, one
-            with an empty batch too. Pointwise weights ask no one.
+        sample_weight: The base measure `p`, as for `sample_weights`.
+        groups: As for `sample_weights`.
+        state: As for `sample_weights`.
+        process_group: For a weighting that depends on the batch, the processes that share it: the weights
+            are those of their losses together. None: the default group, once `torch.distributed` is
+            initialised. Every process of the group then has to make the call, one with an empty batch too.
+            Pointwise weights ask no one.
         sync: False for weights of this process's losses alone.
 
     Returns:
         A scalar of the losses' dtype, differentiable with respect to `losses`. NaN, as `torch.mean` gives,
-        where there is no loss, or `where` is all False.
+        where no loss takes part. A sample of weight 0 adds 0 and has gradient 0, an infinite loss too. With
+        `state`: the objective and the new state.
 
     Raises:
-        TypeError: If `losses` is not a float tensor, or `where` not a bool tensor.
-        ValueError: If `losses` is a scalar, `where` of another shape or device, or both `tau` and
-            `weighting` are given.
+        TypeError, ValueError: As `sample_weights`.
 
     Example:
         >>> import torch
@@ -109,48 +139,10 @@ def reweighted_mean(
         Kumar et al., arXiv 2306.09222, Algorithm 1.
     """
     check_losses(losses)
-    check_where(where, losses)
-    weighting = resolve_weighting(tau, weighting)
-    return weighted(losses, weighting, "mean", "element", where, Sync(process_group, sync))[0]
-
-
-def weighted(  # noqa: PLR0917
-    losses: Tensor, weighting: Weighting, reduction: str, per: str, where: Tensor | None, sync: Sync
-) -> tuple[Tensor, Record | None]:
-    """The reduction of `w * losses`, and the record of the weights, if its tensors may outlive the call."""
-    wide = losses.to(_ops.accumulator(losses.dtype))
-    if where is not None:
-        wide = wide.masked_fill(~where, 0)
-    plain = wide.detach()
-    of_target = weights = None
-    if per == "sample" and plain.dim() > 1:
-        units, taking_part = _composite.sample_means(plain, where)
-        weights, path = _sample_weights(units, weighting, taking_part, sync)
-        weights = weights.to(plain.dtype)
-        of_target = weights.view(-1, *[1] * (plain.dim() - 1))
-        of_target = of_target if where is None else of_target.masked_fill(~where, 0)
-    else:
-        weights, path = _sample_weights(plain, weighting, where, sync)
-        of_target = weights
-    products = wide * of_target
-    denominator: float | Tensor = plain.numel() if where is None else where.sum(dtype=plain.dtype)
-    if reduction == "mean":
-        objective = products.mean() if where is None else products.sum() / denominator
-    else:
-        objective = products if reduction == "none" else products.sum()
-    record = None
-    if not must_forget():
-        record = Record(plain, weights, denominator, where=where, path=path)
-    return objective.to(losses.dtype), record
-
-
-def _sample_weights(
-    losses: Tensor, weighting: Weighting, where: Tensor | None, sync: Sync
-) -> tuple[Tensor, str]:
-    group = sync.group_for(weighting)
-    if group is None:
-        return _ops.sample_weights(losses, weighting, where)
-    return _distributed.sample_weights(losses, weighting, where, group)
+    sharing = Sync(process_group, sync)
+    weigher = _weigher(losses, resolve_weighting(weighting, tau), groups, state, sharing)
+    objective, _ = weighted(losses, weigher, "mean", "element", where, sample_weight)
+    return objective if state is None else (objective, weigher.state)
 
 
 def cross_entropy(
@@ -164,14 +156,19 @@ def cross_entropy(
     tau: float | None = None,
     weighting: Weighting | None = None,
     per: str = "element",
+    where: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    groups: Tensor | None = None,
+    state: Any = None,
     process_group: Any = None,
     sync: bool = True,
-) -> Tensor:
+) -> Any:
     """Re-weighted cross-entropy: `F.cross_entropy` with each target's loss `l_i` weighted by its own `w_i`.
 
     `l_i` is what `F.cross_entropy(..., reduction="none")` gives, class weight and label smoothing included.
-    With `reduction="mean"` the result is `sum_i w_i l_i` over the sum of the class weights of the targets
-    not ignored.
+    With `reduction="mean"` the result is `sum_i p_i w_i l_i / sum_i p_i c_{y_i}` over the targets that count,
+    with `p` the `sample_weight` and `c` the class weights, ones where they are not given; "sum" is
+    `sum_i p_i w_i l_i`, and "none" is `p_i w_i l_i`.
 
     Args:
         logits: Shape (C,), (N, C) or (N, C, d1, ..., dk); float32, float64, float16 or bfloat16.
@@ -185,12 +182,19 @@ def cross_entropy(
         weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
         per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the
             leading axis by their mean loss, ignored ones left out.
+        where: Mask, bool, of the targets' shape: a target where it is False counts as ignored. With
+            `per="sample"` it has shape (N,).
+        sample_weight: The base measure `p`, numbers >= 0, of the targets' shape or (N,); with `per="sample"`
+            of shape (N,). As for `sample_weights`.
+        groups: As for `sample_weights`; with `per="sample"` of shape (N,).
+        state: As for `sample_weights`.
         process_group: As in `reweighted_mean`.
         sync: As in `reweighted_mean`.
 
     Returns:
         A scalar, or for `reduction="none"` a tensor of the targets' shape. Its dtype is the logits', and
-        float32 for half precision under autocast, as for `F.cross_entropy`.
+        float32 for half precision under autocast, as for `F.cross_entropy`. With `state`: that and the new
+        state.
 
     Raises:
         IndexError: If a class index is out of range.
@@ -209,26 +213,142 @@ def cross_entropy(
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("per", per, UNITS)
     check_class_weight(weight)
-    settings = _ops.CrossEntropySettings(
-        resolve_weighting(tau, weighting),
-        ignore_index,
-        check_label_smoothing(label_smoothing),
-        reduction,
-        per,
+    options = Options(ignore_index, check_label_smoothing(label_smoothing), reduction, per)
+    plan = Plan(resolve_weighting(weighting, tau))
+    given = functional_state(plan.weighting, state, logits.device)
+    sharing = Sync(process_group, sync)
+    objective, _, new = classify(
+        logits, target, weight, options, plan, sharing, where, sample_weight, groups, given
     )
-    return classify(logits, target, weight, settings, Sync(process_group, sync))[0]
+    return objective if state is None else (objective, new)
 
 
-def classify(
-    logits: Tensor, target: Tensor, weight: Tensor | None, settings: _ops.CrossEntropySettings, sync: Sync
+def weight_stats(
+    losses: Tensor,
+    weights: Tensor,
+    weighting: Weighting | None = None,
+    *,
+    where: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    groups: Tensor | None = None,
+) -> WeightStats:
+    """How strongly a batch was re-weighted; waits for the device that the losses are on.
+
+    Args:
+        losses: Losses of any shape with at least one axis, floating.
+        weights: The weight of each, of the same shape, floating.
+        weighting: What the weights came from, which tells the share of clipped losses; None if it is not
+            known.
+        where: Mask, bool, of the losses' shape: which samples are counted.
+        sample_weight: The base measure, as for `sample_weights`.
+        groups: The group of each sample, integers >= 0: adds the statistics of each group.
+
+    Returns:
+        The statistics, from sums taken in float64 where the device has it.
+
+    Raises:
+        TypeError: If `losses` or `weights` is not a float tensor, or `weighting` is no weighting.
+        ValueError: If a shape or device does not fit.
+
+    Example:
+        >>> import torch, rgd
+        >>> losses = torch.tensor([1.0, 1.0, 4.0])
+        >>> print(weight_stats(losses, sample_weights(losses), rgd.KL()))
+        3 samples: mean loss 2, objective 3.297, ESS 3 (100.0%), KL 0, max weight 1.649, 33.3% clipped
+    """
+    check_losses(losses)
+    if weighting is not None:
+        weighting = resolve_weighting(weighting)
+    if not isinstance(weights, Tensor) or weights.dtype not in FLOATS:  # pyright: ignore[reportUnnecessaryIsInstance]
+        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"weights must be a float torch.Tensor, got {got}")
+    if weights.shape != losses.shape or weights.device != losses.device:
+        raise ValueError(
+            f"weights must have the shape and device of losses, {tuple(losses.shape)} on {losses.device}, "
+            f"got {tuple(weights.shape)} on {weights.device}"
+        )
+    base = _base(losses, where, sample_weight)
+    plain, weights = losses.detach(), weights.detach()
+    members = check_groups(groups, losses.shape, losses.device, "element")
+    by_group = None if members is None else stats_by_group(plain, weights, base, members)
+    sums = sums_of(plain, weights, base, clip_of(weighting))
+    return stats_from_sums(sums, weighting, groups=by_group)
+
+
+def weighted(  # noqa: PLR0917
+    losses: Tensor,
+    weigher: Weigher,
+    reduction: str,
+    per: str,
+    where: Tensor | None,
+    sample_weight: Tensor | None,
 ) -> tuple[Tensor, Record | None]:
-    """The re-weighted cross-entropy for checked settings, and the record of its weights if it may be kept."""
-    check_classification(logits, target, weight, settings.ignore_index)
-    group = sync.group_for(settings.weighting)
-    if group is None:
-        objective, record = _ops.cross_entropy(logits, target, weight, settings)
-    else:
-        objective, record = _distributed.cross_entropy(logits, target, weight, settings, group)
-    if objective.dtype != logits.dtype and not autocasts(logits.device.type):
-        objective = objective.to(logits.dtype)
-    return objective, record
+    """The reduction of `p w l`, and the record of the weights, if its tensors may outlive the call."""
+    if where is not None:
+        check_where(where, losses.shape, losses.device)
+    base = check_base(sample_weight, losses.shape, losses.device, per)
+    values = losses.to(accumulator(losses.dtype))
+    if where is not None:
+        values = values.masked_fill(~where, 0)
+    units, unit_base = _composite.units_of(values, where, base, per)
+    backend = choose(units, unit_base)
+    weights = backend.sample_weights(units, unit_base, weigher).to(values.dtype)
+    objective, denominator = _composite.reduce_losses(values, weights, where, base, reduction)
+    record = None
+    if not must_forget():
+        plain = values.detach()
+        record = Record(plain, weights, denominator, base, None, 0, weigher.groups, backend.name, where)
+    return objective.to(losses.dtype), record
+
+
+def classify(  # noqa: PLR0917
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    options: Options,
+    plan: Plan,
+    sync: Sync,
+    where: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    groups: Tensor | None = None,
+    state: Any = None,
+) -> tuple[Tensor, Record | None, Any]:
+    """The re-weighted cross-entropy for checked options, the record if it may be kept, and the state."""
+    check_classification(logits, target, class_weight, options.ignore_index)
+    given = logits.dtype
+    if not target.is_floating_point():
+        target = target if target.dtype in (torch.int64, torch.int32) else target.to(torch.int64)
+    elif target.dtype != logits.dtype:
+        dtype = torch.promote_types(target.dtype, logits.dtype)
+        logits, target = logits.to(dtype), target.to(dtype)
+    base = None
+    if where is not None or sample_weight is not None or groups is not None:
+        shape, per = targets_shape(logits), options.per if logits.dim() > 1 else "element"
+        units = shape[:1] if per == "sample" else shape
+        base = check_base(sample_weight, shape, logits.device, per)
+        groups = check_groups(groups, shape, logits.device, per)
+        if where is not None:
+            check_where(where, units, logits.device)
+            base = where.to(accumulator(logits.dtype)) if base is None else base.masked_fill(~where, 0)
+    weigher = Weigher(plan, groups, state, sync)
+    backend = choose(logits, target, class_weight, base)
+    objective, record = backend.cross_entropy(logits, target, class_weight, base, options, weigher)
+    if objective.dtype != given and not autocasts(logits.device.type):
+        objective = objective.to(given)
+    return objective, record, weigher.state
+
+
+def _weigher(
+    losses: Tensor, weighting: Weighting, groups: Tensor | None, state: Any, sync: Sync | None
+) -> Weigher:
+    members = check_groups(groups, losses.shape, losses.device, "element")
+    return Weigher(Plan(weighting), members, functional_state(weighting, state, losses.device), sync)
+
+
+def _base(losses: Tensor, where: Tensor | None, sample_weight: Tensor | None) -> Tensor | None:
+    """The base measure of losses, 0 where `where` is False; None where both are left out."""
+    base = check_base(sample_weight, losses.shape, losses.device, "element")
+    if where is None:
+        return base
+    check_where(where, losses.shape, losses.device)
+    return where.to(accumulator(losses.dtype)) if base is None else base.masked_fill(~where, 0)

@@ -7,22 +7,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rgd.diagnostics import WeightStats
-from rgd.torch import _ops
-from rgd.torch._backend import is_exporting
+from rgd.stats import WeightStats
 from rgd.torch._checks import (
     REDUCTIONS,
     UNITS,
     check_choice,
     check_class_weight,
+    check_groups,
     check_label_smoothing,
     check_losses,
-    check_where,
 )
-from rgd.torch._group import Sync
+from rgd.torch._distributed import Sync
 from rgd.torch._record import Record
+from rgd.torch._weigher import Plan, Weigher, WeightingState
+from rgd.torch.backends._options import Options
+from rgd.torch.backends._registry import in_transform, is_exporting
 from rgd.torch.functional import classify, weighted
-from rgd.weightings import Weighting, resolve_weighting
+from rgd.weightings import Weighting
+from rgd.weightings._base import resolve_weighting
 
 
 class RGDLoss(nn.Module):
@@ -39,14 +41,14 @@ class RGDLoss(nn.Module):
         reduction: "none", "mean" or "sum".
         label_smoothing: In [0, 1].
         tau: Short for `weighting=KL(tau)`.
-        weighting: What turns losses into weights, `rgd.KL` or `rgd.KLBall`; `KL(tau=1.0)` if neither it nor
-            `tau` is given.
+        weighting: What turns losses into weights, a member of `rgd` or a subclass of `rgd.Weighting` of your
+            own; `KL(tau=1.0)` if neither it nor `tau` is given.
         base: The per-sample loss to re-weight instead of cross-entropy: a callable whose result has at
             least one axis, such as `nn.BCEWithLogitsLoss(reduction="none")`. It takes its own settings, so
             `weight`, `ignore_index` and `label_smoothing` must be left alone.
         per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the
             leading axis (a sequence, an image) by their mean loss.
-        process_group: With normalised weights or a `KLBall`, the processes that share a batch: the weights
+        process_group: For a weighting that depends on the batch, the processes that share it: the weights
             are those of their losses together. None: the default group, once `torch.distributed` is
             initialised. Every process of the group then has to call the loss, one with an empty batch too;
             where only some do, as in an evaluation by one process, use a loss with `sync=False`. Pointwise
@@ -76,6 +78,7 @@ class RGDLoss(nn.Module):
     """
 
     weight: Tensor | None
+    weighting_state: WeightingState | None
 
     def __init__(
         self,
@@ -114,51 +117,62 @@ class RGDLoss(nn.Module):
                 )
         self.register_buffer("weight", weight)
         self.base = base
-        self._settings = _ops.CrossEntropySettings(
-            resolve_weighting(tau, weighting), ignore_index, smoothing, reduction, per
-        )
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = smoothing
+        self.per = per
+        self._plan: Plan
+        self.weighting_state: WeightingState | None = None
+        self.weighting = resolve_weighting(weighting, tau)
         self._sync = Sync(process_group, sync)
         self._record: Record | None = None
 
     @property
     def weighting(self) -> Weighting:
-        """What turns losses into weights."""
-        return self._settings.weighting
+        """What turns losses into weights; another may be set between steps.
 
-    @property
-    def ignore_index(self) -> int:
-        """Class index of targets that count for nothing."""
-        return self._settings.ignore_index
+        A weighting of the same class keeps the state, and a compiled graph is not compiled again where only
+        numbers change.
+        """
+        return self._plan.weighting
 
-    @property
-    def reduction(self) -> str:
-        """How losses become an objective."""
-        return self._settings.reduction
-
-    @property
-    def label_smoothing(self) -> float:
-        """The share of a target's mass that is spread over all classes."""
-        return self._settings.label_smoothing
-
-    @property
-    def per(self) -> str:
-        """What a weight belongs to."""
-        return self._settings.per
+    @weighting.setter
+    def weighting(self, weighting: Weighting) -> None:
+        plan: Plan | None = self.__dict__.get("_plan")
+        weighting = resolve_weighting(weighting)
+        self.weighting_state = state_for(
+            weighting, None if plan is None else plan.weighting, self.weighting_state
+        )
+        plan = Plan(weighting).prepare() if plan is None else plan.replaced(weighting)
+        object.__setattr__(self, "_plan", plan)
 
     @property
     def backend(self) -> str | None:
         """What computed the last call, "rust" or "composite"; None where `stats` has no call to describe."""
-        return None if self._record is None else self._record.path
+        return None if self._record is None else self._record.backend
 
-    def forward(self, input: Tensor, *args: Any, where: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor | None = None,
+        *args: Any,
+        where: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        groups: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """The re-weighted objective.
 
         Args:
             input: Logits or, with `base`, its first argument.
-            *args: The target or, with `base`, its other arguments.
-            where: With `base`, a mask, bool, of the shape of its losses: which of them count, as in
-                `reweighted_mean`. For the built-in cross-entropy, mark targets by `ignore_index` instead.
-            **kwargs: `target=`, or keyword arguments of `base`.
+            target: Class indices or class probabilities or, with `base`, its second argument, if it has one.
+            *args: With `base`, its other arguments.
+            where: Mask, bool, of the losses' shape: which of them count. (The built-in cross-entropy with
+                `per="sample"` takes one of shape (N,).)
+            sample_weight: The base measure `p`, numbers >= 0, of the losses' shape or (N,); with
+                `per="sample"` of shape (N,). The objective is `sum p w l / sum p`.
+            groups: The group of each sample, integers, of the same shapes, for `GroupDRO` and `stats`.
+            **kwargs: Keyword arguments of `base`.
 
         Returns:
             A scalar or, with `reduction="none"`, one value a target.
@@ -166,32 +180,49 @@ class RGDLoss(nn.Module):
         Raises:
             IndexError: If a class index is out of range.
             TypeError: If a tensor's dtype does not fit.
-            ValueError: If a shape does not fit, `base` returns a scalar, or `where` is given without `base`.
+            ValueError: If a shape does not fit, or `base` returns a scalar.
         """
+        plan, state = self._plan, self.weighting_state
+        before = None if state is None else self._read(state, input)
         if self.base is None:
-            if where is not None:
-                raise ValueError(
-                    "where goes with base: the built-in cross-entropy leaves out the targets that equal "
-                    f"ignore_index, as in target.masked_fill(~where, {self.ignore_index})"
+            if target is None or args or kwargs:
+                raise TypeError(
+                    "without base, the loss takes input and target (and where=, sample_weight=, groups=), "
+                    "got " + ("no target" if target is None else f"{len(args) + len(kwargs)} more arguments")
                 )
-            return self._classify(input, *args, **kwargs)
-        losses = check_losses(self.base(input, *args, **kwargs))
-        check_where(where, losses)
-        return self._keep(*weighted(losses, self.weighting, self.reduction, self.per, where, self._sync))
-
-    def _classify(self, input: Tensor, target: Tensor) -> Tensor:
-        return self._keep(*classify(input, target, self.weight, self._settings, self._sync))
-
-    def _keep(self, objective: Tensor, record: Record | None) -> Tensor:
+            options = Options(self.ignore_index, self.label_smoothing, self.reduction, self.per)
+            objective, record, after = classify(
+                input, target, self.weight, options, plan, self._sync, where, sample_weight, groups, before
+            )
+        else:
+            given = (input, *args) if target is None and not args else (input, target, *args)
+            losses = check_losses(self.base(*given, **kwargs))
+            groups = check_groups(groups, losses.shape, losses.device, self.per)
+            weigher = Weigher(plan, groups, before, self._sync)
+            objective, record = weighted(losses, weigher, self.reduction, self.per, where, sample_weight)
+            after = weigher.state
+        if state is not None and self.training:
+            state.write(after)
         # An exported program has no side effects.
         if record is not None or not is_exporting():
             object.__setattr__(self, "_record", record)  # nn.Module's own costs ten times as much
         return objective
 
-    def stats(self, *, sync: bool = False) -> WeightStats:
+    def _read(self, state: WeightingState, input: Tensor) -> Any:
+        if in_transform():
+            raise RuntimeError(
+                f"{type(self.weighting).__name__} remembers earlier batches, and a module cannot keep what "
+                "is computed under a torch.func transform: use rgd.torch.cross_entropy or reweighted_mean "
+                "with state="
+            )
+        return state.read(input.device)
+
+    def stats(self, *, groups: Tensor | None = None, sync: bool = False) -> WeightStats:
         """What the weights of the last call were like; computed now, from what that call left behind.
 
         Args:
+            groups: The group of each sample of that call, integers of the losses' shape or (N,): adds the
+                statistics of each group. None: the groups that the call was given, if it was.
             sync: Whether to describe the batches of all processes of the group together. Every process then
                 has to ask.
 
@@ -209,7 +240,10 @@ class RGDLoss(nn.Module):
                 "stats() describes the last call of the loss, and there has been none yet; calls under "
                 "torch.func transforms and torch.export leave nothing behind to describe"
             )
-        return self._record.stats(self.weighting, self._sync.group() if sync else None)
+        record = self._record
+        per = "sample" if record.weights.dim() < record.losses.dim() else "element"
+        groups = check_groups(groups, record.losses.shape, record.losses.device, per)
+        return record.stats(self.weighting, groups, self._sync.group() if sync else None)
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
@@ -223,3 +257,16 @@ class RGDLoss(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what the last call left behind."""
         return {**self.__dict__, "_record": None}
+
+
+def state_for(
+    weighting: Weighting, before: Weighting | None, state: WeightingState | None
+) -> WeightingState | None:
+    """The state of a weighting that takes the place of another: kept where both are of one class."""
+    if not weighting.stateful:
+        return None
+    if state is not None and type(before) is type(weighting):
+        fresh = WeightingState(weighting)
+        if {n: b.shape for n, b in fresh.named_buffers()} == {n: b.shape for n, b in state.named_buffers()}:
+            return state
+    return WeightingState(weighting)

@@ -13,10 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rgd.torch._checks import check_losses
-from rgd.torch._group import Sync
+from rgd.torch._checks import check_groups, check_losses
+from rgd.torch._distributed import Sync
+from rgd.torch._weigher import Plan, Weigher, WeightingState
 from rgd.torch.functional import weighted
-from rgd.weightings import Weighting, resolve_weighting
+from rgd.torch.loss import state_for
+from rgd.weightings import Weighting
+from rgd.weightings._base import resolve_weighting
 
 
 class _Shared:
@@ -46,17 +49,20 @@ class RGD(torch.optim.Optimizer):
     Args:
         optimizer: Any `torch.optim.Optimizer`, not wrapped before. Attributes that `RGD` does not have are
             looked up there.
-        tau: Short for `weighting=KL(tau)`; 1.0 if neither it nor `weighting` is given.
-        weighting: What turns losses into weights, `rgd.KL` or `rgd.KLBall`.
-        process_group: As in `reweighted_mean`: with normalised weights or a `KLBall`, who shares the batch.
+        weighting: What turns losses into weights, a member of `rgd` or a subclass of `rgd.Weighting`;
+            `KL(tau=1.0)` if neither it nor `tau` is given.
+        tau: Short for `weighting=KL(tau)`.
+        process_group: As in `reweighted_mean`: for a weighting that depends on the batch, who shares it.
         sync: As in `reweighted_mean`.
 
     Attributes:
         optimizer: The wrapped optimizer.
-        weighting: What turns losses into weights.
+        weighting: What turns losses into weights; another may be set between steps. One of the same class
+            keeps the state.
 
     Raises:
-        TypeError: If `optimizer` is no `torch.optim.Optimizer`, or `tau` is not a number.
+        TypeError: If `optimizer` is no `torch.optim.Optimizer`, `weighting` no weighting, or `tau` not a
+            number.
         ValueError: If `optimizer` is wrapped in `RGD` already, which would weigh every loss twice, if both
             `tau` and `weighting` are given, or if `tau` is not positive.
 
@@ -76,8 +82,9 @@ class RGD(torch.optim.Optimizer):
     """
 
     optimizer: torch.optim.Optimizer
-    weighting: Weighting
     _sync: Sync
+    _plan: Plan
+    _state: WeightingState | None
 
     param_groups = cast("list[dict[str, Any]]", _Shared())
     state = cast("Any", _Shared())
@@ -95,20 +102,38 @@ class RGD(torch.optim.Optimizer):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        tau: float | None = None,
-        *,
         weighting: Weighting | None = None,
+        *,
+        tau: float | None = None,
         process_group: Any = None,
         sync: bool = True,
     ) -> None:
         _check_optimizer(optimizer)
-        weighting = resolve_weighting(tau, weighting)
-        self.__setstate__(
-            {"optimizer": optimizer, "weighting": weighting, "_sync": Sync(process_group, sync)}
-        )
+        weighting = resolve_weighting(weighting, tau)
+        sharing = Sync(process_group, sync)
+        self.__setstate__({"optimizer": optimizer, "weighting": weighting, "_sync": sharing, "_state": None})
 
-    def objective(self, losses: Tensor) -> Tensor:
-        """The objective `mean(w * losses)`, to call `backward()` on.
+    @property
+    def weighting(self) -> Weighting:
+        """What turns losses into weights."""
+        return self._plan.weighting
+
+    @weighting.setter
+    def weighting(self, weighting: Weighting) -> None:
+        weighting = resolve_weighting(weighting)
+        plan: Plan | None = self.__dict__.get("_plan")
+        self._state = state_for(weighting, None if plan is None else plan.weighting, self._state)
+        self._plan = Plan(weighting) if plan is None else plan.replaced(weighting)
+
+    def objective(
+        self,
+        losses: Tensor,
+        *,
+        where: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        groups: Tensor | None = None,
+    ) -> Tensor:
+        """The objective `sum p w l / sum p`, to call `backward()` on: `mean(w * losses)` without more.
 
         Use it where `backward` does too much: under `GradScaler`,
         `scaler.scale(optimizer.objective(losses)).backward()`; to accumulate the gradients of `k` equal
@@ -116,13 +141,16 @@ class RGD(torch.optim.Optimizer):
 
         Args:
             losses: Losses of any shape with at least one axis; float32, float64, float16 or bfloat16.
+            where: Mask, bool, of the losses' shape: which of them count.
+            sample_weight: The base measure `p`, numbers >= 0, of the losses' shape or (N,).
+            groups: The group of each sample, integers of the losses' shape or (N,), for `GroupDRO`.
 
         Returns:
             A scalar of the losses' dtype, differentiable with respect to `losses`.
 
         Raises:
-            TypeError: If `losses` is not a float tensor.
-            ValueError: If `losses` is a scalar.
+            TypeError: If `losses` is not a float tensor, or another argument is of the wrong type.
+            ValueError: If `losses` is a scalar, or another argument does not fit it.
 
         Example:
             >>> import torch
@@ -131,19 +159,35 @@ class RGD(torch.optim.Optimizer):
             >>> optimizer.objective(torch.tensor([0.0, 2.0]) + w)
             tensor(1.6487, grad_fn=...)
         """
-        weighting = resolve_weighting(None, self.weighting)
-        objective, _ = weighted(check_losses(losses), weighting, "mean", "element", None, self._sync)
+        check_losses(losses)
+        state = self._state
+        before = None if state is None else state.to(losses.device).read(losses.device)
+        members = check_groups(groups, losses.shape, losses.device, "element")
+        weigher = Weigher(self._plan, members, before, self._sync)
+        objective, _ = weighted(losses, weigher, "mean", "element", where, sample_weight)
+        if state is not None and torch.is_grad_enabled():
+            state.write(weigher.state)
         self._awaits_gradient = objective.requires_grad
         return objective
 
     def backward(
-        self, losses: Tensor, *, retain_graph: bool | None = None, create_graph: bool = False
+        self,
+        losses: Tensor,
+        *,
+        where: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        groups: Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
     ) -> Tensor:
-        """Add the gradient of `mean(w * losses)` to the parameters' `grad`.
+        """Add the gradient of the objective to the parameters' `grad`.
 
         Args:
             losses: Losses of any shape with at least one axis, with a graph behind them; float32, float64,
                 float16 or bfloat16.
+            where: As for `objective`.
+            sample_weight: As for `objective`.
+            groups: As for `objective`.
             retain_graph: As in `torch.Tensor.backward`.
             create_graph: As in `torch.Tensor.backward`.
 
@@ -155,7 +199,7 @@ class RGD(torch.optim.Optimizer):
             TypeError: If `losses` is not a float tensor.
             ValueError: If `losses` is a scalar.
         """
-        objective = self.objective(losses)
+        objective = self.objective(losses, where=where, sample_weight=sample_weight, groups=groups)
         if not objective.requires_grad:
             raise RuntimeError(
                 "losses does not require grad, so there is nothing to call backward on: compute it from the "
@@ -237,12 +281,20 @@ class RGD(torch.optim.Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state dict."""
-        return self.optimizer.state_dict()
+        """The wrapped optimizer's state dict, and the state of a weighting that remembers."""
+        saved = self.optimizer.state_dict()
+        return saved if self._state is None else {**saved, "weighting_state": self._state.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of the wrapped optimizer, whether it was saved with this wrapper or without."""
-        self.optimizer.load_state_dict(state_dict)
+        """Load a state dict, whether it was saved with this wrapper or without.
+
+        Raises:
+            RuntimeError: If it holds the state of another weighting than this wrapper's.
+        """
+        remembered = state_dict.get("weighting_state")
+        if remembered is not None and self._state is not None:
+            self._state.load_state_dict(remembered)
+        self.optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "weighting_state"})
 
     def __getattr__(self, name: str) -> Any:
         # Reached only for what is not found here. `optimizer` itself is missing while a copy is being made.
@@ -251,10 +303,19 @@ class RGD(torch.optim.Optimizer):
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer, "weighting": self.weighting, "_sync": self._sync}
+        return {
+            "optimizer": self.optimizer,
+            "weighting": self.weighting,
+            "_sync": self._sync,
+            "_state": self._state,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        weighting, remembered = state.pop("weighting"), state.pop("_state", None)
         self.__dict__.update(state)
+        self._plan = Plan(weighting)
+        self._state = state_for(weighting, weighting, remembered)
         self._awaits_gradient = False
 
     def _patch_step_function(self) -> None:

@@ -1,0 +1,83 @@
+"""The weightings and the statistics as pytrees.
+
+Of a weighting, numbers are leaves, named by their fields, and weightings within it are subtrees; everything
+else (bool, int, str, functions) is part of the structure. Subclasses that are defined later are registered as
+they are defined.
+"""
+
+# The types of jax leave members partly unknown.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+from rgd.stats import GroupStats, WeightStats
+from rgd.weightings import Weighting
+from rgd.weightings._base import fields, numbers_of, observe_subclasses
+
+Structure = tuple[tuple[str, ...], tuple[tuple[str, Any], ...]] | Weighting
+"""Names of the children, and the other fields with their values; of no dataclass, the weighting itself."""
+
+
+def _flatten(weighting: Weighting) -> tuple[tuple[Any, ...], Structure]:
+    if not fields(weighting):
+        return (), weighting
+    numbers = numbers_of(type(weighting))
+    names: list[str] = []
+    static: list[tuple[str, Any]] = []
+    for field in fields(weighting):
+        value = getattr(weighting, field.name)
+        if field.name in numbers or isinstance(value, Weighting):
+            names.append(field.name)
+        else:
+            static.append((field.name, value))
+    return tuple(getattr(weighting, name) for name in names), (tuple(names), tuple(static))
+
+
+def _flatten_with_keys(weighting: Weighting) -> tuple[tuple[tuple[Any, Any], ...], Structure]:
+    children, structure = _flatten(weighting)
+    names = () if isinstance(structure, Weighting) else structure[0]
+    keys = (jax.tree_util.GetAttrKey(name) for name in names)
+    return tuple(zip(keys, children, strict=True)), structure
+
+
+def _unflatten(kind: type[Weighting], structure: Structure, children: Iterable[Any]) -> Weighting:
+    """A weighting of any contents, unchecked: a pytree's leaves may be tracers, shapes or placeholders."""
+    if isinstance(structure, Weighting):
+        return structure
+    names, static = structure
+    weighting = object.__new__(kind)
+    for name, value in (*zip(names, children, strict=True), *static):
+        object.__setattr__(weighting, name, value)
+    return weighting
+
+
+def _register(kind: type[Weighting]) -> None:
+    jax.tree_util.register_pytree_with_keys(
+        kind, _flatten_with_keys, functools.partial(_unflatten, kind), _flatten
+    )
+
+
+observe_subclasses(_register)
+jax.tree_util.register_dataclass(
+    GroupStats, data_fields=["mean_loss", "weight_share", "count"], meta_fields=[]
+)
+jax.tree_util.register_dataclass(
+    WeightStats,
+    data_fields=[
+        "mean_loss",
+        "objective",
+        "effective_sample_size",
+        "kl_to_uniform",
+        "max_weight",
+        "clipped_share",
+        "count",
+        "groups",
+    ],
+    meta_fields=[],
+)

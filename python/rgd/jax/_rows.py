@@ -1,0 +1,103 @@
+"""The cross-entropy of each row of logits, for class indices or class probabilities.
+
+A class index that counts for nothing and one that is out of range are encoded once, as `IGNORED` and
+`OUT_OF_RANGE`; plain `jax.numpy` and the Rust kernel read the same codes.
+"""
+
+# The types of jax leave members partly unknown.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+IGNORED, OUT_OF_RANGE = -1, -2
+"""Codes in the place of a class index, as the kernel reads them."""
+
+
+def encode(
+    labels: jax.Array | np.ndarray, classes: int, ignore_index: int, takes_part: jax.Array | None
+) -> jax.Array:
+    """The class index of each row as int32, or one of the codes.
+
+    Args:
+        labels: Class indices, integers.
+        classes: The number of classes.
+        ignore_index: The class index that counts for nothing.
+        takes_part: Which rows count, of the labels' shape; None for all.
+    """
+    given = jnp.asarray(labels)
+    inside = (given >= 0) & (given < classes)
+    codes = jnp.where(inside, given.astype(jnp.int32), OUT_OF_RANGE)
+    limits = jnp.iinfo(given.dtype)
+    if limits.min <= ignore_index <= limits.max:
+        codes = jnp.where(given == ignore_index, IGNORED, codes)
+    return codes if takes_part is None else jnp.where(takes_part, codes, IGNORED)
+
+
+def index_losses(
+    logits: jax.Array, codes: jax.Array, class_weight: jax.Array | None, smoothing: float
+) -> jax.Array:
+    """The loss of each row, float32 at least: 0 for `IGNORED`, NaN for `OUT_OF_RANGE`; differentiable.
+
+    Args:
+        logits: (..., C).
+        codes: As from `encode`, (...).
+        class_weight: (C,), or None for ones.
+        smoothing: Label smoothing.
+    """
+    counted, index = codes != IGNORED, jnp.maximum(codes, 0)
+    logits, shifted, log_sum = _shifted(logits, counted)
+    losses = (
+        log_sum - jnp.take_along_axis(shifted, index[..., None], axis=-1, mode="promise_in_bounds")[..., 0]
+    )
+    if class_weight is not None:
+        losses = losses * class_weight[index]
+    if smoothing > 0:
+        ones = jnp.ones(logits.shape[-1], logits.dtype) if class_weight is None else class_weight
+        over_all = log_sum * jnp.sum(ones) - jnp.sum(ones * shifted, axis=-1)
+        losses = (1 - smoothing) * losses + smoothing / logits.shape[-1] * over_all
+    losses = losses * jnp.where(codes == OUT_OF_RANGE, jnp.nan, 1).astype(losses.dtype)
+    return jnp.where(counted, losses, 0)
+
+
+def probability_losses(
+    logits: jax.Array,
+    probabilities: jax.Array,
+    class_weight: jax.Array | None,
+    smoothing: float,
+    counted: jax.Array | None,
+) -> jax.Array:
+    """The loss of each row for class probabilities (..., C); 0 where `counted` is False."""
+    logits, shifted, log_sum = _shifted(logits, counted)
+    smoothed = probabilities.astype(logits.dtype) * (1 - smoothing) + smoothing / logits.shape[-1]
+    smoothed = smoothed if class_weight is None else smoothed * class_weight
+    losses = -jnp.sum(smoothed * (shifted - log_sum[..., None]), axis=-1)
+    return losses if counted is None else jnp.where(counted, losses, 0)
+
+
+def _shifted(logits: jax.Array, counted: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Logits in the accumulator's dtype, the same less the largest of their row, and the log of its sum."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    if counted is not None:
+        logits = _gradient_where(logits, counted)
+    shifted = logits - lax.stop_gradient(jnp.max(logits, axis=-1))[..., None]
+    return logits, shifted, jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
+
+
+@jax.custom_jvp
+def _gradient_where(logits: jax.Array, counted: jax.Array) -> jax.Array:
+    """`logits`, of which a row that does not count has gradient 0, whatever it holds."""
+    del counted
+    return logits
+
+
+@_gradient_where.defjvp
+def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    logits, counted = primals
+    return logits, jnp.where(counted[..., None], tangents[0], 0)

@@ -1,0 +1,435 @@
+"""Re-weighted cross-entropy from logits.
+
+With `p = softmax(logits)`, class weights `c` and label smoothing `e` the loss of a class index `y` is
+
+    l = -(1 - e) * c[y] * log(p[y]) - (e / C) * sum(c * log(p))
+
+and that of class probabilities `t` is
+
+    l = -sum(c * ((1 - e) * t + e / C) * log(p))
+
+With the weights `w` that these losses call for and the base measure `m` (`sample_weight`, or ones) the
+objective is `sum(m * sg(w) * l) / sum(m * c[y])` ("mean").
+"""
+
+# The types of jax leave members partly unknown.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from rgd.jax import _ffi
+from rgd.jax._batch import (
+    AxisName,
+    Losses,
+    as_groups,
+    as_mask,
+    as_mass,
+    base_measure,
+    check_bound,
+    is_known,
+    psum,
+    weighted,
+    weights_of,
+)
+from rgd.jax._rows import IGNORED, encode, index_losses, probability_losses
+from rgd.weightings import Weighting
+from rgd.weightings._base import kernel_of, require_state, resolve_weighting
+
+Reduction: TypeAlias = Literal["none", "mean", "sum"]
+Per: TypeAlias = Literal["element", "sample"]
+Backend: TypeAlias = Literal["jnp", "rust"]
+
+
+@overload
+def cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    weighting: Weighting | None = None,
+    tau: ArrayLike | None = None,
+    per: Per = "element",
+    where: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    state: None = None,
+    axis: int = -1,
+    axis_name: AxisName = None,
+    backend: Backend | None = None,
+) -> jax.Array: ...
+@overload
+def cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    weighting: Weighting | None = None,
+    tau: ArrayLike | None = None,
+    per: Per = "element",
+    where: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    state: Any,
+    axis: int = -1,
+    axis_name: AxisName = None,
+    backend: Backend | None = None,
+) -> Any: ...
+def cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    weight: ArrayLike | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    weighting: Weighting | None = None,
+    tau: ArrayLike | None = None,
+    per: Per = "element",
+    where: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    state: Any = None,
+    axis: int = -1,
+    axis_name: AxisName = None,
+    backend: Backend | None = None,
+) -> Any:
+    """The re-weighted cross-entropy of logits, reduced as `torch.nn.CrossEntropyLoss` reduces.
+
+    With `l_i` the loss of a target, `sg(w_i)` its weight and `m_i` its `sample_weight` (1 without), "none" is
+    `m_i * w_i * l_i`, "sum" is the sum of those and "mean" is the sum divided by `sum_i m_i * c_{y_i}` over
+    the targets that count; for class probabilities by `sum_i m_i`. The weights are constants of the gradient.
+    A target of weight 0 adds 0 to the objective and to the gradient, an infinite loss too.
+
+    Args:
+        logits: (..., C), floating: the class axis is the last, as everywhere in JAX. (For the layout of
+            torch, (N, C, d1, ..., dk), give `axis=1`.) Half precision is computed with in float32.
+        labels: Class indices, integers of the logits' shape without the class axis; or class probabilities,
+            floats of the logits' shape.
+        weight: Class weights `c`, (C,), constants; None for ones.
+        ignore_index: The class index that counts for nothing.
+        reduction: "none", "mean" or "sum".
+        label_smoothing: Share `e` of a target that is spread over all classes, in [0, 1].
+        weighting: Turns losses into weights; `KL(tau=1.0)` if neither this nor `tau` is given. Its numbers
+            may be traced; a traced number that is not allowed cannot raise, and makes the weights NaN.
+        tau: Short for `weighting=rgd.KL(tau=tau)`.
+        per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the
+            leading dimension of `labels` by the mean of their losses, over the targets that count.
+        where: Booleans that broadcast to the losses' shape. A target where it is False counts for nothing,
+            and what its logits hold, be it NaN, reaches neither the objective nor the gradient.
+        sample_weight: The base measure `m`, numbers >= 0, constants: of the losses' shape, or (N,) for the
+            leading axis; with `per="sample"` (N,). A target where it is 0 counts for nothing.
+        groups: The group of each target, integers shaped as `sample_weight`, for `rgd.GroupDRO`.
+        state: The state of a weighting that remembers: what `weighting.init()` or the last call returned.
+        axis: The class axis.
+        axis_name: Name or names of mapped axes (`jax.shard_map`, `jax.pmap`, `jax.vmap`) over which the batch
+            is spread. "mean" and "sum", weights that depend on the batch, and the state are then those of the
+            whole batch.
+        backend: "jnp" is plain `jax.numpy`. "rust" takes loss and gradient from a Rust kernel in one pass
+            over the logits, in place where they are donated or not needed again; on a platform other than the
+            CPU the same function in `jax.numpy` takes its place. It serves pointwise weightings that have a
+            kernel (`rgd.KL`, `rgd.ERM`), class indices without class weights, "mean" and "sum",
+            `per="element"` and the class axis last. It cannot be exported by `jax.export`, and where logits
+            are sharded it must be called inside `jax.shard_map`. By default the kernel is taken where it
+            serves, JAX runs on one CPU device, C >= 512, and logits have at least 2^22 entries. It has one
+            thread: on a host of many cores compare with "jnp".
+
+    Returns:
+        The objective, float64 for float64 logits, else float32: shape () or, for "none", the logits' shape
+        without the class axis. With no target that counts, "mean" is NaN. The gradient has the logits' dtype.
+        With `state`: the objective and the new state.
+
+        A class index out of range raises where `labels` are concrete. Under `jit`, where no value can raise,
+        its loss and its row of the gradient are NaN.
+
+    Raises:
+        IndexError: If a concrete class index is out of range; names it and its position.
+        TypeError: If a dtype does not fit.
+        ValueError: If a shape does not fit, an option is not one of those above, `label_smoothing` is not in
+            [0, 1], `ignore_index >= 0` is given with class probabilities, `sample_weight` holds a number that
+            is negative or not finite, both `tau` and `weighting` are given, or the weighting remembers and
+            `state` is missing.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, rgd, rgd.jax
+        >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 2.0]]), jnp.array([0, 0])
+        >>> print(f"{rgd.jax.cross_entropy(logits, labels, weighting=rgd.ERM()):.4f}")
+        1.1269
+        >>> print(f"{rgd.jax.cross_entropy(logits, labels, tau=1.0):.4f}")
+        1.8210
+        >>> jax.grad(rgd.jax.cross_entropy)(logits, labels).round(3)
+        Array([[-0.064,  0.064],
+               [-0.726,  0.726]], dtype=float32)
+
+    References:
+        Kumar, Majmundar, Nagaraj, Suggala, "Stochastic Re-weighted Gradient Descent via Distributionally
+        Robust Optimization", TMLR 2024, arXiv 2306.09222, Algorithm 1.
+    """
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if per not in ("element", "sample"):
+        raise ValueError(f"per must be 'element' or 'sample', got {per!r}")
+    if backend not in (None, "jnp", "rust"):
+        raise ValueError(f"backend must be 'jnp', 'rust' or None, got {backend!r}")
+    chosen = resolve_weighting(weighting, tau)
+    require_state(chosen, state)
+    check_bound(axis_name)
+    problem = _as_problem(
+        logits,
+        labels,
+        weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        per=per,
+        where=where,
+        sample_weight=sample_weight,
+        axis=axis,
+    )
+    units = problem.labels.shape[: problem.logits.ndim - 1]
+    members = as_groups(groups, units if per == "element" else units[:1])
+    refusal = _no_kernel(problem, chosen, reduction, per, axis)
+    if backend == "rust" and refusal:
+        raise ValueError(f"backend='rust' cannot serve {refusal}: leave backend out")
+    if backend == "rust" or (backend is None and not refusal and _kernel_is_faster(problem.logits)):
+        return _in_rust(problem, chosen, reduction, axis_name)
+    losses = Losses(_losses_of(problem), problem.base, members, (), axis_name)
+    weights, new = _target_weights(losses, chosen, per, state)
+    result = weighted(weights, losses)
+    if reduction != "none":
+        result = psum(jnp.sum(result), axis_name)
+    if reduction == "mean":
+        result = result / psum(_denominator_of(problem), axis_name)
+    return result if state is None else (result, new)
+
+
+class Problem(NamedTuple):
+    """A cross-entropy that was checked, its class axis the last.
+
+    Attributes:
+        logits: (..., C).
+        labels: Class indices and codes, int32 of shape (...), as from `rgd.jax._rows.encode`; or class
+            probabilities, (..., C).
+        class_weight: (C,) in the accumulator's dtype, or None for ones.
+        smoothing: Label smoothing.
+        base: The base measure, (...) in the accumulator's dtype: 0 for a target that counts for nothing; None
+            where all count as 1.
+    """
+
+    logits: jax.Array
+    labels: jax.Array
+    class_weight: jax.Array | None
+    smoothing: float
+    base: jax.Array | None
+
+    @property
+    def has_indices(self) -> bool:
+        """Whether `labels` are class indices, rather than class probabilities."""
+        return jnp.issubdtype(self.labels.dtype, jnp.integer)
+
+
+def _as_problem(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    weight: ArrayLike | None,
+    *,
+    ignore_index: int,
+    label_smoothing: float,
+    per: Per,
+    where: ArrayLike | None,
+    sample_weight: ArrayLike | None,
+    axis: int,
+) -> Problem:
+    """Check what a user gave, at trace time, and bring the class axis to the end."""
+    logits = jnp.asarray(logits)
+    if logits.ndim == 0 or not -logits.ndim <= axis < logits.ndim:
+        raise ValueError(
+            f"logits of shape {logits.shape} have no class axis {axis}: give (..., C), or name it by axis="
+        )
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise TypeError(
+            f"logits must be floating, got {logits.dtype}: convert them with logits.astype(jnp.float32)"
+        )
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    given = logits.shape
+    logits = jnp.moveaxis(logits, axis, -1)
+    rows, classes = logits.shape[:-1], logits.shape[-1]
+    if classes == 0:
+        raise ValueError(f"logits must have at least one class, got shape {given}")
+    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    class_weight = _class_weight(weight, classes, dtype)
+    mask = as_mask(where, rows)
+    mass = as_mass(sample_weight, rows if per == "element" else rows[:1], dtype)
+    if mass is not None:
+        mass = jnp.broadcast_to(mass.reshape(mass.shape + (1,) * (len(rows) - mass.ndim)), rows)
+    base = base_measure(mask, mass, dtype)
+    takes_part = None if base is None else base != 0
+    values = labels if isinstance(labels, np.ndarray) else jnp.asarray(labels)
+    if jnp.issubdtype(values.dtype, jnp.floating):
+        if values.shape == rows and values.shape != given:
+            raise TypeError(
+                f"labels of shape {values.shape} must be class indices, integers, got {values.dtype}"
+            )
+        if values.shape != given:
+            raise ValueError(_label_shape(given, rows, values.shape, axis))
+        if ignore_index >= 0:
+            raise ValueError(
+                f"ignore_index does not apply to class probabilities, got {ignore_index}: leave it out"
+            )
+        probabilities = jnp.moveaxis(jnp.asarray(values), axis, -1)
+        return Problem(logits, probabilities, class_weight, label_smoothing, base)
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        raise TypeError(
+            f"labels must be integers (class indices) or floats (class probabilities), got {values.dtype}"
+        )
+    if values.shape != rows:
+        if values.shape == given:
+            raise TypeError(
+                f"labels of the logits' shape must be floating class probabilities, got {values.dtype}: "
+                "convert one-hot labels with labels.astype(logits.dtype)"
+            )
+        raise ValueError(_label_shape(given, rows, values.shape, axis))
+    _refuse_out_of_range(values, classes, ignore_index, takes_part)
+    codes = encode(values, classes, ignore_index, takes_part)
+    base = base_measure(codes != IGNORED, mass, dtype)
+    return Problem(logits, codes, class_weight, label_smoothing, base)
+
+
+def _losses_of(problem: Problem) -> jax.Array:
+    """The loss of each target in the accumulator's dtype, differentiable; 0 where a target does not count."""
+    logits, labels, class_weight, smoothing, base = problem
+    if problem.has_indices:
+        return index_losses(logits, labels, class_weight, smoothing)
+    return probability_losses(logits, labels, class_weight, smoothing, None if base is None else base != 0)
+
+
+def _denominator_of(problem: Problem) -> jax.Array:
+    """What "mean" divides by: the class weights of the targets that count, or their number, times `p`."""
+    if problem.base is None:
+        dtype = jnp.promote_types(problem.logits.dtype, jnp.float32)
+        return jnp.full((), np.prod(problem.logits.shape[:-1]), dtype)
+    if problem.class_weight is None or not problem.has_indices:
+        return jnp.sum(problem.base)
+    own = problem.class_weight[jnp.maximum(problem.labels, 0)]
+    return jnp.sum(jnp.where(problem.base != 0, problem.base * own, 0))
+
+
+def _no_kernel(problem: Problem, weighting: Weighting, reduction: Reduction, per: Per, axis: int) -> str:
+    """What of a call the kernel does not serve; empty if nothing."""
+    if not weighting.pointwise:
+        return f"{weighting}, whose weights depend on the whole batch"
+    if kernel_of(weighting) is None:
+        return f"{weighting}, which has no kernel"
+    if not problem.has_indices:
+        return "class probabilities"
+    if problem.class_weight is not None:
+        return "class weights"
+    if reduction == "none" or per == "sample":
+        return f"reduction={reduction!r} with per={per!r}"
+    if axis not in (-1, problem.logits.ndim - 1):
+        return f"axis={axis}, which is not the last"
+    if problem.logits.dtype not in _KERNEL_DTYPES:
+        return f"logits of dtype {problem.logits.dtype}"
+    return ""
+
+
+_KERNEL_DTYPES = (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16)
+
+
+def _kernel_is_faster(logits: jax.Array) -> bool:
+    """Whether the kernel is taken for logits of this size where nobody chose, by what the trace can see.
+
+    The number of cores is left out, so that one program gives the same numbers, and compiles to the same
+    code, on every host. XLA does not split a custom call over devices: where there are more than one, sharded
+    logits would be gathered. Logits that are needed again are copied first, and then float32 takes about as
+    long either way; in place, the kernel takes half of jnp's time or less (`benches/jax_cross_entropy.py`, on
+    two cores). Below this size the gain is small.
+    """
+    here = jax.default_backend() == "cpu" and jax.device_count() == 1
+    return here and logits.shape[-1] >= 512 and logits.size >= 1 << 22
+
+
+def _in_rust(problem: Problem, weighting: Weighting, reduction: Reduction, axis_name: AxisName) -> jax.Array:
+    total = _ffi.weighted_sum(
+        problem.logits,
+        problem.labels,
+        weighting,
+        mass=problem.base,
+        norm=1 if reduction == "sum" else 1 / psum(_denominator_of(problem), axis_name),
+        smoothing=problem.smoothing,
+    )
+    return psum(total, axis_name)
+
+
+def _target_weights(losses: Losses, weighting: Weighting, per: Per, state: Any) -> tuple[jax.Array, Any]:
+    """The weight of each target, which broadcasts to the losses, and the state after the batch."""
+    values, base = losses.values, losses.base
+    if values.ndim == 0:
+        one = [None if x is None else x[None] for x in (values, base, losses.groups)]
+        batch = losses._replace(values=values[None], base=one[1], groups=one[2], axes=(0,))
+        weights, new = weights_of(batch, weighting, state)
+        return weights[0], new
+    if per == "element":
+        return weights_of(losses._replace(axes=tuple(range(values.ndim))), weighting, state)
+    rest = tuple(range(1, values.ndim))
+    counted = (losses.ones != 0).astype(values.dtype)
+    means = jnp.sum(values, axis=rest) / jnp.maximum(jnp.sum(counted, axis=rest), 1)
+    # All targets of a sample that count have the same base measure.
+    base = None if base is None else jnp.max(base, axis=rest, initial=0)
+    batch = losses._replace(values=means, base=base, axes=(0,))
+    weights, new = weights_of(batch, weighting, state)
+    weights = jnp.expand_dims(weights, rest)
+    return jnp.where(losses.ones != 0, weights, 0), new
+
+
+def _class_weight(weight: ArrayLike | None, classes: int, dtype: Any) -> jax.Array | None:
+    if weight is None:
+        return None
+    if isinstance(weight, Weighting):
+        raise TypeError(f"weight takes class weights, got {weight!r}: name it weighting={weight!r}")
+    array = jnp.asarray(weight)
+    if array.shape != (classes,):
+        raise ValueError(f"weight must have one entry a class, shape {(classes,)}, got {array.shape}")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"weight must be floating, got {array.dtype}: convert it with weight.astype(jnp.float32)"
+        )
+    return lax.stop_gradient(array.astype(dtype))
+
+
+def _refuse_out_of_range(
+    labels: jax.Array | np.ndarray, classes: int, ignore_index: int, takes_part: jax.Array | None
+) -> None:
+    """Raise for a class index out of range, where its value is known."""
+    if not is_known(labels) or not is_known(takes_part):
+        return
+    known = np.asarray(labels)
+    outside = (known != ignore_index) & ((known < 0) | (known >= classes))
+    if takes_part is not None:
+        outside &= np.asarray(takes_part)
+    if outside.any():
+        position = tuple(int(i) for i in np.argwhere(outside)[0])
+        raise IndexError(f"label {known[position]} at {position} is out of range for {classes} classes")
+
+
+def _label_shape(given: tuple[int, ...], rows: tuple[int, ...], got: tuple[int, ...], axis: int) -> str:
+    hint = ""
+    if len(given) > 2 and got == given[:1] + given[2:] and axis in (-1, len(given) - 1):
+        hint = "; if the class axis is the second, as in torch, give axis=1"
+    return (
+        f"labels must have shape {rows} (class indices) or {given} (class probabilities) for logits of shape "
+        f"{given} with class axis {axis}, got {got}{hint}"
+    )

@@ -1,0 +1,351 @@
+"""The re-weighted cross-entropy and its gradient as written."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from rgd.reference._equations import (
+    Array,
+    Mask,
+    State,
+    base_of,
+    mask_of,
+    one_a_sample,
+    product,
+    sample_weights,
+)
+from rgd.weightings import KL, Weighting
+
+Reduction: TypeAlias = Literal["none", "mean", "sum"]
+Per: TypeAlias = Literal["element", "sample"]
+
+
+def cross_entropy_losses(
+    logits: npt.ArrayLike,
+    target: npt.ArrayLike,
+    weight: npt.ArrayLike | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    where: npt.ArrayLike | None = None,
+) -> Array:
+    """The loss of each target, as `torch.nn.functional.cross_entropy(..., reduction="none")` gives it.
+
+    With `p = softmax(logits)` over the class axis, class weights `c` and label smoothing `e`, a class index
+    `y` costs
+
+        l = -(1 - e) * c_y * log p_y - (e / C) * sum_k c_k * log p_k
+
+    and class probabilities `t` cost `l = -sum_k c_k * ((1 - e) * t_k + e / C) * log p_k`.
+
+    Args:
+        logits: (C,), (N, C) or (N, C, d1, ..., dk), any real dtype; computed with in float64.
+        target: Class indices, integers of the logits' shape without the class axis; or class probabilities,
+            floats of the logits' shape.
+        weight: Class weights (C,); None for ones.
+        ignore_index: The class index whose loss is 0.
+        label_smoothing: Share of the target spread over all classes, in [0, 1].
+        where: Booleans that broadcast to the losses' shape. The loss is 0 where it is False.
+
+    Returns:
+        Losses, float64, of the logits' shape without the class axis.
+
+    Raises:
+        ValueError: If shapes do not fit, `label_smoothing` is not in [0, 1], or `ignore_index` >= 0 is given
+            with class probabilities.
+        TypeError: If `target` is of another dtype than its shape asks for.
+        IndexError: If a class index is out of range.
+
+    Example:
+        >>> import numpy as np
+        >>> cross_entropy_losses(np.zeros((2, 4)), np.array([3, -100])).round(4)
+        array([1.3863, 0.    ])
+    """
+    return _problem(logits, target, weight, ignore_index, label_smoothing, where=where).losses
+
+
+def cross_entropy(
+    logits: npt.ArrayLike,
+    target: npt.ArrayLike,
+    weight: npt.ArrayLike | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+    weighting: Weighting = KL(),  # noqa: B008
+    per: Per = "element",
+    where: npt.ArrayLike | None = None,
+    sample_weight: npt.ArrayLike | None = None,
+    groups: npt.ArrayLike | None = None,
+    state: State = None,
+) -> Any:
+    """The re-weighted cross-entropy, reduced as `torch.nn.CrossEntropyLoss` reduces.
+
+    With `l` from `cross_entropy_losses`, `w` its weights, `p` the base measure and `c[y]` the class weight of
+    each target (1 for class probabilities), the value is
+
+        p * w * l                              # reduction="none"
+        total(p * w * l)                       # reduction="sum"
+        total(p * w * l) / total(p * c[y])     # reduction="mean"
+
+    with totals over the targets that take part. A weight of zero makes a product zero, also of an infinite
+    loss.
+
+    Args:
+        logits: (C,), (N, C) or (N, C, d1, ..., dk), any real dtype; computed with in float64.
+        target: Class indices, integers of the logits' shape without the class axis; or class probabilities,
+            floats of the logits' shape.
+        weight: Class weights (C,); None for ones.
+        ignore_index: The class index that counts for nothing.
+        label_smoothing: Share of the target spread over all classes, in [0, 1].
+        reduction: "none", "mean" or "sum".
+        weighting: Turns losses into weights. Ignored targets take no part.
+        per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the
+            leading dimension by the mean of their losses, over targets not ignored. One that is all ignored
+            has weight 0.
+        where: Booleans that broadcast to the losses' shape. A target where it is False is as one ignored.
+        sample_weight: The base measure `p`, finite numbers >= 0, one a sample of the leading dimension or,
+            with `per="element"`, one a target. A target where it is 0 is as one ignored.
+        groups: The group of each sample or target, integers shaped as `sample_weight`.
+        state: State of a weighting that remembers.
+
+    Returns:
+        The objective, float64: shape () or, for "none", the logits' shape without the class axis; with a
+        state, the objective and the state after it. With every target ignored, "mean" is NaN.
+
+    Raises:
+        ValueError: As `cross_entropy_losses`, and if `reduction` or `per` is none of the above.
+        TypeError: If `target` is of another dtype than its shape asks for.
+        IndexError: If a class index is out of range.
+
+    Example:
+        >>> import numpy as np, rgd
+        >>> logits, target = np.array([[2.0, 0.0], [0.0, 2.0]]), np.array([0, 0])
+        >>> print(cross_entropy(logits, target, weighting=rgd.KL(scale=0.0)).round(6))
+        1.126928
+        >>> print(cross_entropy(logits, target, weighting=rgd.KL(tau=1.0)).round(6))
+        1.820978
+
+    References:
+        Kumar et al., Algorithm 1 and section 3.
+    """
+    problem = _problem(logits, target, weight, ignore_index, label_smoothing, where=where)
+    weights, base, after = _target_weights(
+        problem, weighting, per, sample_weight=sample_weight, groups=groups, state=state
+    )
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        value = np.where(base > 0, base * product(weights, problem.losses, problem.losses), 0.0)
+        denominator = _denominator(problem, base, reduction)
+        if reduction != "none":
+            value = np.sum(value) / denominator
+    return value if state is None else (value, after)
+
+
+def cross_entropy_grad(
+    logits: npt.ArrayLike,
+    target: npt.ArrayLike,
+    weight: npt.ArrayLike | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+    weighting: Weighting = KL(),  # noqa: B008
+    per: Per = "element",
+    where: npt.ArrayLike | None = None,
+    sample_weight: npt.ArrayLike | None = None,
+    groups: npt.ArrayLike | None = None,
+    state: State = None,
+) -> Any:
+    """The gradient of `cross_entropy` with respect to the logits, the weights `w_i` held constant.
+
+    A class index `y` gives the logit of class `k`
+
+        dl/dz_k = (1 - e) * c_y * (p_k - [k = y]) + (e / C) * (p_k * sum_j c_j - c_k)
+
+    with `p = softmax(logits)`, and class probabilities `t`, smoothed to `t'_k = (1 - e) * t_k + e / C`, give
+    it `dl/dz_k = p_k * sum_j c_j * t'_j - c_k * t'_k`; both times the target's weight and base measure and,
+    for "mean", over its denominator.
+
+    Args:
+        logits: (C,), (N, C) or (N, C, d1, ..., dk), any real dtype; computed with in float64.
+        target: Class indices or class probabilities, as in `cross_entropy`.
+        weight: Class weights (C,); None for ones.
+        ignore_index: The class index that counts for nothing.
+        label_smoothing: Share of the target spread over all classes, in [0, 1].
+        reduction: "none" (the gradient of the sum of the elements), "mean" or "sum".
+        weighting: Turns losses into weights.
+        per: "element" or "sample", as in `cross_entropy`.
+        where: As in `cross_entropy`, and so are the next three.
+        sample_weight: The base measure.
+        groups: The group of each sample or target.
+        state: State of a weighting that remembers.
+
+    Returns:
+        The gradient, float64, of the logits' shape; with a state, the gradient and the state after it. For a
+        target that takes no part it is 0, or NaN where its logits hold NaN.
+
+    Raises:
+        ValueError, TypeError, IndexError: As `cross_entropy`.
+
+    Example:
+        >>> import numpy as np, rgd
+        >>> cross_entropy_grad(np.zeros(2), np.array(1), weighting=rgd.KL(scale=0.0))
+        array([ 0.5, -0.5])
+
+    References:
+        Kumar et al., Algorithm 1: the step `sum_i w_i * grad l_i / n`.
+    """
+    problem = _problem(logits, target, weight, ignore_index, label_smoothing, where=where)
+    weights, base, after = _target_weights(
+        problem, weighting, per, sample_weight=sample_weight, groups=groups, state=state
+    )
+    denominator = _denominator(problem, base, reduction)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        w, p, loss = (np.expand_dims(x, problem.class_axis) for x in (weights, base, problem.losses))
+        gradient = p * product(w, problem.gradients, loss) / denominator
+        gradient = np.where(p > 0, gradient, 0.0 * problem.gradients)
+    return gradient if state is None else (gradient, after)
+
+
+class _Problem(NamedTuple):
+    """A cross-entropy before its losses are weighted."""
+
+    losses: Array
+    """One a target; 0 where it is ignored."""
+    gradients: Array
+    """d losses / d logits, of the logits' shape."""
+    counted: Mask
+    """Which targets are neither ignored nor masked."""
+    class_weights: Array
+    """The class weight of each target; 1 for class probabilities."""
+    class_axis: int
+
+
+@np.errstate(divide="ignore", invalid="ignore", over="ignore")
+def _problem(
+    logits: npt.ArrayLike,
+    target: npt.ArrayLike,
+    weight: npt.ArrayLike | None,
+    ignore_index: int,
+    label_smoothing: float,
+    *,
+    where: npt.ArrayLike | None,
+) -> _Problem:
+    logits = np.asarray(logits, dtype=np.float64)
+    target = np.asarray(target)
+    if logits.ndim == 0:
+        raise ValueError("logits must have a class axis, as in (C,) or (N, C), got a scalar")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    class_axis = 0 if logits.ndim == 1 else 1
+    classes = logits.shape[class_axis]
+    weight = np.ones(classes) if weight is None else np.asarray(weight, dtype=np.float64)
+    if weight.shape != (classes,):
+        raise ValueError(f"weight must have one entry a class, shape {(classes,)}, got {weight.shape}")
+
+    rows = np.moveaxis(logits, class_axis, -1)
+    log_p = _log_softmax(rows)
+    if target.shape == logits.shape:
+        if target.dtype.kind != "f":
+            raise TypeError(
+                f"target of the logits' shape must be floating class probabilities, got {target.dtype}"
+            )
+        if ignore_index >= 0:
+            raise ValueError(f"ignore_index does not apply to class probabilities, got {ignore_index}")
+        probabilities = np.moveaxis(target.astype(np.float64), class_axis, -1)
+        losses, gradients = _soft_losses(log_p, probabilities, weight, label_smoothing)
+        counted = np.ones(losses.shape, dtype=np.bool_)
+        class_weights = np.ones(losses.shape)
+    else:
+        if target.dtype.kind not in "iu":
+            raise TypeError(f"target must be integer class indices, got {target.dtype}")
+        if target.shape != rows.shape[:-1]:
+            raise ValueError(
+                f"target must have shape {rows.shape[:-1]} (class indices) or {logits.shape} "
+                f"(class probabilities), got {target.shape}"
+            )
+        counted = target != ignore_index
+        outside = counted & ((target < 0) | (target >= classes))
+        if np.any(outside):
+            position = tuple(int(i) for i in np.argwhere(outside)[0])
+            raise IndexError(f"target {target[position]} at {position} is out of range for {classes} classes")
+        index = np.where(counted, target, 0)
+        losses, gradients = _hard_losses(log_p, index, weight, label_smoothing)
+        class_weights = weight[index] if classes else np.zeros(index.shape)
+    counted = np.asarray(counted & mask_of(where, losses.shape))
+    losses = np.where(counted, losses, 0.0)
+    return _Problem(losses, np.moveaxis(gradients, -1, class_axis), counted, class_weights, class_axis)
+
+
+def _log_softmax(rows: Array) -> Array:
+    if not rows.size:
+        return rows
+    shifted = rows - np.max(rows, axis=-1, keepdims=True)
+    return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
+
+
+def _hard_losses(
+    log_p: Array, index: npt.NDArray[np.int_], weight: Array, smoothing: float
+) -> tuple[Array, Array]:
+    """Losses and d losses / d logits of class indices; the class axis is the last."""
+    classes = weight.size
+    one_hot = np.arange(classes) == index[..., None]
+    p = np.exp(log_p)
+    own = weight[index] if classes else np.zeros(index.shape)
+    losses = -own * np.sum(np.where(one_hot, log_p, 0.0), axis=-1)
+    gradients = own[..., None] * (p - one_hot)
+    if smoothing > 0:
+        spread = -np.sum(weight * log_p, axis=-1)
+        losses = (1 - smoothing) * losses + smoothing / classes * spread
+        gradients = (1 - smoothing) * gradients + smoothing / classes * (p * np.sum(weight) - weight)
+    return losses, gradients
+
+
+def _soft_losses(log_p: Array, probabilities: Array, weight: Array, smoothing: float) -> tuple[Array, Array]:
+    """Losses and d losses / d logits of class probabilities; the class axis is the last."""
+    smoothed = (1 - smoothing) * probabilities + (smoothing / weight.size if smoothing else 0.0)
+    losses = -np.sum(weight * smoothed * log_p, axis=-1)
+    mass = np.sum(weight * smoothed, axis=-1, keepdims=True)
+    return losses, np.exp(log_p) * mass - weight * smoothed
+
+
+def _target_weights(
+    problem: _Problem,
+    weighting: Weighting,
+    per: Per,
+    *,
+    sample_weight: npt.ArrayLike | None,
+    groups: npt.ArrayLike | None,
+    state: State,
+) -> tuple[Array, Array, State]:
+    """The weight and the base measure of each target, 0 for one that takes no part, and the state after."""
+    losses, counted = problem.losses, problem.counted
+    if per == "element":
+        shape, means, part = losses.shape, losses, counted
+    elif per == "sample":
+        shape = losses.shape[:1]
+        axes = tuple(range(1, losses.ndim))
+        number = np.count_nonzero(counted, axis=axes)
+        means, part = np.sum(losses, axis=axes) / np.maximum(number, 1), number > 0
+    else:
+        raise ValueError(f"per must be 'element' or 'sample', got {per!r}")
+    part, base = base_of(shape, part, sample_weight)
+    group = None if groups is None else np.ravel(one_a_sample("groups", np.asarray(groups), shape))
+    result = sample_weights(
+        np.ravel(means), weighting, np.ravel(part), sample_weight=np.ravel(base), groups=group, state=state
+    )
+    weights, after = (result, None) if state is None else result
+    weights, base = (one_a_sample("weights", np.reshape(x, shape), losses.shape) for x in (weights, base))
+    return np.where(counted, weights, 0.0), np.where(counted, base, 0.0), after
+
+
+def _denominator(problem: _Problem, base: Array, reduction: Reduction) -> float:
+    """What a reduction divides by, for a base measure that is 0 where a target takes no part."""
+    if reduction == "mean":
+        return float(np.sum(base * problem.class_weights))
+    if reduction not in ("none", "sum"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    return 1.0

@@ -1,0 +1,600 @@
+"""The equations of the weightings, one function each, and the objective and statistics made of them."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from rgd.stats import GroupStats, WeightStats
+from rgd.weightings import (
+    ERM,
+    KL,
+    ChiSquare,
+    ChiSquareBall,
+    CVaR,
+    Focal,
+    GroupDRO,
+    KLBall,
+    MidrangeKL,
+    MovingAverage,
+    Pointwise,
+    Trimmed,
+    Weighting,
+)
+
+Array: TypeAlias = npt.NDArray[np.float64]
+Mask: TypeAlias = npt.NDArray[np.bool_]
+Integers: TypeAlias = npt.NDArray[np.int_]
+State: TypeAlias = Any
+"""What `weighting.init()` or an earlier call returned."""
+
+
+class Batch(NamedTuple):
+    """The samples that take part, one entry each; never empty."""
+
+    losses: Array
+    base: Array
+    """The base measure `p`, positive."""
+    groups: Integers | None
+
+    @property
+    def mass(self) -> float:
+        """`total(p)`, the number of samples where `p` is one."""
+        return float(np.sum(self.base))
+
+    def mean(self, values: Array | Mask) -> float:
+        """`total(p * values) / total(p)`."""
+        return float(np.sum(self.base * values)) / self.mass
+
+
+def sample_weights(
+    losses: npt.ArrayLike,
+    weighting: Weighting,
+    where: npt.ArrayLike | None = None,
+    *,
+    sample_weight: npt.ArrayLike | None = None,
+    groups: npt.ArrayLike | None = None,
+    state: State = None,
+) -> Any:
+    """The weight of each sample, by the equations at the head of this module.
+
+    A NaN loss makes its own pointwise weight NaN, and all weights of a batch where they depend on the batch.
+    An infinite loss has a finite weight where it is clipped, and is merely the largest for `CVaR` without
+    smoothing and for `Trimmed`; elsewhere it makes all weights NaN that depend on the batch. `scale=0` and
+    `radius=0` give exactly 1 for every loss that is not NaN.
+
+    Args:
+        losses: Losses, any shape but (), any real dtype; computed with in float64.
+        weighting: Turns losses into weights.
+        where: Booleans that broadcast to the losses' shape. A loss where it is False has weight 0 and takes
+            no part in the others' weights.
+        sample_weight: The base measure `p`, finite numbers >= 0 of the losses' shape or one a sample of the
+            leading dimension; None for ones. A loss where it is 0 is as one where `where` is False.
+        groups: The group of each loss, integers shaped as `sample_weight`.
+        state: State of a weighting that remembers.
+
+    Returns:
+        Weights, float64, of the losses' shape; with a state, the weights and the state after this batch. A
+        batch of which nothing takes part, or in which a loss is not finite, leaves the state as it was.
+
+    Raises:
+        ValueError: If `losses` is a scalar, a shape does not fit, `sample_weight` holds what it must not, the
+            weighting needs a state or groups that are not given, or a group is out of range.
+        TypeError: If no equation is registered for the weighting's class.
+
+    Example:
+        >>> import numpy as np, rgd
+        >>> sample_weights(np.array([0.0, 1.0, 5.0]), rgd.KL(tau=1.0)).round(4)
+        array([1.    , 1.6487, 1.6487])
+
+    References:
+        Kumar et al., Algorithm 1 (pointwise), Proposition 3.1 (normalised, tau infinite) and section 3
+        (ball).
+    """
+    losses = per_sample("losses", losses)
+    if weighting.stateful and state is None:
+        raise ValueError(
+            f"{weighting} needs its state: give state=weighting.init(), then what the call before returned"
+        )
+    part, base = base_of(losses.shape, where, sample_weight)
+    group = None if groups is None else one_a_sample("groups", np.asarray(groups), losses.shape)
+    weights = np.zeros(losses.shape)
+    if np.any(part):
+        batch = Batch(losses[part], base[part], None if group is None else group[part])
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            weights[part], after = step(weighting, batch, state)
+        state = after if np.all(np.isfinite(batch.losses)) else state
+    return weights if state is None else (weights, state)
+
+
+def reweighted_mean(
+    losses: npt.ArrayLike,
+    weighting: Weighting,
+    where: npt.ArrayLike | None = None,
+    *,
+    sample_weight: npt.ArrayLike | None = None,
+    groups: npt.ArrayLike | None = None,
+    state: State = None,
+) -> Any:
+    """The objective `total(p * w * l) / total(p)` over the losses that take part.
+
+    Args:
+        losses: Losses, any shape but (), any real dtype; computed with in float64.
+        weighting: Turns losses into weights.
+        where: Booleans that broadcast to the losses' shape: which losses take part.
+        sample_weight: The base measure `p`, as in `sample_weights`.
+        groups: The group of each loss, as in `sample_weights`.
+        state: State of a weighting that remembers.
+
+    Returns:
+        The objective, NaN where no loss takes part; with a state, the objective and the state after it.
+
+    Raises:
+        ValueError, TypeError: As `sample_weights`.
+
+    Example:
+        >>> import numpy as np, rgd
+        >>> round(reweighted_mean(np.array([0.0, 2.0]), rgd.KL(tau=1.0)), 6)
+        1.648721
+
+    References:
+        Kumar et al., Algorithm 1.
+    """
+    losses = per_sample("losses", losses)
+    result = sample_weights(losses, weighting, where, sample_weight=sample_weight, groups=groups, state=state)
+    weights, after = (result, None) if state is None else result
+    part, base = base_of(losses.shape, where, sample_weight)
+    with np.errstate(invalid="ignore", over="ignore"):
+        total = float(np.sum(base[part] * product(weights, losses, losses)[part]))
+    mean = quotient(total, float(np.sum(base[part])))
+    return mean if state is None else (mean, after)
+
+
+def weight_stats(
+    losses: npt.ArrayLike,
+    weights: npt.ArrayLike,
+    weighting: Weighting | None = None,
+    *,
+    where: npt.ArrayLike | None = None,
+    sample_weight: npt.ArrayLike | None = None,
+    groups: npt.ArrayLike | None = None,
+) -> WeightStats:
+    """The statistics of a set of weights, each by its formula in `WeightStats`.
+
+    Args:
+        losses: Losses `l`, any shape but (), any real dtype; computed with in float64.
+        weights: Weights `w`, of the same shape.
+        weighting: What the weights came from; None leaves `clipped_share` unknown.
+        where: Booleans that broadcast to the losses' shape: which samples take part.
+        sample_weight: The base measure `p`, as in `sample_weights`.
+        groups: The group of each loss, as in `sample_weights`; None for no statistics of groups.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        ValueError: If `losses` is a scalar, the shapes differ, or `sample_weight` holds what it must not.
+
+    Example:
+        >>> import numpy as np
+        >>> weight_stats(np.array([1.0, 3.0]), np.array([1.0, 1.0])).mean_loss
+        2.0
+    """
+    losses, weights = per_sample("losses", losses), np.asarray(weights, dtype=np.float64)
+    if losses.shape != weights.shape:
+        raise ValueError(f"weights must have the shape of losses, {losses.shape}, got {weights.shape}")
+    part, base = base_of(losses.shape, where, sample_weight)
+    group = None if groups is None else one_a_sample("groups", np.asarray(groups), losses.shape)
+    losses, w, p = losses[part], weights[part], base[part]
+    count, mass = losses.size, float(np.sum(p))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        weight = float(np.sum(p * w))
+        q = p * w / weight
+        logarithm = np.log(np.where(q == 0, 1.0, q * mass / p))
+        clipped = None if weighting is None else 0.0
+        if weighting is not None and weighting.clip < math.inf:
+            clipped = quotient(float(np.sum(p * (losses > weighting.clip))), mass)
+        return WeightStats(
+            mean_loss=quotient(float(np.sum(p * losses)), mass),
+            objective=quotient(float(np.sum(p * product(w, losses, losses))), mass),
+            effective_sample_size=quotient(count * weight**2, mass * float(np.sum(p * w**2))),
+            kl_to_uniform=float(np.sum(q * logarithm)) if count else math.nan,
+            max_weight=float(np.max(w)) if count else math.nan,
+            clipped_share=clipped,
+            count=count,
+            groups=None if group is None else _group_stats(losses, w, p, group[part]),
+        )
+
+
+def _group_stats(losses: Array, weights: Array, base: Array, groups: Integers) -> GroupStats:
+    """`GroupStats` of the groups up to the largest that takes part."""
+    members = [groups == group for group in range(int(np.max(groups, initial=-1)) + 1)]
+    weight = float(np.sum(base * weights))
+    return GroupStats(
+        mean_loss=tuple(quotient(float(np.sum((base * losses)[m])), float(np.sum(base[m]))) for m in members),
+        weight_share=tuple(quotient(float(np.sum((base * weights)[m])), weight) for m in members),
+        count=tuple(int(np.count_nonzero(m)) for m in members),
+    )
+
+
+# The equation of each member, for a batch in which everything takes part and has mass.
+
+
+@functools.singledispatch
+def equation(weighting: Weighting, batch: Batch) -> Array:
+    """The weights of a batch by a weighting without state, one registered function for each class.
+
+    Args:
+        weighting: A weighting; its class picks the function.
+        batch: What takes part.
+
+    Returns:
+        Weights, one for each loss.
+
+    Raises:
+        TypeError: If no function is registered for its class.
+
+    Example:
+        >>> import numpy as np, rgd
+        >>> equation(rgd.CVaR(0.5), Batch(np.array([0.0, 1.0]), np.ones(2), None))
+        array([0., 2.])
+    """
+    name = type(weighting).__name__
+    raise TypeError(
+        f"rgd.reference knows no equation of {name}: register one, a function of (weighting, batch), with "
+        f"@rgd.reference.equation.register({name})"
+    )
+
+
+@functools.singledispatch
+def step(weighting: Weighting, batch: Batch, state: State) -> tuple[Array, State]:
+    """The weights of a batch and the state after it; a weighting without one returns what it was given.
+
+    Args:
+        weighting: A weighting; its class picks the function.
+        batch: What takes part.
+        state: The state before the batch; None for a weighting without.
+
+    Returns:
+        Weights, one for each loss, and the state.
+
+    Raises:
+        TypeError: If no function is registered for its class.
+
+    Example:
+        >>> import numpy as np, rgd
+        >>> step(rgd.CVaR(0.5), Batch(np.array([0.0, 1.0]), np.ones(2), None), None)
+        (array([0., 2.]), None)
+    """
+    return equation(weighting, batch), state
+
+
+@functools.singledispatch
+def log_equation(weighting: Weighting, batch: Batch) -> Array:
+    """The logarithms of the weights; registered where they are simpler than the weights, and cannot overflow.
+
+    Args:
+        weighting: A pointwise weighting; its class picks the function.
+        batch: What takes part.
+
+    Returns:
+        Logarithms of weights, one for each loss.
+
+    Example:
+        >>> import numpy as np, rgd
+        >>> log_equation(rgd.KL(1.0), Batch(np.array([0.0, 1.0, 5.0]), np.ones(3), None))
+        array([0. , 0.5, 0.5])
+    """
+    return np.log(equation(weighting, batch))
+
+
+@equation.register(ERM)
+def _erm(weighting: ERM, batch: Batch) -> Array:
+    """`w = 1`."""
+    return np.where(np.isnan(batch.losses), math.nan, 1.0)
+
+
+@equation.register(KL)
+def _kl(weighting: KL, batch: Batch) -> Array:
+    """`w = exp(scale * min(l, tau))`; with `normalize`, over its mean."""
+    if weighting.normalize:
+        return _normalised_kl(batch, weighting.tau, weighting.effective_scale)
+    return np.exp(log_equation(weighting, batch))
+
+
+@log_equation.register(KL)
+def _log_kl(weighting: KL, batch: Batch) -> Array:
+    """`log w = scale * min(l, tau)`; 0 for `scale=0`, also where a loss is infinite."""
+    if weighting.effective_scale == 0:
+        return np.where(np.isnan(batch.losses), math.nan, 0.0)
+    return weighting.effective_scale * np.minimum(batch.losses, weighting.tau)
+
+
+def _normalised_kl(batch: Batch, tau: float, scale: float) -> Array:
+    """`exp(scale * min(l, tau))` over its mean; the largest exponent is subtracted first."""
+    if scale == 0:
+        return np.full(batch.losses.shape, math.nan if np.any(np.isnan(batch.losses)) else 1.0)
+    clipped = np.minimum(batch.losses, tau)
+    unnormalised = np.exp(scale * (clipped - (np.max(clipped) if scale > 0 else np.min(clipped))))
+    return unnormalised / batch.mean(unnormalised)
+
+
+@equation.register(MidrangeKL)
+def _midrange_kl(weighting: MidrangeKL, batch: Batch) -> Array:
+    """A normalised KL whose `tau` is the middle of the batch's range."""
+    if not np.all(np.isfinite(batch.losses)):
+        return np.full(batch.losses.shape, math.nan)
+    low, high = float(np.min(batch.losses)), float(np.max(batch.losses))
+    if low == high:
+        return np.ones(batch.losses.shape)
+    if weighting.relative:
+        # Gaps, in half ranges below the largest loss, have the same differences as losses in half ranges.
+        return _normalised_kl(batch._replace(losses=2 * _gaps(batch.losses)[0]), -1.0, weighting.scale)
+    return _normalised_kl(batch, low / 2 + high / 2, weighting.scale)
+
+
+@equation.register(KLBall)
+def _kl_ball(weighting: KLBall, batch: Batch) -> Array:
+    """`w = exp(beta * l) / mean(exp(beta * l))`, solved for `beta = 1 / gamma` by bisection.
+
+    The divergence grows with `beta` from 0 to that of all weight on the largest losses: double or halve until
+    the root is enclosed, then bisect until no number lies between.
+    """
+    losses, radius = batch.losses, weighting.radius
+    if np.any(np.isnan(losses)):
+        return np.full(losses.shape, math.nan)
+    if radius == 0 or np.all(losses == losses[0]):
+        return np.ones(losses.shape)
+    if not np.all(np.isfinite(losses)):
+        return np.full(losses.shape, math.nan)
+    gaps = _gaps(losses)[0]
+    on_largest = _on_largest(batch)
+    if radius >= math.log(np.max(on_largest)):
+        return on_largest
+
+    below, above = 0.0, 1.0
+    while _kl_divergence(batch, above * gaps) < radius:
+        below, above = above, 2 * above
+        if not np.any(np.exp(below * gaps[gaps < 0])):
+            return on_largest
+    while below == 0 and _kl_divergence(batch, above / 2 * gaps) >= radius:
+        above /= 2
+    below = max(below, above / 2)
+    while below < (middle := (below + above) / 2) < above:
+        below, above = (middle, above) if _kl_divergence(batch, middle * gaps) < radius else (below, middle)
+    unnormalised = np.exp(above * gaps)
+    return unnormalised / batch.mean(unnormalised)
+
+
+def _kl_divergence(batch: Batch, exponent: Array) -> float:
+    """`mean(w * log(w))` of `w = exp(exponent) / mean(exp(exponent))`, where the largest exponent is 0.
+
+    Equal to `mean(w * log(w) - w + 1)`, where no term is negative and none cancels another. Near
+    `u = log(w) = 0` the term is summed as its series, `total(u ** k * (k - 1) / k!)` from `k = 2`.
+    """
+    logarithm = exponent - math.log1p(batch.mean(np.expm1(exponent)))
+    near = np.abs(logarithm) < 0.1
+    term = np.where(near, 0.0, logarithm * np.exp(logarithm) - np.expm1(logarithm))
+    small = logarithm[near]
+    series = np.zeros(small.shape)
+    for k in range(13, 1, -1):
+        series = small * series + (k - 1) / math.factorial(k)
+    term[near] = small**2 * series
+    return batch.mean(term)
+
+
+@equation.register(ChiSquare)
+def _chi_square(weighting: ChiSquare, batch: Batch) -> Array:
+    """`w = max(l - eta, 0) / gamma` with `mean(w) = 1`, in closed form once the positive ones are known."""
+    losses = batch.losses
+    if not np.all(np.isfinite(losses)):
+        return np.full(losses.shape, math.nan)
+    if np.all(losses == losses[0]):
+        return np.ones(losses.shape)
+    gaps, gamma = _gaps(losses, weighting.gamma)
+    if gamma == 0:
+        return _on_largest(batch)
+    positive = _above_root(gaps, lambda eta: batch.mean(np.maximum(gaps - eta, 0)) < gamma)
+    share = batch.mean(positive)
+    deviation = gaps - batch.mean(np.where(positive, gaps, 0.0)) / share
+    return np.where(positive, np.maximum(1 / share + deviation / gamma, 0), 0.0)
+
+
+@equation.register(ChiSquareBall)
+def _chi_square_ball(weighting: ChiSquareBall, batch: Batch) -> Array:
+    """`w = max(l - eta, 0) / mean(max(l - eta, 0))` with `mean((w - 1) ** 2) / 2` the radius.
+
+    Where the losses above `eta` are known, with `share` of the mass, mean `m` and variance `v`, the square
+    `mean(w ** 2)` is `(1 + v / (m - eta) ** 2) / share`, which is solved for `m - eta`.
+    """
+    losses, radius = batch.losses, weighting.radius
+    if np.any(np.isnan(losses)):
+        return np.full(losses.shape, math.nan)
+    if radius == 0 or np.all(losses == losses[0]):
+        return np.ones(losses.shape)
+    if not np.all(np.isfinite(losses)):
+        return np.full(losses.shape, math.nan)
+    gaps = _gaps(losses)[0]
+    on_largest = _on_largest(batch)
+    if radius >= (np.max(on_largest) - 1) / 2:
+        return on_largest
+
+    def divergence(eta: float) -> float:
+        excess = np.maximum(gaps - eta, 0)
+        return batch.mean((excess / batch.mean(excess) - 1) ** 2) / 2
+
+    positive = _above_root(gaps, lambda eta: divergence(eta) > radius)
+    share = batch.mean(positive)
+    deviation = np.where(positive, gaps - batch.mean(np.where(positive, gaps, 0.0)) / share, 0.0)
+    deviation /= np.max(np.abs(deviation))
+    ratio = math.sqrt(max(2 * radius * share - (1 - share), 0) * share / batch.mean(deviation**2))
+    return np.where(positive, np.maximum((1 + ratio * deviation) / share, 0), 0.0)
+
+
+@equation.register(CVaR)
+def _cvar(weighting: CVaR, batch: Batch) -> Array:
+    """`1 / alpha` on the worst; with smoothing `w = min(1 / alpha, exp((l - eta) / nu))` with `mean(w) = 1`.
+
+    Where the capped losses are known, the rest share what is left of the mass in proportion to `exp(l / nu)`.
+    """
+    losses, alpha, smoothing = batch.losses, weighting.alpha, weighting.smoothing
+    if np.any(np.isnan(losses)) or (smoothing > 0 and not np.all(np.isfinite(losses))):
+        return np.full(losses.shape, math.nan)
+    if alpha == 1:
+        return np.ones(losses.shape)
+    if smoothing == 0:
+        return _share_of_worst(batch, alpha) / alpha
+
+    def mean_below_cap(cap: float) -> float:
+        return batch.mean(np.exp(np.minimum(losses - cap, 0) / smoothing))
+
+    levels = np.unique(losses)
+    index = bisect.bisect_left(levels, True, key=lambda level: mean_below_cap(level) < alpha)
+    capped = losses >= (levels[index] if index < levels.size else math.inf)
+    rest = np.where(capped, 0.0, np.exp((losses - np.max(losses[~capped])) / smoothing))
+    left = 1 - batch.mean(capped) / alpha
+    return np.where(capped, 1 / alpha, np.minimum(left * rest / batch.mean(rest), 1 / alpha))
+
+
+@equation.register(Focal)
+def _focal(weighting: Focal, batch: Batch) -> Array:
+    """`w = max(1 - exp(-l), 0) ** gamma`."""
+    weights = np.maximum(-np.expm1(-batch.losses), 0) ** weighting.gamma
+    return np.where(np.isnan(batch.losses), math.nan, weights)
+
+
+@equation.register(Pointwise)
+def _pointwise(weighting: Pointwise, batch: Batch) -> Array:
+    """What the user's function says."""
+    return np.asarray(weighting.function(batch.losses), dtype=np.float64)
+
+
+@step.register(Trimmed)
+def _trimmed(weighting: Trimmed, batch: Batch, state: State) -> tuple[Array, State]:
+    """`w = kept * inner(l, p * kept)`; what is not kept at all takes no part in the inner weighting."""
+    if np.any(np.isnan(batch.losses)):
+        return np.full(batch.losses.shape, math.nan), state
+    kept = 1 - _share_of_worst(batch, weighting.fraction)
+    part = kept > 0
+    groups = None if batch.groups is None else batch.groups[part]
+    rest = Batch(batch.losses[part], (batch.base * kept)[part], groups)
+    weights = np.zeros(batch.losses.shape)
+    inner, state = step(weighting.weighting, rest, state)
+    weights[part] = kept[part] * inner
+    return weights, state
+
+
+@step.register(MovingAverage)
+def _moving_average(weighting: MovingAverage, batch: Batch, state: State) -> tuple[Array, State]:
+    """`w = inner(l) / u`, in logarithms, after `u = decay * u + (1 - decay) * mean(inner(l))`."""
+    logarithm = log_equation(weighting.weighting, batch)
+    largest = np.nan_to_num(np.max(logarithm), nan=0.0, posinf=0.0, neginf=0.0)
+    log_mean = largest + np.log(batch.mean(np.exp(logarithm - largest)))
+    if state["updates"] > 0:
+        old, new = np.log(weighting.decay) + state["log_mean"], np.log1p(-weighting.decay) + log_mean
+        log_mean = np.logaddexp(old, new)
+    after = {"log_mean": float(log_mean), "updates": int(state["updates"]) + 1}
+    return np.exp(logarithm - log_mean), after
+
+
+@step.register(GroupDRO)
+def _group_dro(weighting: GroupDRO, batch: Batch, state: State) -> tuple[Array, State]:
+    """`w = n * q[g] / n_g` after `q = q * exp(step_size * mean_loss)`; the loss of an absent group is 0."""
+    number, groups = weighting.groups, batch.groups
+    if groups is None:
+        raise ValueError(f"{weighting} needs groups=, one integer in 0..{number - 1} for each loss")
+    if np.any((groups < 0) | (groups >= number)):
+        raise ValueError(
+            f"groups must be in 0..{number - 1}, got {int(np.min(groups))}..{int(np.max(groups))}"
+        )
+    mass = np.bincount(groups, weights=batch.base, minlength=number)
+    total = np.bincount(groups, weights=batch.base * batch.losses, minlength=number)
+    exponent = np.log(state["shares"]) + weighting.step_size * np.where(mass > 0, total / mass, 0.0)
+    unnormalised = np.exp(exponent - np.max(exponent))
+    shares = unnormalised / np.sum(unnormalised)
+    return batch.mass * shares[groups] / mass[groups], {"shares": shares}
+
+
+def _gaps(losses: Array, number: float = 0.0) -> tuple[Array, float]:
+    """`(losses - max) / (max - min)`, from -1 to 0, and `number / (max - min)`; not for equal losses.
+
+    Worst cases do not depend on the losses' origin, and on their unit only together with other numbers.
+    """
+    shrink = 1.0 if math.isfinite(np.max(losses) - np.min(losses)) else 0.5
+    losses = shrink * losses
+    unit = float(np.max(losses) - np.min(losses))
+    return (losses - np.max(losses)) / unit, shrink * number / unit
+
+
+def _on_largest(batch: Batch) -> Array:
+    """All weight on the largest losses."""
+    largest = batch.losses == np.max(batch.losses)
+    return np.where(largest, 1 / batch.mean(largest), 0.0)
+
+
+def _above_root(gaps: Array, lies_below: Callable[[float], bool]) -> Mask:
+    """Which gaps exceed a root below the largest; `lies_below(eta)` tells whether the root is below `eta`."""
+    levels = np.unique(gaps)
+    return gaps >= levels[bisect.bisect_left(levels[:-1], True, key=lies_below)]
+
+
+def _share_of_worst(batch: Batch, fraction: float) -> Array:
+    """How much of each sample is in the `fraction` of the mass with the largest losses, ties alike."""
+    levels, place = np.unique(batch.losses, return_inverse=True)
+    mass = np.bincount(place, weights=batch.base, minlength=levels.size)
+    above = np.concatenate([[0.0], np.cumsum(mass[::-1])[:-1]])[::-1]
+    return np.minimum(np.maximum((fraction * batch.mass - above) / mass, 0.0), 1.0)[place]
+
+
+# Cross-entropy.
+
+
+def product(weights: Array, values: Array, losses: Array) -> Array:
+    """`weights * values`, and 0 where a weight is 0 and its loss is not NaN, whatever is infinite."""
+    return np.where((weights == 0) & ~np.isnan(losses), 0.0, weights * values)
+
+
+def per_sample(name: str, losses: npt.ArrayLike) -> Array:
+    losses = np.asarray(losses, dtype=np.float64)
+    if losses.ndim == 0:
+        raise ValueError(f'{name} is a scalar: weights need one loss a sample, as reduction="none" gives')
+    return losses
+
+
+def mask_of(where: npt.ArrayLike | None, shape: tuple[int, ...]) -> Mask:
+    return np.broadcast_to(np.asarray(True if where is None else where, dtype=np.bool_), shape)
+
+
+def base_of(
+    shape: tuple[int, ...], where: npt.ArrayLike | None, sample_weight: npt.ArrayLike | None
+) -> tuple[Mask, Array]:
+    """Which losses take part, and their base measure, 0 for the others."""
+    base = np.ones(shape) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+    base = one_a_sample("sample_weight", base, shape)
+    refused = base[~((base >= 0) & (base < math.inf))]
+    if refused.size:
+        raise ValueError(f"sample_weight must hold finite numbers >= 0, got {refused[0]}")
+    base = np.where(mask_of(where, shape), base, 0.0)
+    return base > 0, base
+
+
+def one_a_sample(name: str, values: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """Values of the losses' shape, or one a sample of the leading dimension, in the losses' shape."""
+    if values.shape != shape:
+        if values.shape != shape[:1]:
+            raise ValueError(
+                f"{name} must have shape {shape[:1]} or {shape}, as the losses, got {values.shape}"
+            )
+        values = np.reshape(values, values.shape + (1,) * (len(shape) - 1))
+    return np.broadcast_to(values, shape)
+
+
+def quotient(numerator: float, denominator: float) -> float:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.float64(numerator) / np.float64(denominator))

@@ -1,0 +1,214 @@
+"""What a set of weights does to a batch, in a handful of numbers.
+
+Each front fills `WeightStats` from the same sums over losses and weights, which one kernel takes in a single
+pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from rgd.weightings import Weighting
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupStats:
+    """What the weights do to each group, one entry a group from 0 on.
+
+    Attributes:
+        mean_loss: `sum(p * l) / sum(p)` over the group; NaN for a group that is absent.
+        weight_share: The group's part of the weight, `sum(p * w)` over the group divided by that over all.
+        count: How many samples of the group take part.
+    """
+
+    mean_loss: Sequence[float]
+    weight_share: Sequence[float]
+    count: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightStats:
+    """How strongly a batch was re-weighted.
+
+    With `l` the losses, `w` their weights, `p` the base measure (`sample_weight`, or ones) and `n` the number
+    of samples that take part:
+
+    Attributes:
+        mean_loss: `sum(p * l) / sum(p)`, the objective of empirical risk minimization: the number to compare
+            between runs.
+        objective: `sum(p * w * l) / sum(p)`, what the re-weighted step descends.
+        effective_sample_size: `n * sum(p * w)^2 / (sum(p) * sum(p * w^2))`, from 1 (one sample has all the
+            weight) to `n` (equal weights).
+        kl_to_uniform: `sum(q * log(q / p'))` with `q = p * w / sum(p * w)` and `p' = p / sum(p)`, in nats,
+            from 0 (equal weights) to `log(n)`.
+        max_weight: `max(w)`.
+        clipped_share: The share of losses above the weighting's clip, `sum(p * (l > clip)) / sum(p)`; 0.0 for
+            a weighting that clips nothing, None where the weighting is not known.
+        count: `n`.
+        groups: The same for each group, where groups were given.
+
+    Of no samples, every share and mean is NaN, as is what a NaN among losses or weights reaches.
+
+    Example:
+        >>> import numpy as np, rgd
+        >>> losses = np.array([0.0, 0.0, 3.0])
+        >>> stats = rgd.weight_stats(losses, rgd.sample_weights(losses), rgd.KL())
+        >>> print(stats)
+        3 samples: mean loss 1, objective 1.649, ESS 2.822 (94.1%), KL 0.0302, max weight 1.649, 33.3% clipped
+    """
+
+    mean_loss: float
+    objective: float
+    effective_sample_size: float
+    kl_to_uniform: float
+    max_weight: float
+    clipped_share: float | None
+    count: int
+    groups: GroupStats | None = None
+
+    def __str__(self) -> str:
+        share = quotient(self.effective_sample_size, self.count)
+        clipped = "" if self.clipped_share is None else f", {self.clipped_share:.1%} clipped"
+        return (
+            f"{self.count} samples: mean loss {self.mean_loss:.4g}, objective {self.objective:.4g}, "
+            f"ESS {self.effective_sample_size:.4g} ({share:.1%}), KL {self.kl_to_uniform:.3g}, "
+            f"max weight {self.max_weight:.4g}{clipped}"
+        )
+
+
+class WeightSums(NamedTuple):
+    """The sums the statistics are made of, as `_rgd.weight_sums` returns them.
+
+    Attributes:
+        count: How many samples take part.
+        mass: `sum(p)`.
+        loss: `sum(p * l)`.
+        weight: `sum(p * w)`.
+        objective: `sum(p * w * l)`.
+        square: `sum(p * w^2)`.
+        entropy: `sum(p * w * log(w))`.
+        largest: `max(w)`.
+        clipped: `sum(p * (l > clip))`.
+    """
+
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
+    mass: float
+    loss: float
+    weight: float
+    objective: float
+    square: float
+    entropy: float
+    largest: float
+    clipped: float
+
+
+def clip_of(weighting: Weighting | None) -> float:
+    """The loss from which on a weight no longer changes; infinity where there is none, or nothing is known.
+
+    Example:
+        >>> import rgd
+        >>> clip_of(rgd.KL(tau=2.0)), clip_of(rgd.KLBall(radius=0.1))
+        (2.0, inf)
+    """
+    return math.inf if weighting is None else float(weighting.clip)
+
+
+def stats_from_sums(
+    sums: WeightSums,
+    weighting: Weighting | None = None,
+    *,
+    denominator: float | None = None,
+    groups: GroupStats | None = None,
+) -> WeightStats:
+    """`WeightStats` from the sums over a batch.
+
+    Args:
+        sums: Taken with `clip_of(weighting)`.
+        weighting: What the weights came from; None leaves `clipped_share` unknown.
+        denominator: What `mean_loss` and `objective` are divided by, where it is not the mass: with class
+            weights, the sum of those of the targets.
+        groups: The statistics of each group.
+
+    Returns:
+        The statistics. Divisions by zero give what IEEE 754 says.
+
+    Example:
+        >>> stats_from_sums(WeightSums(2, 2.0, 3.0, 2.0, 3.0, 2.0, 0.0, 1.0, 0.0)).effective_sample_size
+        2.0
+    """
+    denominator = sums.mass if denominator is None else denominator
+    clipped_share = None
+    if weighting is not None:
+        clipped_share = quotient(sums.clipped, sums.mass) if math.isfinite(clip_of(weighting)) else 0.0
+    effective = math.nan
+    if math.isfinite(sums.square):
+        effective = sums.count * quotient(sums.weight, sums.square) * quotient(sums.weight, sums.mass)
+    return WeightStats(
+        mean_loss=quotient(sums.loss, denominator),
+        objective=quotient(sums.objective, denominator),
+        effective_sample_size=effective,
+        kl_to_uniform=_kl_to_uniform(sums),
+        max_weight=sums.largest if sums.count else math.nan,
+        clipped_share=clipped_share,
+        count=sums.count,
+        groups=groups,
+    )
+
+
+def group_stats(
+    losses: npt.NDArray[np.float64],
+    weights: npt.NDArray[np.float64],
+    base: npt.NDArray[np.float64] | None,
+    groups: npt.NDArray[np.int64],
+) -> GroupStats:
+    """The statistics of each group, from 0 to the largest number in `groups`.
+
+    Args:
+        losses: Losses, any shape.
+        weights: Their weights, of the same shape.
+        base: The base measure, of the same shape, 0 where a sample takes no part; None for ones.
+        groups: The group of each sample, of the same shape.
+
+    Returns:
+        Tuples of Python numbers.
+
+    Raises:
+        ValueError: If a group number is negative.
+    """
+    takes_part = np.ones(losses.shape, np.bool_) if base is None else base != 0
+    p = np.ones(losses.shape) if base is None else base
+    members, p = groups[takes_part], p[takes_part]
+    if members.size and members.min() < 0:
+        raise ValueError(f"groups must be integers >= 0, got {members.min()}")
+    count = int(members.max()) + 1 if members.size else 0
+    with np.errstate(all="ignore"):
+        mass = np.bincount(members, p, count)
+        mean_loss = np.bincount(members, p * losses[takes_part], count) / mass
+        weight = np.bincount(members, p * weights[takes_part], count)
+        share = weight / np.sum(weight)
+    return GroupStats(
+        tuple(mean_loss.tolist()),
+        tuple(share.tolist()),
+        tuple(np.bincount(members, minlength=count).tolist()),
+    )
+
+
+def quotient(numerator: float, denominator: float) -> float:
+    """The quotient of IEEE 754, where Python raises ZeroDivisionError."""
+    if denominator != 0:
+        return numerator / denominator
+    return math.copysign(math.inf, numerator) if abs(numerator) > 0 else math.nan
+
+
+def _kl_to_uniform(sums: WeightSums) -> float:
+    """`sum(q * log(q / p'))`, never below 0, from `sum(p * w * log(w))`, `sum(p * w)` and `sum(p)`."""
+    if not (0 < sums.weight < math.inf and sums.count):
+        return math.nan
+    divergence = sums.entropy / sums.weight + math.log(sums.mass / sums.weight)
+    return 0.0 if divergence < 0 else divergence

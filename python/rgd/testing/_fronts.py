@@ -1,0 +1,190 @@
+"""The checks of the fronts: each must give the numbers that the formula gives in NumPy."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+
+import rgd
+from rgd.testing._subject import Case, Subject, named, pairs, structure
+from rgd.weightings._base import kernel_of, map_state
+
+_Call = Callable[[Case, Any], tuple[Any, Any]]
+"""Maps a case and the state before it to the weights, as NumPy, and the state after it."""
+
+
+def _compare_cases(subject: Subject, where: str, call: _Call, dtype: Any = np.float64) -> None:
+    """Each case in turn through a front, against the formula in NumPy of the same dtype."""
+    state = subject.weighting.init() if subject.weighting.stateful else None
+    for case, expected, _, after in subject.follow(dtype):
+        weights, state = _attempt(subject, where, call, case, state)
+        sentence = f"gives other weights in {where} than by its formula in NumPy for {case.situation}"
+        subject.compare(weights, expected, sentence, losses=case.losses, dtype=dtype)
+        if subject.weighting.stateful:
+            sentence = (
+                f"is left with another state by {where} than by its step in NumPy after {case.situation}"
+            )
+            if structure(state) != structure(after):
+                subject.fail(f"{sentence}: {structure(state)} in place of {structure(after)}")
+            for actual, wanted in pairs(state, after):
+                subject.compare(actual, wanted, sentence, dtype=dtype)
+
+
+def _compare_rows(subject: Subject, where: str, call: Callable[..., Any], dtype: Any = np.float64) -> None:
+    """Two cases as the rows of one array through a vmapped function."""
+    cases = subject.cases()[:2]
+    rows = [np.stack([getattr(case, name) for case in cases]) for name in ("losses", "where", "mass")]
+    weights = _attempt(subject, where, call, *rows)
+    for row, case in zip(weights, cases, strict=True):
+        expected = subject.weights(case.situation, case.losses, where=case.where, mass=case.mass, dtype=dtype)
+        sentence = f"gives other weights in {where} than by its formula in NumPy for {case.situation}"
+        subject.compare(row, expected, sentence, losses=case.losses, dtype=dtype)
+
+
+def _check_numpy(subject: Subject) -> None:
+    """`rgd.sample_weights`, through the kernel where there is one."""
+    kernel = kernel_of(subject.weighting)
+    where = "rgd.sample_weights" if kernel is None else f"its kernel {kernel[0]!r}"
+    weigh_with: Any = rgd.sample_weights
+
+    def call(case: Case, state: Any) -> tuple[Any, Any]:
+        # The kernel serves batches without a base measure, whatever the weighting.
+        plain = bool(case.where.all()) and bool((case.mass == 1).all())
+        options: dict[str, Any] = {} if plain else {"where": case.where, "sample_weight": case.mass}
+        return _split(
+            weigh_with(case.losses, subject.weighting, groups=case.groups, **options, **_known(state))
+        )
+
+    _compare_cases(subject, where, call)
+    empty = None if subject.groups is None else subject.groups[:0]
+    for dtype in (np.float64, np.float32, np.float16):
+        _attempt(
+            subject, f"{where} ({np.dtype(dtype)})", weigh_with, subject.losses[:0].astype(dtype),
+            subject.weighting, groups=empty, **_known(subject.weighting.init()),
+        )  # fmt: skip
+        case = subject.cases()[0]
+        case = case._replace(losses=case.losses.astype(dtype))
+        weights, _ = _attempt(subject, f"{where} ({np.dtype(dtype)})", call, case, _first(subject))
+        expected = subject.weights(case.situation, subject.losses)
+        sentence = f"gives other weights for {np.dtype(dtype)} losses"
+        subject.compare(weights, expected, sentence, losses=case.losses, dtype=weights.dtype)
+
+
+def _check_torch(subject: Subject) -> None:
+    """`rgd.torch.sample_weights`: eager, compiled, vmapped, in every dtype."""
+    torch: Any = importlib.import_module("torch")
+    sample_weights: Any = importlib.import_module("rgd.torch").sample_weights
+    weighting = subject.weighting
+    groups = None if subject.groups is None else torch.tensor(subject.groups)
+
+    def plain(losses: Any, where: Any, mass: Any, state: Any) -> Any:
+        return sample_weights(losses, weighting, where=where, sample_weight=mass, groups=groups, state=state)
+
+    def calls(function: Any, dtype: Any) -> _Call:
+        def call(case: Case, state: Any) -> tuple[Any, Any]:
+            losses, mass = torch.tensor(case.losses, dtype=dtype), torch.tensor(case.mass, dtype=dtype)
+            weights, state = _split(function(losses, torch.tensor(case.where), mass, state))
+            return weights.numpy(), None if state is None else map_state(np.asarray, state)
+
+        return call
+
+    _compare_cases(subject, "torch", calls(plain, torch.float64))
+    _compare_cases(subject, "torch (float32)", calls(plain, torch.float32), np.float32)
+    for dtype in (torch.float16, torch.bfloat16):
+        where = f"torch ({dtype})"
+        case = subject.cases()[0]
+        weights, _ = _attempt(subject, where, calls(plain, dtype), case, _first(subject))
+        sentence = f"gives other weights in {where}"
+        expected = subject.weights(case.situation, case.losses)
+        subject.compare(weights, expected, sentence, losses=case.losses, dtype=np.float32)
+
+    torch.compiler.reset()
+    compiled = torch.compile(plain, fullgraph=True, backend="eager", dynamic=False)
+    _compare_cases(subject, "torch.compile", calls(compiled, torch.float64))
+
+    first = _first(subject)
+
+    def row(losses: Any, where: Any, mass: Any) -> Any:
+        return plain(losses, where, mass, first)
+
+    def vmapped(*rows: Any) -> Any:
+        return _split(torch.func.vmap(row)(*(torch.tensor(row) for row in rows)))[0].numpy()
+
+    _compare_rows(subject, "torch.func.vmap", vmapped)
+
+
+def _check_jax(subject: Subject) -> None:
+    """`rgd.jax.sample_weights`: under `jit` with traced settings, under `vmap`, in every dtype."""
+    jax: Any = importlib.import_module("jax")
+    jnp: Any = jax.numpy
+    sample_weights: Any = importlib.import_module("rgd.jax").sample_weights
+    enable_x64: Any = getattr(jax, "enable_x64", None)
+    if enable_x64 is None:  # JAX before 0.8
+        enable_x64 = importlib.import_module("jax.experimental").enable_x64
+    groups = None if subject.groups is None else jnp.asarray(subject.groups)
+
+    def plain(weighting: Any, losses: Any, where: Any, mass: Any, state: Any) -> Any:
+        return sample_weights(losses, weighting, where=where, sample_weight=mass, groups=groups, state=state)
+
+    traced = jax.jit(plain)
+
+    def call(case: Case, state: Any) -> tuple[Any, Any]:
+        result = traced(subject.weighting, jnp.asarray(case.losses), case.where, case.mass, state)
+        weights, state = _split(result)
+        return np.asarray(weights), None if state is None else map_state(np.asarray, state)
+
+    with enable_x64(True):
+        _compare_cases(subject, "jax.jit with traced settings", call)
+
+    first = _first(subject)
+
+    def row(losses: Any, where: Any, mass: Any) -> Any:
+        return _split(plain(subject.weighting, losses, where, mass, first))[0]
+
+    def rows_of(dtype: Any) -> Callable[..., Any]:
+        function: Any = jax.jit(jax.vmap(row))
+
+        def rows(losses: Any, where: Any, mass: Any) -> Any:
+            return np.asarray(function(jnp.asarray(losses, dtype), where, jnp.asarray(mass, jnp.float32)))
+
+        return rows
+
+    _compare_rows(subject, "jax.vmap (float32)", rows_of(jnp.float32), np.float32)
+    _compare_rows(subject, "jax.vmap (bfloat16)", rows_of(jnp.bfloat16), np.float32)
+
+
+FRONT_CHECKS: dict[str, Callable[[Subject], None]] = {
+    "numpy": _check_numpy,
+    "torch": _check_torch,
+    "jax": _check_jax,
+}
+
+
+def _attempt(subject: Subject, where: str, function: Any, *arguments: Any, **options: Any) -> Any:
+    """The result, or a failure that says where an exception came from."""
+    try:
+        return function(*arguments, **options)
+    except Exception as error:
+        advice = "write the formula with batch.xp and arithmetic, without an if on a number or a loss"
+        raise AssertionError(
+            f"{subject.weighting} fails in {where} with {named(error)} ({advice})"
+        ) from error
+
+
+def _known(state: Any) -> dict[str, Any]:
+    return {} if state is None or state == () else {"state": state}
+
+
+def _first(subject: Subject) -> Any:
+    return subject.weighting.init() if subject.weighting.stateful else None
+
+
+def _split(result: Any) -> tuple[Any, Any]:
+    """Weights and state, where a function returns both."""
+    if isinstance(result, tuple):
+        weights, state = cast("tuple[Any, Any]", result)
+        return weights, state
+    return result, None

@@ -1,0 +1,211 @@
+"""A weighting made ready for torch: its kernel, its numbers as data, its state; and its part in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rgd.torch._distributed import Sync
+from rgd.weightings import Weighting
+from rgd.weightings._base import Kernel, fields, kernel_of, map_numbers, map_state, require_state
+
+
+class Plan:
+    """A weighting, and what a call needs of it, computed once.
+
+    A compiled graph must not be compiled again when a schedule changes a number. So it reads the numbers from
+    tensors, `numbers` and those in `live`, which stay the same objects as long as only numbers change.
+
+    Attributes:
+        weighting: As given, its numbers Python floats.
+        kernel: Its Rust kernel and the numbers of that, or None.
+        kind: The kernel's name, or None.
+        numbers: The kernel's numbers, float64 on the CPU, or None.
+        live: The weighting with each number a 0-d float64 tensor on the CPU.
+        pointwise: `weighting.pointwise`.
+        stateful: `weighting.stateful`.
+    """
+
+    def __init__(self, weighting: Weighting) -> None:
+        self.weighting = weighting
+        self.kernel: Kernel | None = kernel_of(weighting)
+        self.kind = None if self.kernel is None else self.kernel[0]
+        self.pointwise = weighting.pointwise
+        self.stateful = weighting.stateful
+        self._numbers: Tensor | None = None
+        self._live: Weighting | None = None
+
+    @property
+    def numbers(self) -> Tensor | None:
+        if self._numbers is None and self.kernel is not None:
+            self._numbers = torch.tensor(self.kernel[1], dtype=torch.float64)
+        return self._numbers
+
+    @property
+    def live(self) -> Weighting:
+        if self._live is None:
+            self._live = map_numbers(self.weighting, _as_tensor)
+        return self._live
+
+    @property
+    def in_graphs(self) -> Weighting:
+        """The weighting that a compiled graph reads: `live`, where the plan was prepared for one."""
+        return self.weighting if self._live is None else self._live
+
+    def prepare(self) -> Plan:
+        """Make the tensors now, outside of any compiled graph."""
+        _ = self.numbers, self.live
+        return self
+
+    def replaced(self, weighting: Weighting) -> Plan:
+        """The plan of another weighting: this one's tensors with new values, if only numbers differ."""
+        new = Plan(weighting)
+        if _static_parts(weighting) != _static_parts(self.weighting) or new.kind != self.kind:
+            return new.prepare()
+        with torch.no_grad():
+            if self.numbers is not None and new.kernel is not None:
+                self.numbers.copy_(torch.tensor(new.kernel[1], dtype=torch.float64))
+            _copy_numbers(weighting, self.live)
+        new._numbers, new._live = self._numbers, self._live
+        return new
+
+
+class Weigher:
+    """What weights the losses of one call: a plan, the groups, the state, and who shares the batch.
+
+    Attributes:
+        plan: The weighting, made ready.
+        groups: The group of each weight's unit, integers of the units' shape, or None.
+        state: The state before the call and, once `composite.weigh` has run, after it; None where none is
+            kept.
+        group: The processes that share the batch, or None.
+    """
+
+    __slots__ = ("group", "groups", "plan", "state")
+
+    def __init__(
+        self, plan: Plan, groups: Tensor | None = None, state: Any = None, sync: Sync | None = None
+    ) -> None:
+        self.plan = plan
+        self.groups = groups
+        self.state = state
+        self.group = None if sync is None or plan.pointwise else sync.group()
+
+    def kernel_serves(self, base: Tensor | None) -> bool:
+        """Whether the Rust kernel of the weighting computes the weights of this call."""
+        plan = self.plan
+        return plan.kind is not None and self.group is None and (base is None or plan.pointwise)
+
+
+class WeightingState(nn.Module):
+    """The state of a weighting as buffers: in checkpoints, moved with the module, broadcast by DDP.
+
+    Buffers exist from construction. They stay as wide as they are under `.half()` and `.bfloat16()`.
+
+    Args:
+        weighting: The weighting whose `init()` gives the first state.
+    """
+
+    def __init__(self, weighting: Weighting) -> None:
+        super().__init__()
+        self._names = _named(weighting.init())
+        for name, leaf in _leaves(weighting.init()):
+            value: Any = np.asarray(leaf)
+            self.register_buffer(name, torch.as_tensor(value.copy()))
+
+    def read(self, device: torch.device) -> Any:
+        """The state, its leaves copies of the buffers on a device."""
+        # Copies: autograd or a caller may keep them, and the buffers are written to.
+
+        def copied(name: str) -> Any:
+            return getattr(self, name).to(device, copy=True)
+
+        return map_state(copied, self._names)
+
+    @torch.no_grad()
+    def write(self, state: Any) -> None:
+        """Take over the state after a batch."""
+        for name, value in _leaves(state):
+            getattr(self, name).copy_(value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightingState:
+        before = dict(self.named_buffers())
+        apply: Any = cast("Any", super())._apply
+
+        def in_float32(buffer: Tensor) -> Tensor:
+            return fn(buffer.float() if buffer.is_floating_point() else buffer)
+
+        try:
+            apply(fn, recurse)
+        except TypeError:  # a device without float64
+            apply(in_float32, recurse)
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if moved.is_floating_point() and moved.dtype.itemsize < 4:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
+
+def functional_state(weighting: Weighting, state: Any, device: torch.device) -> Any:
+    """The state given to a function, checked, as tensors."""
+    require_state(weighting, state)
+    if state is None:
+        return None
+
+    def as_tensor(leaf: Any) -> Tensor:
+        # A Python float is as wide here as in a buffer of `WeightingState`, on devices that have float64.
+        tensor = torch.as_tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else None)
+        narrow = device.type == "mps" and tensor.dtype is torch.float64
+        return (tensor.float() if narrow else tensor).to(device)
+
+    return map_state(as_tensor, state)
+
+
+def _as_tensor(number: float) -> Tensor:
+    return torch.tensor(float(number), dtype=torch.float64)
+
+
+def _copy_numbers(source: Weighting, live: Weighting) -> None:
+    for field in fields(source):
+        value, target = getattr(source, field.name), getattr(live, field.name)
+        if isinstance(value, Weighting):
+            _copy_numbers(value, target)
+        elif isinstance(target, Tensor):
+            target.fill_(float(value))
+
+
+def _static_parts(weighting: Weighting) -> Any:
+    """All of a weighting but its numbers, to compare."""
+    parts: list[Any] = [type(weighting)]
+    live = map_numbers(weighting, lambda _: 0.0)
+    for field in fields(weighting):
+        value = getattr(live, field.name)
+        parts.append(_static_parts(value) if isinstance(value, Weighting) else value)
+    return parts
+
+
+def _named(state: Any, path: str = "") -> Any:
+    """A state with a name for a buffer in the place of each leaf."""
+    if isinstance(state, dict):
+        parts = cast("dict[Any, Any]", state)
+        return {key: _named(part, f"{path}_{key}" if path else str(key)) for key, part in parts.items()}
+    if isinstance(state, (tuple, list)):
+        sequence: Any = cast("Any", state)
+        parts = [_named(part, f"{path or 'state'}_{i}") for i, part in enumerate(sequence)]
+        return type(sequence)(*parts) if hasattr(sequence, "_fields") else type(sequence)(parts)
+    return path or "state"
+
+
+def _leaves(state: Any) -> list[tuple[str, Any]]:
+    """The name and the value of each leaf."""
+    found: list[tuple[str, Any]] = []
+
+    def keep(name: str, value: Any) -> None:
+        found.append((name, value))
+
+    map_state(keep, _named(state), state)
+    return found

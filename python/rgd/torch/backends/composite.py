@@ -1,0 +1,202 @@
+"""The whole computation in plain torch operations, for whatever the Rust kernels do not serve.
+
+Weights come from the weightings' own formulas. Nothing here waits for a device: no value is read by the host,
+and no shape or branch depends on one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rgd.torch._distributed import gather
+from rgd.torch._record import Record
+from rgd.torch._weigher import Weigher
+from rgd.torch.backends._options import Options, accumulator, wide
+from rgd.torch.backends._registry import is_exporting, must_forget, register, values_can_be_read
+from rgd.weightings import Batch
+from rgd.weightings._base import weigh as weigh_batch
+
+NAME = "composite"
+
+
+class Composite:
+    """Plain torch operations: serves every call."""
+
+    name = NAME
+
+    def refusal(self, tensors: tuple[Tensor | None, ...], compiling: bool) -> str | None:
+        """None: nothing is refused."""
+        return None
+
+    def sample_weights(self, losses: Tensor, base: Tensor | None, weigher: Weigher) -> Tensor:
+        """As `weigh`."""
+        return weigh(losses, base, weigher)
+
+    def cross_entropy(  # noqa: PLR0917
+        self,
+        logits: Tensor,
+        target: Tensor,
+        class_weight: Tensor | None,
+        base: Tensor | None,
+        options: Options,
+        weigher: Weigher,
+    ) -> tuple[Tensor, Record | None]:
+        """The re-weighted objective, in the dtype losses are computed in, and the record of its weights.
+
+        Differentiable with respect to `logits` and class probabilities, any number of times, in either mode.
+        """
+        losses, counted = cross_entropy_losses(logits, target, class_weight, options)
+        units, unit_base = units_of(losses, counted, base, options.per)
+        weights = weigh(units, unit_base, weigher).to(losses.dtype)
+        objective, denominator = reduce(losses, weights, counted, target, class_weight, base, options)
+        if must_forget():
+            return objective, None
+        indices = None if counted is None else target
+        record = Record(
+            losses.detach(), weights, denominator, base, indices, options.ignore_index, weigher.groups, NAME
+        )
+        return objective, record
+
+
+def weigh(losses: Tensor, base: Tensor | None, weigher: Weigher) -> Tensor:
+    """The weights of a batch by the weighting's formula; the state after it is left in `weigher`.
+
+    Args:
+        losses: Any shape, floating.
+        base: The base measure, of the losses' shape, 0 where a loss takes no part; None for ones.
+        weigher: The weighting, groups, state, and who shares the batch.
+
+    Returns:
+        Weights of the losses' shape, without grad; float64 for float64 losses, else float32.
+    """
+    dtype = wide(losses)
+    flat = losses.detach().reshape(-1).to(dtype)
+    mass = None if base is None else base.detach().reshape(-1).to(dtype)
+    groups = None if weigher.groups is None else weigher.groups.reshape(-1)
+    own = slice(0, flat.shape[0])
+    if weigher.group is not None:
+        vectors = [flat, torch.ones_like(flat) if mass is None else mass]
+        vectors += [] if groups is None else [groups]
+        (flat, mass, *rest), first = gather(vectors, weigher.group)
+        groups = rest[0] if rest else None
+        own = slice(first, first + own.stop)
+    if flat.shape[0] == 0:
+        return losses.detach().to(accumulator(losses.dtype))
+    compiling = torch.compiler.is_compiling() and not is_exporting()
+    weighting = weigher.plan.in_graphs if compiling else weigher.plan.weighting
+    batch = Batch(flat, mass, groups, xp=xp, concrete=values_can_be_read(flat))
+    weights, weigher.state = weigh_batch(weighting, batch, weigher.state)
+    return weights[own].reshape(losses.shape).to(accumulator(losses.dtype))
+
+
+def cross_entropy_losses(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor | None]:
+    """The loss of each target, and, for class indices, which of them are not ignored."""
+    dtype = accumulator(logits.dtype)
+    counted = None
+    if not target.is_floating_point():
+        counted = target != options.ignore_index
+    losses = F.cross_entropy(
+        logits.to(dtype),
+        target.to(dtype if counted is None else torch.int64),
+        None if class_weight is None else class_weight.detach().to(dtype),
+        ignore_index=options.ignore_index,
+        reduction="none",
+        label_smoothing=options.label_smoothing,
+    )
+    return losses, counted
+
+
+def units_of(
+    losses: Tensor, counted: Tensor | None, base: Tensor | None, per: str
+) -> tuple[Tensor, Tensor | None]:
+    """What a weight belongs to: the loss of each unit, without grad, and its base measure.
+
+    Args:
+        losses: One a target.
+        counted: Which targets count; None for all.
+        base: The base measure of each unit; None for ones.
+        per: "element": a unit is a target; "sample": it is a sample of the leading axis, whose loss is the
+            mean over its targets that count.
+    """
+    plain = losses.detach()
+    if per == "sample" and plain.dim() > 1:
+        flat = plain.flatten(1).to(wide(plain))
+        if counted is None:
+            return flat.mean(1), base
+        kept = counted.flatten(1)
+        number = kept.sum(1)
+        plain = flat.masked_fill(~kept, 0).sum(1) / number.clamp(min=1)
+        counted = number > 0
+    if counted is None:
+        return plain, base
+    return plain, counted.to(plain.dtype) if base is None else base.to(plain.dtype).masked_fill(~counted, 0)
+
+
+def reduce(  # noqa: PLR0917
+    losses: Tensor,
+    weights: Tensor,
+    counted: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    base: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor | float]:
+    """The objective of given weights, and what "mean" divides by."""
+    shares = None
+    if class_weight is not None and counted is not None:
+        labels = target.to(torch.int64).masked_fill(~counted, 0)
+        shares = class_weight.detach().to(losses.dtype)[labels]
+    return reduce_losses(losses, weights, counted, base, options.reduction, shares)
+
+
+def reduce_losses(  # noqa: PLR0917
+    losses: Tensor,
+    weights: Tensor,
+    counted: Tensor | None,
+    base: Tensor | None,
+    reduction: str,
+    shares: Tensor | None = None,
+) -> tuple[Tensor, Tensor | float]:
+    """`sum p w l` reduced, and what "mean" divides by: `sum p c` with `c` the `shares`, or ones.
+
+    Weights and base are one a target, or one a sample of the leading axis.
+    """
+    p = None if base is None else _spread(base.detach().to(losses.dtype), losses)
+    products = product(_spread(weights, losses), losses)
+    if p is not None:
+        products = (p * products).masked_fill(p == 0, 0)
+    if counted is not None:
+        products = products.masked_fill(~counted, 0)
+    denominator: Tensor | float
+    if counted is None and p is None and shares is None:
+        denominator = float(losses.numel())
+    else:
+        mass = torch.ones_like(losses) if shares is None else shares
+        mass = mass.detach() if p is None else mass.detach() * p
+        denominator = (mass if counted is None else mass.masked_fill(~counted, 0)).sum()
+    if reduction == "none":
+        return products, denominator
+    if reduction == "sum":
+        return products.sum(), denominator
+    return products.sum() / denominator, denominator
+
+
+def product(weights: Tensor, losses: Tensor) -> Tensor:
+    """`w * l`, where a weight of 0 makes product and gradient 0, for an infinite loss too; NaN stays NaN."""
+    return weights * losses.masked_fill((weights == 0) & ~losses.isnan(), 0)
+
+
+def _spread(values: Tensor, losses: Tensor) -> Tensor:
+    """Values of targets as they are, those of samples along all their targets."""
+    return values.view(-1, *[1] * (losses.dim() - 1)) if losses.dim() > values.dim() else values
+
+
+composite: Any = Composite()
+register(composite)

@@ -1,0 +1,330 @@
+"""The Rust kernels for torch tensors on the CPU: outputs allocated, gradients kept, autograd told.
+
+A pointwise weight depends on its own loss, and the loss on its row of logits, all of which the forward pass
+has in cache. So it leaves the gradient of the objective ready, and the backward pass multiplies it by what
+comes from above, or, where that is 1, hands it on as it is. Other weights take two passes over the logits:
+one for the losses, and, once the weights are known, one for the gradient.
+
+Eager calls go through an `autograd.Function`, the cheapest way. A compiled graph calls the same kernels by
+the operators of `rgd.torch._ops`, which `torch.compile` need not look into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from rgd import _rgd
+from rgd.torch import _ops
+from rgd.torch._record import Record
+from rgd.torch._weigher import Weigher
+from rgd.torch.backends import composite
+from rgd.torch.backends._options import Options, accumulator
+from rgd.torch.backends._registry import (
+    register,
+    served_in_eager_mode,
+    served_in_graphs,
+    why_not_plain,
+)
+from rgd.weightings._base import Kernel
+
+NAME = "rust"
+
+# From this size on NumPy asks the system for huge pages: a fresh buffer is several times cheaper to fill.
+_HUGE = 1 << 22
+
+
+class Rust:
+    """The Rust kernels: serve plain tensors on the CPU, eagerly and as operators of compiled graphs."""
+
+    name = NAME
+
+    def refusal(self, tensors: tuple[Tensor | None, ...], compiling: bool) -> str | None:
+        """Why the kernels cannot serve a call; None where they can."""
+        if not (served_in_graphs(tensors) if compiling else served_in_eager_mode(tensors)):
+            return why_not_plain(tensors)
+        target = tensors[1] if len(tensors) > 1 else None
+        if target is not None and target.requires_grad and torch.is_grad_enabled():
+            return (
+                "class probabilities that require grad take torch operations: call target.detach() first, or "
+                "leave the choice to rgd"
+            )
+        return None
+
+    def sample_weights(self, losses: Tensor, base: Tensor | None, weigher: Weigher) -> Tensor:
+        """The weights by the weighting's kernel where it has one, by its formula where not."""
+        if not weigher.kernel_serves(base):
+            return composite.weigh(losses, base, weigher)
+        plan = weigher.plan
+        if torch.compiler.is_compiling():
+            weights = _ops.sample_weights(losses.detach(), plan.kind, plan.numbers)
+        else:
+            weights = fill_weights(losses.detach(), *cast("Kernel", plan.kernel))
+        return weights if base is None else weights.masked_fill(base == 0, 0)
+
+    def cross_entropy(  # noqa: PLR0917
+        self,
+        logits: Tensor,
+        target: Tensor,
+        class_weight: Tensor | None,
+        base: Tensor | None,
+        options: Options,
+        weigher: Weigher,
+    ) -> tuple[Tensor, Record]:
+        """The re-weighted objective, and the record of its weights."""
+        with_grad = logits.requires_grad and torch.is_grad_enabled()
+        if with_grad and logits.dtype is torch.float16:
+            # float16 has no room for the gradient of a mean before the loss scale has been applied to it.
+            logits, target = logits.float(), target.float() if target.is_floating_point() else target
+        if base is not None:
+            base = base.detach().to(accumulator(logits.dtype)).contiguous()
+        if torch.compiler.is_compiling():
+            filled = _fill_by_op(logits, target, class_weight, base, options, weigher, with_grad)
+            objective = filled.objective
+        else:
+            if weigher.kernel_serves(base):
+                kernel = cast("Kernel", weigher.plan.kernel)
+                filled = fill(logits, target, class_weight, base, options, kernel, with_grad)
+            else:
+                filled = _fill_in_two_passes(logits, target, class_weight, base, options, weigher, with_grad)
+            objective = filled.objective
+            if with_grad:
+                objective = _Objective.apply(logits, target, class_weight, base, filled, options)
+        indices = None if target.is_floating_point() else target
+        record = Record(
+            filled.losses,
+            filled.weights,
+            filled.denominator,
+            base,
+            indices,
+            options.ignore_index,
+            weigher.groups,
+            NAME,
+        )
+        return objective, record  # pyright: ignore[reportReturnType]
+
+
+class Filled(NamedTuple):
+    """What the kernels fill for one call."""
+
+    objective: Tensor
+    grad: Tensor | None
+    losses: Tensor
+    weights: Tensor
+    denominator: float | Tensor
+
+
+class _Objective(torch.autograd.Function):
+    """Hands the objective on, and keeps its gradient for the backward pass."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        class_weight: Tensor | None,
+        base: Tensor | None,
+        filled: Filled,
+        options: Options,
+    ) -> Tensor:
+        ctx.save_for_backward(filled.grad, logits, target, class_weight, base, filled.weights)
+        ctx.options = options
+        return filled.objective
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad, *saved = ctx.saved_tensors
+        (grad_output,) = grad_outputs
+        if torch.is_grad_enabled():
+            gradient = differentiable_gradient(grad_output, ctx.options, *saved)
+        elif grad_output.dim() == 0 and grad_output.item() == 1.0:
+            gradient = grad
+        else:
+            gradient = scaled(grad, grad_output)
+        return gradient, None, None, None, None, None
+
+
+def scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
+    """The gradient of the sum of the objective's elements, times what comes from above."""
+    if grad_output.dim() or grad.dim() == 1:
+        grad_output = grad_output.unsqueeze(1 if grad.dim() > 1 else 0)
+    return grad * grad_output.to(grad.dtype)
+
+
+def differentiable_gradient(  # noqa: PLR0917
+    grad_output: Tensor,
+    options: Options,
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    base: Tensor | None,
+    weights: Tensor,
+) -> Tensor:
+    """The gradient, made of operations that can be differentiated again; the weights stay constant."""
+    with torch.enable_grad():
+        losses, counted = composite.cross_entropy_losses(logits, target, class_weight, options)
+        objective, _ = composite.reduce(losses, weights, counted, target, class_weight, base, options)
+        (gradient,) = torch.autograd.grad(objective, logits, grad_output, create_graph=True)
+    return gradient
+
+
+# Typed by torch without the types of NumPy.
+_from_numpy = cast("Callable[[npt.NDArray[np.uint8]], Tensor]", torch.from_numpy)  # pyright: ignore[reportUnknownMemberType]
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    """An uninitialised tensor of the same shape, strides and dtype."""
+    if tensor.numel() * tensor.element_size() < _HUGE or not tensor.is_contiguous():
+        return torch.empty_like(tensor)
+    buffer = np.empty(tensor.numel() * tensor.element_size(), dtype=np.uint8)
+    return _from_numpy(buffer).view(tensor.dtype).view(tensor.shape)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor without a lazy negation (of a conjugate's imaginary part), which DLPack cannot express."""
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
+
+
+def fill_weights(losses: Tensor, kind: str, numbers: tuple[float, ...]) -> Tensor:
+    """The weights of losses by the kernel of a weighting."""
+    weights = losses.new_empty(losses.shape, dtype=accumulator(losses.dtype))
+    _rgd.sample_weights(_plain(losses), weights, kind, numbers, torch.get_num_threads())
+    return weights
+
+
+def fill(  # noqa: PLR0917
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    base: Tensor | None,
+    options: Options,
+    kernel: Kernel,
+    with_grad: bool,
+) -> Filled:
+    """Losses, weights, objective and gradient in one call of the kernels."""
+    logits, target = _plain(logits.detach()), _plain(target.detach())
+    ignore_index, smoothing, reduction, per = options
+    losses = _empty_losses(logits, target)
+    # empty_like takes a third of the time of new_empty.
+    weights = losses.new_empty(losses.shape[:1]) if per == "sample" else torch.empty_like(losses)
+    objective = torch.empty_like(losses) if reduction == "none" else losses.new_empty(())
+    grad = _empty_like(logits) if with_grad else None
+    denominator, _ = _rgd.cross_entropy(
+        logits, target, _class_weight(class_weight, losses.dtype), base, *kernel, ignore_index, smoothing,
+        per == "sample", reduction, losses, weights, objective, grad, torch.get_num_threads(),
+    )  # fmt: skip
+    return Filled(objective, grad, losses, weights, denominator)
+
+
+def fill_losses(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int, label_smoothing: float
+) -> Tensor:
+    """The loss of each target."""
+    logits, target = _plain(logits.detach()), _plain(target.detach())
+    losses = _empty_losses(logits, target)
+    class_weight = _class_weight(class_weight, losses.dtype)
+    _rgd.cross_entropy_losses(
+        logits, target, class_weight, ignore_index, label_smoothing, losses, torch.get_num_threads()
+    )
+    return losses
+
+
+def fill_gradient(  # noqa: PLR0917
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    base: Tensor | None,
+    losses: Tensor,
+    weights: Tensor,
+    options: Options,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor | None, float]:
+    """Objective, gradient and denominator of given weights."""
+    logits, target = _plain(logits.detach()), _plain(target.detach())
+    ignore_index, smoothing, reduction, per = options
+    objective = torch.empty_like(losses) if reduction == "none" else losses.new_empty(())
+    grad = _empty_like(logits) if with_grad else None
+    denominator, _ = _rgd.cross_entropy_gradient(
+        logits, target, _class_weight(class_weight, losses.dtype), base, ignore_index, smoothing,
+        per == "sample", reduction, losses, weights.contiguous(), objective, grad, torch.get_num_threads(),
+    )  # fmt: skip
+    return objective, grad, denominator
+
+
+def _empty_losses(logits: Tensor, target: Tensor) -> Tensor:
+    """An uninitialised loss for each target."""
+    dtype = accumulator(logits.dtype)
+    if not target.is_floating_point():
+        return torch.empty_like(target, dtype=dtype, memory_format=torch.contiguous_format)
+    shape = target.shape
+    return logits.new_empty(shape[:1] + shape[2:] if len(shape) > 1 else (), dtype=dtype)
+
+
+def _class_weight(class_weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if class_weight is None else _plain(class_weight.detach()).to(dtype).contiguous()
+
+
+def _fill_in_two_passes(  # noqa: PLR0917
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    base: Tensor | None,
+    options: Options,
+    weigher: Weigher,
+    with_grad: bool,
+) -> Filled:
+    """First the losses, then, with the weights they call for, the gradient."""
+    losses = fill_losses(logits, target, class_weight, options.ignore_index, options.label_smoothing)
+    counted = None if target.is_floating_point() else target != options.ignore_index
+    weights = composite.weigh(*composite.units_of(losses, counted, base, options.per), weigher)
+    weights = weights.to(losses.dtype)
+    objective, grad, denominator = fill_gradient(
+        logits, target, class_weight, base, losses, weights, options, with_grad
+    )
+    return Filled(objective, grad, losses, weights, denominator)
+
+
+def _fill_by_op(  # noqa: PLR0917
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    base: Tensor | None,
+    options: Options,
+    weigher: Weigher,
+    with_grad: bool,
+) -> Filled:
+    """The same by operators, for a compiled graph: their objective carries the gradient."""
+    target = target.detach()
+    class_weight = None if class_weight is None else class_weight.detach()
+    ignore_index, smoothing, reduction, per = options
+    if weigher.kernel_serves(base):
+        objective, losses, weights, grad, denominator = _ops.cross_entropy(
+            logits, target, class_weight, base, weigher.plan.kind, weigher.plan.numbers,
+            ignore_index, smoothing, reduction, per, with_grad,
+        )  # fmt: skip
+        return Filled(objective, grad, losses, weights, denominator)
+    losses = _ops.cross_entropy_losses(logits.detach(), target, class_weight, ignore_index, smoothing)
+    counted = None if target.is_floating_point() else target != ignore_index
+    weights = composite.weigh(*composite.units_of(losses, counted, base, per), weigher).to(losses.dtype)
+    objective, grad, denominator = _ops.cross_entropy_gradient(
+        logits,
+        target,
+        class_weight,
+        base,
+        losses,
+        weights,
+        ignore_index,
+        smoothing,
+        reduction,
+        per,
+        with_grad,
+    )
+    return Filled(objective, grad, losses, weights, denominator)
+
+
+register(Rust(), first=True)

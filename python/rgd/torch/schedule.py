@@ -1,0 +1,68 @@
+"""A weighting that changes over the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rgd.weightings import Weighting
+from rgd.weightings._base import resolve_weighting
+
+
+class WeightingSchedule:
+    """Sets the weighting of a loss or an optimizer anew at each step, as a learning rate scheduler does.
+
+    Args:
+        target: What has the weighting: an `RGDLoss`, an `RGD` optimizer, or the loss function of
+            `rgd.integrations`.
+        function: From the number of steps made, 0 at first, to a weighting. Where only its numbers change, a
+            compiled graph is not compiled again, and a weighting of the same class keeps its state.
+
+    Attributes:
+        count: The number of steps made.
+
+    Raises:
+        TypeError: If `target` has no weighting, or `function` returns none.
+
+    Example:
+        >>> import rgd
+        >>> from rgd.torch import RGDLoss
+        >>> criterion = RGDLoss()
+        >>> schedule = WeightingSchedule(criterion, lambda step: rgd.KL(tau=1.0 + step))
+        >>> schedule.step()
+        >>> criterion.weighting.tau
+        2.0
+    """
+
+    def __init__(self, target: Any, function: Callable[[int], Weighting]) -> None:
+        if not isinstance(getattr(target, "weighting", None), Weighting):
+            raise TypeError(
+                "target must be a loss or an optimizer with a weighting, such as rgd.torch.RGDLoss or "
+                f"rgd.torch.RGD, got {type(target).__name__}"
+            )
+        if not callable(function):
+            raise TypeError(f"function must map a step to a weighting, as lambda step: ..., got {function!r}")
+        self._target = target
+        self._function = function
+        self.count = 0
+        self._set()
+
+    def step(self) -> None:
+        """Count a step, and set the weighting of the next."""
+        self.count += 1
+        self._set()
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint needs: the number of steps made."""
+        return {"count": self.count}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from a checkpoint: the weighting of that step is set."""
+        self.count = int(state_dict["count"])
+        self._set()
+
+    def _set(self) -> None:
+        weighting: Any = self._function(self.count)
+        if weighting is None:
+            raise TypeError(f"function must return an rgd.Weighting, got None at step {self.count}")
+        self._target.weighting = resolve_weighting(weighting)

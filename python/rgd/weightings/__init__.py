@@ -1,0 +1,36 @@
+"""The weightings: what turns the losses of a batch into weights, a file a member.
+
+Each is a small frozen dataclass that checks its own numbers and holds one formula. Every front (NumPy, torch,
+JAX) takes the same ones; they are to be had from `rgd` itself, as `rgd.KL`.
+"""
+
+from rgd.weightings._base import Weighting
+from rgd.weightings._batch import Batch
+from rgd.weightings.chi_square import ChiSquare, ChiSquareBall
+from rgd.weightings.cvar import CVaR
+from rgd.weightings.erm import ERM
+from rgd.weightings.focal import Focal
+from rgd.weightings.group_dro import GroupDRO
+from rgd.weightings.kl import KL
+from rgd.weightings.kl_ball import KLBall
+from rgd.weightings.midrange_kl import MidrangeKL
+from rgd.weightings.moving_average import MovingAverage
+from rgd.weightings.pointwise import Pointwise
+from rgd.weightings.trimmed import Trimmed
+
+__all__ = [
+    "ERM",
+    "KL",
+    "Batch",
+    "CVaR",
+    "ChiSquare",
+    "ChiSquareBall",
+    "Focal",
+    "GroupDRO",
+    "KLBall",
+    "MidrangeKL",
+    "MovingAverage",
+    "Pointwise",
+    "Trimmed",
+    "Weighting",
+]

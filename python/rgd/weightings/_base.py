@@ -1,0 +1,362 @@
+"""The base class of every weighting: what a member is, and how the fronts call it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import numbers
+import sys
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, cast
+
+from rgd.weightings._batch import Batch
+
+Kernel = tuple[str, tuple[float, ...]]
+"""The name of a Rust kernel and the numbers it takes."""
+
+
+class Weighting:
+    """What turns the losses of a batch into weights.
+
+    A weighting is a frozen dataclass that defines `weights(batch)`. The formula is written once, in the
+    operations of the Python array API (`batch.xp`), and then works in NumPy, in torch on every device,
+    compiled and vmapped, and in JAX under its transformations. Numbers of the dataclass enter the formula in
+    arithmetic, as `self.power * batch.losses`: under a transformation they may be traced, so no `if` may
+    depend on them.
+
+    A weighting that remembers defines `init()` and `step(batch, state)` instead of `weights`.
+
+    Attributes:
+        pointwise: Whether each weight depends on its own loss alone. Then no batch is gathered from other
+            processes, and micro-batches change nothing.
+        mean_one: Whether the weights average to one over the batch. A promise that
+            `rgd.testing.check_weighting` tests; nothing is normalised by it.
+        clip: The loss from which on a weight no longer changes; infinite where there is none. It is used by
+            the statistics.
+        kernel_counts: Whether `kernel` is defined in the class that defines `weights`; set for each subclass.
+
+    Example:
+        >>> import dataclasses, numpy as np, rgd
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Softer(rgd.Weighting):
+        ...     power: float = 0.5
+        ...     pointwise = True
+        ...     def weights(self, batch):
+        ...         return (1 + batch.losses) ** self.power
+        >>> rgd.sample_weights(np.array([0.0, 3.0]), Softer())
+        array([1., 2.])
+    """
+
+    pointwise: ClassVar[bool] = False
+    mean_one: ClassVar[bool] = False
+    clip: ClassVar[float] = math.inf
+    kernel_counts: ClassVar[bool] = False
+
+    def weights(self, batch: Batch) -> Any:
+        """The weights of a batch.
+
+        Args:
+            batch: The losses, shape (n,) with n > 0, and the sums that heed mask and base measure.
+
+        Returns:
+            Weights, shape (n,), of the losses' kind of array. What stands where a sample takes no part does
+            not matter: fronts write 0 there.
+        """
+        name = type(self).__name__
+        if self.stateful:
+            raise ValueError(f"the weights of {name} depend on its state: call step(batch, state)")
+        raise NotImplementedError(f"{name} must define weights(self, batch)")
+
+    def log_weights(self, batch: Batch) -> Any:
+        """The logarithms of the weights; a member whose weights may overflow gives them by a formula."""
+        return batch.xp.log(self.weights(batch))
+
+    def kernel(self) -> Kernel | None:
+        """The Rust kernel that computes the same weights, by name, and its numbers; None where there is none.
+
+        It counts only in the class that defines `weights`: a subclass that changes the formula must not
+        inherit the kernel of another.
+        """
+        return None
+
+    def numbers_fit(self) -> Any:
+        """Whether traced numbers fit each other: True, or a traced bool. Others are checked when given."""
+        return True
+
+    def init(self) -> Any:
+        """The state before the first batch: numbers or NumPy arrays, possibly nested in dicts and tuples."""
+        return ()
+
+    def step(self, batch: Batch, state: Any) -> tuple[Any, Any]:
+        """The weights of a batch, and the state after it.
+
+        Args:
+            batch: As for `weights`.
+            state: What `init` or the last `step` returned, as arrays of the losses' kind.
+
+        Returns:
+            Weights, shape (n,), and the new state, of the same structure and shapes.
+        """
+        return self.weights(batch), state
+
+    @property
+    def stateful(self) -> bool:
+        """Whether this weighting remembers earlier batches."""
+        return type(self).init is not Weighting.init
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            check = field.metadata.get("setting")
+            if check is not None:
+                object.__setattr__(self, field.name, check.read(field.name, getattr(self, field.name)))
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        owners = [next(kind for kind in cls.__mro__ if name in vars(kind)) for name in ("kernel", "weights")]
+        cls.kernel_counts = owners[0] is owners[1]
+        for observe in _observers:
+            observe(cls)
+
+
+class Setting(NamedTuple):
+    """What a number of a weighting may be: kept in the metadata of its dataclass field.
+
+    Attributes:
+        says: How a message names it, as "a positive number".
+        holds: The test, in operations that work on a float and on a traced number.
+        optional: Whether None is allowed.
+        alternative: What a message adds about other values.
+    """
+
+    says: str
+    holds: Callable[[Any], Any]
+    optional: bool = False
+    alternative: str = ""
+
+    def read(self, name: str, value: Any) -> Any:
+        """The value as a float, checked where it can be read; a JAX array or traced value as it is."""
+        if value is None and self.optional:
+            return None
+        array: Any = value
+        if _is_jax(value):
+            if str(array.dtype).endswith("bool"):
+                raise TypeError(f"{name} must be a number, got an array of dtype {array.dtype}")
+        elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        else:
+            value = float(value)
+        for number in readable(value):
+            if not self.holds(number):
+                raise ValueError(f"{name} must be {self.says}{self.alternative}, got {number}")
+        return value
+
+
+def setting(
+    says: str,
+    holds: Callable[[Any], Any],
+    *,
+    default: Any = dataclasses.MISSING,
+    optional: bool = False,
+    alternative: str = "",
+) -> Any:
+    """A dataclass field that holds a number within a range; arguments as for `Setting`."""
+    metadata = {"setting": Setting(says, holds, optional, alternative)}
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def is_array(value: Any) -> bool:
+    """Whether a setting is an array of JAX or torch, traced perhaps, in place of a Python number."""
+    # torch first: its compiler can trace that question, and not the one about JAX.
+    return isinstance(value, getattr(sys.modules.get("torch"), "Tensor", ())) or _is_jax(value)
+
+
+def _is_jax(value: Any) -> bool:
+    # No JAX array exists before jax is imported, and this package must not import it.
+    return isinstance(value, getattr(sys.modules.get("jax"), "Array", ()))
+
+
+def readable(value: Any) -> list[float]:
+    """The numbers of a setting that can be read now; of a traced one, or of None, there is none."""
+    if value is None:
+        return []
+    if not _is_jax(value):
+        return [value]
+    if isinstance(value, sys.modules["jax"].core.Tracer):
+        return []
+    return [float(number) for number in value.reshape(-1)]
+
+
+def holds_everywhere(weighting: Weighting) -> Any:
+    """Whether every traced number of a weighting is allowed: True, or a traced bool.
+
+    A number that can be read was checked at construction.
+    """
+    allowed: Any = weighting.numbers_fit()
+    for field in fields(weighting):
+        value, check = getattr(weighting, field.name), field.metadata.get("setting")
+        if isinstance(value, Weighting):
+            allowed = allowed & holds_everywhere(value)
+        elif check is not None and is_array(value):
+            allowed = allowed & check.holds(value)
+    return allowed
+
+
+def resolve_weighting(weighting: Any, tau: Any = None) -> Weighting:
+    """The weighting a caller asked for by `weighting=`, or by `tau=`, its short form.
+
+    Args:
+        weighting: A weighting, or None.
+        tau: Clipping factor of `KL(tau)`, or None. With neither given: `KL(tau=1.0)`.
+
+    Raises:
+        ValueError: If both are given.
+        TypeError: If `weighting` is not a weighting.
+    """
+    if weighting is None:
+        from rgd.weightings.kl import KL  # noqa: PLC0415 - a member; the base knows none but the default
+
+        return KL(tau)
+    if tau is not None:
+        raise ValueError("give tau or weighting, not both: tau=t is short for weighting=rgd.KL(tau=t)")
+    if isinstance(weighting, Weighting):
+        return weighting
+    if isinstance(weighting, type):
+        raise TypeError(
+            f"weighting must be an instance of rgd.Weighting, got the class {weighting.__name__}: "
+            f"call it, as in {weighting.__name__}(...)"
+        )
+    hint = f": did you mean tau={weighting!r}?" if isinstance(weighting, (int, float)) else ""
+    raise TypeError(f"weighting must be an rgd.Weighting, such as rgd.KL(tau=1.0), got {weighting!r}{hint}")
+
+
+def kernel_of(weighting: Weighting) -> Kernel | None:
+    """`weighting.kernel()`, if the class that defines its weights is the one that defines the kernel."""
+    return weighting.kernel() if weighting.kernel_counts and not weighting.stateful else None
+
+
+def weigh(weighting: Weighting, batch: Batch, state: Any = None) -> tuple[Any, Any]:
+    """The weights of a batch with losses, and the state after it: how every front calls a member.
+
+    Args:
+        weighting: The member.
+        batch: Its losses, at least one.
+        state: Its state, as arrays of the losses' kind; None for a member that keeps none.
+
+    Returns:
+        Weights, shape (n,), 0 where a sample takes no part, and the state. The state is as it was where no
+        sample takes part, or a loss that takes part is not finite.
+
+    Raises:
+        ValueError: If the member returns weights of another shape than the losses'.
+    """
+    xp = batch.xp
+    if not weighting.stateful:
+        weights = weighting.weights(batch)
+    else:
+        weights, new = weighting.step(batch, state)
+        usable = (batch.count > 0) & ~batch.any(~xp.isfinite(batch.losses))
+
+        def keep(old: Any, new: Any) -> Any:
+            return xp.astype(xp.where(usable, new, old), old.dtype)
+
+        state = map_state(keep, state, new)
+    if getattr(weights, "shape", None) != batch.losses.shape:
+        raise ValueError(
+            f"{type(weighting).__name__}.weights must return one weight for each loss, shape "
+            f"{tuple(batch.losses.shape)}, got {_shape(weights)}"
+        )
+    return batch.only(weights), state
+
+
+def require_state(weighting: Weighting, state: Any) -> None:
+    """Refuse a call without the state that a weighting needs, or with one that it does not."""
+    if weighting.stateful and state is None:
+        name = type(weighting).__name__
+        raise ValueError(
+            f"{name} remembers earlier batches: start with state = weighting.init(), pass state=state, and "
+            "keep the state that comes back: result, state = ...(..., state=state). "
+            "rgd.torch.RGDLoss and RGD keep it themselves"
+        )
+    if state is not None and not weighting.stateful:
+        raise ValueError(f"{type(weighting).__name__} keeps no state: leave state out")
+
+
+def map_state(function: Callable[..., Any], *states: Any) -> Any:
+    """`function` of the leaves of one or more states of equal structure, in that structure."""
+    first: Any = states[0]
+    if isinstance(first, dict):
+        return {key: map_state(function, *(s[key] for s in states)) for key in cast("dict[str, Any]", first)}
+    if isinstance(first, (tuple, list)):
+        sequence: Any = cast("Any", first)
+        kind: Any = sequence.__class__
+        parts = [map_state(function, *part) for part in zip(*states, strict=True)]
+        return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
+    return function(*states)
+
+
+def map_numbers(weighting: Weighting, function: Callable[[Any], Any]) -> Weighting:
+    """The weighting with `function` of each of its numbers in their place; nothing is checked.
+
+    Numbers are the fields that `numbers_of` names, of nested weightings too. None stays None.
+    """
+    copy = object.__new__(type(weighting))
+    names = numbers_of(type(weighting))
+    for field in fields(weighting):
+        value = getattr(weighting, field.name)
+        if isinstance(value, Weighting):
+            value = map_numbers(value, function)
+        elif field.name in names and value is not None:
+            value = function(value)
+        object.__setattr__(copy, field.name, value)
+    return copy
+
+
+def fields(weighting: Weighting | type) -> tuple[dataclasses.Field[Any], ...]:
+    """The dataclass fields of a weighting; none where its class is no dataclass."""
+    return dataclasses.fields(cast("Any", weighting)) if dataclasses.is_dataclass(weighting) else ()
+
+
+@functools.cache
+def numbers_of(kind: type) -> frozenset[str]:
+    """The names of the fields of a weighting that hold a real number, or arrays of them.
+
+    They are those annotated with `float`; bool, int, str and the like are part of what a weighting is, and
+    not numbers that a schedule changes.
+    """
+    try:
+        hints = typing.get_type_hints(kind)
+    except Exception:  # a name that only its own function knows
+        hints = {}
+    found: set[str] = set()
+    for field in fields(kind):
+        hint = hints.get(field.name, field.type)
+        parts = typing.get_args(hint) if _is_union(hint) else (hint,)
+        if float in parts or (isinstance(hint, str) and "float" in hint) or "setting" in field.metadata:
+            found.add(field.name)
+    return frozenset(found)
+
+
+def observe_subclasses(observe: Callable[[type[Weighting]], None]) -> None:
+    """Call `observe` with every subclass of `Weighting`, those that are defined later too."""
+    _observers.append(observe)
+    pending = Weighting.__subclasses__()
+    while pending:
+        kind = pending.pop()
+        observe(kind)
+        pending += kind.__subclasses__()
+
+
+_observers: list[Callable[[type[Weighting]], None]] = []
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _shape(weights: Any) -> Any:
+    return tuple(weights.shape) if hasattr(weights, "shape") else type(weights).__name__

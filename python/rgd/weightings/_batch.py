@@ -1,0 +1,118 @@
+"""What a weighting is given: the losses of a batch, their base measure, and the sums that heed it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat
+
+
+class Batch:
+    """The losses of a batch, as a weighting sees them.
+
+    `p_i`, the base measure, is the caller's `sample_weight`, and 1 for each sample where none was given. A
+    sample that is masked out, or whose `p_i` is 0, takes no part.
+
+    Args:
+        losses: One loss a sample, shape (n,), float32 or float64, of NumPy, torch or JAX.
+        base: The base measure `p`, shape (n,), of the losses' dtype, >= 0, and 0 for a sample that takes no
+            part; None for ones.
+        groups: The group of each sample, integers of shape (n,), or None.
+        xp: The array namespace of the losses, as `array_api_compat` gives it; None to ask for it.
+        concrete: Whether values may be read now, without waiting for a device or a trace.
+
+    Attributes:
+        losses: One loss a sample, shape (n,), without gradient; 0 where a sample takes no part.
+        xp: The losses' array namespace (Python array API standard): write formulas with it.
+        groups: As given.
+        concrete: As given.
+
+    Example:
+        >>> import numpy as np, rgd
+        >>> batch = rgd.Batch(np.array([1.0, 3.0]), base=np.array([3.0, 1.0]))
+        >>> float(batch.count), float(batch.mean(batch.losses)), float(batch.max(batch.losses))
+        (4.0, 1.5, 3.0)
+    """
+
+    def __init__(
+        self,
+        losses: Any,
+        base: Any = None,
+        groups: Any = None,
+        *,
+        xp: Any = None,
+        concrete: bool = False,
+    ) -> None:
+        self.xp = array_api_compat.array_namespace(losses) if xp is None else xp
+        self.groups = groups
+        self.concrete = concrete
+        self._base = base
+        self._takes_part = None if base is None else base != 0
+        self.losses = losses if base is None else self.xp.where(self._takes_part, losses, 0.0)
+
+    @property
+    def base(self) -> Any:
+        """The base measure `p`, shape (n,): 0 where a sample takes no part."""
+        return self.xp.ones_like(self.losses) if self._base is None else self._base
+
+    @property
+    def count(self) -> Any:
+        """How many samples take part, `sum_i p_i`: a 0-d array of the losses' dtype."""
+        return self.xp.sum(self.base)
+
+    def sum(self, values: Any) -> Any:
+        """`sum_i p_i x_i` over the samples that take part.
+
+        Args:
+            values: `x`, shape (n,), or (..., n) for several sums at once.
+
+        Returns:
+            The sum over the last axis.
+        """
+        if self._base is None:
+            return self.xp.sum(values, axis=-1)
+        return self.xp.sum(self.xp.where(self._takes_part, self._base * values, 0.0), axis=-1)
+
+    def mean(self, values: Any) -> Any:
+        """`sum_i p_i x_i / sum_i p_i` over the samples that take part; arguments and shapes as for `sum`."""
+        return self.sum(values) / self.count
+
+    def max(self, values: Any) -> Any:
+        """The largest of `values`, shape (n,), over the samples that take part; -inf where none does."""
+        return self.xp.max(self._or(values, -float("inf")), axis=-1)
+
+    def min(self, values: Any) -> Any:
+        """The smallest of `values`, shape (n,), over the samples that take part; inf where none does."""
+        return self.xp.min(self._or(values, float("inf")), axis=-1)
+
+    def any(self, condition: Any) -> Any:
+        """Whether `condition`, booleans of shape (n,), holds for a sample that takes part."""
+        if self._takes_part is not None:
+            condition = condition & self._takes_part
+        return self.xp.any(condition, axis=-1)
+
+    def reweighed(self, base: Any) -> Batch:
+        """The same batch under another base measure, 0 wherever this one is."""
+        return Batch(self.losses, base, self.groups, xp=self.xp, concrete=self.concrete)
+
+    def only(self, values: Any) -> Any:
+        """`values`, shape (n,), and 0 where a sample takes no part."""
+        return self._or(values, 0.0)
+
+    def arange(self, start: int, stop: int) -> Any:
+        """The integers from `start` to `stop - 1` in the losses' dtype, on their device."""
+        placed = {"device": self.losses.device} if "torch" in self.xp.__name__ else {}
+        return self.xp.arange(start, stop, dtype=self.losses.dtype, **placed)
+
+    def scalar(self, value: Any) -> Any:
+        """A number as a 0-d array of the losses' dtype, on their device."""
+        return self.xp.zeros_like(self.losses[0]) + value
+
+    def cumulative_sum(self, values: Any) -> Any:
+        """`x_1, x_1 + x_2, ...`, shape (n,), without the base measure."""
+        # The method, which every library has: the compat function asks for the namespace, which
+        # torch.compile cannot trace without a warning.
+        return values.cumsum(0)
+
+    def _or(self, values: Any, other: float) -> Any:
+        return values if self._takes_part is None else self.xp.where(self._takes_part, values, other)

@@ -1,0 +1,137 @@
+"""Worst cases with a chi-square divergence: penalised, and within a ball."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from rgd.weightings._base import Weighting, setting
+from rgd.weightings._batch import Batch
+from rgd.weightings._root import root
+
+
+@dataclasses.dataclass(frozen=True)
+class ChiSquare(Weighting):
+    """Weights of the worst case with a chi-square penalty: linear in the loss above a threshold, 0 below.
+
+    `w_i = max(0, (l_i - eta) / gamma)` with `eta` the root of `mean(w) = 1`: the solution of
+    `max_q <q, l> - gamma / 2 * mean((w - 1)^2)` with `w = q / p`.
+
+    Args:
+        gamma: Strength of the penalty, a positive, finite number in units of the loss; the smaller it is,
+            the more weight goes to the largest losses.
+
+    Raises:
+        TypeError: If `gamma` is not a number.
+        ValueError: If `gamma` is not positive and finite.
+
+    Example:
+        >>> import numpy as np, rgd
+        >>> rgd.sample_weights(np.array([0.0, 1.0, 2.0]), rgd.ChiSquare(2.0))
+        array([0.5, 1. , 1.5])
+
+    References:
+        Namkoong, Duchi, "Variance-based Regularization with Convex Objectives", NeurIPS 2017, section 2.
+    """
+
+    gamma: float = setting("a positive, finite number", lambda gamma: (gamma > 0) & (gamma < math.inf))
+
+    mean_one = True
+
+    def weights(self, batch: Batch) -> Any:
+        """`max(0, gap + u)` for gaps to the largest loss in units of gamma, `u` the root of `mean(w) = 1`."""
+        xp, losses = batch.xp, batch.losses
+        top, bottom = batch.max(losses), batch.min(losses)
+        gaps = batch.only((losses - top) / self.gamma)
+
+        def excess(log_u: Any) -> tuple[Any, Any]:
+            u = xp.exp(log_u)
+            above = gaps + u
+            value = batch.mean(xp.where(above > 0, above, 0.0)) - 1.0
+            return value, u[:, 0] * batch.mean(xp.astype(above > 0, losses.dtype))
+
+        # mean(max(0, gap + u)) is at most u, at least u times the share on the largest loss, and at least u
+        # less the largest gap.
+        share = batch.mean(xp.astype(losses == top, losses.dtype))
+        share = xp.where(share > 0, share, 1.0)
+        high = 1.0 + (top - bottom) / self.gamma
+        high = xp.where(high < 1.0 / share, high, 1.0 / share)
+        above = gaps + xp.exp(root(batch, excess, xp.zeros_like(high), xp.log(high)))
+        weights = xp.where(above > 0, above, 0.0)
+        return xp.where(batch.any(~xp.isfinite(losses)), float("nan"), weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChiSquareBall(Weighting):
+    """Weights of the worst distribution within a chi-square ball around the base measure.
+
+    `w_i = max(0, l_i - eta) / mean(max(0, l - eta))` with `eta` the root of
+    `(mean(w^2) - 1) / 2 = radius`: the solution of `max_q <q, l>` subject to `mean((w - 1)^2) / 2 <= radius`
+    with `w = q / p`. A radius of `(1 / m - 1) / 2` or more, where the samples of the largest loss have the
+    share `m` of the mass, puts all weight on those; equal losses get equal weights.
+
+    Args:
+        radius: Radius of the ball, a number >= 0. 0 is plain empirical risk minimization.
+
+    Raises:
+        TypeError: If `radius` is not a number.
+        ValueError: If `radius` is negative or NaN.
+
+    Example:
+        >>> import numpy as np, rgd
+        >>> weights = rgd.sample_weights(np.array([0.0, 1.0, 2.0]), rgd.ChiSquareBall(0.5))
+        >>> weights.round(4), round(float(np.mean((weights - 1) ** 2) / 2), 6)
+        (array([0.   , 0.634, 2.366]), 0.5)
+
+    References:
+        Namkoong, Duchi, "Stochastic Gradient Methods for Distributionally Robust Optimization with
+        f-divergences", NeurIPS 2016; Duchi, Namkoong, "Learning Models with Uniform Performance via
+        Distributionally Robust Optimization", Annals of Statistics 2021, section 2.
+    """
+
+    radius: float = setting("a number >= 0", lambda radius: radius >= 0)
+
+    mean_one = True
+
+    def weights(self, batch: Batch) -> Any:
+        """`max(0, gap + t) / mean(max(0, gap + t))`, `t` the root of the divergence."""
+        xp, losses, radius = batch.xp, batch.losses, batch.scalar(self.radius)
+        # The weights depend on the losses up to a shift and a positive factor; gaps of at most 1 cannot
+        # overflow.
+        halves = losses / 2
+        top, bottom = batch.max(halves), batch.min(halves)
+        extent = top - bottom
+        gaps = batch.only((halves - top) / xp.where(extent > 0, extent, 1.0))
+        on_top = xp.astype(gaps == 0, losses.dtype)
+        share = batch.mean(on_top)
+        limit = (1.0 / share - 1.0) / 2.0
+        mean = batch.mean(gaps)
+        deviation = gaps - mean
+        variance = batch.mean(deviation**2)
+        variance = xp.where(variance > 0, variance, 1.0)
+        # As long as no weight is 0, they are linear in the loss.
+        linear = 1.0 + deviation * (2.0 * radius / variance) ** 0.5
+        all_positive = batch.min(linear) >= 0
+        searched = (radius < limit) & ~all_positive
+        target = xp.where(searched, radius, limit / 2)
+        nearest = batch.min(xp.where(gaps < 0, -gaps, float("inf")))
+        nearest = xp.where(nearest < 1, nearest, 1.0)
+
+        def excess(log_t: Any) -> tuple[Any, Any]:
+            """Radius - divergence and its derivative with respect to `log(t)`, at several `t` at once."""
+            t = xp.exp(log_t)
+            above = xp.where(gaps + t > 0, gaps + t, 0.0)
+            first, second = batch.mean(above), batch.mean(above**2)
+            active = batch.mean(xp.astype(above > 0, losses.dtype))
+            value = (second / first**2 - 1.0) / 2.0
+            return target - value, t[:, 0] * (second * active - first**2) / first**3
+
+        # Below the second largest loss all weight lies on the largest; at t = 1 every weight is positive.
+        t = xp.exp(root(batch, excess, xp.log(nearest), xp.zeros_like(nearest)))
+        above = xp.where(gaps + t > 0, gaps + t, 0.0)
+        weights = xp.where(all_positive, linear, above / batch.mean(above))
+        weights = xp.where(radius >= limit, on_top / share, weights)
+        weights = xp.where(batch.any(~xp.isfinite(losses)), float("nan"), weights)
+        plain = ((radius == 0) & ~batch.any(xp.isnan(losses))) | (top == bottom)
+        return xp.where(plain, 1.0, weights)

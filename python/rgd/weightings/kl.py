@@ -1,0 +1,141 @@
+"""Exponential weights, the weighting of Re-weighted Gradient Descent."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import array_api_compat
+
+from rgd.weightings._base import Kernel, Weighting, is_array, readable, setting
+from rgd.weightings._batch import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class KL(Weighting):
+    """Exponential weights, `w_i = exp(s * min(l_i, tau))`: the dial from wrong labels to the tail.
+
+    With `s > 0` hard samples weigh more: this is Re-weighted Gradient Descent, distributionally robust
+    optimization with a Kullback-Leibler penalty. `s = 0` is plain training. With `s < 0` samples of large
+    loss weigh less, which resists wrong labels: for `l = -log p` and `s = -q` the gradient is that of
+    generalized cross-entropy, `(1 - p^q) / q`, and for `s = -1` the weight is the label's probability.
+
+    With `normalize=True` the weights are divided by their mean over the batch, so that they average to one.
+
+    Args:
+        tau: Clipping factor, a positive number in units of the loss: a loss above `tau` weighs as one at
+            `tau`. `math.inf` clips nothing, and then `scale` must be given. None stands for 1, or for
+            infinity where `scale` is negative.
+        scale: Scaling factor `s`, a finite number in units of 1/loss; None stands for the paper's
+            `1 / (tau + 1)`.
+        normalize: Whether the weights of a batch are divided by their mean. With `tau=math.inf` and
+            `scale=1/gamma` they are then the exact solution of `max_q <q, l> - gamma * KL(q || p)`, divided
+            by `p`; with a negative scale they are TERM's negative tilt.
+
+    Raises:
+        TypeError: If a setting is not a number (or, for `normalize`, not a bool).
+        ValueError: If `tau` is not positive, `scale` is not finite, or `tau` is infinite and `scale` is not
+            given.
+
+    Example:
+        >>> import rgd
+        >>> rgd.KL(tau=3.0).effective_scale
+        0.25
+        >>> rgd.KL(scale=-0.7).tau
+        inf
+        >>> rgd.KL(tau=-1.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: tau must be a positive number, got -1.0
+
+    References:
+        Kumar, Majmundar, Nagaraj, Suggala, "Stochastic Re-weighted Gradient Descent via Distributionally
+        Robust Optimization", TMLR 2024, arXiv 2306.09222: Algorithm 1 (pointwise weights) and Proposition 3.1
+        (the KL penalty's solution).
+        Zhang, Sabuncu, "Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels",
+        NeurIPS 2018, section 3 (negative scale).
+        Wu et al., "On the Generalization of SFT: A Reinforcement Learning Perspective with Reward
+        Rectification", 2025 ("dynamic fine-tuning": `scale=-1`).
+        Li, Beirami, Sanjabi, Smith, "Tilted Empirical Risk Minimization", ICLR 2021 (negative scale with
+        `normalize=True`).
+    """
+
+    tau: float = setting("a positive number", lambda tau: tau > 0, default=None, optional=True)
+    _: dataclasses.KW_ONLY
+    scale: float | None = setting(
+        "a finite number",
+        lambda scale: (scale > -math.inf) & (scale < math.inf),
+        default=None,
+        optional=True,
+        alternative=", or None for 1 / (tau + 1)",
+    )
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scale: Any = self.scale
+        if self.tau is None:  # pyright: ignore[reportUnnecessaryComparison]
+            if is_array(scale):  # traced, perhaps: its sign decides, where it is known
+                tau = array_api_compat.array_namespace(scale).where(scale < 0, math.inf, 1.0)
+            else:
+                tau = 1.0 if scale is None or scale >= 0 else math.inf
+            object.__setattr__(self, "tau", tau)
+        if self.scale is None and any(math.isinf(tau) for tau in readable(self.tau)):
+            raise ValueError(
+                "tau=inf clips nothing, and its scale 1 / (tau + 1) would be 0, which is no re-weighting: "
+                "give scale too, as in KL(tau=math.inf, scale=1.0)"
+            )
+        if not isinstance(self.normalize, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"normalize must be True or False, got {self.normalize!r}")
+
+    @property
+    def pointwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether each weight depends on its own loss alone: unless they are normalised."""
+        return not self.normalize
+
+    @property
+    def mean_one(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the weights average to one: if they are normalised."""
+        return self.normalize
+
+    @property
+    def clip(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The loss from which on the weight no longer changes: `tau`."""
+        return self.tau
+
+    @property
+    def effective_scale(self) -> float:
+        """The factor that multiplies the clipped loss: `scale`, or `1 / (tau + 1)` where none was given."""
+        return 1.0 / (self.tau + 1.0) if self.scale is None else self.scale
+
+    def numbers_fit(self) -> Any:
+        """A traced `tau` may be infinite only where a scale was given, as at construction."""
+        return True if self.scale is not None or not is_array(self.tau) else self.tau < math.inf
+
+    def log_weights(self, batch: Batch) -> Any:
+        """The exponent `s * min(l, tau)`, less the logarithm of its mean where weights are normalised."""
+        exponent = self._exponent(batch)
+        return exponent - batch.xp.log(batch.mean(batch.xp.exp(exponent))) if self.normalize else exponent
+
+    def weights(self, batch: Batch) -> Any:
+        """`exp(s * min(l, tau))`, divided by its mean with `normalize=True`."""
+        weights = batch.xp.exp(self._exponent(batch))
+        return weights / batch.mean(weights) if self.normalize else weights
+
+    def kernel(self) -> Kernel:
+        """The kernel `kl`: `tau`, the scale, and 1 where weights are normalised."""
+        return "kl", (self.tau, self.effective_scale, 1.0 if self.normalize else 0.0)
+
+    def _exponent(self, batch: Batch) -> Any:
+        """`s * min(l, tau)`; with `normalize=True` less its largest value."""
+        xp, losses, scale = batch.xp, batch.losses, self.effective_scale
+        clipped = xp.where(losses > self.tau, self.tau, losses)
+        if self.normalize:
+            # From the clipped loss of the largest weight, so that nothing overflows.
+            clipped = clipped - xp.where(batch.scalar(scale) < 0, batch.min(clipped), batch.max(clipped))
+        # An infinite loss times a scale of 0 counts as 0: without re-weighting it weighs 1.
+        if is_array(scale):
+            still = ~xp.isnan(losses) & (scale == 0)
+            return xp.where(still, 0.0, scale * xp.where(still, 0.0, clipped))
+        return xp.where(xp.isnan(losses), losses, 0.0) if scale == 0 else scale * clipped

@@ -1,0 +1,86 @@
+"""The worst distribution within a Kullback-Leibler ball."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from rgd.weightings._base import Kernel, Weighting, setting
+from rgd.weightings._batch import Batch
+from rgd.weightings._root import root
+
+
+@dataclasses.dataclass(frozen=True)
+class KLBall(Weighting):
+    """Weights of the worst distribution within a Kullback-Leibler ball around the base measure.
+
+    The weights are `q / p` with `q` the solution of `max_q <q, l>` subject to `KL(q || p) <= radius`:
+    `w = softmax(l / gamma) / p`, with `gamma` the root of `KL = radius`. They average to one. A radius of
+    `-log(m)` or more, where the samples of the largest loss have the share `m` of the mass, puts all weight
+    on those; equal losses get equal weights.
+
+    Args:
+        radius: Radius of the ball in nats, a number >= 0. 0 is plain empirical risk minimization.
+
+    Raises:
+        TypeError: If `radius` is not a number.
+        ValueError: If `radius` is negative or NaN.
+
+    Example:
+        >>> import numpy as np, rgd
+        >>> rgd.sample_weights(np.array([0.5, 0.5, 3.0]), rgd.KLBall(radius=10.0))
+        array([0., 0., 3.])
+
+    References:
+        Kumar et al., arXiv 2306.09222, section 3 (the constrained form of DRO with a KL divergence).
+    """
+
+    radius: float = setting("a number >= 0 (nats)", lambda radius: radius >= 0)
+
+    mean_one = True
+
+    def weights(self, batch: Batch) -> Any:
+        """`exp(b * gap) / mean(exp(b * gap))`, `b` the root of `KL = radius`."""
+        xp, losses, radius = batch.xp, batch.losses, batch.scalar(self.radius)
+        # The weights depend on the losses up to a shift and a positive factor; gaps of at most 1 cannot
+        # overflow.
+        halves = losses / 2
+        top, bottom = batch.max(halves), batch.min(halves)
+        extent = top - bottom
+        gaps = batch.only((halves - top) / xp.where(extent > 0, extent, 1.0))
+        on_top = xp.astype(gaps == 0, losses.dtype)
+        share = batch.mean(on_top)
+        limit = -xp.log(share)
+        inside = (radius > 0) & (radius < limit)
+        target = xp.where(inside, radius, 0.5)
+        nearest = batch.min(xp.where(gaps < 0, -gaps, float("inf")))
+        nearest = xp.where(inside, nearest, 1.0)
+
+        def divergence(log_b: Any) -> tuple[Any, Any]:
+            """KL - radius and its derivative with respect to `log(b)`, at several `b` at once."""
+            b = xp.exp(log_b)
+            exponent = b * gaps
+            logarithm = exponent - xp.log1p(batch.mean(xp.expm1(exponent)))[:, None]
+            weights = xp.exp(logarithm)
+            # mean(w log w) + 1 - mean(w), where the error of the logarithms' common shift cancels.
+            value = batch.mean(logarithm * weights - xp.expm1(logarithm))
+            deviation = gaps - batch.mean(weights * gaps)[:, None]
+            slope = b[:, 0] ** 2 * batch.mean(weights * deviation**2)
+            return value - target, slope
+
+        # With gaps in [-1, 0], KL(b) <= b^2 / 8; at 1000 / nearest all weight lies on the largest losses.
+        largest = xp.finfo(losses.dtype).max / 8
+        high = 1000.0 / nearest
+        low = xp.log(8.0 * target) / 2
+        log_b = root(batch, divergence, low, xp.log(xp.where(high < largest, high, largest)))
+        weights = xp.exp(xp.exp(log_b) * gaps)
+        weights = weights / batch.mean(weights)
+        weights = xp.where(radius >= limit, on_top / share, weights)
+        weights = xp.where(batch.any(~xp.isfinite(losses)), float("nan"), weights)
+        # Losses that are all the same number, or no ball at all, give ones, infinite losses too.
+        plain = ((radius == 0) & ~batch.any(xp.isnan(losses))) | (top == bottom)
+        return xp.where(plain, 1.0, weights)
+
+    def kernel(self) -> Kernel:
+        """The kernel `kl_ball`: the radius."""
+        return "kl_ball", (self.radius,)

@@ -1,0 +1,64 @@
+"""Exponential weights that are clipped at the middle of the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from rgd.weightings._base import Weighting, setting
+from rgd.weightings._batch import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class MidrangeKL(Weighting):
+    """Exponential weights clipped at the middle between the smallest and the largest loss of the batch.
+
+    `w_i = exp(s * min(l_i, (min l + max l) / 2))`, divided by their mean. No clip has to be chosen, which
+    suits a language model, whose losses begin far above any fixed `tau`. In the paper the scale grows from 0
+    after a warm-up: `rgd.torch.WeightingSchedule` or an optax schedule does that.
+
+    Args:
+        scale: Scaling factor `s`, a finite number, in units of 1/loss, or with `relative` without a unit.
+        relative: Whether losses are measured in half ranges, `(max l - min l) / 2`, before they are scaled.
+
+    Raises:
+        TypeError: If `scale` is not a number, or `relative` not a bool.
+        ValueError: If `scale` is not finite.
+
+    Example:
+        >>> import numpy as np, rgd
+        >>> rgd.sample_weights(np.array([0.0, 1.0, 2.0]), rgd.MidrangeKL(1.0)).round(4)
+        array([0.4661, 1.267 , 1.267 ])
+        >>> rgd.sample_weights(np.array([0.0, 10.0, 20.0]), rgd.MidrangeKL(1.0, relative=True)).round(4)
+        array([0.4661, 1.267 , 1.267 ])
+
+    References:
+        Sow, Woisetschläger, Bulusu, Wang, Jacobsen, Liang, "Dynamic Loss-Based Sample Reweighting for
+        Improved Large Language Model Pretraining", ICLR 2025, arXiv 2502.06733: the clip. Their released code
+        measures losses in half ranges: `relative=True`.
+    """
+
+    scale: float = setting("a finite number", lambda scale: (scale > -math.inf) & (scale < math.inf))
+    relative: bool = False
+
+    mean_one = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.relative, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"relative must be True or False, got {self.relative!r}")
+
+    def weights(self, batch: Batch) -> Any:
+        """`exp(s * min(l, middle))`, divided by its mean."""
+        xp, losses = batch.xp, batch.losses
+        # The exponent may be shifted by any number: losses are measured from the largest.
+        top = batch.max(losses)
+        half_range = top / 2 - batch.min(losses) / 2
+        below = xp.where(losses - top > -half_range, -half_range, losses - top)
+        if self.relative:
+            below = below / xp.where(half_range > 0, half_range, 1.0)
+        exponent = self.scale * below
+        weights = xp.exp(exponent - batch.max(exponent))
+        weights = weights / batch.mean(weights)
+        return xp.where(batch.any(~xp.isfinite(losses)), float("nan"), weights)

@@ -1,0 +1,79 @@
+"""Weights divided by their running mean."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from rgd.weightings._base import Weighting, setting
+from rgd.weightings._batch import Batch
+from rgd.weightings.trimmed import require_weighting
+
+
+@dataclasses.dataclass(frozen=True)
+class MovingAverage(Weighting):
+    """The weights of a pointwise weighting over a running mean of them: about one on average, batch by batch.
+
+    First `u <- decay * u + (1 - decay) * mean(w)`, then the weights are `w / u`. `u` starts as the first
+    batch's mean. Division by the mean of a small batch is biased; the running mean, which looks back over
+    about `1 / (1 - decay)` batches, is less so. All of it is computed in logarithms.
+
+    The state is `{"log_mean": log(u), "updates": number of batches}`. A batch with a loss that is not finite
+    leaves it as it was.
+
+    Args:
+        weighting: A pointwise weighting, such as `rgd.KL(math.inf, scale=1.0)`.
+        decay: How much of the old mean stays, in [0, 1).
+
+    Raises:
+        TypeError: If `weighting` is no weighting, or `decay` not a number.
+        ValueError: If `weighting` is not pointwise, or `decay` is not in [0, 1).
+
+    Example:
+        >>> import numpy as np, rgd
+        >>> weighting = rgd.MovingAverage(rgd.KL(tau=1.0), decay=0.9)
+        >>> state = weighting.init()
+        >>> weights, state = rgd.sample_weights(np.array([0.0, 5.0]), weighting, state=state)
+        >>> weights.round(4), int(state["updates"])
+        (array([0.7551, 1.2449]), 1)
+
+    References:
+        Wang, Yang, "Finite-Sum Coupled Compositional Stochastic Optimization: Theory and Applications",
+        ICML 2022 (SOX); Qi, Xu, Yin, Jin, Yang, "Attentional-Biased Stochastic Gradient Descent", TMLR 2023
+        (ABSGD), Algorithm 1.
+    """
+
+    weighting: Weighting
+    decay: float = setting("in [0, 1)", lambda decay: (decay >= 0) & (decay < 1))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_weighting(self.weighting)
+        if not self.weighting.pointwise:
+            raise ValueError(
+                f"weighting must be pointwise, as rgd.KL(tau=1.0) is, got {self.weighting}: its weights "
+                "depend on the batch, which a running mean cannot mend"
+            )
+
+    @property
+    def clip(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """That of the inner weighting."""
+        return self.weighting.clip
+
+    def init(self) -> dict[str, float | int]:
+        """No batch yet."""
+        return {"log_mean": 0.0, "updates": 0}
+
+    def step(self, batch: Batch, state: Any) -> tuple[Any, Any]:
+        """`w / u` with the new `u`."""
+        xp = batch.xp
+        logarithm = self.weighting.log_weights(batch)
+        top = batch.max(logarithm)
+        top = xp.where(xp.isfinite(top), top, 0.0)
+        log_mean = xp.log(batch.mean(xp.exp(logarithm - top))) + top
+        old, first = state["log_mean"], state["updates"] == 0
+        largest = xp.where(old > log_mean, old, log_mean)
+        largest = xp.where(xp.isfinite(largest), largest, 0.0)
+        mixed = self.decay * xp.exp(old - largest) + (1.0 - self.decay) * xp.exp(log_mean - largest)
+        new = xp.where(first, log_mean, xp.log(mixed) + largest)
+        return xp.exp(logarithm - new), {"log_mean": new, "updates": state["updates"] + 1}

@@ -1,0 +1,5 @@
+//! The edges of the crate: the only rooms that know Python, `DLPack` and XLA. They check and translate; kernels compute.
+
+mod python;
+mod tensor;
+mod xla;

@@ -1,0 +1,512 @@
+//! The fused cross-entropy as a custom call of XLA on the CPU, through its foreign function interface (FFI).
+//!
+//! Mirrors the part of `xla/ffi/api/c_api.h` (shipped with jaxlib) that a handler needs, version 0.1, which every later
+//! version of the interface serves. Of a row of logits `x`, its label `y` and its settings `(norm, smoothing, numbers...)` the
+//! call writes the loss `l`, its weight `w`, and the gradient of `norm w l`, which may take the place of the logits. The
+//! attribute `kind` names the weighting that has these numbers, which must be pointwise.
+//!
+//! XLA promises: buffers are dense, row-major and aligned, live as long as the call, and an output shares memory with an
+//! input only where the caller of `jax.ffi.ffi_call` allowed it, and then exactly. Outputs are uninitialised, and a buffer
+//! of no elements may be null. This module promises: nothing is written but outputs and, of structures of XLA's, fields
+//! within their stated size; no panic crosses the boundary; no thread is started, since XLA runs handlers on its own.
+
+use crate::cross_entropy::{Inputs, Reduction, Settings, Target, with_norms};
+use crate::layout::written;
+use crate::numeric::{Element, Real};
+use crate::weightings::Weighting;
+use half::{bf16, f16};
+use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2};
+use std::ffi::{CString, c_char, c_int, c_void};
+use std::mem::{MaybeUninit, offset_of, size_of};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr::null_mut;
+
+#[repr(C)]
+struct Extension {
+    struct_size: usize,
+    kind: c_int,
+    next: *mut Extension,
+}
+
+const METADATA: c_int = 1;
+
+#[repr(C)]
+struct ApiVersion {
+    struct_size: usize,
+    extensions: *mut Extension,
+    major: c_int,
+    minor: c_int,
+}
+
+#[repr(C)]
+struct Metadata {
+    struct_size: usize,
+    api_version: ApiVersion,
+    traits: u32,
+}
+
+#[repr(C)]
+struct MetadataExtension {
+    base: Extension,
+    metadata: *mut Metadata,
+}
+
+/// An error of XLA's own making.
+enum XlaError {}
+
+#[repr(C)]
+struct ErrorCreateArgs {
+    struct_size: usize,
+    extensions: *mut Extension,
+    message: *const c_char,
+    code: c_int,
+}
+
+const INVALID_ARGUMENT: c_int = 3;
+const INTERNAL: c_int = 13;
+
+/// The head of `XLA_FFI_Api`, which has grown since at its end only.
+#[repr(C)]
+struct Api {
+    struct_size: usize,
+    extensions: *mut Extension,
+    version: ApiVersion,
+    internal: *const c_void,
+    error_create: Option<unsafe extern "C" fn(*mut ErrorCreateArgs) -> *mut XlaError>,
+}
+
+/// `XLA_FFI_Args` and `XLA_FFI_Rets`.
+#[repr(C)]
+struct Buffers {
+    struct_size: usize,
+    extensions: *mut Extension,
+    size: i64,
+    kinds: *const c_int,
+    data: *const *const Buffer,
+}
+
+#[repr(C)]
+struct Buffer {
+    struct_size: usize,
+    extensions: *mut Extension,
+    dtype: c_int,
+    data: *mut c_void,
+    rank: i64,
+    dims: *const i64,
+}
+
+#[repr(C)]
+struct Attributes {
+    struct_size: usize,
+    extensions: *mut Extension,
+    size: i64,
+    kinds: *const c_int,
+    names: *const *const ByteSpan,
+    values: *const *const c_void,
+}
+
+/// A string, without a zero at its end.
+#[repr(C)]
+struct ByteSpan {
+    data: *const u8,
+    size: usize,
+}
+
+impl ByteSpan {
+    /// # Safety
+    /// The span is XLA's and outlives `'a`.
+    unsafe fn bytes<'a>(&self) -> &'a [u8] {
+        if self.size == 0 {
+            return &[];
+        }
+        // SAFETY: what the caller promises.
+        unsafe { std::slice::from_raw_parts(self.data, self.size) }
+    }
+}
+
+/// `XLA_FFI_CallFrame` without its later field `future`.
+#[repr(C)]
+pub(crate) struct CallFrame {
+    struct_size: usize,
+    extensions: *mut Extension,
+    api: *const Api,
+    context: *mut c_void,
+    stage: c_int,
+    args: Buffers,
+    rets: Buffers,
+    attributes: Attributes,
+}
+
+const _: () = {
+    assert!(size_of::<*const ()>() == 8, "laid out for 64-bit platforms");
+    assert!(size_of::<Extension>() == 24);
+    assert!(size_of::<ApiVersion>() == 24);
+    assert!(offset_of!(Metadata, traits) == 32);
+    assert!(size_of::<MetadataExtension>() == 32);
+    assert!(size_of::<ErrorCreateArgs>() == 32);
+    assert!(offset_of!(Api, error_create) == 48);
+    assert!(size_of::<Buffers>() == 40);
+    assert!(size_of::<Buffer>() == 48);
+    assert!(size_of::<Attributes>() == 48);
+    assert!(size_of::<ByteSpan>() == 16);
+    assert!(size_of::<CallFrame>() == 40 + 2 * 40 + 48);
+};
+
+/// The kind of a string attribute.
+const STRING: c_int = 4;
+
+/// The data type of a signed integer of 32 bits.
+const S32: c_int = 4;
+const F16: c_int = 10;
+const F32: c_int = 11;
+const F64: c_int = 12;
+const BF16: c_int = 16;
+
+/// The label of a row that takes no part.
+const IGNORED: i32 = -1;
+
+/// Logits that are copied and worked on at a time where the gradient takes their place: they stay in cache.
+const BLOCK: usize = 1 << 15;
+
+/// The handler: XLA calls it to learn its version, and then to run it.
+///
+/// # Safety
+/// `frame` is null or points to a call frame of XLA's.
+pub(crate) unsafe extern "C" fn handler(frame: *mut CallFrame) -> *mut c_void {
+    // SAFETY: what the caller promises.
+    let Some(frame) = (unsafe { frame.as_ref() }) else { return null_mut() };
+    // SAFETY: the extensions are a list of XLA's; the metadata one is written within its stated size.
+    if unsafe { answer_metadata(frame.extensions) } {
+        return null_mut();
+    }
+    // SAFETY: the frame describes the buffers of a call that is under way.
+    let outcome = catch_unwind(AssertUnwindSafe(|| unsafe { run(frame) }));
+    let (message, code) = match outcome {
+        Ok(Ok(())) => return null_mut(),
+        Ok(Err(message)) => (message, INVALID_ARGUMENT),
+        Err(_) => ("a kernel panicked".to_owned(), INTERNAL),
+    };
+    // SAFETY: outside the metadata query, which comes without one, the frame has XLA's table of functions.
+    unsafe { error(frame.api, &format!("rgd.cross_entropy: {message}"), code).cast() }
+}
+
+unsafe fn answer_metadata(mut extension: *mut Extension) -> bool {
+    // SAFETY: a list of XLA's, of which each entry begins as `Extension` does and says its kind.
+    unsafe {
+        while let Some(entry) = extension.as_ref() {
+            if entry.kind == METADATA {
+                let metadata = (*extension.cast::<MetadataExtension>()).metadata;
+                if !metadata.is_null() && (*metadata).struct_size >= offset_of!(Metadata, traits) + 4 {
+                    (*metadata).api_version.major = 0;
+                    (*metadata).api_version.minor = 1;
+                    (*metadata).traits = 0;
+                }
+                return true;
+            }
+            extension = entry.next;
+        }
+    }
+    false
+}
+
+unsafe fn error(api: *const Api, message: &str, code: c_int) -> *mut XlaError {
+    let message = CString::new(message.replace('\0', " ")).unwrap_or_default();
+    let mut args = ErrorCreateArgs {
+        struct_size: size_of::<ErrorCreateArgs>(),
+        extensions: null_mut(),
+        message: message.as_ptr(),
+        code,
+    };
+    // SAFETY: the table is XLA's, or null; XLA copies the message before it returns.
+    unsafe {
+        api.as_ref().and_then(|api| api.error_create).map_or(null_mut(), |create| create(&raw mut args))
+    }
+}
+
+/// A buffer's dtype, dimensions and address.
+struct Memory<'a> {
+    dtype: c_int,
+    dims: &'a [i64],
+    data: *mut c_void,
+}
+
+impl Memory<'_> {
+    unsafe fn of(buffers: &Buffers, index: usize) -> Memory<'_> {
+        // SAFETY: the caller checked `index` against the number of buffers, all of which are XLA's.
+        unsafe {
+            let buffer = &**buffers.data.add(index);
+            let dims = match buffer.rank {
+                0 => &[],
+                rank => std::slice::from_raw_parts(buffer.dims, rank as usize),
+            };
+            Memory { dtype: buffer.dtype, dims, data: buffer.data }
+        }
+    }
+
+    fn elements(&self) -> usize {
+        self.dims.iter().map(|&d| d as usize).product()
+    }
+
+    /// The elements of a result, which nothing has written yet; an empty slice where there are none, whatever the
+    /// address.
+    unsafe fn uninit<'b, T>(&self) -> &'b mut [MaybeUninit<T>] {
+        let (data, count) = (self.data.cast::<MaybeUninit<T>>(), self.elements());
+        // SAFETY: the buffer holds as many elements of the dtype, which the caller checked, and is this call's alone.
+        if count == 0 { &mut [] } else { unsafe { std::slice::from_raw_parts_mut(data, count) } }
+    }
+
+    /// The elements; an empty slice where there are none, whatever the address.
+    unsafe fn slice<T>(&self) -> &[T] {
+        let (data, count) = (self.data.cast::<T>().cast_const(), self.elements());
+        // SAFETY: the buffer holds as many elements of the dtype, which the caller checked, and no one writes them.
+        if count == 0 { &[] } else { unsafe { std::slice::from_raw_parts(data, count) } }
+    }
+}
+
+unsafe fn run(frame: &CallFrame) -> Result<(), String> {
+    if frame.args.size != 3 || frame.rets.size != 3 {
+        return Err(format!(
+            "expected 3 operands and 3 results, got {} and {}",
+            frame.args.size, frame.rets.size
+        ));
+    }
+    // SAFETY: the frame's attributes are XLA's.
+    let kind = unsafe { text_attribute(&frame.attributes, "kind") }
+        .ok_or("the call must have the string attribute 'kind', the name of a weighting")?;
+    // SAFETY: there are three buffers each.
+    let [logits, labels, settings] = unsafe { [0, 1, 2].map(|i| Memory::of(&frame.args, i)) };
+    // SAFETY: as above.
+    let outputs = unsafe { [0, 1, 2].map(|i| Memory::of(&frame.rets, i)) };
+    let Some((&classes, rows)) = logits.dims.split_last() else {
+        return Err("logits have no class axis".into());
+    };
+    let Some((&width, settings_rows)) = settings.dims.split_last() else {
+        return Err(
+            "settings have no last axis: expected norm, label smoothing and the weighting's numbers".into()
+        );
+    };
+    let gradient_shape = [rows, &[classes]].concat();
+    if labels.dtype != S32
+        || labels.dims != rows
+        || settings_rows != rows
+        || width < 2
+        || outputs[0].dims != rows
+        || outputs[1].dims != rows
+        || outputs[2].dims != gradient_shape
+        || outputs[2].dtype != logits.dtype
+        || outputs.iter().take(2).any(|out| out.dtype != settings.dtype)
+        || settings.dtype != if logits.dtype == F64 { F64 } else { F32 }
+    {
+        return Err("operands and results do not fit each other".into());
+    }
+    let call = Call {
+        logits: &logits,
+        labels: &labels,
+        settings: &settings,
+        outputs: &outputs,
+        classes: classes as usize,
+        width: width as usize,
+        kind,
+    };
+    // SAFETY: shapes and dtypes were checked.
+    unsafe {
+        match logits.dtype {
+            F32 => fill::<f32>(&call),
+            F64 => fill::<f64>(&call),
+            F16 => fill::<f16>(&call),
+            BF16 => fill::<bf16>(&call),
+            other => Err(format!("logits must be f16, bf16, f32 or f64, got data type {other}")),
+        }
+    }
+}
+
+/// The string attribute of this name.
+unsafe fn text_attribute<'a>(attributes: &'a Attributes, name: &str) -> Option<&'a str> {
+    for i in 0..usize::try_from(attributes.size).unwrap_or(0) {
+        // SAFETY: XLA gives `size` kinds, names and values; a string's value is a span of bytes.
+        unsafe {
+            if *attributes.kinds.add(i) == STRING && (**attributes.names.add(i)).bytes() == name.as_bytes() {
+                let value = (*attributes.values.add(i)).cast::<ByteSpan>();
+                return std::str::from_utf8((*value).bytes()).ok();
+            }
+        }
+    }
+    None
+}
+
+/// A call whose shapes and dtypes fit.
+struct Call<'a> {
+    logits: &'a Memory<'a>,
+    labels: &'a Memory<'a>,
+    settings: &'a Memory<'a>,
+    outputs: &'a [Memory<'a>; 3],
+    classes: usize,
+    /// How many settings a row has: its norm, its label smoothing and the numbers of the weighting.
+    width: usize,
+    kind: &'a str,
+}
+
+unsafe fn fill<T: Element>(call: &Call) -> Result<(), String> {
+    let Call { classes, width, kind, .. } = *call;
+    let rows = call.labels.elements();
+    // A member that does not exist or is not pointwise is refused also where there are no rows.
+    let read = |numbers: &[f64]| -> Result<Weighting, String> {
+        let weighting = Weighting::new(kind, numbers).map_err(|error| error.to_string())?;
+        if weighting.is_pointwise() {
+            return Ok(weighting);
+        }
+        Err(format!(
+            "weights of kind '{kind}' with these numbers depend on the whole batch: only pointwise weights fit"
+        ))
+    };
+    if rows == 0 || classes == 0 {
+        return read(&vec![0.0; width - 2]).map(|_| ());
+    }
+    // SAFETY: checked shapes and dtypes.
+    let (labels, settings) = unsafe { (call.labels.slice::<i32>(), call.settings.slice::<T::Real>()) };
+    let x = call.logits.data.cast::<T>().cast_const();
+    // SAFETY: checked shapes and dtypes; the three results do not overlap.
+    let (losses, weights, grad) = unsafe {
+        let [losses, weights, grad] = call.outputs;
+        (losses.uninit::<T::Real>(), weights.uninit::<T::Real>(), grad.uninit::<T>())
+    };
+    let in_place = std::ptr::eq(x, grad.as_ptr().cast());
+    let block = (BLOCK / classes).max(1);
+    let settings_of = |row: usize| settings[width * row..width * (row + 1)].split_at(1);
+    let mut copy = Vec::new();
+    let mut clean = Vec::new();
+    let mut norms = Vec::new();
+
+    let mut start = 0;
+    while start < rows {
+        let own = settings_of(start).1;
+        let limit = rows.min(start + block);
+        let end = (start + 1..limit).find(|&row| settings_of(row).1 != own).unwrap_or(limit);
+        let part = start..end;
+        let logits = start * classes..end * classes;
+        let outside = |&label: &i32| label != IGNORED && !(0..classes as i64).contains(&i64::from(label));
+        clean.clear();
+        clean.extend(labels[part.clone()].iter().map(|label| if outside(label) { IGNORED } else { *label }));
+        norms.clear();
+        norms.extend(part.clone().map(|row| settings_of(row).0[0]));
+        let source = if in_place {
+            copy.clear();
+            // SAFETY: the gradient's memory holds the logits until the rows of a gradient take their place.
+            copy.extend_from_slice(unsafe { written(&grad[logits.clone()]) });
+            &copy[..]
+        } else {
+            // SAFETY: rows of a buffer of `rows` rows, which no result overlaps.
+            unsafe { std::slice::from_raw_parts(x.add(logits.start), logits.len()) }
+        };
+        let own: Vec<f64> = own.iter().map(|number| number.to_f64()).collect();
+        let shape = (end - start, classes);
+        let fits = "a block of rows has as many elements as its shape";
+        let inputs = Inputs {
+            logits: ArrayView2::from_shape(shape, source).expect(fits).into_dyn(),
+            target: Target::Int32(ArrayView1::from(&clean[..]).into_dyn()),
+            class_weight: None,
+            sample_weight: None,
+        };
+        let settings = Settings {
+            ignore_index: i64::from(IGNORED),
+            label_smoothing: own[0],
+            per_sample: false,
+            reduction: Reduction::Sum,
+            threads: 1,
+        };
+        let (losses, weights) = (&mut losses[part.clone()], &mut weights[part.clone()]);
+        let grad = &mut grad[logits];
+        let view = ArrayViewMut2::from_shape(shape, &mut *grad).expect(fits).into_dyn();
+        with_norms(&inputs, read(&own[1..])?, &settings, &norms, losses, weights, view)
+            .map_err(|error| error.to_string())?;
+        for (i, &label) in labels[part].iter().enumerate() {
+            let nan = T::Real::from_f64(f64::NAN);
+            if outside(&label) {
+                losses[i].write(nan);
+                weights[i].write(nan);
+            }
+            if outside(&label) || label == IGNORED {
+                // Masked logits may hold anything, and 0 * NaN is NaN.
+                let g = T::narrow(if label == IGNORED { T::Real::default() } else { nan });
+                grad[i * classes..(i + 1) * classes].fill(MaybeUninit::new(g));
+            }
+        }
+        start = end;
+    }
+    Ok(())
+}
+
+/// The address of the handler, for a capsule.
+pub(crate) fn address() -> *const c_void {
+    let handler: unsafe extern "C" fn(*mut CallFrame) -> *mut c_void = handler;
+    handler as *const c_void
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ptr::null;
+
+    #[test]
+    fn the_metadata_query_is_answered_without_an_api_and_within_its_size() {
+        let mut metadata = Metadata {
+            struct_size: size_of::<Metadata>(),
+            api_version: ApiVersion { struct_size: 24, extensions: null_mut(), major: 7, minor: 7 },
+            traits: 7,
+        };
+        let mut extension = MetadataExtension {
+            base: Extension { struct_size: 32, kind: METADATA, next: null_mut() },
+            metadata: &raw mut metadata,
+        };
+        let none =
+            || Buffers { struct_size: 40, extensions: null_mut(), size: 0, kinds: null(), data: null() };
+        let mut frame = CallFrame {
+            struct_size: size_of::<CallFrame>(),
+            extensions: (&raw mut extension).cast(),
+            api: null(),
+            context: null_mut(),
+            stage: 0,
+            args: none(),
+            rets: none(),
+            attributes: Attributes {
+                struct_size: 48,
+                extensions: null_mut(),
+                size: 0,
+                kinds: null(),
+                names: null(),
+                values: null(),
+            },
+        };
+        // SAFETY: a frame as XLA makes one for the query.
+        assert!(unsafe { handler(&raw mut frame) }.is_null());
+        // SAFETY: written through the same address.
+        let (major, minor, traits) = unsafe {
+            let metadata = &*extension.metadata;
+            (metadata.api_version.major, metadata.api_version.minor, metadata.traits)
+        };
+        assert_eq!((major, minor, traits), (0, 1, 0));
+        // SAFETY: null is allowed.
+        assert!(unsafe { handler(null_mut()) }.is_null());
+    }
+
+    #[test]
+    fn a_string_attribute_is_found_by_its_name_among_others() {
+        let span = |text: &'static str| ByteSpan { data: text.as_ptr(), size: text.len() };
+        let (names, value, number) = ([span("width"), span("kind")], span("kl"), 7i32);
+        let names: [*const ByteSpan; 2] = [&raw const names[0], &raw const names[1]];
+        let values: [*const c_void; 2] = [(&raw const number).cast(), (&raw const value).cast()];
+        let kinds = [3, STRING];
+        let attributes = Attributes {
+            struct_size: 48,
+            extensions: null_mut(),
+            size: 2,
+            kinds: kinds.as_ptr(),
+            names: names.as_ptr(),
+            values: values.as_ptr(),
+        };
+        // SAFETY: attributes as XLA lays them out.
+        let [kind, width, other] =
+            unsafe { ["kind", "width", "other"].map(|name| text_attribute(&attributes, name)) };
+        assert_eq!((kind, width, other), (Some("kl"), None, None));
+    }
+}

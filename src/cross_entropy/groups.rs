@@ -1,0 +1,289 @@
+//! A group of targets between the two passes over its logits: from sums over the classes to losses, weights and factors.
+//!
+//! With the largest logit `m`, the mass `h` on the label `y` and the soft mass `t`, a target's loss is
+//! `l = h (log S - (x_y - m)) + (sum_k t_k) log S - sum_k t_k (x_k - m)` with `S = sum_k exp(x_k - m)`. The gradient of
+//! `f l` is `f (h + sum_k t_k) / S exp(x_k - m) - f t_k`, at the label less `f h`, where `f = norm p w`.
+
+use super::Inputs;
+use super::labels::{Label, Labels};
+use super::mass::SoftMass;
+use super::rows::Rows;
+use super::shape::Dimensions;
+use super::tiles::Tiles;
+use crate::layout::{Positions, Shared};
+use crate::numeric::{Element, Isa, LANES, Real, dispatch, ln};
+use crate::parallel::for_each_block;
+use crate::weightings::Weighting;
+use ndarray::ArrayViewMutD;
+use std::mem::MaybeUninit;
+
+/// Classes from which on lanes run along a contiguous row.
+const ROW_CLASSES: usize = 24;
+
+/// Logits of a block, the unit of work of a thread.
+pub(super) const BLOCK: usize = 1 << 15;
+
+/// Logits below which waking a thread costs more than it saves.
+const PARALLEL: usize = 1 << 18;
+
+/// Where the weights come from, and so what a pass writes.
+#[derive(Clone, Copy)]
+pub(super) enum Plan<'a, A> {
+    /// Writes the losses.
+    Losses { losses: Shared<MaybeUninit<A>> },
+    /// Writes the losses, their pointwise weights, and the gradient if it is wanted.
+    Pointwise { weighting: Weighting, losses: Shared<MaybeUninit<A>>, weights: Shared<MaybeUninit<A>> },
+    /// Writes the gradient, from one weight a unit.
+    Given { weights: &'a [A] },
+}
+
+/// The inputs and the gradient of a call, by their addresses.
+pub(super) struct Problem<'a, T: Element> {
+    pub classes: usize,
+    /// Where each target's logits, gradient and probabilities lie.
+    pub positions: Positions<3>,
+    pub logits: Shared<T>,
+    /// The stride of the class axis.
+    pub logits_class: isize,
+    pub grad: Option<Shared<T>>,
+    /// The stride of the class axis.
+    pub grad_class: isize,
+    pub labels: &'a Labels,
+    pub class_weight: Option<&'a [T::Real]>,
+    /// One number a unit that multiplies the factors.
+    pub base: Option<&'a [T::Real]>,
+    /// How many targets share a weight.
+    pub unit: usize,
+    /// What multiplies all factors.
+    pub norm: f64,
+    /// `1 - label_smoothing`.
+    pub on_label: f64,
+    pub soft: SoftMass<T>,
+}
+
+impl<'a, T: Element> Problem<'a, T> {
+    /// Keeps addresses of `inputs` and `grad`, which must stay borrowed as long as this is used.
+    pub fn new(
+        inputs: &'a Inputs<T>,
+        dims: &Dimensions,
+        labels: &'a Labels,
+        label_smoothing: f64,
+        grad: Option<&mut ArrayViewMutD<MaybeUninit<T>>>,
+    ) -> Self {
+        let Dimensions { classes, class_axis, .. } = *dims;
+        let logits = &inputs.logits;
+        let without_class = |strides: &[isize]| -> Vec<isize> {
+            strides.iter().enumerate().filter(|&(axis, _)| axis != class_axis).map(|(_, &s)| s).collect()
+        };
+        let x_strides = without_class(logits.strides());
+        let (g_strides, g_class) = grad.as_ref().map_or_else(
+            || (x_strides.clone(), logits.strides()[class_axis]),
+            |g| (without_class(g.strides()), g.strides()[class_axis]),
+        );
+        let q_strides = match &inputs.target {
+            super::Target::Probabilities(q) => without_class(q.strides()),
+            _ => vec![0; dims.shape.len()],
+        };
+        Self {
+            classes,
+            positions: Positions::new(&dims.shape, [&x_strides, &g_strides, &q_strides]),
+            logits: Shared(logits.as_ptr().cast_mut()),
+            logits_class: if classes == 1 { 1 } else { logits.strides()[class_axis] },
+            grad: grad.map(|g| Shared(g.as_mut_ptr().cast())),
+            grad_class: if classes == 1 { 1 } else { g_class },
+            labels,
+            class_weight: inputs.class_weight,
+            base: inputs.sample_weight,
+            unit: dims.unit,
+            norm: 1.0,
+            on_label: 1.0 - label_smoothing,
+            soft: SoftMass::new(&inputs.target, classes, inputs.class_weight, label_smoothing),
+        }
+    }
+
+    /// Works through all targets as the plan says.
+    pub fn run(&self, plan: Plan<T::Real>, threads: usize) {
+        let targets = self.positions.len();
+        let threads = if targets * self.classes < PARALLEL { 1 } else { threads };
+        let rows = self.logits_class == 1
+            && self.classes >= ROW_CLASSES
+            && (self.grad.is_none() || self.grad_class == 1)
+            && !matches!(self.soft, SoftMass::Probabilities { class_stride, .. } if class_stride != 1);
+        let size = (BLOCK / self.classes.max(1)).max(1);
+        let size = if rows { size } else { size.next_multiple_of(LANES) };
+        for_each_block(targets.div_ceil(size), threads, |i| {
+            let (start, end) = (i * size, targets.min((i + 1) * size));
+            if rows {
+                dispatch(Rows { problem: self, plan, start, end });
+            } else {
+                dispatch(Tiles { problem: self, plan, start, end });
+            }
+        });
+    }
+
+    /// The gradient's address, if the plan writes it.
+    pub fn wanted_grad(&self, plan: Plan<T::Real>) -> Option<Shared<T>> {
+        if matches!(plan, Plan::Losses { .. }) { None } else { self.grad }
+    }
+
+    /// Sets the mass on each label, and what its logit is, from `logit(i, y)`.
+    #[inline(always)]
+    pub fn look_at_labels(
+        &self,
+        start: usize,
+        count: usize,
+        group: &mut Group<T::Real>,
+        logit: impl Fn(usize, usize) -> T::Real,
+    ) {
+        let Some(labels) = self.labels.part(start, count) else {
+            group.label_mass[..count].fill(T::Real::default());
+            group.at_label[..count].fill(T::Real::default());
+            return;
+        };
+        for (i, label) in labels.iter().enumerate() {
+            (group.label_mass[i], group.at_label[i]) = match label.class() {
+                Some(y) => {
+                    let c = self.class_weight.map_or(1.0, |c| c[y].to_f64());
+                    (T::Real::from_f64(self.on_label * c), logit(i, y) - group.max[i])
+                }
+                None => (T::Real::default(), T::Real::default()),
+            };
+        }
+    }
+
+    /// From the sums over the classes to losses and weights, written as the plan says, and on to the factors.
+    #[inline(always)]
+    pub fn weigh<I: Isa>(&self, plan: Plan<T::Real>, start: usize, count: usize, group: &mut Group<T::Real>) {
+        let mut buffer = [0.0; GROUP];
+        let values = &mut buffer[..count];
+        let labels = self.labels.part(start, count);
+        // SAFETY of what is written below: a block writes the losses and the weights of its own targets only, and both
+        // slices outlive the call.
+        match plan {
+            Plan::Losses { losses } => {
+                self.losses::<I>(labels, group, values);
+                // SAFETY: as above.
+                store(unsafe { losses.part(start, start + count) }, values);
+                return;
+            }
+            Plan::Pointwise { weighting, losses, weights } => {
+                self.losses::<I>(labels, group, values);
+                // SAFETY: as above.
+                store(unsafe { losses.part(start, start + count) }, values);
+                weighting.pointwise::<I>(values);
+                for value in &mut *values {
+                    *value = T::Real::from_f64(*value).to_f64();
+                }
+                clear_ignored(labels, values);
+                // SAFETY: as above.
+                store(unsafe { weights.part(start, start + count) }, values);
+            }
+            Plan::Given { weights } => {
+                for (i, value) in values.iter_mut().enumerate() {
+                    *value = weights[(start + i) / self.unit].to_f64();
+                }
+            }
+        }
+        if let Some(base) = self.base {
+            for (i, value) in values.iter_mut().enumerate() {
+                *value *= base[(start + i) / self.unit].to_f64();
+            }
+        }
+        for value in &mut *values {
+            *value *= self.norm;
+        }
+        // The norm may be infinite, where no target counts.
+        clear_ignored(labels, values);
+        for (factor, &value) in group.factor.iter_mut().zip(&*values) {
+            *factor = T::Real::from_f64(value);
+        }
+        for i in 0..count {
+            group.exp_factor[i] = group.factor[i] * (group.label_mass[i] + group.soft_mass[i]) / group.sum[i];
+        }
+    }
+
+    /// The losses of a group, rounded to the accumulator's type.
+    #[inline(always)]
+    fn losses<I: Isa>(&self, labels: Option<&[Label]>, group: &Group<T::Real>, losses: &mut [f64]) {
+        let count = losses.len();
+        let on_labels = group.label_mass[..count].iter().zip(&group.at_label[..count]);
+        if self.soft.is_some() {
+            let sums = group.sum[..count].iter().zip(&group.soft_dot[..count]).zip(&group.soft_mass[..count]);
+            let probabilities = self.soft.is_probabilities();
+            for ((loss, ((&sum, &dot), &mass)), (&label_mass, &at_label)) in
+                losses.iter_mut().zip(sums).zip(on_labels)
+            {
+                let log_sum = ln::<I>(sum.to_f64());
+                let on_label = label_mass.to_f64() * (log_sum - at_label.to_f64());
+                let soft = mass.to_f64() * log_sum - dot.to_f64();
+                *loss = if probabilities { soft } else { on_label + soft };
+            }
+        } else {
+            for ((loss, &sum), (&label_mass, &at_label)) in
+                losses.iter_mut().zip(&group.sum[..count]).zip(on_labels)
+            {
+                *loss = label_mass.to_f64() * (ln::<I>(sum.to_f64()) - at_label.to_f64());
+            }
+        }
+        for loss in &mut *losses {
+            *loss = T::Real::from_f64(*loss).to_f64();
+        }
+        clear_ignored(labels, losses);
+    }
+}
+
+/// Sets the values of targets that take no part to 0.
+#[inline(always)]
+fn clear_ignored(labels: Option<&[Label]>, values: &mut [f64]) {
+    for (value, label) in values.iter_mut().zip(labels.unwrap_or_default()) {
+        *value = if label.counts() { *value } else { 0.0 };
+    }
+}
+
+/// Writes numbers in the accumulator's type.
+#[inline(always)]
+fn store<A: Real>(out: &mut [MaybeUninit<A>], values: &[f64]) {
+    for (out, &value) in out.iter_mut().zip(values) {
+        out.write(A::from_f64(value));
+    }
+}
+
+/// Targets that are worked on together: their number is large enough for the lanes of every loop over them, and their
+/// numbers stay in the first-level cache.
+pub(super) const GROUP: usize = 256;
+
+/// What is known of a group of targets, one entry each; `m` is the largest logit, `t` the soft mass.
+pub(super) struct Group<A> {
+    /// `m`.
+    pub max: [A; GROUP],
+    /// `x_y - m` at the label `y`.
+    pub at_label: [A; GROUP],
+    /// `sum_k exp(x_k - m)`.
+    pub sum: [A; GROUP],
+    /// `sum_k t_k (x_k - m)`.
+    pub soft_dot: [A; GROUP],
+    /// `sum_k t_k`.
+    pub soft_mass: [A; GROUP],
+    /// The mass on the label.
+    pub label_mass: [A; GROUP],
+    /// What the gradient of the target's loss is multiplied by; 0 where the target takes no part.
+    pub factor: [A; GROUP],
+    /// What the exponentials are multiplied by: `factor` times all mass over `sum`.
+    pub exp_factor: [A; GROUP],
+}
+
+impl<A: Real> Group<A> {
+    pub fn new() -> Self {
+        let zero = [A::default(); GROUP];
+        Self {
+            max: zero,
+            at_label: zero,
+            sum: zero,
+            soft_dot: zero,
+            soft_mass: zero,
+            label_mass: zero,
+            factor: zero,
+            exp_factor: zero,
+        }
+    }
+}

@@ -1,0 +1,436 @@
+//! The loop for contiguous rows of many classes: the lanes run along the classes.
+//!
+//! A row is read twice, for its maximum `m` and for `exp(x_k - m)` with its sums, and then turned into the gradient. A
+//! group of rows stays in the second-level cache from the first of these steps to the last. The exponentials are kept in
+//! the gradient's own memory or, where its type is too narrow for them, in scratch memory.
+
+use super::groups::{GROUP, Group, Plan, Problem};
+use super::labels::Label;
+use super::mass::{NoMass, ProbabilityMass, RowMass, SmoothingMass, SoftMass};
+use crate::layout::Run;
+use crate::numeric::{Element, Isa, Kernel, LANES, Real};
+use std::sync::atomic::{Ordering, compiler_fence};
+
+/// The rows `start..end` of a problem, a group after the other.
+pub(super) struct Rows<'a, 'b, T: Element> {
+    pub problem: &'a Problem<'b, T>,
+    pub plan: Plan<'a, T::Real>,
+    pub start: usize,
+    pub end: usize,
+}
+
+/// # Safety
+/// [`LANES`] numbers may be read there.
+#[inline(always)]
+pub(super) unsafe fn read_tile<T: Copy>(address: *const T) -> [T; LANES] {
+    // SAFETY: what the caller promises.
+    unsafe { address.cast::<[T; LANES]>().read() }
+}
+
+/// # Safety
+/// [`LANES`] numbers may be written there.
+#[inline(always)]
+unsafe fn write_tile<T: Copy>(address: *mut T, tile: [T; LANES]) {
+    // SAFETY: what the caller promises.
+    unsafe { address.cast::<[T; LANES]>().write(tile) }
+}
+
+impl<T: Element> Kernel for Rows<'_, '_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let p = self.problem;
+        let classes = p.classes;
+        let [x_step, g_step, q_step] = p.positions.inner();
+        let mut group = Group::new();
+        let grad = p.wanted_grad(self.plan);
+        let own = grad.and_then(|grad| T::as_real(grad.0));
+        // Where no gradient is written, exponentials are not needed after their sum, so that all rows share one row of
+        // scratch memory.
+        let kept = if grad.is_none() && T::as_real(p.logits.0).is_some() { 1 } else { GROUP };
+        let kept = if own.is_some() { 0 } else { kept.min(self.end - self.start) };
+        let mut scratch = Vec::<T::Real>::with_capacity(classes * kept);
+        for Run { position, length, offsets: [x, g, q_offset] } in p.positions.runs(self.start, self.end) {
+            let mut done = 0;
+            while done < length {
+                let count = GROUP.min(length - done);
+                let at = done as isize;
+                // SAFETY: the offsets come from `Positions`, made of the shape and strides of the very views that the
+                // addresses are of, with a class stride of 1; a block writes the gradient of its own targets only.
+                unsafe {
+                    let rows = RowsOf { first: p.logits.0.offset(x + at * x_step), step: x_step, classes };
+                    let grads = grad.map(|grad| RowsOf {
+                        first: grad.0.offset(g + at * g_step),
+                        step: g_step,
+                        classes,
+                    });
+                    let exps = match own {
+                        Some(own) => RowsOf { first: own.offset(g + at * g_step), step: g_step, classes },
+                        None => RowsOf {
+                            first: scratch.as_mut_ptr(),
+                            step: if kept == 1 { 0 } else { classes as isize },
+                            classes,
+                        },
+                    };
+                    let steps =
+                        RowSteps { p, plan: self.plan, start: position + done, count, rows, grads, exps };
+                    match &p.soft {
+                        SoftMass::Nothing => steps.run::<I, _>(&mut group, |_| NoMass),
+                        SoftMass::Smoothing { mass } => {
+                            steps.run::<I, _>(&mut group, |_| SmoothingMass(mass));
+                        }
+                        SoftMass::Probabilities { q, slope, mass, .. } => {
+                            let q =
+                                RowsOf { first: q.0.offset(q_offset + at * q_step), step: q_step, classes };
+                            steps.run::<I, _>(&mut group, |i| ProbabilityMass::<T>(q.row(i), slope, mass));
+                        }
+                    }
+                }
+                done += count;
+            }
+        }
+    }
+}
+
+/// Contiguous rows at equal steps.
+#[derive(Clone, Copy)]
+struct RowsOf<T> {
+    first: *mut T,
+    step: isize,
+    classes: usize,
+}
+
+impl<T: Copy> RowsOf<T> {
+    /// # Safety
+    /// There is a row `i`.
+    #[inline(always)]
+    unsafe fn address(self, i: usize) -> *mut T {
+        // SAFETY: what the caller promises.
+        unsafe { self.first.offset(i as isize * self.step) }
+    }
+
+    /// # Safety
+    /// There is a row `i`, and nobody writes to it meanwhile.
+    #[inline(always)]
+    unsafe fn row<'a>(self, i: usize) -> &'a [T] {
+        // SAFETY: what the caller promises.
+        unsafe { std::slice::from_raw_parts(self.address(i), self.classes) }
+    }
+}
+
+/// The steps over a group of rows.
+struct RowSteps<'a, 'b, T: Element> {
+    p: &'a Problem<'b, T>,
+    plan: Plan<'a, T::Real>,
+    start: usize,
+    count: usize,
+    rows: RowsOf<T>,
+    /// Where the gradient goes, if it is wanted.
+    grads: Option<RowsOf<T>>,
+    /// Where the exponentials go, which become the gradient: for wide types into `grads`.
+    exps: RowsOf<T::Real>,
+}
+
+impl<T: Element> RowSteps<'_, '_, T> {
+    /// # Safety
+    /// `rows`, `grads` and `exps` have `count` rows; the last two are this call's alone.
+    #[inline(always)]
+    unsafe fn run<I: Isa, M: RowMass<T::Real>>(self, group: &mut Group<T::Real>, mass: impl Fn(usize) -> M) {
+        let Self { p, plan, start, count, rows, grads, exps } = self;
+        // SAFETY of every block below: what the caller promises.
+        let own = T::as_real(rows.first);
+        let source = own.map_or(exps, |first| RowsOf { first, step: rows.step, classes: rows.classes });
+        // All maxima come first: a maximum is a long chain of dependent steps, and those of several rows overlap.
+        for i in 0..count {
+            // SAFETY: as above.
+            unsafe {
+                if own.is_none() {
+                    row_widen(rows.address(i), exps.address(i), p.classes);
+                }
+                group.max[i] = row_max(source.row(i));
+            }
+        }
+        for i in 0..count {
+            // SAFETY: as above.
+            let [sum, dot, mass_sum] = unsafe {
+                row_exps::<_, I, _>(source.address(i), exps.address(i), p.classes, group.max[i], &mass(i))
+            };
+            (group.sum[i], group.soft_dot[i], group.soft_mass[i]) = (sum, dot, mass_sum);
+        }
+        // SAFETY: as above.
+        p.look_at_labels(start, count, group, |i, y| unsafe { rows.row(i) }[y].widen());
+        p.weigh::<I>(plan, start, count, group);
+        let Some(grads) = grads else {
+            return;
+        };
+        let labels = p.labels.part(start, count);
+        for i in 0..count {
+            let label = labels.map(|labels| labels[i]);
+            let (exp_factor, factor) = (group.exp_factor[i], group.factor[i]);
+            let mass = mass(i);
+            // SAFETY: as above.
+            unsafe {
+                let (exps, grad) = (exps.address(i).cast_const(), grads.address(i));
+                if label.is_some_and(|label| !label.counts()) {
+                    // 0, but NaN logits stay NaN, as in `torch.nn.CrossEntropyLoss`.
+                    let nothing = T::narrow(T::Real::default() * group.sum[i]);
+                    for k in 0..p.classes {
+                        grad.add(k).write(nothing);
+                    }
+                    continue;
+                }
+                let at_label = label.and_then(Label::class).map(|y| (y, exps.add(y).read()));
+                row_gradient(exps, grad, p.classes, exp_factor, factor, &mass);
+                if let Some((y, e)) = at_label {
+                    let g = e * exp_factor - factor * mass.at(y) - factor * group.label_mass[i];
+                    grad.add(y).write(T::narrow(g));
+                }
+            }
+        }
+    }
+}
+
+/// Fence: stops LLVM from vectorising across tiles, which would gather and scatter. Within a tile the lanes become
+/// vectors.
+#[inline(always)]
+fn fence() {
+    compiler_fence(Ordering::SeqCst);
+}
+
+/// Independent accumulators of a row, each of [`LANES`] lanes.
+const CHAINS: usize = 4;
+
+/// Widens a row.
+///
+/// # Safety
+/// The addresses are of rows of at least [`LANES`] numbers that do not overlap, the latter this call's alone.
+#[inline(always)]
+unsafe fn row_widen<T: Element>(row: *const T, wide: *mut T::Real, classes: usize) {
+    let mut k = 0;
+    while k < classes {
+        // The last tile may overlap the one before it.
+        let at = k.min(classes - LANES);
+        // SAFETY: what the caller promises.
+        let x = unsafe { read_tile(row.add(at)) };
+        let mut y = [T::Real::default(); LANES];
+        for lane in 0..LANES {
+            y[lane] = x[lane].widen();
+        }
+        // SAFETY: as above.
+        unsafe { write_tile(wide.add(at), y) };
+        k += LANES;
+        fence();
+    }
+}
+
+/// The largest logit. NaN logits are skipped here; they make the sum of exponentials NaN.
+#[inline(always)]
+fn row_max<A: Real>(row: &[A]) -> A {
+    let mut lanes = [[A::NEG_INFINITY; LANES]; CHAINS];
+    let (tiles, _) = row.as_chunks::<LANES>();
+    let (groups, tiles) = tiles.as_chunks::<CHAINS>();
+    for group in groups {
+        for chain in 0..CHAINS {
+            for lane in 0..LANES {
+                let x = group[chain][lane];
+                lanes[chain][lane] = if x > lanes[chain][lane] { x } else { lanes[chain][lane] };
+            }
+        }
+    }
+    let last: &[A; LANES] = row.last_chunk().expect("rows are longer than their lanes");
+    for tile in tiles.iter().chain([last]) {
+        for lane in 0..LANES {
+            lanes[0][lane] = if tile[lane] > lanes[0][lane] { tile[lane] } else { lanes[0][lane] };
+        }
+    }
+    let [mut a, b, mut c, d] = lanes;
+    for lane in 0..LANES {
+        a[lane] = if b[lane] > a[lane] { b[lane] } else { a[lane] };
+        c[lane] = if d[lane] > c[lane] { d[lane] } else { c[lane] };
+        a[lane] = if c[lane] > a[lane] { c[lane] } else { a[lane] };
+    }
+    let mut half = LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            a[lane] = if a[lane + half] > a[lane] { a[lane + half] } else { a[lane] };
+        }
+        half /= 2;
+    }
+    a[0]
+}
+
+/// The sum of the lanes of all chains.
+#[inline(always)]
+fn join<A: Real>([mut a, b, c, d]: [[A; LANES]; CHAINS]) -> A {
+    for lane in 0..LANES {
+        a[lane] = (a[lane] + b[lane]) + (c[lane] + d[lane]);
+    }
+    let mut half = LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            a[lane] += a[lane + half];
+        }
+        half /= 2;
+    }
+    a[0]
+}
+
+/// Sums over the classes, lane by lane: of `exp(x_k - max)`, of `t_k (x_k - max)` and of `t_k`, `t` the soft mass.
+#[derive(Clone, Copy)]
+struct RowSums<A> {
+    exps: [A; LANES],
+    dot: [A; LANES],
+    mass: [A; LANES],
+}
+
+impl<A: Real> RowSums<A> {
+    /// Adds the lanes from `first` on to the sums, and returns the exponentials of all lanes. The loops are separate and
+    /// short, so that the compiler unrolls each of them.
+    #[inline(always)]
+    fn add<I: Isa>(
+        &mut self,
+        mut x: [A; LANES],
+        max: A,
+        mass: Option<[A; LANES]>,
+        first: usize,
+    ) -> [A; LANES] {
+        let kept = |lane: usize, x: A| if lane >= first { x } else { A::default() };
+        for z in &mut x {
+            *z = *z - max;
+        }
+        if let Some(mass) = mass {
+            for (lane, (dot, (&t, &z))) in self.dot.iter_mut().zip(mass.iter().zip(&x)).enumerate() {
+                *dot += kept(lane, t * z);
+            }
+            for (lane, (sum, &t)) in self.mass.iter_mut().zip(&mass).enumerate() {
+                *sum += kept(lane, t);
+            }
+        }
+        for z in &mut x {
+            *z = z.exp_nonpositive::<I>();
+        }
+        for (lane, (sum, &e)) in self.exps.iter_mut().zip(&x).enumerate() {
+            *sum += kept(lane, e);
+        }
+        x
+    }
+}
+
+/// Writes `exp(x_k - max)`, and returns `sum_k exp(x_k - max)`, `sum_k t_k (x_k - max)` and `sum_k t_k` of the soft
+/// mass `t`.
+///
+/// # Safety
+/// `source` and `exps`, which may be the same, are rows of at least [`LANES`] numbers, the latter this call's alone, and
+/// `mass` is that of a row as long.
+#[inline(always)]
+unsafe fn row_exps<A: Real, I: Isa, M: RowMass<A>>(
+    source: *const A,
+    exps: *mut A,
+    classes: usize,
+    max: A,
+    mass: &M,
+) -> [A; 3] {
+    let zero = [A::default(); LANES];
+    let mut sums = [RowSums { exps: zero, dot: zero, mass: zero }; CHAINS];
+    // The classes after the last full tile are the end of the row's last `LANES` classes. That tile overlaps the full
+    // ones and `exps` may be `source`, so it is read before anything is written.
+    let rest = classes % LANES;
+    let last = classes - LANES;
+    // SAFETY: what the caller promises.
+    let mut end = unsafe { read_tile(source.add(last)) };
+    if rest != 0 {
+        // SAFETY: as above.
+        let t = if M::SOME { Some(unsafe { mass.tile(last) }) } else { None };
+        end = sums[1].add::<I>(end, max, t, LANES - rest);
+    }
+    let mut k = 0;
+    while k + CHAINS * LANES <= classes {
+        for (chain, sums) in sums.iter_mut().enumerate() {
+            let k = k + chain * LANES;
+            // SAFETY: as above.
+            unsafe {
+                let t = if M::SOME { Some(mass.tile(k)) } else { None };
+                write_tile(exps.add(k), sums.add::<I>(read_tile(source.add(k)), max, t, 0));
+            }
+        }
+        k += CHAINS * LANES;
+        fence();
+    }
+    while k + LANES <= classes {
+        // SAFETY: as above.
+        unsafe {
+            let t = if M::SOME { Some(mass.tile(k)) } else { None };
+            write_tile(exps.add(k), sums[0].add::<I>(read_tile(source.add(k)), max, t, 0));
+        }
+        k += LANES;
+        fence();
+    }
+    if rest != 0 {
+        // SAFETY: as above.
+        unsafe { write_tile(exps.add(last), end) };
+    }
+    let [a, b, c, d] = sums;
+    let exps = join([a.exps, b.exps, c.exps, d.exps]);
+    if M::SOME {
+        [exps, join([a.dot, b.dot, c.dot, d.dot]), join([a.mass, b.mass, c.mass, d.mass])]
+    } else {
+        [exps, A::default(), A::default()]
+    }
+}
+
+/// Writes `exps_k exp_factor - factor t_k`, `t` the soft mass.
+///
+/// # Safety
+/// `exps` and `grad` are rows of at least [`LANES`] numbers, the latter this call's alone; they overlap only where they
+/// are the same. `mass` is that of a row as long.
+#[inline(always)]
+unsafe fn row_gradient<T: Element, M: RowMass<T::Real>>(
+    exps: *const T::Real,
+    grad: *mut T,
+    classes: usize,
+    exp_factor: T::Real,
+    factor: T::Real,
+    mass: &M,
+) {
+    let last = classes - LANES;
+    // SAFETY: what the caller promises.
+    let end = unsafe { read_tile(exps.add(last)) };
+    let mut k = 0;
+    while k <= last {
+        // SAFETY: as above.
+        unsafe {
+            let t = if M::SOME { Some(mass.tile(k)) } else { None };
+            write_tile(grad.add(k), tile_gradient(read_tile(exps.add(k)), exp_factor, factor, t));
+        }
+        k += LANES;
+        fence();
+    }
+    // SAFETY: as above.
+    unsafe {
+        let t = if M::SOME { Some(mass.tile(last)) } else { None };
+        write_tile(grad.add(last), tile_gradient(end, exp_factor, factor, t));
+    }
+}
+
+#[inline(always)]
+fn tile_gradient<T: Element>(
+    mut x: [T::Real; LANES],
+    exp_factor: T::Real,
+    factor: T::Real,
+    mass: Option<[T::Real; LANES]>,
+) -> [T; LANES] {
+    for x in &mut x {
+        *x = *x * exp_factor;
+    }
+    if let Some(mass) = mass {
+        for (x, &t) in x.iter_mut().zip(&mass) {
+            *x = *x - factor * t;
+        }
+    }
+    let mut grad = [T::narrow(exp_factor); LANES];
+    for (grad, &x) in grad.iter_mut().zip(&x) {
+        *grad = T::narrow(x);
+    }
+    grad
+}

@@ -1,0 +1,226 @@
+//! The loop for few classes or a strided class axis: the lanes run across targets.
+//!
+//! A tile holds at most [`GROUP`] targets and all classes, widened, each class a row of the tile. It is turned in place
+//! from logits `x_k` into `exp(x_k - m)` and then into the gradient.
+
+use super::groups::{BLOCK, GROUP, Group, Plan, Problem};
+use super::mass::SoftMass;
+use crate::layout::Run;
+use crate::numeric::{Element, Isa, Kernel, LANES, Real};
+use std::mem::MaybeUninit;
+
+/// The targets `start..end` of a problem, a tile after the other.
+pub(super) struct Tiles<'a, 'b, T: Element> {
+    pub problem: &'a Problem<'b, T>,
+    pub plan: Plan<'a, T::Real>,
+    pub start: usize,
+    pub end: usize,
+}
+
+impl<T: Element> Kernel for Tiles<'_, '_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let p = self.problem;
+        let [x_step, g_step, q_step] = p.positions.inner();
+        let width =
+            (BLOCK / p.classes.max(1)).next_multiple_of(LANES).clamp(LANES, GROUP).min(self.end - self.start);
+        let mut tile = vec![T::Real::default(); p.classes * width];
+        let mut masses = match p.soft {
+            SoftMass::Probabilities { .. } => vec![T::Real::default(); p.classes * width],
+            _ => Vec::new(),
+        };
+        let mut group = Group::new();
+        for Run { position, length, offsets: [x, g, q_offset] } in p.positions.runs(self.start, self.end) {
+            let mut done = 0;
+            while done < length {
+                let count = width.min(length - done);
+                let at = done as isize;
+                // SAFETY: the offsets come from `Positions`, made of the shape and strides of the very views that the
+                // addresses are of; a tile writes the gradient of its own targets only.
+                unsafe {
+                    load_tile(
+                        p.logits.0.offset(x + at * x_step),
+                        x_step,
+                        p.logits_class,
+                        width,
+                        count,
+                        &mut tile,
+                    );
+                    if let SoftMass::Probabilities { q, class_stride, slope, mass } = &p.soft {
+                        let first = q.0.offset(q_offset + at * q_step);
+                        load_tile(first, q_step, *class_stride, width, count, &mut masses);
+                        for (row, (&slope, &mass)) in
+                            masses.chunks_exact_mut(width).zip(slope.iter().zip(mass))
+                        {
+                            for x in row {
+                                *x = *x * slope + mass;
+                            }
+                        }
+                    }
+                    tile_step::<T, I>(
+                        p,
+                        self.plan,
+                        position + done,
+                        width,
+                        count,
+                        &mut group,
+                        &mut tile,
+                        &masses,
+                    );
+                    if let Some(grad) = p.wanted_grad(self.plan) {
+                        store_tile(grad.0.offset(g + at * g_step), g_step, p.grad_class, width, count, &tile);
+                    }
+                }
+                done += count;
+            }
+        }
+    }
+}
+
+/// Reads `count` targets into a tile, each class a row of `width` lanes.
+///
+/// # Safety
+/// `first` and the strides describe `count` targets of as many classes as `tile` has rows.
+#[inline(always)]
+unsafe fn load_tile<T: Element>(
+    first: *const T,
+    step: isize,
+    class: isize,
+    width: usize,
+    count: usize,
+    tile: &mut [T::Real],
+) {
+    for (k, row) in tile.chunks_exact_mut(width).enumerate() {
+        // SAFETY: what the caller promises.
+        unsafe {
+            let source = first.offset(k as isize * class);
+            if step == 1 {
+                for (x, y) in row.iter_mut().zip(std::slice::from_raw_parts(source, count)) {
+                    *x = y.widen();
+                }
+            } else {
+                for (lane, x) in row[..count].iter_mut().enumerate() {
+                    *x = (*source.offset(lane as isize * step)).widen();
+                }
+            }
+        }
+    }
+}
+
+/// Writes `count` targets of a tile.
+///
+/// # Safety
+/// As [`load_tile`], and the memory may be written.
+#[inline(always)]
+unsafe fn store_tile<T: Element>(
+    first: *mut T,
+    step: isize,
+    class: isize,
+    width: usize,
+    count: usize,
+    tile: &[T::Real],
+) {
+    for (k, row) in tile.chunks_exact(width).enumerate() {
+        // SAFETY: what the caller promises.
+        unsafe {
+            let sink = first.offset(k as isize * class);
+            if step == 1 {
+                let sink = std::slice::from_raw_parts_mut(sink.cast::<MaybeUninit<T>>(), count);
+                for (x, &y) in sink.iter_mut().zip(row) {
+                    x.write(T::narrow(y));
+                }
+            } else {
+                for (lane, &y) in row[..count].iter().enumerate() {
+                    sink.offset(lane as isize * step).write(T::narrow(y));
+                }
+            }
+        }
+    }
+}
+
+/// Turns a tile of logits into the gradient, writing losses and weights on the way as the plan says.
+#[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "one step of one loop")]
+fn tile_step<T: Element, I: Isa>(
+    p: &Problem<T>,
+    plan: Plan<T::Real>,
+    start: usize,
+    width: usize,
+    count: usize,
+    group: &mut Group<T::Real>,
+    tile: &mut [T::Real],
+    masses: &[T::Real],
+) {
+    let zero = T::Real::default();
+    group.max[..count].fill(T::Real::NEG_INFINITY);
+    for row in tile.chunks_exact(width) {
+        for (max, &x) in group.max[..count].iter_mut().zip(row) {
+            *max = if x > *max { x } else { *max };
+        }
+    }
+    p.look_at_labels(start, count, group, |i, y| tile[y * width + i]);
+
+    group.sum[..count].fill(zero);
+    if p.soft.is_some() {
+        group.soft_dot[..count].fill(zero);
+        group.soft_mass[..count].fill(zero);
+    }
+    for (k, row) in tile.chunks_exact_mut(width).enumerate() {
+        match &p.soft {
+            SoftMass::Nothing => {}
+            SoftMass::Smoothing { mass } => {
+                let sums = group.soft_dot[..count].iter_mut().zip(&mut group.soft_mass[..count]);
+                for ((&x, &max), (dot, sum)) in row.iter().zip(&group.max[..count]).zip(sums) {
+                    *dot += mass[k] * (x - max);
+                    *sum += mass[k];
+                }
+            }
+            SoftMass::Probabilities { .. } => {
+                let sums = group.soft_dot[..count].iter_mut().zip(&mut group.soft_mass[..count]);
+                let masses = &masses[k * width..][..count];
+                for (((&x, &max), &mass), (dot, sum)) in
+                    row.iter().zip(&group.max[..count]).zip(masses).zip(sums)
+                {
+                    *dot += mass * (x - max);
+                    *sum += mass;
+                }
+            }
+        }
+        for ((x, &max), sum) in row.iter_mut().zip(&group.max[..count]).zip(&mut group.sum[..count]) {
+            *x = (*x - max).exp_nonpositive::<I>();
+            *sum += *x;
+        }
+    }
+
+    p.weigh::<I>(plan, start, count, group);
+    if p.wanted_grad(plan).is_none() {
+        return;
+    }
+    for (k, row) in tile.chunks_exact_mut(width).enumerate() {
+        for (x, &factor) in row.iter_mut().zip(&group.exp_factor[..count]) {
+            *x = *x * factor;
+        }
+        match &p.soft {
+            SoftMass::Nothing => {}
+            SoftMass::Smoothing { mass } => {
+                for (x, &factor) in row.iter_mut().zip(&group.factor[..count]) {
+                    *x = *x - factor * mass[k];
+                }
+            }
+            SoftMass::Probabilities { .. } => {
+                let masses = &masses[k * width..][..count];
+                for ((x, &factor), &mass) in row.iter_mut().zip(&group.factor[..count]).zip(masses) {
+                    *x = *x - factor * mass;
+                }
+            }
+        }
+    }
+    for (i, label) in p.labels.part(start, count).unwrap_or_default().iter().enumerate() {
+        if let Some(y) = label.class() {
+            let x = &mut tile[y * width + i];
+            *x = *x - group.factor[i] * group.label_mass[i];
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! Exponential weights of clipped losses (arXiv 2306.09222, Algorithm 1 and Proposition 3.1).
+//!
+//! Pointwise: `w_i = exp(s min(l_i, tau))`. Normalised: the same divided by its mean over the batch, computed as
+//! `w_i = n exp(e_i - max e) / sum_j exp(e_j - max e)` with `e_i = s min(l_i, tau)`. The scale `s` may be negative, and
+//! `tau` infinite.
+
+use super::{BlockMap, BlockSum, Compensated, Extent, Member, Pointwise, fill, sum, write};
+use crate::layout::Vector;
+use crate::numeric::{Element, Isa, Real, exp, two_difference, two_product};
+use std::mem::MaybeUninit;
+
+/// The settings of exponential weights.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Kl {
+    /// Clipping factor: losses above it count as it; > 0, may be infinite.
+    pub tau: f64,
+    /// Scaling factor, of either sign.
+    pub scale: f64,
+    /// Whether weights are divided by their mean.
+    pub normalize: bool,
+}
+
+impl Member for Kl {
+    const NUMBERS: &'static [&'static str] = &["tau", "scale", "normalize"];
+
+    fn from_numbers(numbers: &[f64]) -> Self {
+        Self { tau: numbers[0], scale: numbers[1], normalize: numbers[2] != 0.0 }
+    }
+
+    fn is_pointwise(&self) -> bool {
+        !self.normalize
+    }
+
+    #[inline(always)]
+    fn pointwise<I: Isa>(&self, losses: &mut [f64]) {
+        let exponent = Exponent { tau: self.tau, scale: self.scale, origin: 0.0 };
+        for l in losses {
+            let (hi, lo) = exponent.at::<I>(*l);
+            let w = exp::<I>(hi, lo, 1.0);
+            // A scale of zero means a weight of 1, also where 0 * inf is NaN.
+            *l = if self.scale == 0.0 && !l.is_nan() { 1.0 } else { w };
+        }
+    }
+
+    fn weigh<T: Element, W: Real>(&self, losses: &Vector<T>, weights: &mut [MaybeUninit<W>], threads: usize) {
+        if !self.normalize {
+            return write(losses, weights, threads, Pointwise(*self));
+        }
+        let extent = Extent::of(losses, threads);
+        // The loss with the largest exponent.
+        let top = if self.scale < 0.0 { extent.min } else { extent.max };
+        let origin = if top > self.tau { self.tau } else { top };
+        softmax(losses, weights, threads, Exponent { tau: self.tau, scale: self.scale, origin });
+    }
+}
+
+/// `scale (min(loss, tau) - origin)`.
+#[derive(Clone, Copy)]
+pub(super) struct Exponent {
+    pub tau: f64,
+    pub scale: f64,
+    pub origin: f64,
+}
+
+impl Exponent {
+    /// The exponent of a loss as a rounded number and its rounding error.
+    #[inline(always)]
+    pub fn at<I: Isa>(&self, loss: f64) -> (f64, f64) {
+        let clipped = if loss > self.tau { self.tau } else { loss };
+        let (difference, error) =
+            if self.origin == 0.0 { (clipped, 0.0) } else { two_difference(clipped, self.origin) };
+        let (hi, lo) = two_product::<I>(difference, self.scale);
+        (hi, lo + error * self.scale)
+    }
+}
+
+/// `factor exp(exponent)` of each loss.
+#[derive(Clone, Copy)]
+struct Exponentials {
+    exponent: Exponent,
+    factor: f64,
+}
+
+impl BlockMap for Exponentials {
+    #[inline(always)]
+    fn apply<I: Isa>(&self, block: &mut [f64]) {
+        for l in block {
+            let (hi, lo) = self.exponent.at::<I>(*l);
+            *l = exp::<I>(hi, lo, self.factor);
+        }
+    }
+}
+
+/// `sum_i exp(exponent_i)`.
+#[derive(Clone, Copy)]
+pub(super) struct ExpSum(pub Exponent);
+
+impl BlockSum for ExpSum {
+    type Sum = Compensated;
+
+    #[inline(always)]
+    fn sum<I: Isa>(&self, block: &mut [f64]) -> Compensated {
+        Exponentials { exponent: self.0, factor: 1.0 }.apply::<I>(block);
+        Compensated::of_lanes(block)
+    }
+
+    fn join(a: Compensated, b: Compensated) -> Compensated {
+        a.join(b)
+    }
+}
+
+/// `w_i = exp(exponent_i) / mean_j exp(exponent_j)`; the origin of the exponent is the loss that makes it largest.
+pub(super) fn softmax<T: Element, W: Real>(
+    losses: &Vector<T>,
+    weights: &mut [MaybeUninit<W>],
+    threads: usize,
+    exponent: Exponent,
+) {
+    if exponent.scale == 0.0 && !exponent.origin.is_nan() {
+        return fill(weights, 1.0);
+    }
+    if !exponent.origin.is_finite() {
+        // A loss is NaN, or the origin is infinite, and its difference to itself is NaN.
+        return fill(weights, f64::NAN);
+    }
+    let total = sum(losses, threads, ExpSum(exponent)).value();
+    write(losses, weights, threads, Exponentials { exponent, factor: losses.len() as f64 / total });
+}

@@ -1,0 +1,176 @@
+//! The worst distribution within a Kullback-Leibler ball (the constrained form of arXiv 2306.09222, Proposition 3.1).
+//!
+//! `w_i = n softmax(l / gamma)_i` with `gamma` the root of `KL(softmax(l / gamma) || uniform) = radius`. Where the ball
+//! is larger than any such distribution, all weight lies on the largest losses.
+
+use super::kl::{ExpSum, Exponent, softmax};
+use super::{BLOCK, BlockMap, BlockSum, Compensated, Extent, Member, sum, write};
+use crate::layout::Vector;
+use crate::numeric::{Element, Isa, Real, exp};
+use std::mem::MaybeUninit;
+
+/// The settings of the ball.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct KlBall {
+    /// Its radius, in nats; >= 0.
+    pub radius: f64,
+}
+
+impl Member for KlBall {
+    const NUMBERS: &'static [&'static str] = &["radius"];
+
+    fn from_numbers(numbers: &[f64]) -> Self {
+        Self { radius: numbers[0] }
+    }
+
+    fn is_pointwise(&self) -> bool {
+        false
+    }
+
+    fn weigh<T: Element, W: Real>(&self, losses: &Vector<T>, weights: &mut [MaybeUninit<W>], threads: usize) {
+        let extent = Extent::of(losses, threads);
+        match inverse_temperature(losses, self.radius, extent, threads) {
+            Some(beta) => {
+                let exponent = Exponent { tau: f64::INFINITY, scale: beta, origin: extent.max };
+                softmax(losses, weights, threads, exponent);
+            }
+            None => write(
+                losses,
+                weights,
+                threads,
+                OnLargest { max: extent.max, weight: losses.len() as f64 / extent.at_max as f64 },
+            ),
+        }
+    }
+}
+
+/// All weight on the samples of the largest loss.
+#[derive(Clone, Copy)]
+struct OnLargest {
+    max: f64,
+    weight: f64,
+}
+
+impl BlockMap for OnLargest {
+    #[inline(always)]
+    fn apply<I: Isa>(&self, block: &mut [f64]) {
+        for l in block {
+            *l = if *l == self.max { self.weight } else { 0.0 };
+        }
+    }
+}
+
+/// `KL(q || uniform)` and the variance of `v` under `q`, for `v = log(q n)`: the divergence is the mean of
+/// `phi(v) = v exp(v) - exp(v) + 1 >= 0`, a sum without cancellation.
+#[derive(Clone, Copy)]
+struct Divergence {
+    exponent: Exponent,
+    log_mean: f64,
+}
+
+impl BlockSum for Divergence {
+    type Sum = [Compensated; 3];
+
+    #[inline(always)]
+    fn sum<I: Isa>(&self, block: &mut [f64]) -> [Compensated; 3] {
+        // phi(v) = v^2 (1/2 + v/3 + v^2/8 + ...): the series sum over k >= 2 of (k - 1) / k! v^k.
+        const SERIES: [f64; 9] = [
+            0.5,
+            1.0 / 3.0,
+            0.125,
+            1.0 / 30.0,
+            1.0 / 144.0,
+            1.0 / 840.0,
+            1.0 / 5760.0,
+            1.0 / 45360.0,
+            1.0 / 403_200.0,
+        ];
+        let (mut first, mut second) = ([0.0; BLOCK], [0.0; BLOCK]);
+        let (vw, vvw) = (&mut first[..block.len()], &mut second[..block.len()]);
+        for ((l, vw), vvw) in block.iter_mut().zip(&mut *vw).zip(&mut *vvw) {
+            let (hi, lo) = self.exponent.at::<I>(*l);
+            let v = (hi - self.log_mean) + lo;
+            let w = exp::<I>(v, 0.0, 1.0);
+            // w = 0 stands for v = -inf, and v w for its limit.
+            *vw = if w == 0.0 { 0.0 } else { v * w };
+            *vvw = if w == 0.0 { 0.0 } else { v * *vw };
+            let mut q = SERIES[8];
+            let mut k = 8;
+            while k > 0 {
+                k -= 1;
+                q = Real::mul_add::<I>(q, v, SERIES[k]);
+            }
+            *l = if v.abs() < 0.1 { v * v * q } else { *vw - w + 1.0 };
+        }
+        [Compensated::of_lanes(block), Compensated::of_lanes(vw), Compensated::of_lanes(vvw)]
+    }
+
+    fn join(a: [Compensated; 3], b: [Compensated; 3]) -> [Compensated; 3] {
+        std::array::from_fn(|k| a[k].join(b[k]))
+    }
+}
+
+/// The inverse temperature `beta = 1 / gamma` at which `KL(softmax(beta l) || uniform) = radius`; `None` if the ball
+/// reaches the distribution on the largest losses alone. NaN, for which there is no such distribution, where a loss is NaN
+/// or where losses lie infinitely far apart.
+///
+/// `KL` grows with `beta`, from 0 to `log(n / m)`. Newton's iteration solves `sqrt(KL) = sqrt(radius)`, nearly linear
+/// in `beta` as long as `KL` is small, or `log(limit - KL) = log(limit - radius)`, nearly linear where it saturates; a
+/// bracket that every evaluation tightens keeps it safe.
+fn inverse_temperature<T: Element>(
+    losses: &Vector<T>,
+    radius: f64,
+    extent: Extent,
+    threads: usize,
+) -> Option<f64> {
+    let n = losses.len() as f64;
+    if extent.max.is_nan() {
+        return Some(f64::NAN);
+    }
+    if radius == 0.0 || losses.is_empty() || extent.min == extent.max {
+        return Some(0.0);
+    }
+    let range = extent.max - extent.min;
+    if !range.is_finite() {
+        return Some(f64::NAN);
+    }
+    let limit = (n / extent.at_max as f64).ln();
+    if radius >= limit {
+        return None;
+    }
+    let (mut low, mut high) = (0.0, f64::INFINITY);
+    // The radius at which a two-point distribution of this range would be reached.
+    let mut beta = (8.0 * radius).sqrt() / range;
+    for _ in 0..200 {
+        let exponent = Exponent { tau: f64::INFINITY, scale: beta, origin: extent.max };
+        let log_mean = (sum(losses, threads, ExpSum(exponent)).value() / n).ln();
+        let [kl, mean, square] =
+            sum(losses, threads, Divergence { exponent, log_mean }).map(|s| s.value() / n);
+        if kl < radius {
+            low = beta;
+        } else {
+            high = beta;
+        }
+        let slope = (square - mean * mean) / beta;
+        let gap = (limit - kl) / (limit - radius);
+        let step = if kl < 0.5 * limit {
+            2.0 * kl.sqrt() * (radius.sqrt() - kl.sqrt()) / slope
+        } else {
+            gap.ln() * (limit - kl) / slope
+        };
+        let mut next = beta + step;
+        if !(next > low && next < high) {
+            next = if high.is_infinite() { 4.0 * beta } else { 0.5 * (low + high) };
+        }
+        next = next.min(16.0 * beta);
+        if (kl - radius).abs() <= 1e-15 * radius || (next - beta).abs() <= 2e-16 * beta {
+            return Some(beta);
+        }
+        // Every loss but the largest has weight zero already: the root lies in the last bit below the limit.
+        if beta.is_infinite() || (low > 0.0 && high <= low * (1.0 + 4e-16)) {
+            break;
+        }
+        beta = next;
+    }
+    if beta.is_finite() { Some(beta) } else { None }
+}

@@ -1,0 +1,192 @@
+//! Tests of the members against their formulas, and of the table.
+
+use super::*;
+use crate::layout::written;
+use ndarray::{Array, IxDyn};
+use proptest::prelude::*;
+
+/// The weights of losses, in the type `W`.
+fn weigh_as<T: Element, W: Real>(losses: &Vector<T>, weighting: Weighting, threads: usize) -> Vec<W> {
+    let mut weights = vec![MaybeUninit::uninit(); losses.len()];
+    sample_weights(losses, weighting, &mut weights, threads);
+    // SAFETY: all weights were written.
+    unsafe { written(&weights) }.to_vec()
+}
+
+fn weigh(losses: &[f64], weighting: Weighting) -> Vec<f64> {
+    weigh_as(&Vector::of(losses), weighting, 1)
+}
+
+fn divergence(weights: &[f64]) -> f64 {
+    let n = weights.len() as f64;
+    weights.iter().map(|&w| if w > 0.0 { w * w.ln() - w + 1.0 } else { 1.0 }).sum::<f64>() / n
+}
+
+fn ball(radius: f64) -> Weighting {
+    Weighting::KlBall(KlBall { radius })
+}
+
+const KL: Kl = Kl { tau: 1.0, scale: 0.5, normalize: false };
+
+#[test]
+fn pointwise_weights_follow_the_formula() {
+    let w = weigh(&[0.0, 0.5, 1.0, 7.0, f64::INFINITY, -1.0, f64::NEG_INFINITY], Weighting::Kl(KL));
+    let e = [0.0f64, 0.25, 0.5, 0.5, 0.5, -0.5].map(f64::exp);
+    for (w, e) in w.iter().zip(e) {
+        assert!((w / e - 1.0).abs() < 4e-16);
+    }
+    assert_eq!(w[6], 0.0);
+    assert!(weigh(&[f64::NAN], Weighting::Kl(KL))[0].is_nan());
+}
+
+#[test]
+fn a_scale_of_zero_is_exactly_one_for_every_number() {
+    let kl = Kl { tau: f64::INFINITY, scale: 0.0, normalize: false };
+    assert_eq!(weigh(&[3.0, f64::INFINITY, -2.0], Weighting::Kl(kl)), [1.0; 3]);
+    assert!(weigh(&[f64::NAN], Weighting::Kl(kl))[0].is_nan());
+}
+
+#[test]
+fn a_nan_spreads_as_far_as_weights_depend_on_it() {
+    let losses = [1.0, f64::NAN, 2.0];
+    let w = weigh(&losses, Weighting::Kl(KL));
+    assert!(w[0].is_finite() && w[1].is_nan() && w[2].is_finite());
+    for weighting in [Weighting::Kl(Kl { normalize: true, ..KL }), ball(0.1)] {
+        assert!(weigh(&losses, weighting).iter().all(|w| w.is_nan()));
+    }
+}
+
+#[test]
+fn the_ball_knows_its_corners() {
+    assert_eq!(weigh(&[1.0, 2.0, 2.0], ball(0.0)), [1.0; 3]);
+    assert_eq!(weigh(&[2.0, 2.0, 2.0], ball(1.0)), [1.0; 3]);
+    assert_eq!(weigh(&[1.0, 2.0, 2.0], ball(5.0)), [0.0, 1.5, 1.5]);
+    assert_eq!(weigh(&[1.0, 2.0, 2.0], ball(f64::INFINITY)), [0.0, 1.5, 1.5]);
+    assert_eq!(weigh(&[4.0], ball(0.3)), [1.0]);
+    assert!(weigh(&[], ball(0.3)).is_empty());
+}
+
+#[test]
+fn the_root_is_found_for_many_sizes_and_one_outlier() {
+    for n in [2usize, 3, 10, 1000, 200_000] {
+        let mut losses: Vec<f64> = (0..n).map(|i| ((i * 7919) % 1013) as f64 / 1013.0).collect();
+        losses[0] = 30.0;
+        for radius in [1e-12, 1e-6, 1e-3, 0.3, 0.6] {
+            let w = weigh(&losses, ball(radius));
+            let phi: f64 = w
+                .iter()
+                .map(|&w| {
+                    let d = w - 1.0;
+                    if d.abs() < 1e-4 {
+                        d * d * (0.5 - d / 6.0 + d * d / 12.0)
+                    } else if w == 0.0 {
+                        1.0
+                    } else {
+                        w * w.ln() - d
+                    }
+                })
+                .sum::<f64>()
+                / n as f64;
+            // The weights themselves are rounded: eps / |w - 1| each, about eps / sqrt(radius).
+            let tolerance = 1e-10 + 1e-15 / radius.sqrt();
+            assert!((phi / radius - 1.0).abs() < tolerance, "{n} {radius}: {phi}");
+        }
+    }
+}
+
+#[test]
+fn threads_do_not_change_a_bit() {
+    let losses = Array::from_shape_fn(IxDyn(&[301, 409]), |i| ((i[0] * 31 + i[1] * 17) % 1000) as f32 / 99.0);
+    let losses = Vector::new(losses.view());
+    for weighting in [Weighting::Kl(KL), Weighting::Kl(Kl { normalize: true, ..KL }), ball(0.2)] {
+        let [one, two, many] = [1, 2, 5].map(|threads| weigh_as::<_, f32>(&losses, weighting, threads));
+        assert!(one == two && two == many);
+    }
+}
+
+#[test]
+fn strided_losses_are_read_in_place() {
+    let a = Array::from_shape_fn(IxDyn(&[6, 10]), |i| (i[0] * 10 + i[1]) as f64 / 20.0);
+    let view = a.slice(ndarray::s![..;-2, 1..;3]);
+    let strided: Vec<f64> = weigh_as(&Vector::new(view.into_dyn()), Weighting::Kl(KL), 1);
+    let flat: Vec<f64> = view.iter().copied().collect();
+    assert_eq!(strided, weigh(&flat, Weighting::Kl(KL)));
+}
+
+proptest! {
+    #[test]
+    fn normalised_weights_average_to_one(losses in prop::collection::vec(-50f64..50.0, 1..200), tau in 0.1f64..60.0) {
+        let w = weigh(&losses, Weighting::Kl(Kl { tau, scale: 0.7, normalize: true }));
+        prop_assert!((w.iter().sum::<f64>() / w.len() as f64 - 1.0).abs() < 1e-14 * w.len() as f64);
+    }
+
+    #[test]
+    fn the_ball_is_filled_and_its_weights_grow_with_the_loss(
+        losses in prop::collection::vec(-50f64..50.0, 2..200), radius in 0.001f64..6.0
+    ) {
+        let w = weigh(&losses, ball(radius));
+        prop_assert!((w.iter().sum::<f64>() / w.len() as f64 - 1.0).abs() < 1e-13 * w.len() as f64);
+        let max = losses.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let at_max = losses.iter().filter(|&&l| l == max).count();
+        let reachable = radius.min((losses.len() as f64 / at_max as f64).ln());
+        prop_assert!((divergence(&w) / reachable - 1.0).abs() < 1e-10, "{} {}", divergence(&w), reachable);
+        let mut order: Vec<usize> = (0..w.len()).collect();
+        order.sort_by(|&a, &b| losses[a].total_cmp(&losses[b]));
+        prop_assert!(order.windows(2).all(|p| w[p[0]] <= w[p[1]]));
+    }
+}
+
+#[test]
+fn a_negative_scale_lets_weights_fall_with_the_loss() {
+    let kl = Kl { tau: f64::INFINITY, scale: -0.7, normalize: false };
+    let losses = [0.0, 1.0, 5.0, 2000.0, -1.0, f64::INFINITY, f64::NAN];
+    let w = weigh(&losses, Weighting::Kl(kl));
+    for (w, l) in w[..5].iter().zip(losses) {
+        let e = (-0.7 * l).exp();
+        assert!((w - e).abs() <= 4e-16 * e, "{l}: {w} {e}");
+    }
+    assert_eq!(w[5], 0.0);
+    assert!(w[6].is_nan());
+    let clipped = weigh(&[3.0, f64::INFINITY], Weighting::Kl(Kl { tau: 2.0, ..kl }));
+    for w in clipped {
+        assert!((w / (-1.4f64).exp() - 1.0).abs() < 4e-16);
+    }
+}
+
+#[test]
+fn normalised_weights_of_a_negative_scale_start_from_the_smallest_loss() {
+    // The mean of exp(-0.7 l) underflows, the ratios do not.
+    let kl = Kl { tau: f64::INFINITY, scale: -0.7, normalize: true };
+    let w = weigh(&[2e5, 2e5 + 1.0, 3e5, f64::INFINITY], Weighting::Kl(kl));
+    let e = (-0.7f64).exp();
+    for (w, e) in w.iter().zip([4.0 / (1.0 + e), 4.0 * e / (1.0 + e), 0.0, 0.0]) {
+        assert!((w - e).abs() <= 1e-15 * e, "{w} {e}");
+    }
+    // With a clip below all losses the exponents are equal.
+    assert_eq!(weigh(&[3.0, 4.0, f64::INFINITY], Weighting::Kl(Kl { tau: 2.0, ..kl })), [1.0; 3]);
+    assert!(weigh(&[3.0, f64::NAN], Weighting::Kl(kl)).iter().all(|w| w.is_nan()));
+}
+
+#[test]
+fn the_table_makes_members_by_name_and_names_what_it_does_not_know() {
+    assert_eq!(Weighting::new("kl", &[1.0, 0.5, 0.0]), Ok(Weighting::Kl(KL)));
+    assert_eq!(Weighting::new("kl_ball", &[0.1]), Ok(ball(0.1)));
+    for kind in Weighting::KINDS {
+        let count = match Weighting::new(kind, &[f64::NAN; 99]) {
+            Err(Error::Numbers { kind: named, expected, got: 99 }) if named == *kind => expected.len(),
+            other => panic!("{kind}: {other:?}"),
+        };
+        assert_eq!(Weighting::new(kind, &vec![1.0; count]).unwrap().kind(), *kind);
+    }
+    let unknown = Weighting::new("cvar", &[0.1]).unwrap_err().to_string();
+    assert!(unknown.contains("'cvar'") && unknown.contains("'kl', 'kl_ball'"), "{unknown}");
+    let numbers = Weighting::new("kl", &[1.0]).unwrap_err().to_string();
+    assert!(numbers.contains("3 numbers (tau, scale, normalize), got 1"), "{numbers}");
+}
+
+#[test]
+fn only_weights_that_need_no_batch_are_pointwise() {
+    assert!(Weighting::Kl(KL).is_pointwise());
+    assert!(!Weighting::Kl(Kl { normalize: true, ..KL }).is_pointwise());
+    assert!(!ball(0.1).is_pointwise());
+}
