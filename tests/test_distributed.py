@@ -10,10 +10,12 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import rgd
 import torch
 import torch.distributed as dist
+from family import BATCH_DEPENDENT
 from rgd.torch import RGD, RGDLoss, cross_entropy, reweighted_mean, sample_weights
 from torch import nn
 from torch.nn import functional as F
@@ -256,6 +258,154 @@ def test_masked_losses_take_no_part_in_the_global_batch(run):
         torch.testing.assert_close(first[[0, 2, 3]], weights[:3] / 3, **CLOSE)
         assert first[1] == 0
         torch.testing.assert_close(second, weights[3:] / 4, **CLOSE)
+
+
+# --- every member whose weights depend on the batch ---
+
+
+REMEMBERING = [
+    rgd.MovingAverage(rgd.KL(2.0), 0.7),
+    rgd.GroupDRO(4, 0.5),
+    rgd.Trimmed(rgd.MovingAverage(rgd.Focal(2.0), 0.9), 0.25),
+]
+SHARING = [*BATCH_DEPENDENT, *REMEMBERING]
+CLASS_WEIGHT = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+
+
+def identity(losses):
+    return losses
+
+
+def a_batch(seed, count, options):
+    """Losses, logits and target of a global batch, and what else its calls are given, one entry a sample."""
+    rng = np.random.default_rng(seed)
+    losses, logits = (
+        torch.tensor(rng.gamma(1.0, 1.5, count)),
+        torch.tensor(2 * rng.normal(size=(count, 3, 2))),
+    )
+    target = torch.tensor(rng.integers(0, 3, (count, 2)))
+    target[::4, 0] = -100
+    given = {"groups": torch.tensor(rng.integers(0, 3, count))}  # the last group is absent
+    if "sample_weight" in options:
+        given["sample_weight"] = torch.tensor(rng.integers(0, 8, count) / 4)
+    if "where" in options:
+        given["where"] = torch.tensor(rng.random(count) > 0.3)
+    return losses, logits, target, given
+
+
+def weigh_every_member(rank, size, weightings, sizes, options):
+    """Of each member and batch: both objectives, their means and gradients, and the states after all."""
+    outcomes = []
+    for weighting in weightings:
+        by_base = RGDLoss(weighting=weighting, base=identity, reduction="sum")
+        total = RGDLoss(CLASS_WEIGHT, weighting=weighting, per="sample", reduction="sum")
+        mean = RGDLoss(CLASS_WEIGHT, weighting=weighting, per="sample")
+        values = []
+        for seed in range(2):
+            losses, logits, target, given = a_batch(seed, sum(sizes), options)
+            losses, logits, target = part((losses, logits, target), sizes, rank)
+            given = {key: part([value], sizes, rank)[0] for key, value in given.items()}
+            losses, logits = losses.clone().requires_grad_(), logits.clone().requires_grad_()
+            objectives = by_base(losses, **given), total(logits, target, **given)
+            sum(objectives).backward()
+            mean(logits, target, **given)
+            values += [*(value.detach() for value in objectives), losses.grad, logits.grad]
+        states = [dict(criterion.state_dict()) for criterion in (by_base, total, mean)]
+        outcomes.append((values, states, mean.stats().objective, total.stats(sync=True)))
+    return outcomes
+
+
+@pytest.mark.parametrize("options", ["", "sample_weight", "where, sample_weight"])
+@pytest.mark.parametrize("sizes", [[7, 7], [9, 0, 5], [0, 14]], ids=str)
+def test_every_member_over_several_ranks_weighs_as_one_process_does(run, sizes, options):
+    outcomes = run(len(sizes), weigh_every_member, SHARING, sizes, options)
+    alone = weigh_every_member(0, 1, SHARING, [sum(sizes)], options)
+    for weighting, (expected, states, _, stats), *ranks in zip(SHARING, alone, *outcomes, strict=True):
+        for index, whole in enumerate(expected):
+            values = [values[index] for values, *_ in ranks]
+            # Objectives are sums over the ranks; gradients belong to samples.
+            together = sum(values) if whole.dim() == 0 else torch.cat(values)
+            torch.testing.assert_close(together, whole, **CLOSE, msg=lambda text, w=weighting: f"{w}: {text}")
+        for _, own_states, _, own_stats in ranks:
+            # Every rank computes with the same numbers: bit for bit.
+            for state, first in zip(own_states, ranks[0][1], strict=True):
+                assert all(torch.equal(state[key], first[key]) for key in first)
+            for state, whole in zip(own_states, states, strict=True):
+                assert state.keys() == whole.keys()
+                for key, value in whole.items():
+                    torch.testing.assert_close(state[key], value, **CLOSE)
+            assert own_stats.count == stats.count
+            assert own_stats.objective == pytest.approx(stats.objective, rel=1e-11)
+            assert own_stats.groups.count == stats.groups.count
+            assert own_stats.groups.mean_loss == pytest.approx(stats.groups.mean_loss, rel=1e-11, nan_ok=True)
+            assert own_stats.groups.weight_share == pytest.approx(stats.groups.weight_share, rel=1e-11)
+
+
+def test_each_rank_s_mean_divides_by_its_own_base_measure_and_class_weights(run):
+    sizes, options = [8, 6], "sample_weight"
+    outcomes = run(2, weigh_every_member, SHARING, sizes, options)
+    _, _, target, given = a_batch(1, sum(sizes), options)
+    divisors = given["sample_weight"][:, None] * CLASS_WEIGHT[target.clamp(min=0)] * (target != -100)
+    for rank, own in enumerate(divisors.split(sizes)):
+        for values, _, mean, _ in outcomes[rank]:
+            assert mean == pytest.approx(values[5].item() / own.sum().item(), rel=1e-12)
+
+
+class WithLoss(nn.Module):
+    """A model that holds its criterion, as DistributedDataParallel is given it."""
+
+    def __init__(self, weighting):
+        super().__init__()
+        self.model = make_model()
+        self.criterion = RGDLoss(weighting=weighting)
+
+    def forward(self, inputs, target, groups):
+        return self.criterion(self.model(inputs), target, groups=groups)
+
+
+def train_with_the_loss_inside(rank, size, weighting, sizes):
+    module = WithLoss(weighting)
+    if rank:  # as after a checkpoint that only the first rank has read
+        for buffer in module.buffers():
+            buffer.add_(1)
+    model = DistributedDataParallel(module)
+    broadcast = [buffer.clone() for buffer in module.buffers()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        inputs, target = batch(step, sum(sizes))
+        own = part((inputs, target, torch.arange(sum(sizes)) % 4), sizes, rank)
+        model(*own).backward()
+        optimizer.step()
+    return broadcast, list(module.buffers()), parameters_of(module)
+
+
+@pytest.mark.parametrize("weighting", REMEMBERING, ids=["MovingAverage", "GroupDRO", "Trimmed"])
+def test_ddp_broadcasts_the_state_of_a_criterion_within_the_wrapped_module(run, weighting):
+    sizes = [6, 6]
+    alone = WithLoss(weighting)
+    fresh = [buffer.clone() for buffer in alone.buffers()]
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        alone(*batch(step, sum(sizes)), torch.arange(sum(sizes)) % 4).backward()
+        optimizer.step()
+    for broadcast, state, parameters in run(2, train_with_the_loss_inside, weighting, sizes):
+        assert all(map(torch.equal, broadcast, fresh))
+        torch.testing.assert_close(state, list(alone.buffers()), **CLOSE)
+        assert_close(parameters, parameters_of(alone))
+
+
+def remember_alone(rank, size, weighting):
+    criterion = RGDLoss(weighting=weighting, base=identity, sync=False)
+    for seed in range(2):
+        criterion(torch.tensor(np.random.default_rng(2 * seed + rank).gamma(1.0, 1.5, 5)))
+    return list(criterion.buffers())
+
+
+def test_without_sync_each_rank_remembers_its_own_losses(run):
+    for rank, state in enumerate(run(2, remember_alone, REMEMBERING[0])):
+        torch.testing.assert_close(state, remember_alone(rank, 1, REMEMBERING[0]), rtol=0, atol=0)
 
 
 # --- who takes part ---

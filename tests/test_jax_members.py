@@ -286,18 +286,20 @@ def test_value_and_grad_takes_masks_groups_and_state_by_keyword():
 
     weighting = rgd.GroupDRO(groups=3, step_size=0.1)
     options = {"where": WHERE, "sample_weight": MASS, "groups": GROUPS, "state": weighting.init()}
-    (value, gradient), state = rj.value_and_grad(losses, weighting)(1.5, x, y, **options)
+    (value, gradient), state = rj.value_and_grad(losses, weighting=weighting)(1.5, x, y, **options)
     (expected, expected_state), slope = jax.value_and_grad(
         lambda s: rj.reweighted_mean(losses(s, x, y), weighting, **options), has_aux=True
     )(1.5)
     close(value, expected)
     close(gradient, slope)
     jax.tree.map(close, state, expected_state)
-    ((value, aux), gradient), _ = rj.value_and_grad(with_aux, weighting, has_aux=True)(1.5, x, y, **options)
+    ((value, aux), gradient), _ = rj.value_and_grad(with_aux, has_aux=True, weighting=weighting)(
+        1.5, x, y, **options
+    )
     assert aux == "aux"
     close((value, gradient), (expected, slope))
     with pytest.raises(TypeError, match="did you mean tau=1"):
-        rj.value_and_grad(losses, 1)
+        rj.value_and_grad(losses, weighting=1)
 
 
 @pytest.mark.parametrize("per", ["element", "sample"])

@@ -121,7 +121,7 @@ def test_the_wrapper_trains_in_manual_optimization():
 
         def training_step(self, batch, _):
             inputs, target = batch
-            optimizer = self.optimizers().optimizer
+            optimizer = self.optimizers()
             optimizer.zero_grad()
             optimizer.backward(F.cross_entropy(self.model(inputs), target, reduction="none"))
             optimizer.step()
@@ -134,6 +134,20 @@ def test_the_wrapper_trains_in_manual_optimization():
     fit(twin)
     for p, q in zip(module.model.parameters(), twin.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
+def test_a_manual_step_without_losses_is_refused():
+    class Forgetful(Classifier):
+        automatic_optimization = False
+
+        def training_step(self, batch, _):
+            self.optimizers().step()
+
+        def configure_optimizers(self):
+            return RGD(super().configure_optimizers())
+
+    with pytest.raises(TypeError, match=r"closure returned None.*backward\(losses\)"):
+        fit(Forgetful(ce=RGDLoss()))
 
 
 def test_the_wrapper_refuses_automatic_optimization_with_a_hint():

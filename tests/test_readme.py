@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Callable
 
+import jax  # noqa: F401 - its arrays must not disturb what torch compiles in the same process
 import matplotlib
 import matplotlib.pyplot as plt
 import pytest

@@ -244,8 +244,8 @@ def test_a_closure_that_returns_a_scalar_is_refused_with_a_hint(returned):
         sgd(make_model()).step(lambda: returned)
 
 
-def test_a_closure_that_returns_nothing_is_refused():
-    with pytest.raises(TypeError, match=r"losses must be a torch\.Tensor, got NoneType"):
+def test_a_closure_that_returns_nothing_without_a_backward_is_refused():
+    with pytest.raises(TypeError, match=r"the closure returned None, and there has been no backward"):
         sgd(make_model()).step(lambda: None)
 
 
@@ -382,6 +382,20 @@ def test_distributed_checkpoint_initialises_and_saves_the_wrapper():
     assert set(saved["state"]["0.weight"]) == {"step", "exp_avg", "exp_avg_sq"}
 
 
+def test_plain_training_through_the_wrapper_is_warned_of_once():
+    model = make_model()
+    optimizer = sgd(model)
+    inputs, target = next(batches())
+    F.cross_entropy(model(inputs), target).backward()
+    with pytest.warns(UserWarning, match="no objective was asked for: .* plain training"):
+        optimizer.step()
+    optimizer.step()  # a second warning would be an error here
+    other = make_model()
+    asked = sgd(other)
+    asked.backward(per_sample(other, inputs, target))
+    asked.step()
+
+
 # --- hooks ---
 
 
@@ -471,6 +485,7 @@ def test_every_scheduler_of_torch_is_tried():
 
 # SequentialLR of torch 2.8 draws this on itself.
 @pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
+@pytest.mark.filterwarnings("ignore:RGD makes a step")  # rates are set whatever the gradients are
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_set_the_same_rates_as_on_the_bare_optimizer(name):
     rates = []

@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from typing import Any, TypeVar, overload
 
-import array_api_compat.numpy as _xp
 import numpy as np
 import numpy.typing as npt
 
@@ -316,11 +315,13 @@ def _weights(
     if state is not None:
         state = map_state(np.asarray, state)
     if weights.size:
+        import array_api_compat.numpy as xp  # noqa: PLC0415 - slow to import, and not needed by kernels
+
         batch = Batch(
             _wide(source).ravel(),
             None if base is None else base.ravel(),
             None if groups is None else groups.ravel(),
-            xp=_xp,
+            xp=xp,
             concrete=True,
         )
         with np.errstate(all="ignore"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -71,6 +71,72 @@ class WeightStats:
     clipped_share: float | None
     count: int
     groups: GroupStats | None = None
+
+    def keys(self) -> list[str]:
+        """The names of the statistics, so that `dict(stats)` is all of them."""
+        return [field.name for field in dataclasses.fields(self)]
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.keys():
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def to_dict(self, prefix: str = "") -> dict[str, float]:
+        """The statistics as numbers by name, for a logger; those that are not known are left out.
+
+        Args:
+            prefix: What the names begin with, such as "rgd/".
+
+        Returns:
+            Names and numbers; those of group 0 are named "group_0/mean_loss" and so on.
+
+        Example:
+            >>> import numpy as np, rgd
+            >>> stats = rgd.weight_stats(np.array([1.0, 3.0]), np.ones(2))
+            >>> stats.to_dict("rgd/")["rgd/mean_loss"]
+            2.0
+        """
+        numbers = {f"{prefix}{name}": self[name] for name in self.keys() if name != "groups"}
+        if self.groups is not None:
+            for name, values in vars(self.groups).items():
+                for group, value in enumerate(values):
+                    numbers[f"{prefix}group_{group}/{name}"] = value
+        return {name: value for name, value in numbers.items() if value is not None}
+
+    def advice(self) -> list[str]:
+        """What these statistics say about the weighting, in plain sentences; none where nothing stands out.
+
+        Three cases are told: weights that are all but equal, because all losses are clipped or near zero, so
+        that re-weighting cannot matter; and most of the weight on a few samples, which may be wrong labels.
+
+        Example:
+            >>> import numpy as np, rgd
+            >>> losses = np.full(8, np.log(32000))  # of a fresh language model
+            >>> stats = rgd.weight_stats(losses, rgd.sample_weights(losses), rgd.KL())
+            >>> print(*stats.advice())
+            All weights are equal: all losses are above the clip (tau). Re-weighting is then only a larger ...
+        """
+        if not self.count or not math.isfinite(self.effective_sample_size):
+            return []
+        share = self.effective_sample_size / self.count
+        if self.count > 1 and share > 0.999 and self.clipped_share is not None and self.clipped_share > 0.999:
+            return [
+                "All weights are equal: all losses are above the clip (tau). Re-weighting is then only a "
+                "larger learning rate. Start with tau near the losses, log(C) for C classes, or use "
+                "rgd.MidrangeKL."
+            ]
+        if self.count > 1 and share > 0.999 and 0 <= self.mean_loss < 0.01:
+            return [
+                "All weights are equal: the losses are near zero, so the model fits these samples already, "
+                "and re-weighting by loss changes nothing."
+            ]
+        if self.count >= 20 and share < 0.1:
+            return [
+                f"Most of the weight lies on few samples: {self.effective_sample_size:.1f} of {self.count} "
+                "count in effect. If those are wrong labels or outliers (rgd.plot.heaviest_samples shows "
+                "them), use a smaller tau, rgd.Trimmed, or a negative scale."
+            ]
+        return []
 
     def __str__(self) -> str:
         share = quotient(self.effective_sample_size, self.count)

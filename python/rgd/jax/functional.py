@@ -219,10 +219,10 @@ def reweighted_mean(
 
 def value_and_grad(
     fun: Callable[..., Any],
-    weighting: Weighting | None = None,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     *,
+    weighting: Weighting | None = None,
     tau: ArrayLike | None = None,
     axis_name: AxisName = None,
 ) -> Callable[..., Any]:
@@ -234,9 +234,9 @@ def value_and_grad(
     Args:
         fun: Returns losses, any shape but (), floating; or with `has_aux` a pair of losses and auxiliary
             data.
-        weighting: As for `sample_weights`.
         argnums: Which positional arguments to differentiate with respect to, as in `jax.value_and_grad`.
         has_aux: Whether `fun` returns auxiliary data too.
+        weighting: As for `sample_weights`.
         tau: Short for `weighting=rgd.KL(tau=tau)`.
         axis_name: Name or names of mapped axes over which the batch is spread, as in `reweighted_mean`.
 
@@ -261,7 +261,7 @@ def value_and_grad(
         >>> print(f"{objective:.4f} {gradient:.4f}")
         3.2974 -6.5949
         >>> weighting = rgd.GroupDRO(groups=2, step_size=0.1)
-        >>> step = rgd.jax.value_and_grad(losses, weighting)
+        >>> step = rgd.jax.value_and_grad(losses, weighting=weighting)
         >>> (objective, gradient), state = step(1.0, x, y, groups=jnp.array([0, 1]), state=weighting.init())
         >>> [f"{share:.4f}" for share in state["shares"]]
         ['0.4013', '0.5987']

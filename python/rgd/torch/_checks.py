@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rgd.torch.backends._registry import values_can_be_read
+from rgd.weightings import Weighting
+
+
+class MismatchError(ValueError, RuntimeError):
+    """Tensors that do not fit each other: a ValueError in some of torch's losses, RuntimeError in others."""
+
+
+class DtypeError(TypeError, RuntimeError):
+    """A tensor of a dtype that does not fit: TypeError here, RuntimeError in torch's losses."""
+
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REDUCTIONS = ("none", "mean", "sum")
 UNITS = ("element", "sample")
+EVALUATIONS = ("plain", "weighted")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -22,15 +34,15 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
-def check_losses(losses: Any) -> Tensor:
-    """Refuse what is no tensor of per-sample losses."""
+def check_losses(losses: Any, name: str = "losses", hint: str = "") -> Tensor:
+    """Refuse what is no tensor of per-sample losses; `name` and `hint` are for the message."""
     if not isinstance(losses, Tensor):
-        raise TypeError(f"losses must be a torch.Tensor, got {type(losses).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(losses).__name__}{hint}")
     if losses.dtype not in FLOATS:
-        raise TypeError(f"losses must be float32, float64, float16 or bfloat16, got {losses.dtype}")
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {losses.dtype}")
     if losses.dim() == 0:
         raise ValueError(
-            "losses has 0 dimensions: it is already reduced to one number, and weighting that re-weights "
+            f"{name} has 0 dimensions: it is already reduced to one number, and weighting that re-weights "
             'nothing. Compute the loss of each sample, with reduction="none"'
         )
     return losses
@@ -122,10 +134,10 @@ def targets_shape(logits: Tensor) -> torch.Size:
 
 def check_label_smoothing(label_smoothing: Any) -> float:
     """Refuse a label smoothing outside [0, 1]."""
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, numbers.Real):
         raise TypeError(f"label_smoothing must be a number in [0, 1], got {label_smoothing!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+    if not 0.0 <= float(label_smoothing) <= 1.0:
+        raise MismatchError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
     return float(label_smoothing)
 
 
@@ -133,6 +145,13 @@ def check_class_weight(weight: Any) -> None:
     """Refuse a class weight that is no vector of floats."""
     if weight is None:
         return
+    if isinstance(weight, numbers.Real):
+        raise TypeError(
+            f"weight must be a torch.Tensor of one weight a class, got the number {weight!r}: did you mean "
+            f"tau={weight!r}?"
+        )
+    if isinstance(weight, Weighting):
+        raise TypeError(f"weight takes class weights, got {weight}: name it, weighting={weight}")
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a torch.Tensor of one weight a class, got {type(weight).__name__}")
     if weight.dim() != 1 or weight.dtype not in FLOATS:
@@ -150,14 +169,14 @@ def check_classification(logits: Any, target: Any, weight: Tensor | None, ignore
             f"{wrong} must be a torch.Tensor, got {type(target if wrong == 'target' else logits).__name__}"
         )
     if logits.dtype not in FLOATS:
-        raise TypeError(f"input must hold float logits, got {logits.dtype}")
+        raise DtypeError(f"input must hold float logits, got {logits.dtype}")
     if logits.dim() == 0:
         raise ValueError("input must have a class axis: shape (C,), (N, C) or (N, C, d1, ..., dk), got ()")
     axis = 1 if logits.dim() > 1 else 0
     shape = logits.shape
     if target.is_floating_point():
         if target.shape != shape:
-            raise ValueError(
+            raise MismatchError(
                 f"target has shape {tuple(target.shape)} and {target.dtype}: class probabilities must have "
                 f"the shape of input, {tuple(shape)}; class indices must be integers"
             )
@@ -168,12 +187,12 @@ def check_classification(logits: Any, target: Any, weight: Tensor | None, ignore
     elif target.dtype in INTEGERS:
         expected = shape[:axis] + shape[axis + 1 :]
         if target.shape != expected:
-            raise ValueError(
+            raise MismatchError(
                 f"target must have shape {tuple(expected)} for input of shape {tuple(shape)}, "
-                f"got {tuple(target.shape)}"
+                f"got {tuple(target.shape)}{_shape_hint(target, shape, axis)}"
             )
     else:
-        raise TypeError(
+        raise DtypeError(
             f"target must hold class indices (int64) or class probabilities (floats), got {target.dtype}"
         )
     if target.device != logits.device:
@@ -182,10 +201,26 @@ def check_classification(logits: Any, target: Any, weight: Tensor | None, ignore
         )
     if weight is not None:
         if weight.shape[0] != shape[axis]:
-            raise ValueError(
+            raise MismatchError(
                 f"weight must hold one number for each of the {shape[axis]} classes, got {weight.shape[0]}"
             )
         if weight.device != logits.device:
             raise ValueError(
                 f"input is on {logits.device} and weight on {weight.device}: move both to one device"
             )
+
+
+def _shape_hint(target: Tensor, shape: torch.Size, axis: int) -> str:
+    """What class indices of a wrong shape were probably meant to be."""
+    if target.shape == shape:
+        return (
+            f". One-hot targets of integers: give class indices, target.argmax({axis}), or probabilities, "
+            "target.float()"
+        )
+    if len(shape) > 2 and target.shape == shape[:-1]:
+        return (
+            ". The class axis is the second: for logits of shape (N, T, C) give input.transpose(1, 2)"
+            if len(shape) == 3
+            else ". The class axis is the second: give input.movedim(-1, 1)"
+        )
+    return ""

@@ -317,7 +317,9 @@ def classify(  # noqa: PLR0917
     check_classification(logits, target, class_weight, options.ignore_index)
     given = logits.dtype
     if not target.is_floating_point():
-        target = target if target.dtype in (torch.int64, torch.int32) else target.to(torch.int64)
+        # An ignore_index that int32 cannot hold would be wrapped into one that it can.
+        narrow = target.dtype is torch.int32 and -(2**31) <= options.ignore_index < 2**31
+        target = target if narrow or target.dtype is torch.int64 else target.to(torch.int64)
     elif target.dtype != logits.dtype:
         dtype = torch.promote_types(target.dtype, logits.dtype)
         logits, target = logits.to(dtype), target.to(dtype)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import numbers
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from rgd.stats import WeightStats
 from rgd.torch._checks import (
+    EVALUATIONS,
     REDUCTIONS,
     UNITS,
     check_choice,
@@ -23,7 +27,7 @@ from rgd.torch._weigher import Plan, Weigher, WeightingState
 from rgd.torch.backends._options import Options
 from rgd.torch.backends._registry import in_transform, is_exporting
 from rgd.torch.functional import classify, weighted
-from rgd.weightings import Weighting
+from rgd.weightings import ERM, Weighting
 from rgd.weightings._base import resolve_weighting
 
 
@@ -48,6 +52,9 @@ class RGDLoss(nn.Module):
             `weight`, `ignore_index` and `label_smoothing` must be left alone.
         per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the
             leading axis (a sequence, an image) by their mean loss.
+        evaluate: "plain" for the unweighted loss where nothing is trained: in eval mode, on losses that need
+            no gradient. Such a call asks no other process, updates no state and leaves nothing for `stats`.
+            Class weights, reduction and `sample_weight` count as in training. "weighted" keeps the weights.
         process_group: For a weighting that depends on the batch, the processes that share it: the weights
             are those of their losses together. None: the default group, once `torch.distributed` is
             initialised. Every process of the group then has to call the loss, one with an empty batch too;
@@ -80,6 +87,11 @@ class RGDLoss(nn.Module):
     weight: Tensor | None
     weighting_state: WeightingState | None
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> RGDLoss:
+        """Without `base`, an instance of `nn.CrossEntropyLoss` too: some trainers ask for that class."""
+        kind: Any = _RGDCrossEntropyLoss if cls is RGDLoss and kwargs.get("base") is None else cls
+        return super().__new__(kind)
+
     def __init__(
         self,
         weight: Tensor | None = None,
@@ -91,36 +103,32 @@ class RGDLoss(nn.Module):
         weighting: Weighting | None = None,
         base: Callable[..., Tensor] | None = None,
         per: str = "element",
+        evaluate: str = "plain",
         process_group: Any = None,
         sync: bool = True,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("per", per, UNITS)
+        check_choice("evaluate", evaluate, EVALUATIONS)
         check_class_weight(weight)
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
         smoothing = check_label_smoothing(label_smoothing)
         if base is not None:
-            if not callable(base):
-                raise TypeError(f"base must be a callable that returns per-sample losses, got {base!r}")
+            _check_base_loss(base)
             if weight is not None or ignore_index != -100 or smoothing != 0.0:
                 raise ValueError(
                     "weight, ignore_index and label_smoothing are settings of the built-in cross-entropy: "
                     "with base, give them to base itself"
                 )
-            own_reduction = getattr(base, "reduction", "none")
-            if own_reduction != "none":
-                raise ValueError(
-                    f"base reduces its losses to one number (reduction={own_reduction!r}), and weighting "
-                    'that re-weights nothing: build it with reduction="none"; RGDLoss(reduction=...) reduces'
-                )
         self.register_buffer("weight", weight)
         self.base = base
-        self.ignore_index = ignore_index
+        self.ignore_index = int(ignore_index)
         self.reduction = reduction
         self.label_smoothing = smoothing
         self.per = per
+        self.evaluate = evaluate
         self._plan: Plan
         self.weighting_state: WeightingState | None = None
         self.weighting = resolve_weighting(weighting, tau)
@@ -145,6 +153,15 @@ class RGDLoss(nn.Module):
         )
         plan = Plan(weighting).prepare() if plan is None else plan.replaced(weighting)
         object.__setattr__(self, "_plan", plan)
+
+    @property
+    def tau(self) -> float:
+        """The clipping factor of the weighting, for one that has it; to set it sets the weighting anew."""
+        return tau_of(self.weighting)
+
+    @tau.setter
+    def tau(self, tau: float) -> None:
+        self.weighting = with_tau(self.weighting, tau)
 
     @property
     def backend(self) -> str | None:
@@ -182,25 +199,35 @@ class RGDLoss(nn.Module):
             TypeError: If a tensor's dtype does not fit.
             ValueError: If a shape does not fit, or `base` returns a scalar.
         """
-        plan, state = self._plan, self.weighting_state
-        before = None if state is None else self._read(state, input)
         if self.base is None:
             if target is None or args or kwargs:
                 raise TypeError(
                     "without base, the loss takes input and target (and where=, sample_weight=, groups=), "
                     "got " + ("no target" if target is None else f"{len(args) + len(kwargs)} more arguments")
                 )
-            options = Options(self.ignore_index, self.label_smoothing, self.reduction, self.per)
-            objective, record, after = classify(
-                input, target, self.weight, options, plan, self._sync, where, sample_weight, groups, before
-            )
+            losses = input
         else:
             given = (input, *args) if target is None and not args else (input, target, *args)
-            losses = check_losses(self.base(*given, **kwargs))
+            hint = ": base must return one loss a sample" if self.base is not None else ""
+            losses = check_losses(self.base(*given, **kwargs), "what base returns", hint)
+        plan, state, sync = self._plan, self.weighting_state, self._sync
+        plain = not self.training and self.evaluate == "plain"
+        if plain and not (isinstance(losses, Tensor) and losses.requires_grad and torch.is_grad_enabled()):  # pyright: ignore[reportUnnecessaryIsInstance]
+            plan, state, sync, groups = _PLAIN, None, _ALONE, None
+        before = None if state is None else self._read(state, losses)
+        if self.base is None:
+            options = Options(self.ignore_index, self.label_smoothing, self.reduction, self.per)
+            objective, record, after = classify(
+                losses, cast("Tensor", target), self.weight, options, plan, sync,
+                where, sample_weight, groups, before,
+            )  # fmt: skip
+        else:
             groups = check_groups(groups, losses.shape, losses.device, self.per)
-            weigher = Weigher(plan, groups, before, self._sync)
+            weigher = Weigher(plan, groups, before, sync)
             objective, record = weighted(losses, weigher, self.reduction, self.per, where, sample_weight)
             after = weigher.state
+        if plan is _PLAIN:
+            return objective
         if state is not None and self.training:
             state.write(after)
         # An exported program has no side effects.
@@ -216,6 +243,14 @@ class RGDLoss(nn.Module):
                 "with state="
             )
         return state.read(input.device)
+
+    @property
+    def last_weights(self) -> Tensor | None:
+        """The weights of the last call, without grad: one a target or, with `per="sample"`, one a sample.
+
+        0 for a target that takes no part; None where `stats` has no call to describe.
+        """
+        return None if self._record is None else self._record.weights
 
     def stats(self, *, groups: Tensor | None = None, sync: bool = False) -> WeightStats:
         """What the weights of the last call were like; computed now, from what that call left behind.
@@ -251,7 +286,7 @@ class RGDLoss(nn.Module):
         if self.base is None:
             settings.append(f"ignore_index={self.ignore_index}")
             settings.append(f"label_smoothing={self.label_smoothing}")
-        settings += [f"reduction={self.reduction!r}", f"per={self.per!r}"]
+        settings += [f"reduction={self.reduction!r}", f"per={self.per!r}", f"evaluate={self.evaluate!r}"]
         return ", ".join(settings)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -270,3 +305,49 @@ def state_for(
         if {n: b.shape for n, b in fresh.named_buffers()} == {n: b.shape for n, b in state.named_buffers()}:
             return state
     return WeightingState(weighting)
+
+
+class _RGDCrossEntropyLoss(RGDLoss, nn.CrossEntropyLoss):
+    """What `RGDLoss()` is without `base`: a cross-entropy of logits, to trainers that ask for that class."""
+
+    def _get_name(self) -> str:
+        return "RGDLoss"
+
+
+def tau_of(weighting: Weighting) -> float:
+    """The clipping factor of a weighting."""
+    if not hasattr(weighting, "tau"):
+        raise AttributeError(f"{weighting} has no tau: set weighting=..., as in weighting=rgd.KL(tau=1.0)")
+    return cast("Any", weighting).tau
+
+
+def with_tau(weighting: Weighting, tau: float) -> Weighting:
+    """The weighting with another clipping factor."""
+    tau_of(weighting)
+    return dataclasses.replace(cast("Any", weighting), tau=tau)
+
+
+def _check_base_loss(base: Any) -> None:
+    if isinstance(base, type):
+        raise TypeError(
+            f"base must be a loss, got the class {base.__name__}: call it, as in "
+            f'{base.__name__}(reduction="none")'
+        )
+    if not callable(base):
+        raise TypeError(f"base must be a callable that returns per-sample losses, got {base!r}")
+    if isinstance(base, RGDLoss):
+        raise ValueError(
+            "base is an RGDLoss already, and a second one would weigh every loss twice: give the plain loss, "
+            "or use the inner RGDLoss alone"
+        )
+    # A loss from elsewhere is judged by what it returns: some leave an attribute at "mean" that they ignore.
+    reduction = getattr(base, "reduction", "none")
+    if type(base).__module__.startswith("torch.nn") and reduction != "none":
+        raise ValueError(
+            f"base reduces its losses to one number (reduction={reduction!r}), and weighting "
+            'that re-weights nothing: build it with reduction="none"; RGDLoss(reduction=...) reduces'
+        )
+
+
+_PLAIN = Plan(ERM()).prepare()
+_ALONE = Sync(sync=False)

@@ -7,6 +7,7 @@ step is the wrapped optimizer's own, and so are its parameter groups, its state 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from rgd.torch._checks import check_groups, check_losses
 from rgd.torch._distributed import Sync
 from rgd.torch._weigher import Plan, Weigher, WeightingState
 from rgd.torch.functional import weighted
-from rgd.torch.loss import state_for
+from rgd.torch.loss import state_for, tau_of, with_tau
 from rgd.weightings import Weighting
 from rgd.weightings._base import resolve_weighting
 
@@ -98,6 +99,8 @@ class RGD(torch.optim.Optimizer):
     # GradScaler leaves these on the optimizer it is given, and a fused step looks for them on its own.
     grad_scale = cast("Any", _Shared())
     found_inf = cast("Any", _Shared())
+    # Lightning calls `backward` on a copy of the wrapper, and `step` on the wrapper.
+    _awaits_gradient = cast("bool", _Shared())
 
     def __init__(
         self,
@@ -124,6 +127,15 @@ class RGD(torch.optim.Optimizer):
         plan: Plan | None = self.__dict__.get("_plan")
         self._state = state_for(weighting, None if plan is None else plan.weighting, self._state)
         self._plan = Plan(weighting) if plan is None else plan.replaced(weighting)
+
+    @property
+    def tau(self) -> float:
+        """The clipping factor of the weighting, for one that has it; to set it sets the weighting anew."""
+        return tau_of(self.weighting)
+
+    @tau.setter
+    def tau(self, tau: float) -> None:
+        self.weighting = with_tau(self.weighting, tau)
 
     def objective(
         self,
@@ -168,6 +180,7 @@ class RGD(torch.optim.Optimizer):
         if state is not None and torch.is_grad_enabled():
             state.write(weigher.state)
         self._awaits_gradient = objective.requires_grad
+        self._was_asked = True
         return objective
 
     def backward(
@@ -213,9 +226,10 @@ class RGD(torch.optim.Optimizer):
 
         Args:
             closure: A function that evaluates the model and returns the losses, one a sample. It is called as
-                often as the wrapped optimizer asks (`torch.optim.LBFGS`: many times); before each call the
-                gradients are cleared, and after it `backward` is called on the objective. So it need do
-                neither.
+                often as the wrapped optimizer asks (`torch.optim.LBFGS`: many times); after each call the
+                gradients are cleared, and `backward` is called on the objective. So it need do neither. One
+                that returns None, such as Lightning passes in manual optimization, is called, and the step
+                then uses the gradients of the `backward(losses)` before it.
 
         Returns:
             What the wrapped optimizer returns: with a closure the objective of its first evaluation, else
@@ -225,7 +239,8 @@ class RGD(torch.optim.Optimizer):
             RuntimeError: If an objective has been computed since the last step and yet no parameter has a
                 gradient: backward was not called, or the losses do not depend on these parameters. Or if what
                 the closure returns does not require grad.
-            TypeError: If the closure returns no float tensor.
+            TypeError: If the closure returns neither a float tensor nor None, or None and no objective has
+                been computed since the last step.
             ValueError: If the closure returns a scalar.
 
         Example:
@@ -236,6 +251,7 @@ class RGD(torch.optim.Optimizer):
         """
         step: Callable[..., Any] = self.optimizer.step
         if closure is None:
+            self._warn_of_plain_training()
             self._check_gradient()
             result = step()
         else:
@@ -243,10 +259,33 @@ class RGD(torch.optim.Optimizer):
         self._awaits_gradient = False
         return result
 
+    def _warn_of_plain_training(self) -> None:
+        """Warn, once, of a step with gradients that no objective of this wrapper has made."""
+        if self._was_asked:
+            return
+        grads = (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
+        # Gradients of zero make no training: torch steps so to initialise an optimizer's state.
+        if not any(grad.is_sparse or bool(grad.count_nonzero()) for grad in grads):
+            return
+        self._was_asked = True
+        warnings.warn(
+            "RGD makes a step, and no objective was asked for: the gradients are those of plain training. "
+            "Call optimizer.backward(losses) with the loss of each sample in place of loss.backward(); where "
+            "a trainer calls backward itself, use rgd.torch.RGDLoss as the loss",
+            stacklevel=3,
+        )
+
     @torch.enable_grad()
-    def _evaluate(self, closure: Callable[[], Any]) -> Tensor:
-        self.zero_grad()
+    def _evaluate(self, closure: Callable[[], Any]) -> Tensor | None:
         losses = closure()
+        if losses is None:
+            if not self._awaits_gradient:
+                raise TypeError(
+                    "the closure returned None, and there has been no backward(losses) since the last step: "
+                    "let it return the loss of each sample, or call optimizer.backward(losses) before step()"
+                )
+            self._check_gradient()
+            return None
         if isinstance(losses, (int, float)) or (isinstance(losses, Tensor) and losses.dim() == 0):
             raise ValueError(
                 "the closure returned one number, and weighting that re-weights nothing: return the loss "
@@ -254,7 +293,9 @@ class RGD(torch.optim.Optimizer):
                 "brings its own closure (as Lightning's automatic optimization does), use the bare "
                 "optimizer and RGDLoss as the criterion"
             )
-        objective = self.backward(check_losses(losses))
+        check_losses(losses)
+        self.zero_grad()
+        objective = self.backward(losses)
         self._check_gradient()
         return objective
 
@@ -316,7 +357,7 @@ class RGD(torch.optim.Optimizer):
         self.__dict__.update(state)
         self._plan = Plan(weighting)
         self._state = state_for(weighting, weighting, remembered)
-        self._awaits_gradient = False
+        self._awaits_gradient = self._was_asked = False
 
     def _patch_step_function(self) -> None:
         """Nothing: the wrapped optimizer's step calls the hooks, and calls them once."""

@@ -20,12 +20,15 @@ class Batch:
         groups: The group of each sample, integers of shape (n,), or None.
         xp: The array namespace of the losses, as `array_api_compat` gives it; None to ask for it.
         concrete: Whether values may be read now, without waiting for a device or a trace.
+        any_size: Whether the formula is recorded for batches of other sizes too, so that this one's must not
+            decide anything.
 
     Attributes:
         losses: One loss a sample, shape (n,), without gradient; 0 where a sample takes no part.
         xp: The losses' array namespace (Python array API standard): write formulas with it.
         groups: As given.
         concrete: As given.
+        any_size: As given.
 
     Example:
         >>> import numpy as np, rgd
@@ -42,10 +45,12 @@ class Batch:
         *,
         xp: Any = None,
         concrete: bool = False,
+        any_size: bool = False,
     ) -> None:
         self.xp = array_api_compat.array_namespace(losses) if xp is None else xp
         self.groups = groups
         self.concrete = concrete
+        self.any_size = any_size
         self._base = base
         self._takes_part = None if base is None else base != 0
         self.losses = losses if base is None else self.xp.where(self._takes_part, losses, 0.0)
@@ -93,7 +98,9 @@ class Batch:
 
     def reweighed(self, base: Any) -> Batch:
         """The same batch under another base measure, 0 wherever this one is."""
-        return Batch(self.losses, base, self.groups, xp=self.xp, concrete=self.concrete)
+        return Batch(
+            self.losses, base, self.groups, xp=self.xp, concrete=self.concrete, any_size=self.any_size
+        )
 
     def only(self, values: Any) -> Any:
         """`values`, shape (n,), and 0 where a sample takes no part."""

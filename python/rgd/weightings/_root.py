@@ -36,8 +36,10 @@ def root(batch: Batch, function: Callable[[Any], tuple[Any, Any]], low: Any, hig
         The root, 0-d. `low` or `high` where the function has no sign change between them.
     """
     xp = batch.xp
-    size = max(int(batch.losses.shape[-1]), 1)
-    candidates = next((m for m in (15, 3) if m * size <= ELEMENTS), 1)
+    candidates = 15
+    if not batch.any_size:
+        size = int(batch.losses.shape[-1])
+        candidates = next((m for m in (15, 3) if m * size <= ELEMENTS), 1)
     rounds = BITS // {15: 4, 3: 2, 1: 1}[candidates]
     fractions = batch.arange(1, candidates + 1) / (candidates + 1)
 

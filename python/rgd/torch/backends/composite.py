@@ -87,9 +87,10 @@ def weigh(losses: Tensor, base: Tensor | None, weigher: Weigher) -> Tensor:
         own = slice(first, first + own.stop)
     if flat.shape[0] == 0:
         return losses.detach().to(accumulator(losses.dtype))
-    compiling = torch.compiler.is_compiling() and not is_exporting()
-    weighting = weigher.plan.in_graphs if compiling else weigher.plan.weighting
-    batch = Batch(flat, mass, groups, xp=xp, concrete=values_can_be_read(flat))
+    exporting = torch.compiler.is_compiling() and is_exporting()
+    in_graph = torch.compiler.is_compiling() and not exporting
+    weighting = weigher.plan.in_graphs if in_graph else weigher.plan.weighting
+    batch = Batch(flat, mass, groups, xp=xp, concrete=values_can_be_read(flat), any_size=exporting)
     weights, weigher.state = weigh_batch(weighting, batch, weigher.state)
     return weights[own].reshape(losses.shape).to(accumulator(losses.dtype))
 
@@ -185,7 +186,9 @@ def reduce_losses(  # noqa: PLR0917
         return products, denominator
     if reduction == "sum":
         return products.sum(), denominator
-    return products.sum() / denominator, denominator
+    if reduction == "mean":
+        return products.sum() / denominator, denominator
+    raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
 
 
 def product(weights: Tensor, losses: Tensor) -> Tensor:
