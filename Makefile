@@ -49,6 +49,15 @@ pytest-oldest: $(VENV)/.built $(VENV)/.group-oldest
 	$(say) "pytest with $$($(python) --version) and the oldest supported versions"
 	@$(pytest)
 
+.PHONY: test-clients
+test-clients: ## Run the tests of the clients of docs/clients.md, in an environment of their own
+	@$(MAKE) --no-print-directory VENV=$(VENV)-clients pytest-clients
+
+.PHONY: pytest-clients
+pytest-clients: $(VENV)/.built $(VENV)/.group-clients
+	$(say) "pytest of the clients"
+	@KERAS_BACKEND=torch $(python) -m pytest tests/clients tests/test_transformers.py tests/test_lightning.py $(PYTEST_ARGS)
+
 .PHONY: lint
 lint: $(VENV)/.group-test $(VENV)/.group-lint | rust ## Check format, lints and types of both languages
 	@cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1 || \
@@ -81,7 +90,7 @@ bench: $(VENV)/.built $(VENV)/.group-test ## Run the programs in benches/, or on
 
 .PHONY: clean
 clean: ## Remove the environments and everything built
-	rm -rf $(VENV) $(VENV)-oldest target dist python/rgd/_rgd*.so
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-clients target dist python/rgd/_rgd*.so
 
 # --- what the targets stand on ---
 

@@ -5,8 +5,11 @@
 //! threads.
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
+use std::cell::Cell;
+use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use std::thread::available_parallelism;
+use std::time::{Duration, Instant};
 
 struct Pool {
     process: u32,
@@ -40,29 +43,109 @@ fn pool() -> Option<&'static ThreadPool> {
     }
 }
 
+/// Why a kernel was given up. It leaves by unwinding, with this as its payload; its outputs may be partly written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stop {
+    /// So many bytes could not be allocated.
+    OutOfMemory(usize),
+    /// The function given to [`watch`] said so.
+    Interrupted,
+}
+
+impl Stop {
+    /// Gives up the kernel that is running.
+    pub fn raise(self) -> ! {
+        resume_unwind(Box::new(self))
+    }
+}
+
+/// `count` copies of a value; gives up the kernel if they do not fit into memory.
+pub fn filled<T: Clone>(count: usize, value: T) -> Vec<T> {
+    let mut vector = with_capacity(count);
+    vector.resize(count, value);
+    vector
+}
+
+/// An empty vector with room for `count` elements; gives up the kernel if they do not fit into memory.
+#[must_use]
+pub fn with_capacity<T>(count: usize) -> Vec<T> {
+    let mut vector = Vec::new();
+    if vector.try_reserve_exact(count).is_err() {
+        Stop::OutOfMemory(count.saturating_mul(size_of::<T>())).raise();
+    }
+    vector
+}
+
+/// How long a kernel runs before it looks for an interrupt.
+const PATIENCE: Duration = Duration::from_millis(200);
+
+/// The function that says whether this thread was interrupted, and when it was last asked.
+#[derive(Clone, Copy)]
+struct Watch {
+    interrupted: fn() -> bool,
+    last: Option<Instant>,
+}
+
+thread_local! {
+    static WATCH: Cell<Option<Watch>> = const { Cell::new(None) };
+}
+
+/// Runs `kernel`, which is given up with [`Stop::Interrupted`] soon after `interrupted` has come true. It is asked on this
+/// thread, between blocks, at most once in 0.2 s.
+pub fn watch<R>(interrupted: fn() -> bool, kernel: impl FnOnce() -> R) -> R {
+    struct Restore(Option<Watch>);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            WATCH.set(self.0);
+        }
+    }
+    let _restore = Restore(WATCH.replace(Some(Watch { interrupted, last: None })));
+    kernel()
+}
+
+/// Whether it is time to ask for an interrupt, and there is one.
+fn is_interrupted() -> bool {
+    let Some(watch) = WATCH.get() else { return false };
+    let now = Instant::now();
+    let due = watch.last.is_some_and(|last| now - last >= PATIENCE);
+    if due || watch.last.is_none() {
+        WATCH.set(Some(Watch { last: Some(now), ..watch }));
+    }
+    due && (watch.interrupted)()
+}
+
 /// Calls `block(i)` once for every `i` below `blocks`, on at most `threads` threads, the calling one among them.
 pub fn for_each_block(blocks: usize, threads: usize, block: impl Fn(usize) + Sync) {
     let workers = threads.min(blocks);
     let pool = if workers > 1 { pool() } else { None };
     let Some(pool) = pool else {
-        (0..blocks).for_each(block);
+        for i in 0..blocks {
+            if i > 0 && is_interrupted() {
+                Stop::Interrupted.raise();
+            }
+            block(i);
+        }
         return;
     };
     let next = AtomicUsize::new(0);
-    let work = || {
+    let work = |calling: bool| {
         loop {
             let i = next.fetch_add(1, Ordering::Relaxed);
             if i >= blocks {
                 break;
+            }
+            if calling && is_interrupted() {
+                next.store(blocks, Ordering::Relaxed);
+                Stop::Interrupted.raise();
             }
             block(i);
         }
     };
     pool.in_place_scope(|scope| {
         for _ in 1..workers {
-            scope.spawn(|_| work());
+            scope.spawn(|_| work(false));
         }
-        work();
+        work(true);
     });
 }
 
@@ -72,7 +155,7 @@ pub fn map_blocks<R: Send + Clone + Default>(
     threads: usize,
     block: impl Fn(usize) -> R + Sync,
 ) -> Vec<R> {
-    let mut results = vec![R::default(); blocks];
+    let mut results = filled(blocks, R::default());
     let out = crate::layout::Shared(results.as_mut_ptr());
     for_each_block(blocks, threads, |i| {
         // SAFETY: each block writes its own result, and `results` outlives the call.
@@ -105,6 +188,33 @@ mod tests {
                 });
             }
         });
+    }
+
+    #[test]
+    fn an_interrupt_is_asked_for_between_blocks_and_stops_every_thread() {
+        for threads in [1, 2] {
+            let run = AtomicUsize::new(0);
+            let caught = std::panic::catch_unwind(|| {
+                watch(
+                    || true,
+                    || {
+                        for_each_block(1000, threads, |_| {
+                            run.fetch_add(1, Ordering::Relaxed);
+                            std::thread::sleep(Duration::from_millis(5));
+                        });
+                    },
+                );
+            });
+            assert_eq!(caught.unwrap_err().downcast_ref(), Some(&Stop::Interrupted));
+            assert!((2..200).contains(&run.into_inner()));
+            assert!(WATCH.get().is_none());
+        }
+    }
+
+    #[test]
+    fn memory_that_is_not_there_is_told_in_bytes() {
+        let caught = std::panic::catch_unwind(|| filled(usize::MAX / 8, 0.0f64));
+        assert_eq!(caught.unwrap_err().downcast_ref(), Some(&Stop::OutOfMemory(usize::MAX / 8 * 8)));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::mem::MaybeUninit;
 const BLOCK: usize = 2048;
 
 /// Elements of a block that are read at a time.
-const CHUNK: usize = 512;
+const CHUNK: usize = 256;
 
 /// How many partial sums are kept, so that adding a row of as many products to them is vector code.
 const ROW: usize = 64;
@@ -103,9 +103,14 @@ pub fn weighted_sum(
             }
             dispatch(Products { values: v, weights: w, lanes: &mut lanes });
         }
-        lanes.iter().sum::<f64>()
+        total(lanes)
     };
-    map_blocks(n.div_ceil(BLOCK), threads, sum).into_iter().sum()
+    total(map_blocks(n.div_ceil(BLOCK), threads, sum))
+}
+
+/// The sum of numbers in order. That of none is 0, where that of an iterator is -0.
+pub fn total(numbers: impl IntoIterator<Item = f64>) -> f64 {
+    numbers.into_iter().fold(0.0, |sum, x| sum + x)
 }
 
 /// Start and length of each chunk of block `i` of `n` elements.
@@ -246,6 +251,7 @@ mod tests {
         };
         assert_eq!(sums(&[1.0, 3.0], &[0.0, 2.0], None), expected);
         assert_eq!(sums(&[], &[], None), WeightSums::default());
+        assert_eq!(sum(&[], &[], None, 1).to_bits(), 0);
         assert!(sums(&[f64::NAN, 1.0], &[f64::NAN, 1.0], None).largest.is_nan());
     }
 

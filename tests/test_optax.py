@@ -106,7 +106,7 @@ def test_what_a_weighting_remembers_is_part_of_the_state(problem, weighting):
         leaves, structure = jax.tree.flatten(state)
         state = jax.tree.unflatten(structure, [np.asarray(leaf) for leaf in leaves])
         updates, state = update(grads, state, params, losses=losses, groups=groups)
-        step = rgd.jax.value_and_grad(jax.vmap(loss, (None, 0, 0)), weighting)
+        step = rgd.jax.value_and_grad(jax.vmap(loss, (None, 0, 0)), weighting=weighting)
         (_, expected), remembered = step(params, x, y, groups=groups, state=remembered)
         assert_close(updates, jax.tree.map(jnp.negative, expected))
         assert_close(state.weighting_state, remembered)

@@ -231,3 +231,10 @@ def test_advice_tells_when_reweighting_cannot_matter_and_when_few_samples_have_t
     assert "few samples" in advice(few, rgd.KL(np.inf, scale=1.0))
     assert advice(np.linspace(0, 2, 64), rgd.KL()) == ""
     assert advice(np.empty(0), rgd.KL()) == ""
+
+
+def test_a_class_out_of_range_is_told_the_last_one_there_is():
+    with pytest.raises(
+        IndexError, match=r"target 4 at position \[0\] .* give a class from 0 to 3, or name 4"
+    ):
+        RGDLoss()(LOGITS[:1], torch.tensor([4]))

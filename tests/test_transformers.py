@@ -1,12 +1,16 @@
 """`rgd_loss_func` against torch compositions, and the Hugging Face Trainer training with it."""
 
+import copy
 import dataclasses
+import math
 import warnings
 
 import pytest
 import rgd
 import torch
-from rgd.integrations.transformers import rgd_loss_func
+from rgd import reference
+from rgd.integrations.transformers import RGDStatsCallback, rgd_loss_func
+from rgd.torch import RGDLoss, WeightingSchedule
 from torch import nn
 from torch.nn import functional as F
 
@@ -160,6 +164,170 @@ def test_stats_describe_the_last_call_over_labels_kept():
     assert loss_func.stats().mean_loss == pytest.approx(plain.item(), rel=1e-12)
 
 
+# --- weightings ---
+
+
+def test_the_weighting_comes_first_and_tau_is_its_short_form():
+    logits, labels = tokens()
+    outputs = TokenClassifierOutput(logits)
+    assert rgd_loss_func(rgd.CVaR(0.3)).weighting == rgd.CVaR(0.3)
+    assert rgd_loss_func(tau=2.0).weighting == rgd.KL(2.0)
+    first, named = rgd_loss_func(rgd.KL(2.0)), rgd_loss_func(weighting=rgd.KL(2.0))
+    assert torch.equal(first(outputs, labels), named(outputs, labels))
+    with pytest.raises(TypeError, match="did you mean tau="):
+        rgd_loss_func(2.0)
+
+
+@pytest.mark.parametrize("per", ["element", "sample"])
+@pytest.mark.parametrize(
+    "weighting", [rgd.KL(scale=-0.7), rgd.CVaR(0.3), rgd.KLBall(0.2), rgd.Trimmed(rgd.ERM(), 0.25)], ids=str
+)
+def test_any_weighting_weighs_labels_or_rows(weighting, per):
+    logits, labels = tokens()
+    labels[1] = -100  # a row without labels
+    arrays = logits.detach().movedim(-1, 1).numpy(), labels.numpy()
+    settings = {"weighting": weighting, "per": per, "reduction": "sum"}
+    expected = reference.cross_entropy(*arrays, **settings)
+    gradient = reference.cross_entropy_grad(*arrays, **settings)
+    loss = rgd_loss_func(weighting, per=per)(TokenClassifierOutput(logits), labels, num_items_in_batch=40)
+    loss.backward()
+    # 24 labels; the ball's root is known to 1e-10.
+    relative = 1e-9 if isinstance(weighting, rgd.KLBall) else 1e-12
+    assert loss.item() == pytest.approx(expected / 40, rel=relative)
+    torch.testing.assert_close(
+        logits.grad, torch.tensor(gradient).movedim(1, -1) / 40, rtol=relative, atol=relative
+    )
+
+
+@pytest.mark.parametrize("per", ["element", "sample"])
+def test_one_state_is_kept_whether_or_not_the_number_of_items_is_given(per):
+    weighting = rgd.MovingAverage(rgd.KL(2.0), 0.7)
+    loss_func = rgd_loss_func(weighting, per=per)
+    logits, labels = tokens()
+    state, count = weighting.init(), (labels != -100).sum()
+    for step, items in enumerate([None, 40, torch.tensor(50), None]):
+        scaled = logits.detach() * (1 + step)
+        loss = loss_func(TokenClassifierOutput(scaled), labels, num_items_in_batch=items)
+        expected, state = reference.cross_entropy(
+            scaled.movedim(-1, 1).numpy(),
+            labels.numpy(),
+            weighting=weighting,
+            per=per,
+            reduction="sum",
+            state=state,
+        )
+        assert loss.item() == pytest.approx(expected / float(count if items is None else items), rel=1e-12)
+    # A copy has one state too, of its own.
+    other = copy.deepcopy(loss_func)
+    outputs = TokenClassifierOutput(logits.detach())
+    for items in (None, 40):
+        mine = loss_func(outputs, labels, num_items_in_batch=items)
+        assert torch.equal(other(outputs, labels, num_items_in_batch=items), mine)
+
+
+def test_a_schedule_sets_the_weighting_of_the_function_and_keeps_its_state():
+    def warming_up(step):
+        return rgd.MovingAverage(rgd.KL(math.inf, scale=0.1 * step), 0.7)
+
+    loss_func = rgd_loss_func(warming_up(0))
+    criterion = RGDLoss(weighting=warming_up(0))
+    schedules = [WeightingSchedule(target, warming_up) for target in (loss_func, criterion)]
+    logits, labels = tokens()
+    outputs, count = TokenClassifierOutput(logits), (labels != -100).sum()
+    for step, items in enumerate([None, count, None, count]):
+        assert loss_func.weighting == warming_up(step)
+        expected = criterion(logits.flatten(0, 1), labels.flatten())
+        loss = loss_func(outputs, labels, num_items_in_batch=items)
+        torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+        for schedule in schedules:
+            schedule.step()
+    loss_func.weighting = rgd.KL(1.0)
+    for items in (None, 40):
+        loss = loss_func(outputs, labels, num_items_in_batch=items)
+        torch.testing.assert_close(loss, composed(logits, labels, items=items), rtol=1e-12, atol=0)
+
+
+# --- kinds of problems ---
+
+
+@pytest.mark.parametrize("labels_shape", [(6,), (6, 1)], ids=str)
+def test_regression_fits_one_logit_a_row_to_one_label(labels_shape):
+    logits = torch.linspace(-2, 2, 6, dtype=torch.float64).unsqueeze(1).requires_grad_()
+    labels = torch.linspace(1, -1, 6, dtype=torch.float64).square()
+    for settings in ({"problem_type": "regression"}, {"base": nn.MSELoss(reduction="none")}):
+        loss = rgd_loss_func(**settings)(SequenceClassifierOutput(logits), labels.view(labels_shape))
+        expected = rgd.torch.reweighted_mean((logits.squeeze(1) - labels).square())
+        assert_same(loss, expected, logits)
+
+
+def test_regression_takes_several_numbers_a_row():
+    logits = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    labels = torch.randn(6, 2, dtype=torch.float64)
+    loss = rgd_loss_func(problem_type="regression")(SequenceClassifierOutput(logits), labels)
+    assert_same(loss, rgd.torch.reweighted_mean((logits - labels).square()), logits)
+
+
+def test_multi_label_classification_is_binary_cross_entropy():
+    logits = torch.randn(5, 3, requires_grad=True, dtype=torch.float64)
+    labels = (torch.rand(5, 3) > 0.5).double()
+    losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    loss_func = rgd_loss_func(problem_type="multi_label_classification")
+    assert_same(
+        loss_func(SequenceClassifierOutput(logits), labels), rgd.torch.reweighted_mean(losses), logits
+    )
+
+
+def test_single_label_classification_is_cross_entropy():
+    logits, labels = torch.randn(9, 3, requires_grad=True, dtype=torch.float64), torch.arange(9) % 3
+    loss = rgd_loss_func(problem_type="single_label_classification")(SequenceClassifierOutput(logits), labels)
+    assert_same(loss, rgd.torch.cross_entropy(logits, labels), logits)
+
+
+@pytest.mark.parametrize("labels_shape", [(3,), (6,), (1, 3), (6, 1)], ids=str)
+def test_labels_that_torchs_losses_would_broadcast_are_refused(labels_shape):
+    loss_func = rgd_loss_func(base=nn.L1Loss(reduction="none"))
+    with pytest.raises(ValueError, match="labels must have the shape of the logits"):
+        loss_func(SequenceClassifierOutput(torch.randn(6, 3)), torch.randn(labels_shape))
+
+
+def test_a_base_that_broadcasts_logits_against_labels_is_refused():
+    loss_func = rgd_loss_func(base=lambda logits, labels: (logits - labels).abs())
+    with pytest.raises(ValueError, match="one was broadcast against the other"):
+        loss_func(SequenceClassifierOutput(torch.randn(6, 1)), torch.randn(1, 5))
+
+
+def test_a_base_with_class_indices_is_left_alone():
+    logits, labels = torch.randn(9, 3, requires_grad=True, dtype=torch.float64), torch.arange(9) % 3
+    loss = rgd_loss_func(base=nn.CrossEntropyLoss(reduction="none"))(SequenceClassifierOutput(logits), labels)
+    assert_same(loss, rgd.torch.cross_entropy(logits, labels), logits)
+
+
+# --- evaluation ---
+
+
+@pytest.mark.parametrize("items", [None, 40])
+def test_where_gradients_are_off_the_loss_is_plain_and_leaves_nothing_behind(items):
+    logits, labels = tokens()
+    outputs = TokenClassifierOutput(logits)
+    loss_func = rgd_loss_func(rgd.MovingAverage(rgd.KL(2.0), 0.7))
+    loss_func(outputs, labels)
+    before, again = loss_func.stats(), copy.deepcopy(loss_func)
+    other = TokenClassifierOutput(2 * logits)
+    with torch.no_grad():
+        loss = loss_func(other, labels, num_items_in_batch=items)
+    plain = F.cross_entropy(2 * logits.transpose(1, 2), labels, reduction="sum").detach()
+    torch.testing.assert_close(loss, plain / (items or (labels != -100).sum()), rtol=1e-12, atol=0)
+    assert loss_func.stats() == before
+    assert torch.equal(loss_func(other, labels), again(other, labels))
+
+
+def test_evaluate_weighted_keeps_the_weights():
+    logits, labels = tokens()
+    with torch.no_grad():
+        loss = rgd_loss_func(evaluate="weighted")(TokenClassifierOutput(logits), labels)
+    torch.testing.assert_close(loss, composed(logits, labels).detach(), rtol=1e-12, atol=0)
+
+
 def test_repr_names_the_weighting():
     assert "tau=2.0" in repr(rgd_loss_func(tau=2.0))
 
@@ -180,7 +348,25 @@ def test_missing_labels_are_refused():
 
 def test_outputs_without_logits_are_refused():
     with pytest.raises(ValueError, match="hold no logits"):
-        rgd_loss_func()({"start_logits": torch.zeros(2, 3)}, torch.zeros(2, dtype=torch.long))
+        rgd_loss_func()({"hidden": torch.zeros(2, 3)}, torch.zeros(2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("labels", [None, torch.zeros(2, dtype=torch.long)], ids=["without labels", "labels"])
+def test_question_answering_is_refused_with_what_to_write(labels):
+    with pytest.raises(ValueError, match=r"question answering.*Subclass the Trainer.*start_positions"):
+        rgd_loss_func()({"start_logits": torch.zeros(2, 3)}, labels)
+
+
+def test_the_function_that_makes_the_loss_is_refused_as_the_loss():
+    logits, labels = tokens()
+    with pytest.raises(TypeError, match=r"compute_loss_func=rgd_loss_func\(\)"):
+        rgd_loss_func(TokenClassifierOutput(logits), labels, num_items_in_batch=None)
+
+
+def test_a_callback_without_the_loss_it_describes_is_refused():
+    for wrong in (rgd_loss_func, RGDLoss, "rgd"):
+        with pytest.raises(TypeError, match="loss_func must be what rgd_loss_func"):
+            RGDStatsCallback(wrong)
 
 
 def test_labels_of_another_shape_are_refused():
@@ -189,7 +375,7 @@ def test_labels_of_another_shape_are_refused():
 
 
 def test_float_labels_without_base_are_refused():
-    with pytest.raises(ValueError, match="BCEWithLogitsLoss"):
+    with pytest.raises(ValueError, match="multi_label_classification"):
         rgd_loss_func()(SequenceClassifierOutput(torch.zeros(2, 3)), torch.zeros(2, 3))
 
 
@@ -201,6 +387,10 @@ def test_float_labels_without_base_are_refused():
         ({"tau": 1.0, "weighting": rgd.KL()}, ValueError),
         ({"shift_labels": "yes"}, TypeError),
         ({"base": nn.MSELoss()}, ValueError),
+        ({"problem_type": "ranking"}, ValueError),
+        ({"problem_type": "regression", "base": nn.MSELoss(reduction="none")}, ValueError),
+        ({"problem_type": "regression", "label_smoothing": 0.1}, ValueError),
+        ({"evaluate": "never"}, ValueError),
     ],
     ids=str,
 )
@@ -288,22 +478,24 @@ def causal_rows(count=32, length=10):
     return Rows(rows)
 
 
-def trained(transformers, model, rows, loss_func, **settings):
+def trained(transformers, model, rows, loss_func, callbacks=(), **settings):
     defaults = {"max_steps": 4, "learning_rate": 1e-2, "optim": "sgd", "max_grad_norm": 0.0}
+    defaults["logging_strategy"] = "no"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the trainer's own dependencies warn of
         arguments = transformers.TrainingArguments(
             lr_scheduler_type="constant",
             report_to=[],
             save_strategy="no",
-            logging_strategy="no",
             disable_tqdm=True,
             use_cpu=True,
             dataloader_pin_memory=False,
             seed=0,
             **{**defaults, **settings},
         )
-        trainer = transformers.Trainer(model, arguments, train_dataset=rows, compute_loss_func=loss_func)
+        trainer = transformers.Trainer(
+            model, arguments, train_dataset=rows, compute_loss_func=loss_func, callbacks=list(callbacks)
+        )
         trainer.train()
     return trainer
 
@@ -392,14 +584,13 @@ def test_trainer_accumulating_gradients_equals_the_large_batch(transformers, tmp
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-def test_trainer_evaluates_with_the_same_loss(transformers, tmp_path):
+def test_trainer_evaluates_with_the_plain_loss(transformers, tmp_path):
     rows = classification_rows()
-    loss_func = rgd_loss_func()
     trainer = trained(
         transformers,
         make_bert(transformers),
         rows,
-        loss_func,
+        rgd_loss_func(),
         output_dir=str(tmp_path),
         max_steps=1,
         per_device_eval_batch_size=32,
@@ -407,5 +598,43 @@ def test_trainer_evaluates_with_the_same_loss(transformers, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         reported = trainer.evaluate(rows)["eval_loss"]
-    assert reported == pytest.approx(loss_func.stats().objective, rel=1e-5)
-    assert reported > loss_func.stats().mean_loss
+    model = trainer.model.eval()
+    ids, labels = (torch.stack([row[name] for row in rows.rows]) for name in ("input_ids", "labels"))
+    with torch.no_grad():
+        assert reported == pytest.approx(F.cross_entropy(model(ids).logits, labels).item(), rel=1e-5)
+
+
+def test_the_callback_logs_the_statistics_of_the_training(transformers, tmp_path):
+    loss_func = rgd_loss_func()
+    trainer = trained(
+        transformers,
+        make_bert(transformers),
+        classification_rows(),
+        loss_func,
+        [RGDStatsCallback(loss_func, prefix="weights")],
+        output_dir=str(tmp_path),
+        logging_strategy="steps",
+        logging_steps=2,
+    )
+    logs = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(logs) == 2
+    stats = loss_func.stats()
+    for name in (
+        "mean_loss",
+        "objective",
+        "effective_sample_size",
+        "kl_to_uniform",
+        "max_weight",
+        "clipped_share",
+    ):
+        assert logs[-1][f"weights/{name}"] == getattr(stats, name)
+    assert not any(
+        "weights/" in name for row in trainer.state.log_history if "loss" not in row for name in row
+    )
+
+
+def test_the_callback_warns_of_a_label_smoothing_that_nobody_hears():
+    loss_func = rgd_loss_func()
+    arguments = type("Arguments", (), {"label_smoothing_factor": 0.1})()
+    with pytest.warns(UserWarning, match=r"rgd_loss_func\(label_smoothing=0\.1\)"):
+        RGDStatsCallback(loss_func).on_train_begin(arguments, None, None)

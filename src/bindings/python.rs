@@ -8,16 +8,49 @@ use super::xla;
 use crate::cross_entropy::{self as ce, Given, Inputs, Outputs, Reduction, Settings, Target, Totals};
 use crate::layout::{Values, Vector};
 use crate::numeric::Element;
+use crate::parallel::{Stop, watch};
 use crate::reduce;
 use crate::weightings::{self, Weighting};
 use half::{bf16, f16};
-use pyo3::exceptions::{PyIndexError, PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::exceptions::{
+    PyIndexError, PyKeyboardInterrupt, PyMemoryError, PyRuntimeError, PyTypeError, PyValueError,
+};
 use pyo3::prelude::*;
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// Runs a kernel without holding the interpreter; a panic, which would be a bug of ours, becomes a `RuntimeError`.
+thread_local! {
+    /// What a signal's handler has raised while this thread was in a kernel.
+    static RAISED: Cell<Option<PyErr>> = const { Cell::new(None) };
+}
+
+/// Runs the handlers of signals that have come in; whether one has raised an error, as that of Ctrl-C does.
+fn interrupted() -> bool {
+    // On any other thread than the main one this finds nothing.
+    #[expect(clippy::redundant_closure_for_method_calls, reason = "the method is of one lifetime only")]
+    let raised = Python::attach(|py| py.check_signals()).err();
+    let found = raised.is_some();
+    RAISED.set(raised);
+    found
+}
+
+/// Runs a kernel without holding the interpreter. One that ran out of memory becomes a `MemoryError`, one that was
+/// interrupted what the signal's handler raised; a panic, which would be a bug of ours, becomes a `RuntimeError`.
 fn released<R: Send>(py: Python, kernel: impl FnOnce() -> R + Send) -> PyResult<R> {
-    py.detach(|| catch_unwind(AssertUnwindSafe(kernel))).map_err(|panic| {
+    py.detach(|| catch_unwind(AssertUnwindSafe(|| watch(interrupted, kernel)))).map_err(|panic| {
+        match panic.downcast_ref::<Stop>() {
+            Some(Stop::Interrupted) => {
+                return RAISED.take().unwrap_or_else(|| PyKeyboardInterrupt::new_err(()));
+            }
+            Some(Stop::OutOfMemory(bytes)) => {
+                return PyMemoryError::new_err(format!(
+                    "rgd could not allocate {bytes} bytes ({:.1} GiB) of working memory: give fewer samples or classes \
+                     at a time, or fewer threads",
+                    *bytes as f64 / f64::from(1 << 30)
+                ));
+            }
+            None => {}
+        }
         let message = panic
             .downcast_ref::<&str>()
             .map(ToString::to_string)

@@ -13,6 +13,7 @@
 use crate::cross_entropy::{Inputs, Reduction, Settings, Target, with_norms};
 use crate::layout::written;
 use crate::numeric::{Element, Real};
+use crate::parallel::Stop;
 use crate::weightings::Weighting;
 use half::{bf16, f16};
 use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2};
@@ -63,6 +64,7 @@ struct ErrorCreateArgs {
 }
 
 const INVALID_ARGUMENT: c_int = 3;
+const RESOURCE_EXHAUSTED: c_int = 8;
 const INTERNAL: c_int = 13;
 
 /// The head of `XLA_FFI_Api`, which has grown since at its end only.
@@ -184,7 +186,12 @@ pub(crate) unsafe extern "C" fn handler(frame: *mut CallFrame) -> *mut c_void {
     let (message, code) = match outcome {
         Ok(Ok(())) => return null_mut(),
         Ok(Err(message)) => (message, INVALID_ARGUMENT),
-        Err(_) => ("a kernel panicked".to_owned(), INTERNAL),
+        Err(panic) => match panic.downcast_ref::<Stop>() {
+            Some(Stop::OutOfMemory(bytes)) => {
+                (format!("could not allocate {bytes} bytes of working memory"), RESOURCE_EXHAUSTED)
+            }
+            _ => ("a kernel panicked".to_owned(), INTERNAL),
+        },
     };
     // SAFETY: outside the metadata query, which comes without one, the frame has XLA's table of functions.
     unsafe { error(frame.api, &format!("rgd.cross_entropy: {message}"), code).cast() }

@@ -266,6 +266,8 @@ pub(super) struct Group<A> {
     pub soft_mass: [A; GROUP],
     /// The mass on the label.
     pub label_mass: [A; GROUP],
+    /// `sum`, `soft_dot` and `soft_mass` over the classes so far, where there are many.
+    pub totals: Vec<[f64; GROUP]>,
     /// What the gradient of the target's loss is multiplied by; 0 where the target takes no part.
     pub factor: [A; GROUP],
     /// What the exponentials are multiplied by: `factor` times all mass over `sum`.
@@ -282,6 +284,7 @@ impl<A: Real> Group<A> {
             soft_dot: zero,
             soft_mass: zero,
             label_mass: zero,
+            totals: Vec::new(),
             factor: zero,
             exp_factor: zero,
         }

@@ -6,6 +6,8 @@
 use super::Inputs;
 use super::shape::{Dimensions, Error};
 use crate::numeric::{Element, Isa, Kernel, Real, dispatch};
+use crate::parallel::filled;
+use crate::reduce::total;
 use ndarray::ArrayViewD;
 
 /// What the logits are held against.
@@ -77,7 +79,7 @@ impl Labels {
         ignore_index: i64,
     ) -> Result<(Self, Totals), Error> {
         let base = inputs.sample_weight;
-        let mut labels = vec![Label::IGNORED; dims.targets];
+        let mut labels = filled(dims.targets, Label::IGNORED);
         match &inputs.target {
             Target::Int64(target) => encode(target, dims, base, ignore_index, &mut labels)?,
             Target::Int32(target) => encode(target, dims, base, ignore_index, &mut labels)?,
@@ -99,8 +101,10 @@ impl Labels {
         let counting = labels.iter().enumerate().filter(|(_, label)| label.counts());
         let denominator = match (base, inputs.class_weight) {
             (None, None) => counted as f64,
-            (None, Some(_)) => counting.map(|(_, &label)| class_weight(label)).sum(),
-            (Some(p), _) => counting.map(|(i, &label)| p[i / dims.unit].to_f64() * class_weight(label)).sum(),
+            (None, Some(_)) => total(counting.map(|(_, &label)| class_weight(label))),
+            (Some(p), _) => {
+                total(counting.map(|(i, &label)| p[i / dims.unit].to_f64() * class_weight(label)))
+            }
         };
         Ok((Self(Some(labels)), Totals { denominator, counted }))
     }

@@ -7,13 +7,15 @@ use super::labels::Target;
 use super::rows::read_tile;
 use crate::layout::Shared;
 use crate::numeric::{Element, LANES, Real};
+use crate::parallel::with_capacity;
+use crate::reduce;
 
 /// The soft part `t` of a target's mass.
 pub(super) enum SoftMass<T: Element> {
     /// None: the mass lies on the label.
     Nothing,
-    /// `label_smoothing / C * c_k`.
-    Smoothing { mass: Vec<T::Real> },
+    /// `label_smoothing / C * c_k`, and its sum over the classes.
+    Smoothing { mass: Vec<T::Real>, total: T::Real },
     /// `slope_k q_k + mass_k = c_k ((1 - label_smoothing) q_k + label_smoothing / C)` of probabilities `q`.
     Probabilities { q: Shared<T>, class_stride: isize, slope: Vec<T::Real>, mass: Vec<T::Real> },
 }
@@ -27,7 +29,11 @@ impl<T: Element> SoftMass<T> {
         label_smoothing: f64,
     ) -> Self {
         let weighted = |x: f64| -> Vec<T::Real> {
-            (0..classes).map(|k| T::Real::from_f64(class_weight.map_or(x, |c| c[k].to_f64() * x))).collect()
+            let mut masses = with_capacity(classes);
+            masses.extend(
+                (0..classes).map(|k| T::Real::from_f64(class_weight.map_or(x, |c| c[k].to_f64() * x))),
+            );
+            masses
         };
         let smoothing = label_smoothing / classes as f64;
         match target {
@@ -38,7 +44,11 @@ impl<T: Element> SoftMass<T> {
                 mass: weighted(smoothing),
             },
             _ if label_smoothing == 0.0 => Self::Nothing,
-            _ => Self::Smoothing { mass: weighted(smoothing) },
+            _ => {
+                let mass = weighted(smoothing);
+                let total = T::Real::from_f64(reduce::total(mass.iter().map(|t| t.to_f64())));
+                Self::Smoothing { mass, total }
+            }
         }
     }
 

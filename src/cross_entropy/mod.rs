@@ -23,6 +23,7 @@ pub use shape::Error;
 
 use crate::layout::{Shared, Vector, written};
 use crate::numeric::{Element, Real};
+use crate::parallel::{filled, with_capacity};
 use crate::reduce::{self, product};
 use crate::weightings::{self, Weighting};
 use groups::{Plan, Problem};
@@ -233,8 +234,8 @@ fn unit_weights<A: Real>(
     threads: usize,
     weights: &mut [MaybeUninit<A>],
 ) {
-    let mut counted = Vec::with_capacity(weights.len());
-    let mut means = Vec::with_capacity(weights.len());
+    let mut counted = with_capacity(weights.len());
+    let mut means = with_capacity(weights.len());
     for (u, weight) in weights.iter_mut().enumerate() {
         let targets = u * dims.unit..(u + 1) * dims.unit;
         let count = targets.clone().filter(|&i| labels.counts(i)).count();
@@ -242,10 +243,10 @@ fn unit_weights<A: Real>(
             weight.write(A::default());
         } else {
             counted.push(u);
-            means.push(losses[targets].iter().map(|l| l.to_f64()).sum::<f64>() / count as f64);
+            means.push(reduce::total(losses[targets].iter().map(|l| l.to_f64())) / count as f64);
         }
     }
-    let mut of_counted = vec![MaybeUninit::<A>::uninit(); counted.len()];
+    let mut of_counted = filled(counted.len(), MaybeUninit::<A>::uninit());
     weightings::sample_weights(&Vector::of(&means), weighting, &mut of_counted, threads);
     for (u, w) in counted.into_iter().zip(of_counted) {
         weights[u] = w;
@@ -276,13 +277,11 @@ fn write_objective<A: Real>(
         reduce::weighted_sum(&losses, &weights, base, settings.threads)
     } else {
         let samples = losses.chunks(unit.max(1)).zip(weights).enumerate();
-        samples
-            .map(|(u, (losses, w))| {
-                let p = base.map_or(1.0, |p| p[u].to_f64());
-                let loss: f64 = losses.iter().map(|l| l.to_f64()).sum();
-                if p == 0.0 { 0.0 } else { product(p * w.to_f64(), loss) }
-            })
-            .sum()
+        reduce::total(samples.map(|(u, (losses, w))| {
+            let p = base.map_or(1.0, |p| p[u].to_f64());
+            let loss = reduce::total(losses.iter().map(|l| l.to_f64()));
+            if p == 0.0 { 0.0 } else { product(p * w.to_f64(), loss) }
+        }))
     };
     let value = if settings.reduction == Reduction::Mean { sum / totals.denominator } else { sum };
     objective[0].write(A::from_f64(value));

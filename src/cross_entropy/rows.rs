@@ -9,6 +9,7 @@ use super::labels::Label;
 use super::mass::{NoMass, ProbabilityMass, RowMass, SmoothingMass, SoftMass};
 use crate::layout::Run;
 use crate::numeric::{Element, Isa, Kernel, LANES, Real};
+use crate::parallel::with_capacity;
 use std::sync::atomic::{Ordering, compiler_fence};
 
 /// The rows `start..end` of a problem, a group after the other.
@@ -50,7 +51,7 @@ impl<T: Element> Kernel for Rows<'_, '_, T> {
         // scratch memory.
         let kept = if grad.is_none() && T::as_real(p.logits.0).is_some() { 1 } else { GROUP };
         let kept = if own.is_some() { 0 } else { kept.min(self.end - self.start) };
-        let mut scratch = Vec::<T::Real>::with_capacity(classes * kept);
+        let mut scratch = with_capacity::<T::Real>(classes.saturating_mul(kept));
         for Run { position, length, offsets: [x, g, q_offset] } in p.positions.runs(self.start, self.end) {
             let mut done = 0;
             while done < length {
@@ -77,7 +78,7 @@ impl<T: Element> Kernel for Rows<'_, '_, T> {
                         RowSteps { p, plan: self.plan, start: position + done, count, rows, grads, exps };
                     match &p.soft {
                         SoftMass::Nothing => steps.run::<I, _>(&mut group, |_| NoMass),
-                        SoftMass::Smoothing { mass } => {
+                        SoftMass::Smoothing { mass, .. } => {
                             steps.run::<I, _>(&mut group, |_| SmoothingMass(mass));
                         }
                         SoftMass::Probabilities { q, slope, mass, .. } => {

@@ -31,7 +31,8 @@ impl fmt::Display for Error {
             Self::OutOfRange { index, position, classes } => write!(
                 f,
                 "target {index} at position {position:?} is out of range for logits with {classes} classes: give a class \
-                 in 0..{classes}, or name {index} in ignore_index"
+                 from 0 to {}, or name {index} in ignore_index",
+                classes.saturating_sub(1)
             ),
             Self::Shape(message) => f.write_str(message),
             Self::SampleWeight(kind) => write!(

@@ -7,7 +7,12 @@ use super::groups::{BLOCK, GROUP, Group, Plan, Problem};
 use super::mass::SoftMass;
 use crate::layout::Run;
 use crate::numeric::{Element, Isa, Kernel, LANES, Real};
+use crate::parallel::filled;
 use std::mem::MaybeUninit;
+
+/// Classes whose sums are taken in the accumulator's type; more are summed in `f64`, a chunk after the other, so that the
+/// rounding error of a sum does not grow with the number of classes.
+const CHUNK: usize = 32;
 
 /// The targets `start..end` of a problem, a tile after the other.
 pub(super) struct Tiles<'a, 'b, T: Element> {
@@ -26,12 +31,15 @@ impl<T: Element> Kernel for Tiles<'_, '_, T> {
         let [x_step, g_step, q_step] = p.positions.inner();
         let width =
             (BLOCK / p.classes.max(1)).next_multiple_of(LANES).clamp(LANES, GROUP).min(self.end - self.start);
-        let mut tile = vec![T::Real::default(); p.classes * width];
+        let mut tile = filled(p.classes.saturating_mul(width), T::Real::default());
         let mut masses = match p.soft {
-            SoftMass::Probabilities { .. } => vec![T::Real::default(); p.classes * width],
+            SoftMass::Probabilities { .. } => filled(tile.len(), T::Real::default()),
             _ => Vec::new(),
         };
         let mut group = Group::new();
+        if p.classes > CHUNK {
+            group.totals.resize(3, [0.0; GROUP]);
+        }
         for Run { position, length, offsets: [x, g, q_offset] } in p.positions.runs(self.start, self.end) {
             let mut done = 0;
             while done < length {
@@ -153,7 +161,6 @@ fn tile_step<T: Element, I: Isa>(
     tile: &mut [T::Real],
     masses: &[T::Real],
 ) {
-    let zero = T::Real::default();
     group.max[..count].fill(T::Real::NEG_INFINITY);
     for row in tile.chunks_exact(width) {
         for (max, &x) in group.max[..count].iter_mut().zip(row) {
@@ -162,36 +169,30 @@ fn tile_step<T: Element, I: Isa>(
     }
     p.look_at_labels(start, count, group, |i, y| tile[y * width + i]);
 
-    group.sum[..count].fill(zero);
-    if p.soft.is_some() {
-        group.soft_dot[..count].fill(zero);
-        group.soft_mass[..count].fill(zero);
+    for totals in &mut group.totals {
+        totals[..count].fill(0.0);
     }
-    for (k, row) in tile.chunks_exact_mut(width).enumerate() {
-        match &p.soft {
-            SoftMass::Nothing => {}
-            SoftMass::Smoothing { mass } => {
-                let sums = group.soft_dot[..count].iter_mut().zip(&mut group.soft_mass[..count]);
-                for ((&x, &max), (dot, sum)) in row.iter().zip(&group.max[..count]).zip(sums) {
-                    *dot += mass[k] * (x - max);
-                    *sum += mass[k];
-                }
-            }
-            SoftMass::Probabilities { .. } => {
-                let sums = group.soft_dot[..count].iter_mut().zip(&mut group.soft_mass[..count]);
-                let masses = &masses[k * width..][..count];
-                for (((&x, &max), &mass), (dot, sum)) in
-                    row.iter().zip(&group.max[..count]).zip(masses).zip(sums)
-                {
-                    *dot += mass * (x - max);
-                    *sum += mass;
-                }
+    for (chunk, rows) in tile.chunks_mut(CHUNK * width).enumerate() {
+        sum_chunk::<T, I>(&p.soft, chunk * CHUNK, width, count, group, rows, masses);
+        for (totals, sums) in group
+            .totals
+            .iter_mut()
+            .zip([&group.sum, &group.soft_dot, &group.soft_mass])
+            .take(sums_of(&p.soft))
+        {
+            for (total, &sum) in totals[..count].iter_mut().zip(&sums[..count]) {
+                *total += sum.to_f64();
             }
         }
-        for ((x, &max), sum) in row.iter_mut().zip(&group.max[..count]).zip(&mut group.sum[..count]) {
-            *x = (*x - max).exp_nonpositive::<I>();
-            *sum += *x;
+    }
+    let sums = [&mut group.sum, &mut group.soft_dot, &mut group.soft_mass];
+    for (totals, sums) in group.totals.iter().zip(sums).take(sums_of(&p.soft)) {
+        for (sum, &total) in sums[..count].iter_mut().zip(&totals[..count]) {
+            *sum = T::Real::from_f64(total);
         }
+    }
+    if let SoftMass::Smoothing { total, .. } = p.soft {
+        group.soft_mass[..count].fill(total);
     }
 
     p.weigh::<I>(plan, start, count, group);
@@ -204,7 +205,7 @@ fn tile_step<T: Element, I: Isa>(
         }
         match &p.soft {
             SoftMass::Nothing => {}
-            SoftMass::Smoothing { mass } => {
+            SoftMass::Smoothing { mass, .. } => {
                 for (x, &factor) in row.iter_mut().zip(&group.factor[..count]) {
                     *x = *x - factor * mass[k];
                 }
@@ -221,6 +222,60 @@ fn tile_step<T: Element, I: Isa>(
         if let Some(y) = label.class() {
             let x = &mut tile[y * width + i];
             *x = *x - group.factor[i] * group.label_mass[i];
+        }
+    }
+}
+
+/// How many of the sums of [`sum_chunk`] differ from target to target.
+fn sums_of<T: Element>(soft: &SoftMass<T>) -> usize {
+    match soft {
+        SoftMass::Nothing => 1,
+        SoftMass::Smoothing { .. } => 2,
+        SoftMass::Probabilities { .. } => 3,
+    }
+}
+
+/// Turns the classes from `first` on from logits into exponentials, and sums these and the soft mass over them.
+#[inline(always)]
+fn sum_chunk<T: Element, I: Isa>(
+    soft: &SoftMass<T>,
+    first: usize,
+    width: usize,
+    count: usize,
+    group: &mut Group<T::Real>,
+    rows: &mut [T::Real],
+    masses: &[T::Real],
+) {
+    let zero = T::Real::default();
+    group.sum[..count].fill(zero);
+    if !matches!(soft, SoftMass::Nothing) {
+        group.soft_dot[..count].fill(zero);
+        group.soft_mass[..count].fill(zero);
+    }
+    for (k, row) in rows.chunks_exact_mut(width).enumerate() {
+        let k = first + k;
+        match soft {
+            SoftMass::Nothing => {}
+            SoftMass::Smoothing { mass, .. } => {
+                let dots = group.soft_dot[..count].iter_mut();
+                for ((&x, &max), dot) in row.iter().zip(&group.max[..count]).zip(dots) {
+                    *dot += mass[k] * (x - max);
+                }
+            }
+            SoftMass::Probabilities { .. } => {
+                let sums = group.soft_dot[..count].iter_mut().zip(&mut group.soft_mass[..count]);
+                let masses = &masses[k * width..][..count];
+                for (((&x, &max), &mass), (dot, sum)) in
+                    row.iter().zip(&group.max[..count]).zip(masses).zip(sums)
+                {
+                    *dot += mass * (x - max);
+                    *sum += mass;
+                }
+            }
+        }
+        for ((x, &max), sum) in row.iter_mut().zip(&group.max[..count]).zip(&mut group.sum[..count]) {
+            *x = (*x - max).exp_nonpositive::<I>();
+            *sum += *x;
         }
     }
 }

@@ -120,6 +120,9 @@ pub fn ln<I: Isa>(x: f64) -> f64 {
 #[inline(always)]
 #[must_use]
 pub fn two_product<I: Isa>(a: f64, b: f64) -> (f64, f64) {
+    /// `2^970`: larger factors are split at `2^-60` of their size.
+    const HUGE: f64 = f64::from_bits((1023 + 970) << 52);
+    const DOWN: f64 = f64::from_bits((1023 - 60) << 52);
     let p = a * b;
     let error = if I::FMA {
         a.mul_add(b, -p)
@@ -130,8 +133,12 @@ pub fn two_product<I: Isa>(a: f64, b: f64) -> (f64, f64) {
             let hi = t - (t - x);
             (hi, x - hi)
         };
-        let ((a1, a2), (b1, b2)) = (split(a), split(b));
-        ((a1 * b1 - p) + a1 * b2 + a2 * b1) + a2 * b2
+        // The split of a factor near the largest numbers overflows. The error of the product of a smaller factor is as
+        // much smaller, exactly.
+        let smaller = |x: f64| if x.abs() > HUGE { x * DOWN } else { x };
+        let by = if a.abs() > HUGE || b.abs() > HUGE { DOWN } else { 1.0 };
+        let ((a1, a2), (b1, b2)) = (split(smaller(a)), split(smaller(b)));
+        (((a1 * b1 - p * by) + a1 * b2 + a2 * b1) + a2 * b2) / by
     };
     (p, if p.is_finite() { error } else { 0.0 })
 }
@@ -198,6 +205,36 @@ mod tests {
         #[inline(always)]
         fn run<I: Isa>(self) -> Vec<f64> {
             self.0.iter().map(|&x| ln::<I>(x)).collect()
+        }
+    }
+
+    struct Products(Vec<(f64, f64)>);
+    impl Kernel for Products {
+        type Output = Vec<(f64, f64)>;
+        #[inline(always)]
+        fn run<I: Isa>(self) -> Vec<(f64, f64)> {
+            self.0.iter().map(|&(a, b)| two_product::<I>(a, b)).collect()
+        }
+    }
+
+    #[test]
+    fn the_error_of_a_product_is_the_same_on_every_isa_for_factors_of_every_size() {
+        let third = 1.0 / 3.0;
+        let factors: Vec<(f64, f64)> = (-300..=308)
+            .flat_map(|k| {
+                let x = third * 10f64.powi(k);
+                [(x, third), (third, x), (x, 0.7 / x), (-0.7 / x, x), (x, 0.0), (x, f64::INFINITY)]
+            })
+            .chain([(f64::MAX, third), (third, f64::MAX), (f64::MAX, 2.0), (1e305, 1e-305)])
+            .collect();
+        let [fused, plain, chosen] = on_every_isa!(Products(factors.clone()));
+        for (i, factors) in factors.iter().enumerate() {
+            let (p, error) = fused[i];
+            assert!(error.abs() <= p.abs() * f64::EPSILON || p.is_nan(), "{factors:?}");
+            // Errors of products near the smallest numbers cannot be represented without FMA.
+            if p.abs() > 1e-280 || p == 0.0 {
+                assert_eq!([plain[i], chosen[i]], [(p, error); 2], "{factors:?}");
+            }
         }
     }
 

@@ -4,7 +4,7 @@
 //! is larger than any such distribution, all weight lies on the largest losses.
 
 use super::kl::{ExpSum, Exponent, softmax};
-use super::{BLOCK, BlockMap, BlockSum, Compensated, Extent, Member, sum, write};
+use super::{BlockMap, BlockSum, Compensated, Extent, Member, sum, write};
 use crate::layout::Vector;
 use crate::numeric::{Element, Isa, Real, exp};
 use std::mem::MaybeUninit;
@@ -29,11 +29,8 @@ impl Member for KlBall {
 
     fn weigh<T: Element, W: Real>(&self, losses: &Vector<T>, weights: &mut [MaybeUninit<W>], threads: usize) {
         let extent = Extent::of(losses, threads);
-        match inverse_temperature(losses, self.radius, extent, threads) {
-            Some(beta) => {
-                let exponent = Exponent { tau: f64::INFINITY, scale: beta, origin: extent.max };
-                softmax(losses, weights, threads, exponent);
-            }
+        match temperature(losses, self.radius, extent, threads) {
+            Some(exponent) => softmax(losses, weights, threads, exponent),
             None => write(
                 losses,
                 weights,
@@ -85,8 +82,8 @@ impl BlockSum for Divergence {
             1.0 / 45360.0,
             1.0 / 403_200.0,
         ];
-        let (mut first, mut second) = ([0.0; BLOCK], [0.0; BLOCK]);
-        let (vw, vvw) = (&mut first[..block.len()], &mut second[..block.len()]);
+        let mut products = vec![0.0; 2 * block.len()];
+        let (vw, vvw) = products.split_at_mut(block.len());
         for ((l, vw), vvw) in block.iter_mut().zip(&mut *vw).zip(&mut *vvw) {
             let (hi, lo) = self.exponent.at::<I>(*l);
             let v = (hi - self.log_mean) + lo;
@@ -110,29 +107,46 @@ impl BlockSum for Divergence {
     }
 }
 
-/// The inverse temperature `beta = 1 / gamma` at which `KL(softmax(beta l) || uniform) = radius`; `None` if the ball
-/// reaches the distribution on the largest losses alone. NaN, for which there is no such distribution, where a loss is NaN
-/// or where losses lie infinitely far apart.
+/// The power of two in which losses of this extent are measured, so that neither their range nor the inverse
+/// temperature overflows.
+fn unit_of(extent: Extent) -> f64 {
+    let range = extent.max - extent.min;
+    if range > 1e300 {
+        2f64.powi(-64)
+    } else if range < 1e-280 {
+        2f64.powi(128)
+    } else {
+        1.0
+    }
+}
+
+/// The exponent `beta (l - max l)` with the inverse temperature `beta = 1 / gamma` at which `KL(softmax(beta l) ||
+/// uniform) = radius`; `None` if the ball reaches the distribution on the largest losses alone. `beta` is NaN, for there
+/// is no such distribution, where a loss is NaN or infinite and they are not all the same.
 ///
 /// `KL` grows with `beta`, from 0 to `log(n / m)`. Newton's iteration solves `sqrt(KL) = sqrt(radius)`, nearly linear
 /// in `beta` as long as `KL` is small, or `log(limit - KL) = log(limit - radius)`, nearly linear where it saturates; a
-/// bracket that every evaluation tightens keeps it safe.
-fn inverse_temperature<T: Element>(
+/// bracket that every evaluation tightens keeps it safe. `KL` is flat, and Newton's step too long, between the `beta`
+/// that tells a far outlier from the rest and the one that tells the rest apart: such a step goes up by a factor that is
+/// squared each time, and a wide bracket is halved in the logarithm.
+fn temperature<T: Element>(
     losses: &Vector<T>,
     radius: f64,
     extent: Extent,
     threads: usize,
-) -> Option<f64> {
+) -> Option<Exponent> {
     let n = losses.len() as f64;
+    let unit = unit_of(extent);
+    let exponent = |scale| Exponent { tau: f64::INFINITY, scale, origin: unit * extent.max, unit };
     if extent.max.is_nan() {
-        return Some(f64::NAN);
+        return Some(exponent(f64::NAN));
     }
     if radius == 0.0 || losses.is_empty() || extent.min == extent.max {
-        return Some(0.0);
+        return Some(Exponent { origin: 0.0, ..exponent(0.0) });
     }
-    let range = extent.max - extent.min;
+    let range = unit * extent.max - unit * extent.min;
     if !range.is_finite() {
-        return Some(f64::NAN);
+        return Some(exponent(f64::NAN));
     }
     let limit = (n / extent.at_max as f64).ln();
     if radius >= limit {
@@ -141,8 +155,9 @@ fn inverse_temperature<T: Element>(
     let (mut low, mut high) = (0.0, f64::INFINITY);
     // The radius at which a two-point distribution of this range would be reached.
     let mut beta = (8.0 * radius).sqrt() / range;
+    let mut growth: f64 = 16.0;
     for _ in 0..200 {
-        let exponent = Exponent { tau: f64::INFINITY, scale: beta, origin: extent.max };
+        let exponent = exponent(beta);
         let log_mean = (sum(losses, threads, ExpSum(exponent)).value() / n).ln();
         let [kl, mean, square] =
             sum(losses, threads, Divergence { exponent, log_mean }).map(|s| s.value() / n);
@@ -160,11 +175,20 @@ fn inverse_temperature<T: Element>(
         };
         let mut next = beta + step;
         if !(next > low && next < high) {
-            next = if high.is_infinite() { 4.0 * beta } else { 0.5 * (low + high) };
+            next = if high.is_infinite() {
+                f64::INFINITY
+            } else if high > 4.0 * low && low > 0.0 {
+                low.sqrt() * high.sqrt()
+            } else {
+                0.5 * (low + high)
+            };
         }
-        next = next.min(16.0 * beta);
+        if next > growth * beta {
+            next = growth * beta;
+            growth *= growth;
+        }
         if (kl - radius).abs() <= 1e-15 * radius || (next - beta).abs() <= 2e-16 * beta {
-            return Some(beta);
+            return Some(exponent);
         }
         // Every loss but the largest has weight zero already: the root lies in the last bit below the limit.
         if beta.is_infinite() || (low > 0.0 && high <= low * (1.0 + 4e-16)) {
@@ -172,5 +196,5 @@ fn inverse_temperature<T: Element>(
         }
         beta = next;
     }
-    if beta.is_finite() { Some(beta) } else { None }
+    if beta.is_finite() { Some(exponent(beta)) } else { None }
 }

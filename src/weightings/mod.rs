@@ -175,7 +175,7 @@ pub fn sample_weights<T: Element, W: Real>(
     weighting.weigh(losses, weights, threads);
 }
 
-/// Elements of a block: 16 KiB of f64.
+/// Elements of a block: 16 KiB of f64, kept off the stack, which may be small.
 const BLOCK: usize = 2048;
 
 /// Elements below which waking a thread costs more than it saves.
@@ -207,11 +207,10 @@ impl<T: Element, W: Real, M: BlockMap> Kernel for Write<'_, '_, T, W, M> {
     type Output = ();
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let mut buffer = [0.0; BLOCK];
-        let block = &mut buffer[..self.weights.len()];
-        self.losses.load(self.start, block);
-        self.map.apply::<I>(block);
-        for (w, &x) in self.weights.iter_mut().zip(&*block) {
+        let mut block = vec![0.0; self.weights.len()];
+        self.losses.load(self.start, &mut block);
+        self.map.apply::<I>(&mut block);
+        for (w, &x) in self.weights.iter_mut().zip(&block) {
             w.write(W::from_f64(x));
         }
     }
@@ -258,10 +257,9 @@ impl<T: Element, F: BlockSum> Kernel for Sum<'_, '_, T, F> {
     type Output = F::Sum;
     #[inline(always)]
     fn run<I: Isa>(self) -> F::Sum {
-        let mut buffer = [0.0; BLOCK];
-        let block = &mut buffer[..self.end - self.start];
-        self.losses.load(self.start, block);
-        self.of.sum::<I>(block)
+        let mut block = vec![0.0; self.end - self.start];
+        self.losses.load(self.start, &mut block);
+        self.of.sum::<I>(&mut block)
     }
 }
 

@@ -1,4 +1,4 @@
-"""The loss of the Hugging Face `Trainer`, re-weighted: a function for its `compute_loss_func`.
+"""The loss of the Hugging Face `Trainer`, re-weighted, and a callback that logs what the weights are like.
 
 The `Trainer` adds up gradients of several micro-batches, and of several devices, and tells the loss how many
 labels they hold together. So the loss of a micro-batch is `sum_i w_i l_i / num_items_in_batch`, over its
@@ -7,21 +7,68 @@ labels not ignored.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rgd.stats import WeightStats
+from rgd.torch._checks import check_choice
 from rgd.torch.loss import RGDLoss
-from rgd.weightings import Weighting
+from rgd.weightings import ERM, Weighting
 
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+else:
+    try:
+        from transformers import TrainerCallback
+    except ImportError:  # `rgd_loss_func` does without
+        TrainerCallback = object
+
+_Settings = ParamSpec("_Settings")
+_Result = TypeVar("_Result")
+
+_PROBLEM_BASES: dict[str, Callable[..., nn.Module]] = {
+    "regression": nn.MSELoss,
+    "multi_label_classification": nn.BCEWithLogitsLoss,
+}
+_PROBLEM_TYPES = (*_PROBLEM_BASES, "single_label_classification")
+# Losses of torch that compare each entry of the logits with one of the labels.
+_ENTRYWISE = (
+    nn.MSELoss,
+    nn.L1Loss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+    nn.BCELoss,
+    nn.BCEWithLogitsLoss,
+    nn.PoissonNLLLoss,
+    nn.SoftMarginLoss,
+)
 # Outputs with logits and a label for each position, which the position itself predicts.
 _ALIGNED = ("Seq2SeqLMOutput", "MaskedLMOutput", "TokenClassifierOutput")
 
 
+def _settings_only(function: Callable[_Settings, _Result]) -> Callable[_Settings, _Result]:
+    """Let a function refuse to be handed to the `Trainer` itself instead of what it returns."""
+
+    @functools.wraps(function)
+    def checked(*args: _Settings.args, **kwargs: _Settings.kwargs) -> _Result:
+        if "num_items_in_batch" in kwargs or len(args) > 1:
+            raise TypeError(
+                "rgd_loss_func was called with a model's outputs and labels: it takes settings and returns "
+                "the loss, so call it where you hand it over, Trainer(compute_loss_func=rgd_loss_func()). "
+                "(Its settings other than weighting are keyword arguments.)"
+            )
+        return function(*args, **kwargs)
+
+    return checked
+
+
+@_settings_only
 def rgd_loss_func(
     weighting: Weighting | None = None,
     *,
@@ -32,6 +79,8 @@ def rgd_loss_func(
     label_smoothing: float = 0.0,
     shift_labels: bool | None = None,
     base: Callable[..., Tensor] | None = None,
+    problem_type: str | None = None,
+    evaluate: str = "plain",
 ) -> RGDLossFunc:
     """A loss for `Trainer(compute_loss_func=...)`: cross-entropy re-weighted towards hard tokens or rows.
 
@@ -40,8 +89,8 @@ def rgd_loss_func(
     accumulation and data parallelism change nothing. Weights that depend on the batch are taken over the
     micro-batch, of all processes together.
 
-    The `Trainer` calls the function for its evaluation loss too, which is then the re-weighted one; `stats()`
-    holds the plain mean of the last call.
+    The `Trainer` calls the function for its evaluation loss too, where gradients are off: that is the plain,
+    unweighted loss, so that `load_best_model_at_end` and early stopping compare what they should.
 
     Args:
         weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
@@ -57,12 +106,16 @@ def rgd_loss_func(
             masked, encoder-decoder and token classification models, an error for one that is not known and
             has a label for each position.
         base: The loss of each label instead of cross-entropy, called with logits and labels, such as
-            `nn.BCEWithLogitsLoss(reduction="none")` for several labels a row. It excludes `weight`,
-            `ignore_index` and `label_smoothing`.
+            `nn.L1Loss(reduction="none")`. Logits (N, 1) fit labels (N,); shapes that broadcast are refused.
+            It excludes `weight`, `ignore_index`, `label_smoothing` and `problem_type`.
+        problem_type: As in a model's configuration: "regression" is short for
+            `base=nn.MSELoss(reduction="none")`, "multi_label_classification" for
+            `base=nn.BCEWithLogitsLoss(reduction="none")`; "single_label_classification" is cross-entropy.
+        evaluate: "plain" leaves losses unweighted where gradients are off; "weighted" weights them there too.
 
     Returns:
         A function of `(outputs, labels, num_items_in_batch=None)` that returns a scalar; `stats()` describes
-        the weights of its last call.
+        the weights of its last weighted call.
 
     Raises:
         TypeError: If a setting has the wrong type.
@@ -85,36 +138,86 @@ def rgd_loss_func(
     """
     if shift_labels not in (None, True, False):
         raise TypeError(f"shift_labels must be True, False or None, got {shift_labels!r}")
+    check_choice("evaluate", evaluate, ("plain", "weighted"))
+    if problem_type is not None:
+        check_choice("problem_type", problem_type, _PROBLEM_TYPES)
+        if base is not None:
+            raise ValueError(f"base and problem_type={problem_type!r} both name the loss: give one of them")
+        if problem_type in _PROBLEM_BASES:
+            base = _PROBLEM_BASES[problem_type](reduction="none")
     settings: dict[str, Any] = {
         "weight": weight,
         "ignore_index": ignore_index,
         "label_smoothing": label_smoothing,
-        "tau": tau,
-        "weighting": weighting,
         "base": base,
         "per": per,
     }
-    return RGDLossFunc(
-        RGDLoss(reduction="sum", **settings), RGDLoss(reduction="mean", **settings), shift_labels
-    )
+
+    def pair(**weights: Any) -> _Pair:
+        losses = [RGDLoss(reduction=reduction, **settings, **weights) for reduction in ("sum", "mean")]
+        for loss in losses:
+            if base is not None:
+                loss.base = _FittedBase(base)
+        return _Pair(*losses)
+
+    weighted = pair(tau=tau, weighting=weighting)
+    return RGDLossFunc(weighted, pair(weighting=ERM()) if evaluate == "plain" else None, shift_labels)
+
+
+class _FittedBase(nn.Module):
+    """A loss that takes logits (N, 1) with labels (N,), and refuses shapes that broadcast."""
+
+    def __init__(self, base: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        entrywise = isinstance(self.base, _ENTRYWISE)
+        if entrywise or labels.is_floating_point():
+            if logits.shape == (*labels.shape, 1):
+                logits = logits.squeeze(-1)
+            elif labels.shape == (*logits.shape, 1):
+                labels = labels.squeeze(-1)
+        if entrywise and labels.shape != logits.shape:
+            raise ValueError(
+                f"labels must have the shape of the logits, {tuple(logits.shape)}, got {tuple(labels.shape)}"
+            )
+        if entrywise and not labels.is_floating_point():
+            labels = labels.to(logits.dtype)
+        losses: Any = self.base(logits, labels)
+        if isinstance(losses, Tensor) and losses.numel() > max(logits.numel(), labels.numel()):
+            raise ValueError(
+                f"base made losses of shape {tuple(losses.shape)} from logits {tuple(logits.shape)} and "
+                f"labels {tuple(labels.shape)}, so one was broadcast against the other: give the labels the "
+                "shape of the logits"
+            )
+        return losses
+
+
+class _Pair:
+    """A loss that sums, for when the number of items is given, and the same that averages, for when not."""
+
+    def __init__(self, total: RGDLoss, mean: RGDLoss) -> None:
+        self.total = total
+        self.mean = mean
+        # One state, whichever of the two is called.
+        self.total.weighting_state = self.mean.weighting_state
 
 
 class RGDLossFunc:
     """What `rgd_loss_func` returns; see there.
 
     Args:
-        total: The loss that sums, for when the number of items is given.
-        mean: The same loss but that it averages, for when it is not.
+        weighted: The re-weighted loss, summed and averaged.
+        plain: The unweighted one, for where gradients are off; None to weight there too.
         shift_labels: Whether labels are shifted; None to decide by the model's output.
     """
 
-    def __init__(self, total: RGDLoss, mean: RGDLoss, shift_labels: bool | None) -> None:
-        self._total = total
-        self._mean = mean
-        # One state, whichever of the two is called.
-        self._total.weighting_state = self._mean.weighting_state
+    def __init__(self, weighted: _Pair, plain: _Pair | None, shift_labels: bool | None) -> None:
+        self._weighted = weighted
+        self._plain = plain
         self._shift_labels = shift_labels
-        self._last = mean
+        self._last = weighted.mean
 
     def __call__(
         self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
@@ -133,6 +236,7 @@ class RGDLossFunc:
             ValueError: If there are no labels or no logits, if their shapes do not fit, or if the outputs do
                 not tell whether labels have to be shifted.
         """
+        _refuse_question_answering(outputs)
         if labels is None:
             raise ValueError(
                 "labels is None: the Trainer found no column of that name in the batch, so name it 'labels'"
@@ -142,13 +246,17 @@ class RGDLossFunc:
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         labels = labels.to(logits.device)
         if self._shifts(outputs, logits, labels):
-            labels = F.pad(labels[..., 1:], (0, 1), value=self._total.ignore_index)
-        self._last = self._mean if num_items_in_batch is None else self._total
-        if self._last.weight is not None:
-            self._last.to(logits.device)
-        if self._last.base is None:
+            labels = F.pad(labels[..., 1:], (0, 1), value=self._last.ignore_index)
+        evaluates = self._plain is not None and not torch.is_grad_enabled()
+        pair = self._plain if self._plain is not None and evaluates else self._weighted
+        criterion = pair.mean if num_items_in_batch is None else pair.total
+        if not evaluates:
+            self._last = criterion
+        if criterion.weight is not None:
+            criterion.to(logits.device)
+        if criterion.base is None:
             logits, labels = self._fit(logits, labels)
-        loss = self._last(logits, labels)
+        loss = criterion(logits, labels)
         if num_items_in_batch is None:
             return loss
         if isinstance(num_items_in_batch, Tensor):
@@ -158,20 +266,22 @@ class RGDLossFunc:
     @property
     def weighting(self) -> Weighting:
         """What turns losses into weights; another may be set between steps, as `WeightingSchedule` does."""
-        return self._mean.weighting
+        return self._weighted.mean.weighting
 
     @weighting.setter
     def weighting(self, weighting: Weighting) -> None:
-        self._mean.weighting = weighting
-        self._total.weighting = weighting
-        self._total.weighting_state = self._mean.weighting_state
+        self._weighted.mean.weighting = weighting
+        self._weighted.total.weighting = weighting
+        self._weighted.total.weighting_state = self._weighted.mean.weighting_state
 
     def stats(self) -> WeightStats:
-        """What the weights of the last call were like, as `RGDLoss.stats()` tells."""
+        """What the weights of the last weighted call were like, as `RGDLoss.stats()` tells."""
         return self._last.stats()
 
     def __repr__(self) -> str:
-        return f"rgd_loss_func({self._mean.extra_repr()}, shift_labels={self._shift_labels})"
+        evaluate = "weighted" if self._plain is None else "plain"
+        settings = f"shift_labels={self._shift_labels}, evaluate={evaluate!r}"
+        return f"rgd_loss_func({self._weighted.mean.extra_repr()}, {settings})"
 
     def _shifts(self, outputs: Any, logits: Tensor, labels: Tensor) -> bool:
         if self._shift_labels is not None:
@@ -192,8 +302,9 @@ class RGDLossFunc:
         """Logits and labels as cross-entropy takes them, the class axis second."""
         if labels.is_floating_point():
             raise ValueError(
-                f"labels holds {labels.dtype}: for several labels a row or a regression give the loss, as in "
-                'rgd_loss_func(base=nn.BCEWithLogitsLoss(reduction="none"))'
+                f"labels holds {labels.dtype}, and cross-entropy takes integers: for several labels a row "
+                'give rgd_loss_func(problem_type="multi_label_classification"), for numbers to be predicted '
+                'problem_type="regression", for another loss base='
             )
         if logits.shape[:-1] != labels.shape:
             raise ValueError(
@@ -204,6 +315,83 @@ class RGDLossFunc:
         if self._last.per == "sample" and labels.dim() > 1:
             return logits.movedim(-1, 1), labels
         return logits.flatten(0, -2), labels.flatten()
+
+
+class RGDStatsCallback(TrainerCallback):
+    """Adds the statistics of a loss's weights to what the `Trainer` logs of the training.
+
+    The names are `rgd/mean_loss` (the plain loss: what to compare between runs), `rgd/objective`,
+    `rgd/effective_sample_size`, `rgd/kl_to_uniform`, `rgd/max_weight` and `rgd/clipped_share`, of the last
+    micro-batch of this process before the log; what they mean is told at `rgd.WeightStats`. They are computed
+    at the steps that are logged alone. They go into `trainer.state.log_history` and to the callbacks that
+    come after this one. For those of `report_to` it has to come first:
+    `trainer.callback_handler.callbacks.insert(0, RGDStatsCallback(loss_func))`.
+
+    It warns when the training starts with `label_smoothing_factor`, which a `compute_loss_func` does not see.
+
+    Args:
+        loss_func: What `rgd_loss_func` returned and the `Trainer` was given as `compute_loss_func`, or
+            anything else with `stats()`: an `RGDLoss`, or a trainer of `rgd.integrations.trl`.
+        prefix: What the names begin with.
+
+    Raises:
+        TypeError: If `loss_func` has no `stats`.
+
+    Example:
+        >>> loss_func = rgd_loss_func(tau=1.0)
+        >>> callback = RGDStatsCallback(loss_func)
+    """
+
+    def __init__(self, loss_func: Any, prefix: str = "rgd") -> None:
+        super().__init__()
+        if isinstance(loss_func, type) or not callable(getattr(loss_func, "stats", None)):
+            raise TypeError(
+                "loss_func must be what rgd_loss_func(...) returned, the same object as the Trainer's "
+                f"compute_loss_func, got {loss_func!r}"
+            )
+        self.loss_func = loss_func
+        self.prefix = prefix
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Warn of a label smoothing that nobody hears."""
+        if isinstance(self.loss_func, RGDLossFunc) and args.label_smoothing_factor:
+            warnings.warn(
+                f"TrainingArguments.label_smoothing_factor={args.label_smoothing_factor} has no effect: the "
+                "Trainer applies it in its own loss, not in a compute_loss_func. Give "
+                f"rgd_loss_func(label_smoothing={args.label_smoothing_factor}) instead",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Add the statistics to a log of the training."""
+        if logs is None or "loss" not in logs:  # an evaluation's, or the summary at the end
+            return
+        try:
+            stats = cast("WeightStats", self.loss_func.stats())
+        except RuntimeError:  # not called yet
+            return
+        numbers = {
+            f"{self.prefix}/{name}": float(value)
+            for name, value in vars(stats).items()
+            if value is not None and name not in ("count", "groups")
+        }
+        logs.update(numbers)
+        if state.log_history:
+            state.log_history[-1].update(numbers)
+
+
+def _refuse_question_answering(outputs: Any) -> None:
+    keys = cast("Mapping[str, Any]", outputs) if isinstance(outputs, Mapping) else dir(outputs)
+    if "start_logits" in keys and "logits" not in keys:
+        raise ValueError(
+            "the model's outputs hold no logits but start_logits: rgd_loss_func does not serve question "
+            "answering, where an example has two losses, of its start and of its end. Subclass the Trainer: "
+            'in compute_loss add F.cross_entropy(outputs.start_logits, start_positions, reduction="none") '
+            "and the same of the end, halve the sum, and return rgd.torch.reweighted_mean of that"
+        )
 
 
 def _logits(outputs: Any) -> Tensor:

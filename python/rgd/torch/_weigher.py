@@ -130,7 +130,8 @@ class WeightingState(nn.Module):
     def write(self, state: Any) -> None:
         """Take over the state after a batch."""
         for name, value in _leaves(state):
-            getattr(self, name).copy_(value)
+            # Not copy_: compiled by torch 2.8, it leaves a 0-d buffer as it was.
+            getattr(self, name)[...] = value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightingState:
         before = dict(self.named_buffers())

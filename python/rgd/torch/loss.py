@@ -201,6 +201,11 @@ class RGDLoss(nn.Module):
         """
         if self.base is None:
             if target is None or args or kwargs:
+                if "num_items_in_batch" in kwargs:
+                    raise TypeError(
+                        "an RGDLoss is no compute_loss_func: give "
+                        "Trainer(compute_loss_func=rgd_loss_func(...)), from rgd.integrations.transformers"
+                    )
                 raise TypeError(
                     "without base, the loss takes input and target (and where=, sample_weight=, groups=), "
                     "got " + ("no target" if target is None else f"{len(args) + len(kwargs)} more arguments")

@@ -37,6 +37,7 @@ class Weighting:
         clip: The loss from which on a weight no longer changes; infinite where there is none. It is used by
             the statistics.
         kernel_counts: Whether `kernel` is defined in the class that defines `weights`; set for each subclass.
+        settings: The names of the numbers that are checked, and their ranges; set for each subclass.
 
     Example:
         >>> import dataclasses, numpy as np, rgd
@@ -54,6 +55,7 @@ class Weighting:
     mean_one: ClassVar[bool] = False
     clip: ClassVar[float] = math.inf
     kernel_counts: ClassVar[bool] = False
+    settings: ClassVar[tuple[tuple[str, Setting], ...]] = ()
 
     def weights(self, batch: Batch) -> Any:
         """The weights of a batch.
@@ -108,15 +110,19 @@ class Weighting:
         return type(self).init is not Weighting.init
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            check = field.metadata.get("setting")
-            if check is not None:
-                object.__setattr__(self, field.name, check.read(field.name, getattr(self, field.name)))
+        for name, check in self.settings:
+            object.__setattr__(self, name, check.read(name, getattr(self, name)))
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         owners = [next(kind for kind in cls.__mro__ if name in vars(kind)) for name in ("kernel", "weights")]
         cls.kernel_counts = owners[0] is owners[1]
+        # The fields of a dataclass are still class attributes here. Their metadata is read now, and not when
+        # a weighting is made: that may be within a compiled graph.
+        for name, field in list(vars(cls).items()):
+            if isinstance(field, dataclasses.Field):
+                check = cast("Setting | None", field.metadata.get("setting"))
+                cls.settings += () if check is None else ((name, check),)
         for observe in _observers:
             observe(cls)
 
@@ -198,10 +204,12 @@ def holds_everywhere(weighting: Weighting) -> Any:
     """
     allowed: Any = weighting.numbers_fit()
     for field in fields(weighting):
-        value, check = getattr(weighting, field.name), field.metadata.get("setting")
-        if isinstance(value, Weighting):
-            allowed = allowed & holds_everywhere(value)
-        elif check is not None and is_array(value):
+        inner = getattr(weighting, field.name)
+        if isinstance(inner, Weighting):
+            allowed = allowed & holds_everywhere(inner)
+    for name, check in weighting.settings:
+        value = getattr(weighting, name)
+        if is_array(value):
             allowed = allowed & check.holds(value)
     return allowed
 
@@ -261,8 +269,8 @@ def weigh(weighting: Weighting, batch: Batch, state: Any = None) -> tuple[Any, A
         weights, new = weighting.step(batch, state)
         usable = (batch.count > 0) & ~batch.any(~xp.isfinite(batch.losses))
 
-        def keep(old: Any, new: Any) -> Any:
-            return xp.astype(xp.where(usable, new, old), old.dtype)
+        def keep(before: Any, after: Any) -> Any:
+            return xp.astype(xp.where(usable, after, before), before.dtype)
 
         state = map_state(keep, state, new)
     if getattr(weights, "shape", None) != batch.losses.shape:

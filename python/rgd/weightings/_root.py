@@ -39,7 +39,7 @@ def root(batch: Batch, function: Callable[[Any], tuple[Any, Any]], low: Any, hig
     candidates = 15
     if not batch.any_size:
         size = int(batch.losses.shape[-1])
-        candidates = next((m for m in (15, 3) if m * size <= ELEMENTS), 1)
+        candidates = 15 if 15 * size <= ELEMENTS else 3 if 3 * size <= ELEMENTS else 1
     rounds = BITS // {15: 4, 3: 2, 1: 1}[candidates]
     fractions = batch.arange(1, candidates + 1) / (candidates + 1)
 

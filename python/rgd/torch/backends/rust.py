@@ -46,7 +46,10 @@ class Rust:
 
     def refusal(self, tensors: tuple[Tensor | None, ...], compiling: bool) -> str | None:
         """Why the kernels cannot serve a call; None where they can."""
-        if not (served_in_graphs(tensors) if compiling else served_in_eager_mode(tensors)):
+        if compiling:
+            if not served_in_graphs(tensors):
+                return "the graph is exported, transformed, or not for the CPU"
+        elif not served_in_eager_mode(tensors):
             return why_not_plain(tensors)
         target = tensors[1] if len(tensors) > 1 else None
         if target is not None and target.requires_grad and torch.is_grad_enabled():

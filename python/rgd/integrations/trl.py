@@ -1,0 +1,322 @@
+"""TRL's trainers, re-weighted: supervised fine-tuning by tokens or sequences, DPO and reward models by pairs.
+
+Each trainer is TRL's own but for its loss: the plain per-sample losses are taken from the one forward pass
+that TRL makes, and TRL's metrics stay what they are. With `l_i` the loss of a token and `w_i` its weight, a
+micro-batch of fine-tuning contributes `sum_i w_i l_i / num_items_in_batch`; with `l_i` the loss of a pair,
+preferences contribute `mean(w * l)`. Where gradients are off, as in an evaluation, every weight is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rgd.stats import WeightStats
+from rgd.torch.loss import RGDLoss
+from rgd.weightings import Weighting
+
+if TYPE_CHECKING:
+
+    class _Trainer:
+        """What the trainers of TRL, which have few types, are used for here."""
+
+        args: Any
+        accelerator: Any
+        compute_loss_func: Any
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any: ...
+        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any: ...
+
+    SFTTrainer = DPOTrainer = RewardTrainer = _Trainer
+else:
+    from trl.trainer.dpo_trainer import DPOTrainer
+    from trl.trainer.reward_trainer import RewardTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
+
+# How DPO's losses of a pair follow from its scaled difference of log-ratios; `e` is label_smoothing.
+_DPO_LOSSES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "sigmoid": lambda margin, e: -F.logsigmoid(margin),
+    "sigmoid_norm": lambda margin, e: -F.logsigmoid(margin),
+    "hinge": lambda margin, e: F.relu(1 - margin),
+    "robust": lambda margin, e: (e * F.logsigmoid(-margin) - (1 - e) * F.logsigmoid(margin)) / (1 - 2 * e),
+    "ipo": lambda margin, e: (margin - 0.5).square(),
+}
+# These measure a completion by the mean over its tokens, not by the sum.
+_DPO_MEANS = ("sigmoid_norm", "ipo")
+
+
+def _unchanged(losses: Tensor) -> Tensor:
+    return losses
+
+
+class _Reweighted:
+    """What the trainers share: the weighting, and its statistics."""
+
+    criterion: RGDLoss
+
+    @property
+    def weighting(self) -> Weighting:
+        """What turns losses into weights; another may be set between steps, as `WeightingSchedule` does."""
+        return self.criterion.weighting
+
+    @weighting.setter
+    def weighting(self, weighting: Weighting) -> None:
+        self.criterion.weighting = weighting
+
+    def stats(self) -> WeightStats:
+        """What the weights of the last training micro-batch were like, as `RGDLoss.stats()` tells."""
+        return self.criterion.stats()
+
+    def _mean(self, losses: Tensor) -> Tensor:
+        """The objective of losses of pairs; their plain mean where gradients are off."""
+        return self.criterion(losses) if torch.is_grad_enabled() else losses.mean()
+
+
+class RGDSFTTrainer(_Reweighted, SFTTrainer):
+    """`trl.SFTTrainer` with re-weighted tokens, or sequences.
+
+    The losses are those of TRL's fused head, so there is no second forward pass as with `compute_loss_func`.
+
+    Args:
+        *args: As for `trl.SFTTrainer`.
+        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
+        tau: Short for `weighting=KL(tau)`.
+        per: "element" weights each token by its own loss; "sample" weights all tokens of a sequence by their
+            mean loss.
+        **kwargs: As for `trl.SFTTrainer`.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If a setting is out of range, or another weighting of tokens or another loss is asked for:
+            `loss_type="dft"`, `label_smoothing_factor`, `compute_loss_func`; if `per="sample"` meets packed
+            sequences, which share a row; or under DeepSpeed's sequence parallelism, where the model itself
+            reduces its loss.
+
+    Example:
+        >>> trainer = RGDSFTTrainer(model, train_dataset=dataset, tau=1.0)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        weighting: Weighting | None = None,
+        tau: float | None = None,
+        per: str = "element",
+        **kwargs: Any,
+    ) -> None:
+        criterion = RGDLoss(base=_unchanged, reduction="none", weighting=weighting, tau=tau, per=per)
+        super().__init__(*args, **kwargs)
+        self.criterion = criterion
+        settings = self.args
+        if settings.loss_type == "dft":
+            raise ValueError(
+                'loss_type="dft" weights each token by its probability, and RGDSFTTrainer would weight it '
+                'again: leave loss_type at "nll"; weighting=rgd.KL(scale=-1.0) is that weight'
+            )
+        if self.compute_loss_func is not None or settings.label_smoothing_factor:
+            raise ValueError(
+                "compute_loss_func and label_smoothing_factor replace the loss that RGDSFTTrainer weights: "
+                "leave them out, or use trl.SFTTrainer with "
+                "compute_loss_func=rgd_loss_func(label_smoothing=...)"
+            )
+        if per == "sample" and (settings.packing or settings.padding_free or settings.eval_packing):
+            raise ValueError(
+                'per="sample" weights rows, and packing or padding_free puts several sequences in a row: '
+                'switch them off, or use per="element"'
+            )
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        if parallel is not None and parallel.sp_enabled:
+            raise ValueError(
+                "RGDSFTTrainer does not work under sequence parallelism, where the model reduces its own "
+                "loss: use context parallelism, or none"
+            )
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """TRL's loss of a micro-batch, each token's log-probability times its weight."""
+
+        def reweighted(*args: Any, **kwargs: Any) -> Any:
+            outputs = model(*args, **kwargs)
+            if not kwargs.get("fused_lm_head") or not torch.is_grad_enabled():
+                return outputs
+            log_probs = outputs.log_probs
+            outputs.log_probs = -self.criterion(-log_probs, where=outputs.label_mask.bool())
+            return outputs
+
+        return super().compute_loss(reweighted, inputs, return_outputs, num_items_in_batch)
+
+
+class RGDDPOTrainer(_Reweighted, DPOTrainer):
+    """`trl.DPOTrainer` with re-weighted pairs of a preferred and a rejected completion.
+
+    The loss of a pair is `l_i = -log sigmoid(beta * (log-ratio of the chosen - log-ratio of the rejected))`,
+    or what another `loss_type` says: sigmoid, sigmoid_norm, hinge, ipo, robust, or a combination of them with
+    `loss_weights`, which is weighted as one loss.
+
+    Args:
+        *args: As for `trl.DPOTrainer`.
+        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
+        tau: Short for `weighting=KL(tau)`.
+        **kwargs: As for `trl.DPOTrainer`.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If a setting is out of range, or for a `loss_type` that is not among these, an
+            `f_divergence_type` other than reverse_kl, `ld_alpha` or `use_weighting`.
+
+    Example:
+        >>> trainer = RGDDPOTrainer(model, train_dataset=dataset, tau=1.0)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, *args: Any, weighting: Weighting | None = None, tau: float | None = None, **kwargs: Any
+    ) -> None:
+        criterion = RGDLoss(base=_unchanged, weighting=weighting, tau=tau)
+        super().__init__(*args, **kwargs)
+        self.criterion = criterion
+        trainer: Any = self
+        unknown = [kind for kind in trainer.loss_types if kind not in _DPO_LOSSES]
+        if unknown:
+            raise ValueError(
+                f"RGDDPOTrainer does not know the loss of a pair for loss_type={unknown[0]!r}: use one of "
+                + ", ".join(_DPO_LOSSES)
+            )
+        for name, value, expected in (
+            ("f_divergence_type", trainer.f_divergence_type, "reverse_kl"),
+            ("ld_alpha", trainer.ld_alpha, None),
+            ("use_weighting", trainer.use_weighting, False),
+        ):
+            if value != expected:
+                raise ValueError(
+                    f"RGDDPOTrainer needs {name}={expected!r}, got {value!r}: it would be left out of the "
+                    "losses that set the weights"
+                )
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        trainer: Any = self
+        seen: list[Any] = []
+        reference: list[Any] = []
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            outputs = model(*args, **kwargs)
+            seen.append(outputs)
+            return outputs
+
+        def record(_module: Any, _inputs: Any, outputs: Any) -> None:
+            reference.append(outputs)
+
+        judge = trainer.model if trainer.ref_model is None else trainer.ref_model
+        hook = judge.register_forward_hook(record)
+        try:
+            result = super()._compute_loss(recorded, inputs, return_outputs)
+        finally:
+            hook.remove()
+        outputs = seen[0]  # where the logits are asked for, they come from another pass after it
+        mask = inputs["completion_mask"][:, 1:]
+        log_probs = outputs.log_probs[:, -mask.size(1) :].sum(1)
+        if trainer.precompute_ref_logps:
+            before = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        else:
+            before = _reference_of(reference, trainer).log_probs[:, -mask.size(1) :].sum(1)
+        losses = self._losses(log_probs - before.to(log_probs.device), inputs["completion_mask"])
+        loss = self._mean(losses)
+        if trainer.aux_loss_enabled:
+            loss = loss + trainer.router_aux_loss_coef * outputs.aux_loss
+        return (loss, result[1]) if return_outputs else loss
+
+    def _losses(self, log_ratios: Tensor, completion_mask: Tensor) -> Tensor:
+        """The loss of each pair, from log-ratios of first all chosen, then all rejected completions."""
+        trainer: Any = self
+        lengths = completion_mask.sum(1).clamp(min=1)
+        losses = torch.zeros_like(log_ratios[: len(log_ratios) // 2])
+        for kind, share in zip(trainer.loss_types, trainer.loss_weights, strict=True):
+            ratios = log_ratios / lengths if kind in _DPO_MEANS else log_ratios
+            chosen, rejected = ratios.chunk(2)
+            margin = trainer.beta * (chosen - rejected)
+            loss = _DPO_LOSSES[kind](margin, trainer.label_smoothing)
+            if kind == "ipo":  # (difference - 1/(2 beta))^2 is (margin - 1/2)^2 / beta^2
+                loss = loss / trainer.beta**2
+            losses = losses + share * loss
+        return losses
+
+
+class RGDRewardTrainer(_Reweighted, RewardTrainer):
+    """`trl.RewardTrainer` with re-weighted pairs.
+
+    The loss of a pair is `l_i = -log sigmoid(r_chosen - r_rejected - margin)`. The term of
+    `center_rewards_coefficient` is added to the objective as it is.
+
+    Args:
+        *args: As for `trl.RewardTrainer`.
+        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
+        tau: Short for `weighting=KL(tau)`.
+        **kwargs: As for `trl.RewardTrainer`.
+
+    Raises:
+        TypeError: If a setting has the wrong type.
+        ValueError: If a setting is out of range.
+
+    Example:
+        >>> trainer = RGDRewardTrainer(model, train_dataset=dataset, tau=1.0)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, *args: Any, weighting: Weighting | None = None, tau: float | None = None, **kwargs: Any
+    ) -> None:
+        criterion = RGDLoss(base=_unchanged, weighting=weighting, tau=tau)
+        super().__init__(*args, **kwargs)
+        self.criterion = criterion
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective of a micro-batch of pairs."""
+        seen: list[Any] = []
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            outputs = model(*args, **kwargs)
+            seen.append(outputs)
+            return outputs
+
+        result = super().compute_loss(recorded, inputs, return_outputs, num_items_in_batch)
+        chosen, rejected = seen[0].logits.squeeze(-1).chunk(2)
+        margin = chosen - rejected
+        if "margin" in inputs:
+            margin = margin - inputs["margin"]
+        loss = self._mean(-F.logsigmoid(margin))
+        coefficient = self.args.center_rewards_coefficient
+        if coefficient is not None:
+            loss = loss + coefficient * (chosen + rejected).square().mean()
+        return (loss, result[1]) if return_outputs else loss
+
+
+def _reference_of(outputs: list[Any], trainer: Any) -> Any:
+    """The reference's output: the only one of its module, or the last, where adapters are switched off."""
+    fused = [given for given in outputs if getattr(given, "log_probs", None) is not None]
+    expected = 1 if trainer.ref_model is not None else 2
+    if len(fused) != expected:
+        raise RuntimeError(
+            f"RGDDPOTrainer expected {expected} fused forward passes of the reference's module, got "
+            f"{len(fused)}: this version of trl computes its reference in another way, so set "
+            "precompute_ref_log_probs=True"
+        )
+    return fused[-1]

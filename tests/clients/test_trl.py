@@ -1,0 +1,290 @@
+"""TRL's trainers, re-weighted: equal to TRL's own without weights, and to the formula with them."""
+
+import warnings
+
+import pytest
+import rgd
+import torch
+from torch.nn import functional as F
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what their own dependencies warn of
+    trl = pytest.importorskip("trl", minversion="1.16")
+    datasets = pytest.importorskip("datasets")
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    from rgd.integrations.trl import RGDDPOTrainer, RGDRewardTrainer, RGDSFTTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+transformers.utils.logging.set_verbosity_error()
+
+WORDS = [f"w{i}" for i in range(40)]
+EPS = torch.finfo(torch.float32).eps
+STEPS = 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # models this small gain nothing from more
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_tokenizer():
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def make_model(kind="GPT2LMHeadModel", **settings):
+    config = transformers.GPT2Config(
+        vocab_size=43,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        n_positions=32,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        initializer_range=0.4,  # losses that differ
+        bos_token_id=1,
+        eos_token_id=1,
+        pad_token_id=0,
+        **settings,
+    )
+    torch.manual_seed(0)
+    return getattr(transformers, kind)(config)
+
+
+def words(generator, count):
+    return " ".join(WORDS[int(i)] for i in torch.randint(40, (count,), generator=generator))
+
+
+def texts(rows=16):
+    generator = torch.Generator().manual_seed(1)
+    return datasets.Dataset.from_list([{"text": words(generator, 3 + row % 5)} for row in range(rows)])
+
+
+def pairs(rows=16):
+    generator = torch.Generator().manual_seed(2)
+    return datasets.Dataset.from_list(
+        [
+            {
+                "prompt": words(generator, 3),
+                "chosen": " " + words(generator, 2 + row % 4),
+                "rejected": " " + words(generator, 2 + row % 3),
+            }
+            for row in range(rows)
+        ]
+    )
+
+
+def train(trainer_class, config_class, model, rows, tmp_path, config=None, ref_model=None, **settings):  # noqa: PLR0917
+    arguments = config_class(
+        **{
+            "output_dir": str(tmp_path),
+            "max_steps": STEPS,
+            "learning_rate": 0.05,
+            "optim": "sgd",
+            "max_grad_norm": 0.0,
+            "lr_scheduler_type": "constant",
+            "per_device_train_batch_size": 4,
+            "logging_steps": 1,
+            "report_to": [],
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "dataloader_pin_memory": False,
+            "seed": 0,
+            **(config or {}),
+        }
+    )
+    if ref_model is not None:
+        settings["ref_model"] = ref_model
+    trainer = trainer_class(
+        model=model, args=arguments, train_dataset=rows, processing_class=make_tokenizer(), **settings
+    )
+    trainer.train()
+    return trainer
+
+
+def logged(trainer):
+    return [row for row in trainer.state.log_history if "loss" in row]
+
+
+def assert_same_training(mine, theirs):
+    """The same parameters and the same metrics, but for the rounding of each step's sums over 43 classes."""
+    tolerance = STEPS * 16 * 43 * EPS
+    for p, q in zip(mine.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+    for a, b in zip(logged(mine), logged(theirs), strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"epoch"}:
+            # Trainer rounds what it logs to at least four digits.
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=2e-4), name
+
+
+ERM = rgd.ERM()
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}], ids=["plain", "accumulated"])
+def test_fine_tuning_without_weights_is_trls_own(tmp_path, settings):
+    mine = train(RGDSFTTrainer, trl.SFTConfig, make_model(), texts(), tmp_path, settings, weighting=ERM)
+    theirs = train(trl.SFTTrainer, trl.SFTConfig, make_model(), texts(), tmp_path, settings)
+    assert {"entropy", "mean_token_accuracy"} <= logged(mine)[0].keys()
+    assert_same_training(mine, theirs)
+
+
+def token_losses(model, inputs):
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+    labels = inputs["labels"][:, 1:]
+    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none"), labels != -100
+
+
+@pytest.mark.parametrize("per", ["element", "sample"])
+@pytest.mark.parametrize("items", [None, 50])
+def test_fine_tunings_objective_and_gradient_are_the_formula(tmp_path, per, items):
+    tau = 4.0
+    trainer = train(RGDSFTTrainer, trl.SFTConfig, make_model(), texts(), tmp_path, tau=tau, per=per)
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    model = trainer.model.train()
+    losses, kept = token_losses(model, inputs)
+    unit = losses.detach()
+    if per == "sample":
+        unit = (unit.sum(1) / kept.sum(1)).unsqueeze(1)
+    weights = torch.exp(unit.clamp(max=tau) / (tau + 1))
+    assert weights[kept.any(1)].std() > 0
+    expected = (weights * losses).sum() / (int(kept.sum()) if items is None else items)
+    count = None if items is None else torch.tensor(items)
+    objective = trainer.compute_loss(model, dict(inputs), num_items_in_batch=count)
+    assert_same_gradient(objective, expected, model)
+    assert trainer.stats().count == (len(losses) if per == "sample" else int(kept.sum()))
+    with torch.no_grad():  # an evaluation is plain
+        plain = trainer.compute_loss(model, dict(inputs), num_items_in_batch=count)
+    torch.testing.assert_close(
+        plain, losses.detach().sum() / (int(kept.sum()) if items is None else items), rtol=1e-5, atol=0
+    )
+
+
+def assert_same_gradient(objective, expected, model):
+    parameters = list(model.parameters())
+    torch.testing.assert_close(objective, expected, rtol=43 * 16 * EPS, atol=0)
+    mine = torch.autograd.grad(objective, parameters, allow_unused=True)
+    theirs = torch.autograd.grad(expected, parameters, allow_unused=True)
+    for p, q in zip(mine, theirs, strict=True):
+        assert (p is None) == (q is None)
+        if p is not None:
+            tolerance = 43 * 64 * EPS * max(float(q.abs().max()), 1e-3)
+            torch.testing.assert_close(p, q, rtol=0, atol=tolerance)
+
+
+def test_fine_tuning_makes_one_forward_pass_a_micro_batch(tmp_path):
+    model, calls = make_model(), []
+    model.transformer.register_forward_hook(lambda *_: calls.append(1))
+    train(RGDSFTTrainer, trl.SFTConfig, model, texts(), tmp_path)
+    assert len(calls) == STEPS
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        ({"loss_type": "dft"}, {}, "dft"),
+        ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor"),
+        ({"packing": True, "max_length": 16}, {"per": "sample"}, 'per="sample" weights rows'),
+    ],
+    ids=str,
+)
+def test_fine_tuning_refuses_what_it_would_weigh_wrongly(tmp_path, config, settings, message):
+    with pytest.raises(ValueError, match=message):
+        train(RGDSFTTrainer, trl.SFTConfig, make_model(), texts(), tmp_path, config, **settings)
+
+
+DPO_KINDS = [
+    {},
+    {"loss_type": ["hinge"]},
+    {"loss_type": ["ipo"]},
+    {"loss_type": ["sigmoid_norm"]},
+    {"loss_type": ["robust"], "label_smoothing": 0.1},
+    {"loss_type": ["sigmoid", "hinge"], "loss_weights": [0.7, 0.3]},
+    {"precompute_ref_log_probs": True},
+]
+
+
+@pytest.mark.parametrize("config", DPO_KINDS, ids=str)
+def test_dpo_without_weights_is_trls_own(tmp_path, config):
+    mine = train(
+        RGDDPOTrainer, trl.DPOConfig, make_model(), pairs(), tmp_path, config, make_model(), weighting=ERM
+    )
+    theirs = train(trl.DPOTrainer, trl.DPOConfig, make_model(), pairs(), tmp_path, config, make_model())
+    assert {"rewards/accuracies", "rewards/margins"} <= logged(mine)[0].keys()
+    assert_same_training(mine, theirs)
+
+
+def completion_log_probs(model, inputs):
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+    tokens = -F.cross_entropy(logits.transpose(1, 2), inputs["input_ids"][:, 1:], reduction="none")
+    return (tokens * inputs["completion_mask"][:, 1:]).sum(1)
+
+
+def test_dpos_objective_and_gradient_are_the_formula(tmp_path):
+    tau = 2.0
+    trainer = train(
+        RGDDPOTrainer, trl.DPOConfig, make_model(), pairs(), tmp_path, {"beta": 0.5}, make_model(), tau=tau
+    )
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    model = trainer.model.train()
+    with torch.no_grad():
+        before = completion_log_probs(trainer.ref_model, inputs)
+    chosen, rejected = (completion_log_probs(model, inputs) - before).chunk(2)
+    losses = -F.logsigmoid(0.5 * (chosen - rejected))
+    weights = torch.exp(losses.detach().clamp(max=tau) / (tau + 1))
+    assert weights.std() > 0
+    assert_same_gradient(trainer.compute_loss(model, dict(inputs)), (weights * losses).mean(), model)
+    assert trainer.stats().count == len(losses)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"loss_type": ["exo_pair"], "label_smoothing": 0.1},
+        {"f_divergence_type": "forward_kl"},
+        {"ld_alpha": 0.5},
+        {"use_weighting": True},
+    ],
+    ids=str,
+)
+def test_dpo_refuses_losses_whose_pairs_it_does_not_know(tmp_path, config):
+    with pytest.raises(ValueError, match="RGDDPOTrainer"):
+        train(RGDDPOTrainer, trl.DPOConfig, make_model(), pairs(), tmp_path, config, make_model())
+
+
+@pytest.mark.parametrize("config", [{}, {"center_rewards_coefficient": 0.1}], ids=str)
+def test_reward_modelling_without_weights_is_trls_own(tmp_path, config):
+    def classifier():
+        return make_model("GPT2ForSequenceClassification", num_labels=1)
+
+    mine = train(RGDRewardTrainer, trl.RewardConfig, classifier(), pairs(), tmp_path, config, weighting=ERM)
+    theirs = train(trl.RewardTrainer, trl.RewardConfig, classifier(), pairs(), tmp_path, config)
+    assert "accuracy" in logged(mine)[0]
+    assert_same_training(mine, theirs)
+
+
+def test_the_reward_models_objective_and_gradient_are_the_formula(tmp_path):
+    tau = 2.0
+    model = make_model("GPT2ForSequenceClassification", num_labels=1)
+    trainer = train(RGDRewardTrainer, trl.RewardConfig, model, pairs(), tmp_path, tau=tau)
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    model = trainer.model.train()
+    chosen, rejected = model(**{**inputs, "use_cache": False}).logits.squeeze(-1).chunk(2)
+    losses = -F.logsigmoid(chosen - rejected)
+    weights = torch.exp(losses.detach().clamp(max=tau) / (tau + 1))
+    assert weights.std() > 0
+    assert_same_gradient(trainer.compute_loss(model, dict(inputs)), (weights * losses).mean(), model)
+    with torch.no_grad():
+        torch.testing.assert_close(trainer.compute_loss(model, dict(inputs)), losses.detach().mean())
