@@ -314,3 +314,141 @@ def test_a_subclass_that_changes_the_formula_does_not_inherit_the_kernel():
     )
     objective = reweighted_mean(torch.tensor(LOSSES), Doubled())
     assert objective.item() == pytest.approx(2 * rgd.reweighted_mean(LOSSES), rel=1e-14)
+
+
+# --- odd ones: what they mean is kept, or they are refused with the fix ---
+
+
+@dataclasses.dataclass(frozen=True)
+class ByGroup(rgd.Weighting):
+    boost: float = 2.0
+    pointwise = True
+
+    def weights(self, batch):
+        return batch.xp.where(batch.groups == 1, self.boost, 1.0) * (1 + batch.losses) / batch.base
+
+
+def test_a_pointwise_weighting_sees_groups_and_base_in_every_front():
+    losses, groups, p = np.ones(3), np.array([0, 1, 1]), np.array([1.0, 2, 4])
+    expected = [2.0, 2.0, 1.0]
+    np.testing.assert_array_equal(
+        rgd.sample_weights(losses, ByGroup(), groups=groups, sample_weight=p), expected
+    )
+    tensors = {"groups": torch.tensor(groups), "sample_weight": torch.tensor(p)}
+    assert sample_weights(torch.tensor(losses), ByGroup(), **tensors).tolist() == expected
+    assert rgd.jax.sample_weights(losses, ByGroup(), groups=groups, sample_weight=p).tolist() == expected
+
+
+@dataclasses.dataclass(frozen=True)
+class Remembers(rgd.Weighting):
+    first: object = 0.0
+
+    def init(self):
+        return self.first
+
+    def step(self, batch, state):
+        return batch.xp.ones_like(batch.losses), state
+
+
+@pytest.mark.parametrize(
+    "first", [{"training": 0.0, "type": 1, "a.b": np.ones(2)}, (0.5, {"x": 1.0}), {"a": np.float16(1)}]
+)
+def test_any_keys_of_a_state_become_buffers_of_at_least_float32(first):
+    criterion = RGDLoss(weighting=Remembers(first), base=lambda losses: losses)
+    criterion(torch.ones(3))
+    assert criterion.training is True
+    buffers = list(criterion.weighting_state.buffers())
+    assert all(buffer.dtype.itemsize >= 4 for buffer in buffers)
+    fresh = RGDLoss(weighting=Remembers(first), base=lambda losses: losses)
+    fresh.load_state_dict(criterion.state_dict())
+
+
+def test_two_numbers_of_a_state_never_share_a_buffer():
+    with pytest.raises(ValueError, match="would be the buffer 'a_b': rename a key"):
+        RGDLoss(weighting=Remembers({"a": {"b": 0.0}, "a_b": 1.0}))
+
+
+def test_a_state_starts_anew_where_a_nested_weighting_is_of_another_class():
+    criterion = RGDLoss(weighting=rgd.MovingAverage(rgd.KL(), 0.5), base=lambda losses: losses)
+    criterion(torch.ones(3))
+    criterion.weighting = rgd.MovingAverage(rgd.Focal(1.0), 0.9)
+    assert criterion.state_dict()["weighting_state.updates"] == 1
+
+    class Alike(Remembers):
+        def init(self):
+            return {"log_mean": 5.0, "updates": 3}
+
+    criterion.weighting = rgd.Trimmed(rgd.MovingAverage(rgd.KL(), 0.5), 0.1)
+    criterion.weighting = rgd.Trimmed(Alike(), 0.1)
+    assert criterion.state_dict()["weighting_state.updates"] == 3
+
+
+def test_a_step_that_breaks_its_state_is_named():
+    class Grows(Remembers):
+        def step(self, batch, state):
+            return batch.losses, batch.losses
+
+    class Forgets(Remembers):
+        def step(self, batch, state):
+            return batch.losses
+
+    for weighting, message in [
+        (Grows(), r"Grows\.step must return a state of the structure and shapes"),
+        (Forgets(), r"Forgets\.step must return the weights and the new state"),
+    ]:
+        with pytest.raises((ValueError, TypeError), match=message):
+            rgd.sample_weights(np.ones(3), weighting, state=weighting.init())
+        with pytest.raises((ValueError, TypeError), match=message):
+            RGDLoss(weighting=weighting, base=lambda losses: losses)(torch.ones(3))
+
+
+def test_what_a_weighting_keeps_beside_its_fields_is_refused_where_it_would_go_stale():
+    @dataclasses.dataclass(frozen=True)
+    class Halved(rgd.Weighting):
+        power: float = 0.5
+        pointwise = True
+
+        def __post_init__(self):
+            object.__setattr__(self, "half", self.power / 2)
+
+        def weights(self, batch):
+            return (1 + batch.losses) ** self.half
+
+    for use in (lambda w: RGDLoss(weighting=w), lambda w: rgd.jax.sample_weights(np.ones(3), w)):
+        with pytest.raises(TypeError, match="Halved keeps half beside its dataclass fields"):
+            use(Halved())
+
+
+def test_a_field_that_the_base_class_uses_is_refused_at_the_definition():
+    with pytest.raises(TypeError, match="a field of Bad is named 'init', which"):
+
+        @dataclasses.dataclass(frozen=True)
+        class Bad(rgd.Weighting):
+            init: float = 1.0
+
+
+def test_half_a_protocol_is_told_what_is_missing():
+    class OnlyStep(rgd.Weighting):
+        def step(self, batch, state):
+            return batch.losses, state
+
+    with pytest.raises(NotImplementedError, match=r"OnlyStep defines step, and must define init\(self\) too"):
+        rgd.sample_weights(np.ones(3), OnlyStep())
+
+
+def test_an_array_for_a_setting_can_be_set_again():
+    @dataclasses.dataclass(frozen=True)
+    class Stairs(rgd.Weighting):
+        edges: np.ndarray = dataclasses.field(default_factory=lambda: np.array([1.0, 2.0]))
+        height: float = 0.5
+        pointwise = True
+
+        def weights(self, batch):
+            first, second = (float(edge) for edge in self.edges)
+            steps = batch.xp.where(batch.losses > first, self.height, 0.0 * batch.losses)
+            return 1 + steps + batch.xp.where(batch.losses > second, self.height, 0.0 * batch.losses)
+
+    criterion = RGDLoss(weighting=Stairs())
+    criterion.weighting = Stairs(height=0.25)
+    weights = rgd.sample_weights(np.array([0.5, 1.5, 3.0]), criterion.weighting)
+    assert weights.tolist() == [1.0, 1.25, 1.5]

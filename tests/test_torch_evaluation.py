@@ -114,8 +114,10 @@ def test_tau_set_on_a_loss_or_an_optimizer_takes_effect():
     with pytest.raises(ValueError, match="tau must be a positive number"):
         criterion.tau = -1.0
     ball = RGDLoss(weighting=rgd.KLBall(0.1))
-    with pytest.raises(AttributeError, match="has no tau: set weighting="):
+    with pytest.raises(TypeError, match="has no tau: set weighting="):
         ball.tau = 1.0
+    with pytest.raises(TypeError, match=r"KLBall\(radius=0.1\) has no tau: set weighting="):
+        _ = ball.tau
 
 
 @pytest.mark.parametrize("ignore_index", [2**32, 2**40, -(2**63)])

@@ -152,9 +152,9 @@ def test_a_schedule_refuses_what_has_no_weighting_and_what_gives_none():
             WeightingSchedule(wrong, warming_up)
     with pytest.raises(TypeError, match="function must map a step to a weighting, as lambda step: "):
         WeightingSchedule(RGDLoss(), KL())
-    with pytest.raises(TypeError, match=r"function must return an rgd\.Weighting, got None at step 0"):
+    with pytest.raises(TypeError, match=r"function must return an rgd\.Weighting, .* got None at step 0"):
         WeightingSchedule(RGDLoss(), lambda step: None)
-    with pytest.raises(TypeError, match="did you mean tau="):
+    with pytest.raises(TypeError, match=r"such as rgd\.KL\(tau=2\.0\), got 1\.0 at step 0"):
         WeightingSchedule(RGDLoss(), lambda step: 1.0 + step)
     with pytest.raises(ValueError, match="tau must be a positive number"):
         WeightingSchedule(RGDLoss(), lambda step: KL(-1.0))

@@ -166,7 +166,7 @@ def weights_of(losses: Losses, weighting: Weighting, state: Any = None) -> tuple
     if losses.values.size == 0:
         weights, new = jnp.zeros_like(losses.values), old
     elif weighting.pointwise and not weighting.stateful:
-        weights, new = pointwise_weights(losses.values, weighting), None
+        weights, new = pointwise_weights(losses.values, weighting, losses.base, losses.groups), None
     else:
         weights, new = _weights_of_batches(losses, weighting, old)
     weights = weights.astype(losses.values.dtype)
@@ -179,17 +179,21 @@ def weights_of(losses: Losses, weighting: Weighting, state: Any = None) -> tuple
     return lax.stop_gradient(weights), lax.stop_gradient(new)
 
 
-def pointwise_weights(losses: jax.Array, weighting: Weighting) -> jax.Array:
+def pointwise_weights(
+    losses: jax.Array, weighting: Weighting, base: jax.Array | None = None, groups: jax.Array | None = None
+) -> jax.Array:
     """The weights of a pointwise weighting without state; the losses keep their shape, and their sharding."""
     if losses.ndim == 0:
-        return pointwise_weights(losses[None], weighting)[0]
+        return pointwise_weights(
+            losses[None], weighting, *(None if a is None else a[None] for a in (base, groups))
+        )[0]
 
-    def along_last_axis(losses: jax.Array) -> jax.Array:
-        return weigh(weighting, Batch(losses, xp=jnp))[0]
+    def along_last_axis(losses: jax.Array, base: jax.Array | None, groups: jax.Array | None) -> jax.Array:
+        return weigh(weighting, Batch(losses, base, groups, xp=jnp))[0]
 
     for _ in range(losses.ndim - 1):
         along_last_axis = jax.vmap(along_last_axis)
-    return along_last_axis(losses)
+    return along_last_axis(losses, base, groups)
 
 
 def weighted(weights: jax.Array, losses: Losses) -> jax.Array:

@@ -74,7 +74,7 @@ def weighted_sum(
 
 @functools.cache
 def _register() -> None:
-    # The backend first: a handler must not stand in the way of its start.
+    # XLA's CPU client is started first: it must not find a handler of ours at its start.
     jax.local_devices(backend="cpu")
     jax.ffi.register_ffi_target(TARGET, _rgd.xla_handler(), platform="cpu", api_version=1)
 

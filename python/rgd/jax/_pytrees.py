@@ -18,13 +18,14 @@ import jax
 
 from rgd.stats import GroupStats, WeightStats
 from rgd.weightings import Weighting
-from rgd.weightings._base import fields, numbers_of, observe_subclasses
+from rgd.weightings._base import fields, numbers_of, observe_subclasses, refuse_more_than_fields
 
 Structure = tuple[tuple[str, ...], tuple[tuple[str, Any], ...]] | Weighting
 """Names of the children, and the other fields with their values; of no dataclass, the weighting itself."""
 
 
 def _flatten(weighting: Weighting) -> tuple[tuple[Any, ...], Structure]:
+    refuse_more_than_fields(weighting)
     if not fields(weighting):
         return (), weighting
     numbers = numbers_of(type(weighting))

@@ -34,7 +34,7 @@ cross_entropy_gradient: Any = torch.ops.rgd.cross_entropy_gradient.default
 
 
 def _kernels() -> Any:
-    # Asked for when an operator runs: the backend imports this module first.
+    # Imported when an operator runs, since the module of the backend imports this one.
     from rgd.torch.backends import rust  # noqa: PLC0415
 
     return rust

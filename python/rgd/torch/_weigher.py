@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from rgd.torch._distributed import Sync
 from rgd.weightings import Weighting
-from rgd.weightings._base import Kernel, fields, kernel_of, map_numbers, map_state, require_state
+from rgd.weightings._base import (
+    Kernel,
+    fields,
+    kernel_of,
+    map_numbers,
+    map_state,
+    numbers_of,
+    require_state,
+)
 
 
 class Plan:
@@ -64,7 +72,7 @@ class Plan:
     def replaced(self, weighting: Weighting) -> Plan:
         """The plan of another weighting: this one's tensors with new values, if only numbers differ."""
         new = Plan(weighting)
-        if _static_parts(weighting) != _static_parts(self.weighting) or new.kind != self.kind:
+        if new.kind != self.kind or not same_but_for_numbers(weighting, self.weighting):
             return new.prepare()
         with torch.no_grad():
             if self.numbers is not None and new.kernel is not None:
@@ -93,7 +101,8 @@ class Weigher:
         self.plan = plan
         self.groups = groups
         self.state = state
-        self.group = None if sync is None or plan.pointwise else sync.group()
+        alone = sync is None or (plan.pointwise and not plan.stateful)
+        self.group = None if alone else sync.group()  # pyright: ignore[reportOptionalMemberAccess]
 
     def kernel_serves(self, base: Tensor | None) -> bool:
         """Whether the Rust kernel of the weighting computes the weights of this call."""
@@ -114,8 +123,10 @@ class WeightingState(nn.Module):
         super().__init__()
         self._names = _named(weighting.init())
         for name, leaf in _leaves(weighting.init()):
-            value: Any = np.asarray(leaf)
-            self.register_buffer(name, torch.as_tensor(value.copy()))
+            array: Any = np.array(leaf)
+            value: Any = torch.as_tensor(array)
+            narrow = value.is_floating_point() and value.dtype.itemsize < 4
+            self.register_buffer(name, value.float() if narrow else value)
 
     def read(self, device: torch.device) -> Any:
         """The state, its leaves copies of the buffers on a device."""
@@ -179,26 +190,52 @@ def _copy_numbers(source: Weighting, live: Weighting) -> None:
             target.fill_(float(value))
 
 
-def _static_parts(weighting: Weighting) -> Any:
-    """All of a weighting but its numbers, to compare."""
-    parts: list[Any] = [type(weighting)]
-    live = map_numbers(weighting, lambda _: 0.0)
-    for field in fields(weighting):
-        value = getattr(live, field.name)
-        parts.append(_static_parts(value) if isinstance(value, Weighting) else value)
-    return parts
+def same_but_for_numbers(one: Any, other: Any) -> bool:
+    """Whether two weightings, nested ones included, differ in the values of their numbers alone."""
+    if one.__class__ is not other.__class__:
+        return False
+    numbers = numbers_of(one.__class__)
+    for field in fields(one):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(a, Weighting) or isinstance(b, Weighting):
+            if not same_but_for_numbers(a, b):
+                return False
+        elif field.name in numbers:
+            if (a is None) != (b is None):
+                return False
+        elif a is not b and not bool(np.array_equal(a, b)):
+            return False
+    return True
 
 
-def _named(state: Any, path: str = "") -> Any:
-    """A state with a name for a buffer in the place of each leaf."""
-    if isinstance(state, dict):
-        parts = cast("dict[Any, Any]", state)
-        return {key: _named(part, f"{path}_{key}" if path else str(key)) for key, part in parts.items()}
-    if isinstance(state, (tuple, list)):
-        sequence: Any = cast("Any", state)
-        parts = [_named(part, f"{path or 'state'}_{i}") for i, part in enumerate(sequence)]
-        return type(sequence)(*parts) if hasattr(sequence, "_fields") else type(sequence)(parts)
-    return path or "state"
+def _named(state: Any) -> Any:
+    """A state with a name for a buffer in the place of each leaf: its path, made fit for an attribute.
+
+    Raises:
+        ValueError: If two leaves would have one name.
+    """
+    paths: list[str] = []
+
+    def named(part: Any, path: str) -> Any:
+        if isinstance(part, dict):
+            items = cast("dict[Any, Any]", part).items()
+            return {key: named(inner, f"{path}_{key}" if path else str(key)) for key, inner in items}
+        if isinstance(part, (tuple, list)):
+            sequence: Any = cast("Any", part)
+            inner = [named(each, f"{path or 'state'}_{i}") for i, each in enumerate(sequence)]
+            return type(sequence)(*inner) if hasattr(sequence, "_fields") else type(sequence)(inner)
+        name = (path or "state").replace(".", "_")
+        # An attribute that every module has must stay what it is.
+        name = f"{name}_" if hasattr(_MODULE, name) or name == "_names" else name
+        if name in paths:
+            raise ValueError(f"two numbers of the state would be the buffer {name!r}: rename a key of init()")
+        paths.append(name)
+        return name
+
+    return named(state, "")
+
+
+_MODULE = nn.Module()
 
 
 def _leaves(state: Any) -> list[tuple[str, Any]]:

@@ -41,6 +41,8 @@ def sample_weights(
     sample_weight: Tensor | None = None,
     groups: Tensor | None = None,
     state: Any = None,
+    process_group: Any = None,
+    sync: bool = True,
 ) -> Any:
     """The weight of each sample, a constant to autograd.
 
@@ -58,6 +60,9 @@ def sample_weights(
             not allowed makes the weights NaN instead of raising.
         groups: The group of each sample, integers of the losses' shape or (N,), for `GroupDRO`.
         state: The state of a weighting that remembers: `weighting.init()`, or what the last call returned.
+        process_group: For a weighting that depends on the batch, the processes that share it, as in
+            `reweighted_mean`.
+        sync: False for weights of this process's losses alone.
 
     Returns:
         Weights of the losses' shape (`w`, without `p`), without grad; float64 for float64 losses, else
@@ -79,10 +84,11 @@ def sample_weights(
     """
     check_losses(losses)
     base = _base(losses, where, sample_weight)
-    weigher = _weigher(losses, resolve_weighting(weighting, tau), groups, state, None)
+    sharing = Sync(process_group, sync)
+    weigher = _weigher(losses, resolve_weighting(weighting, tau), groups, state, sharing)
     weights = choose(losses, base).sample_weights(losses, base, weigher)
     if base is not None and not values_can_be_read(base):
-        # What `check_base` could not refuse is NaN in the base, which pointwise weights do not depend on.
+        # `check_base` marks a wrong number by NaN where it cannot raise; a pointwise formula may not see it.
         weights = weights.masked_fill(base.isnan(), float("nan"))
     return weights if state is None else (weights, weigher.state)
 

@@ -28,7 +28,7 @@ from rgd.torch.backends._options import Options
 from rgd.torch.backends._registry import in_transform, is_exporting
 from rgd.torch.functional import classify, weighted
 from rgd.weightings import ERM, Weighting
-from rgd.weightings._base import resolve_weighting
+from rgd.weightings._base import fields, resolve_weighting
 
 
 class RGDLoss(nn.Module):
@@ -305,11 +305,20 @@ def state_for(
     """The state of a weighting that takes the place of another: kept where both are of one class."""
     if not weighting.stateful:
         return None
-    if state is not None and type(before) is type(weighting):
+    if state is not None and before is not None and _of_one_class(before, weighting):
         fresh = WeightingState(weighting)
         if {n: b.shape for n, b in fresh.named_buffers()} == {n: b.shape for n, b in state.named_buffers()}:
             return state
     return WeightingState(weighting)
+
+
+def _of_one_class(one: Weighting, other: Weighting) -> bool:
+    """Whether two weightings are of one class, and so are those nested in them that remember."""
+    if type(one) is not type(other):
+        return False
+    nested = [(getattr(one, field.name), getattr(other, field.name)) for field in fields(one)]
+    inner = [(a, b) for a, b in nested if isinstance(a, Weighting) and isinstance(b, Weighting)]
+    return all(_of_one_class(a, b) for a, b in inner if a.stateful or b.stateful)
 
 
 class _RGDCrossEntropyLoss(RGDLoss, nn.CrossEntropyLoss):
@@ -322,7 +331,8 @@ class _RGDCrossEntropyLoss(RGDLoss, nn.CrossEntropyLoss):
 def tau_of(weighting: Weighting) -> float:
     """The clipping factor of a weighting."""
     if not hasattr(weighting, "tau"):
-        raise AttributeError(f"{weighting} has no tau: set weighting=..., as in weighting=rgd.KL(tau=1.0)")
+        # Not an AttributeError, which modules and optimizers take for a name to look up elsewhere.
+        raise TypeError(f"{weighting} has no tau: set weighting=..., as in weighting=rgd.KL(tau=1.0)")
     return cast("Any", weighting).tau
 
 

@@ -264,7 +264,7 @@ class RGD(torch.optim.Optimizer):
         if self._was_asked:
             return
         grads = (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
-        # Gradients of zero make no training: torch steps so to initialise an optimizer's state.
+        # torch initialises an optimizer's state by a step with gradients of zero, which is no training.
         if not any(grad.is_sparse or bool(grad.count_nonzero()) for grad in grads):
             return
         self._was_asked = True

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from rgd.weightings import Weighting
-from rgd.weightings._base import resolve_weighting
 
 
 class WeightingSchedule:
@@ -63,6 +62,9 @@ class WeightingSchedule:
 
     def _set(self) -> None:
         weighting: Any = self._function(self.count)
-        if weighting is None:
-            raise TypeError(f"function must return an rgd.Weighting, got None at step {self.count}")
-        self._target.weighting = resolve_weighting(weighting)
+        if not isinstance(weighting, Weighting):
+            raise TypeError(
+                f"function must return an rgd.Weighting, such as rgd.KL(tau=2.0), got {weighting!r} at step "
+                f"{self.count}"
+            )
+        self._target.weighting = weighting

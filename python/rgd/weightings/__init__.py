@@ -4,7 +4,7 @@ Each is a small frozen dataclass that checks its own numbers and holds one formu
 JAX) takes the same ones; they are to be had from `rgd` itself, as `rgd.KL`.
 """
 
-from rgd.weightings._base import Weighting
+from rgd.weightings._base import Weighting, setting
 from rgd.weightings._batch import Batch
 from rgd.weightings.chi_square import ChiSquare, ChiSquareBall
 from rgd.weightings.cvar import CVaR
@@ -33,4 +33,5 @@ __all__ = [
     "Pointwise",
     "Trimmed",
     "Weighting",
+    "setting",
 ]

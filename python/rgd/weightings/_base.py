@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import numbers
 import sys
@@ -67,7 +68,12 @@ class Weighting:
             Weights, shape (n,), of the losses' kind of array. What stands where a sample takes no part does
             not matter: fronts write 0 there.
         """
-        name = type(self).__name__
+        name, steps = type(self).__name__, type(self).step is not Weighting.step
+        if self.stateful is not steps:
+            there, missing = ("step", "init(self)") if steps else ("init", "step(self, batch, state)")
+            raise NotImplementedError(
+                f"{name} defines {there}, and must define {missing} too: see rgd.Weighting"
+            )
         if self.stateful:
             raise ValueError(f"the weights of {name} depend on its state: call step(batch, state)")
         raise NotImplementedError(f"{name} must define weights(self, batch)")
@@ -115,6 +121,11 @@ class Weighting:
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
+        for name in inspect.get_annotations(cls):
+            if name in _reserved():
+                raise TypeError(
+                    f"a field of {cls.__name__} is named {name!r}, which rgd.Weighting uses: rename it"
+                )
         owners = [next(kind for kind in cls.__mro__ if name in vars(kind)) for name in ("kernel", "weights")]
         cls.kernel_counts = owners[0] is owners[1]
         # The fields of a dataclass are still class attributes here. Their metadata is read now, and not when
@@ -177,7 +188,7 @@ def setting(
 
 def is_array(value: Any) -> bool:
     """Whether a setting is an array of JAX or torch, traced perhaps, in place of a Python number."""
-    # torch first: its compiler can trace that question, and not the one about JAX.
+    # torch is asked first: torch.compile can trace an isinstance of torch.Tensor, and not one of jax.Array.
     return isinstance(value, getattr(sys.modules.get("torch"), "Tensor", ())) or _is_jax(value)
 
 
@@ -242,6 +253,18 @@ def resolve_weighting(weighting: Any, tau: Any = None) -> Weighting:
     raise TypeError(f"weighting must be an rgd.Weighting, such as rgd.KL(tau=1.0), got {weighting!r}{hint}")
 
 
+def refuse_more_than_fields(weighting: Weighting) -> None:
+    """Refuse a weighting that keeps a value beside its fields: a schedule or a trace would not change it."""
+    extra = set(getattr(weighting, "__dict__", ())) - {field.name for field in fields(weighting)}
+    if extra:
+        name = type(weighting).__name__
+        raise TypeError(
+            f"{name} keeps {', '.join(sorted(extra))} beside its dataclass fields, which would not follow "
+            f"when a number is scheduled or traced: make {name} a frozen dataclass whose fields are all it "
+            "has, and compute the rest in weights(batch)"
+        )
+
+
 def kernel_of(weighting: Weighting) -> Kernel | None:
     """`weighting.kernel()`, if the class that defines its weights is the one that defines the kernel."""
     return weighting.kernel() if weighting.kernel_counts and not weighting.stateful else None
@@ -266,7 +289,13 @@ def weigh(weighting: Weighting, batch: Batch, state: Any = None) -> tuple[Any, A
     if not weighting.stateful:
         weights = weighting.weights(batch)
     else:
-        weights, new = weighting.step(batch, state)
+        name, result = type(weighting).__name__, cast("Any", weighting.step(batch, state))
+        if not (isinstance(result, tuple) and len(cast("Any", result)) == 2):
+            raise TypeError(
+                f"{name}.step must return the weights and the new state, as in return weights, state"
+            )
+        weights, new = cast("Any", result)
+        _check_new_state(name, state, new)
         usable = (batch.count > 0) & ~batch.any(~xp.isfinite(batch.losses))
 
         def keep(before: Any, after: Any) -> Any:
@@ -279,6 +308,35 @@ def weigh(weighting: Weighting, batch: Batch, state: Any = None) -> tuple[Any, A
             f"{tuple(batch.losses.shape)}, got {_shape(weights)}"
         )
     return batch.only(weights), state
+
+
+def _check_new_state(name: str, old: Any, new: Any) -> None:
+    """Refuse a state of another structure, or with numbers of other shapes, than before."""
+    if isinstance(old, dict):
+        keys = set(cast("dict[Any, Any]", old))
+        fits = isinstance(new, dict) and set(cast("dict[Any, Any]", new)) == keys
+        parts: Any = [(old[key], new[key]) for key in keys] if fits else []
+    elif isinstance(old, (tuple, list)):
+        fits = isinstance(new, (tuple, list)) and len(cast("Any", new)) == len(cast("Any", old))
+        parts = list(zip(cast("Any", old), cast("Any", new), strict=True)) if fits else []
+    else:
+        fits = not isinstance(new, (dict, tuple, list)) and getattr(new, "shape", ()) == old.shape
+        parts = []
+    if not fits:
+        raise ValueError(
+            f"{name}.step must return a state of the structure and shapes that init() has, got {_brief(new)} "
+            f"in the place of {_brief(old)}"
+        )
+    for before, after in parts:
+        _check_new_state(name, before, after)
+
+
+def _brief(state: Any) -> str:
+    if isinstance(state, dict):
+        return f"a dict of {sorted(map(str, cast('dict[Any, Any]', state)))}"
+    if isinstance(state, (tuple, list)):
+        return f"a {type(cast('Any', state)).__name__} of {len(cast('Any', state))}"
+    return f"shape {tuple(getattr(state, 'shape', ()))}"
 
 
 def require_state(weighting: Weighting, state: Any) -> None:
@@ -312,6 +370,7 @@ def map_numbers(weighting: Weighting, function: Callable[[Any], Any]) -> Weighti
 
     Numbers are the fields that `numbers_of` names, of nested weightings too. None stays None.
     """
+    refuse_more_than_fields(weighting)
     copy = object.__new__(type(weighting))
     names = numbers_of(type(weighting))
     for field in fields(weighting):
@@ -336,17 +395,24 @@ def numbers_of(kind: type) -> frozenset[str]:
     They are those annotated with `float`; bool, int, str and the like are part of what a weighting is, and
     not numbers that a schedule changes.
     """
-    try:
-        hints = typing.get_type_hints(kind)
-    except Exception:  # a name that only its own function knows
-        hints = {}
     found: set[str] = set()
     for field in fields(kind):
-        hint = hints.get(field.name, field.type)
+        hint = _hint(kind, field.type)
         parts = typing.get_args(hint) if _is_union(hint) else (hint,)
-        if float in parts or (isinstance(hint, str) and "float" in hint) or "setting" in field.metadata:
+        if float in parts or "setting" in field.metadata:
             found.add(field.name)
     return frozenset(found)
+
+
+def _hint(kind: type, annotation: Any) -> Any:
+    """What an annotation stands for, read on its own: a name that another one uses may not be known here."""
+    if not isinstance(annotation, str):
+        return annotation
+    try:
+        return eval(annotation, {**vars(typing), **vars(sys.modules[kind.__module__])})
+    except Exception:
+        spelled = annotation.replace(" ", "").removeprefix("typing.")
+        return float if spelled in ("float", "float|None", "None|float", "Optional[float]") else annotation
 
 
 def observe_subclasses(observe: Callable[[type[Weighting]], None]) -> None:
@@ -368,3 +434,8 @@ def _is_union(hint: Any) -> bool:
 
 def _shape(weights: Any) -> Any:
     return tuple(weights.shape) if hasattr(weights, "shape") else type(weights).__name__
+
+
+def _reserved() -> set[str]:
+    """What a field of a weighting must not be called: the methods and what is set for each subclass."""
+    return {name for name in vars(Weighting) if not name.startswith("_")} - {"pointwise", "mean_one", "clip"}

@@ -58,7 +58,7 @@ _transforms_active = _internals._are_functorch_transforms_active
 _dispatch_modes = _internals._len_torch_dispatch_stack
 _tracing_state = _internals._get_tracing_state
 _forward_ad: Any = forward_ad
-# Asked once: not every torch can trace the question.
+# Asked once, here: older torch cannot compile a call of is_autocast_available.
 _AUTOCASTING = frozenset(
     kind
     for kind in ("cpu", "cuda", "hpu", "mps", "mtia", "privateuseone", "xla", "xpu")
@@ -74,7 +74,7 @@ def register(backend: Backend, *, first: bool = False) -> None:
 
 
 def _check(name: Any, source: str) -> str | None:
-    # The environment is read before the backends are registered.
+    # RGD_BACKEND is checked while this module is imported, when no backend is registered yet.
     known = [backend.name for backend in _backends] or ["rust", "composite"]
     if name is not None and name not in known:
         allowed = ", ".join(repr(one) for one in known)
