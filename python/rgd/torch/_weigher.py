@@ -121,12 +121,16 @@ class WeightingState(nn.Module):
 
     def __init__(self, weighting: Weighting) -> None:
         super().__init__()
-        self._names = _named(weighting.init())
-        for name, leaf in _leaves(weighting.init()):
+        state = weighting.init()
+        self._names = _named(state)
+
+        def register(name: str, leaf: Any) -> None:
             array: Any = np.array(leaf)
             value: Any = torch.as_tensor(array)
             narrow = value.is_floating_point() and value.dtype.itemsize < 4
             self.register_buffer(name, value.float() if narrow else value)
+
+        map_state(register, self._names, state)
 
     def read(self, device: torch.device) -> Any:
         """The state, its leaves copies of the buffers on a device."""
@@ -140,9 +144,12 @@ class WeightingState(nn.Module):
     @torch.no_grad()
     def write(self, state: Any) -> None:
         """Take over the state after a batch."""
-        for name, value in _leaves(state):
+
+        def put(name: str, value: Any) -> None:
             # Not copy_: compiled by torch 2.8, it leaves a 0-d buffer as it was.
             getattr(self, name)[...] = value
+
+        map_state(put, self._names, state)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightingState:
         before = dict(self.named_buffers())
@@ -236,14 +243,3 @@ def _named(state: Any) -> Any:
 
 
 _MODULE = nn.Module()
-
-
-def _leaves(state: Any) -> list[tuple[str, Any]]:
-    """The name and the value of each leaf."""
-    found: list[tuple[str, Any]] = []
-
-    def keep(name: str, value: Any) -> None:
-        found.append((name, value))
-
-    map_state(keep, _named(state), state)
-    return found

@@ -83,7 +83,7 @@ def sample_weights(
         Kumar et al., arXiv 2306.09222, Algorithm 1.
     """
     check_losses(losses)
-    base = _base(losses, where, sample_weight)
+    base = _base(losses.shape, losses, where, sample_weight)
     sharing = Sync(process_group, sync)
     weigher = _weigher(losses, resolve_weighting(weighting, tau), groups, state, sharing)
     weights = choose(losses, base).sample_weights(losses, base, weigher)
@@ -273,7 +273,7 @@ def weight_stats(
             f"weights must have the shape and device of losses, {tuple(losses.shape)} on {losses.device}, "
             f"got {tuple(weights.shape)} on {weights.device}"
         )
-    base = _base(losses, where, sample_weight)
+    base = _base(losses.shape, losses, where, sample_weight)
     plain, weights = losses.detach(), weights.detach()
     members = check_groups(groups, losses.shape, losses.device, "element")
     by_group = None if members is None else stats_by_group(plain, weights, base, members)
@@ -332,12 +332,8 @@ def classify(  # noqa: PLR0917
     base = None
     if where is not None or sample_weight is not None or groups is not None:
         shape, per = targets_shape(logits), options.per if logits.dim() > 1 else "element"
-        units = shape[:1] if per == "sample" else shape
-        base = check_base(sample_weight, shape, logits.device, per)
+        base = _base(shape, logits, where, sample_weight, per)
         groups = check_groups(groups, shape, logits.device, per)
-        if where is not None:
-            check_where(where, units, logits.device)
-            base = where.to(accumulator(logits.dtype)) if base is None else base.masked_fill(~where, 0)
     weigher = Weigher(plan, groups, state, sync)
     backend = choose(logits, target, class_weight, base)
     objective, record = backend.cross_entropy(logits, target, class_weight, base, options, weigher)
@@ -353,10 +349,15 @@ def _weigher(
     return Weigher(Plan(weighting), members, functional_state(weighting, state, losses.device), sync)
 
 
-def _base(losses: Tensor, where: Tensor | None, sample_weight: Tensor | None) -> Tensor | None:
-    """The base measure of losses, 0 where `where` is False; None where both are left out."""
-    base = check_base(sample_weight, losses.shape, losses.device, "element")
+def _base(
+    shape: torch.Size, like: Tensor, where: Tensor | None, sample_weight: Tensor | None, per: str = "element"
+) -> Tensor | None:
+    """The base measure of losses of a shape, of the device and dtype of `like`: one a target or a sample.
+
+    It is 0 where `where` is False; None where both are left out.
+    """
+    base = check_base(sample_weight, shape, like.device, per)
     if where is None:
         return base
-    check_where(where, losses.shape, losses.device)
-    return where.to(accumulator(losses.dtype)) if base is None else base.masked_fill(~where, 0)
+    check_where(where, shape[:1] if per == "sample" else shape, like.device)
+    return where.to(accumulator(like.dtype)) if base is None else base.masked_fill(~where, 0)

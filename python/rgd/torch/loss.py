@@ -213,7 +213,7 @@ class RGDLoss(nn.Module):
             losses = input
         else:
             given = (input, *args) if target is None and not args else (input, target, *args)
-            hint = ": base must return one loss a sample" if self.base is not None else ""
+            hint = ": base must return one loss a sample"
             losses = check_losses(self.base(*given, **kwargs), "what base returns", hint)
         plan, state, sync = self._plan, self.weighting_state, self._sync
         plain = not self.training and self.evaluate == "plain"

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+from rgd.weightings._ball import gaps_of, with_corners
 from rgd.weightings._base import Weighting, setting
 from rgd.weightings._batch import Batch
 from rgd.weightings._root import root
@@ -97,15 +98,9 @@ class ChiSquareBall(Weighting):
     def weights(self, batch: Batch) -> Any:
         """`max(0, gap + t) / mean(max(0, gap + t))`, `t` the root of the divergence."""
         xp, losses, radius = batch.xp, batch.losses, batch.scalar(self.radius)
-        # The weights depend on the losses up to a shift and a positive factor; gaps of at most 1 cannot
-        # overflow.
-        halves = losses / 2
-        top, bottom = batch.max(halves), batch.min(halves)
-        extent = top - bottom
-        gaps = batch.only((halves - top) / xp.where(extent > 0, extent, 1.0))
-        on_top = xp.astype(gaps == 0, losses.dtype)
-        share = batch.mean(on_top)
-        limit = (1.0 / share - 1.0) / 2.0
+        ball = gaps_of(batch)
+        gaps = ball.values
+        limit = (1.0 / ball.share - 1.0) / 2.0
         mean = batch.mean(gaps)
         deviation = gaps - mean
         variance = batch.mean(deviation**2)
@@ -131,7 +126,4 @@ class ChiSquareBall(Weighting):
         t = xp.exp(root(batch, excess, xp.log(nearest), xp.zeros_like(nearest)))
         above = xp.where(gaps + t > 0, gaps + t, 0.0)
         weights = xp.where(all_positive, linear, above / batch.mean(above))
-        weights = xp.where(radius >= limit, on_top / share, weights)
-        weights = xp.where(batch.any(~xp.isfinite(losses)), float("nan"), weights)
-        plain = ((radius == 0) & ~batch.any(xp.isnan(losses))) | (top == bottom)
-        return xp.where(plain, 1.0, weights)
+        return with_corners(batch, ball, weights, radius, limit)

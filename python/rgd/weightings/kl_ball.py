@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from rgd.weightings._ball import gaps_of, with_corners
 from rgd.weightings._base import Kernel, Weighting, setting
 from rgd.weightings._batch import Batch
 from rgd.weightings._root import root
@@ -42,15 +43,9 @@ class KLBall(Weighting):
     def weights(self, batch: Batch) -> Any:
         """`exp(b * gap) / mean(exp(b * gap))`, `b` the root of `KL = radius`."""
         xp, losses, radius = batch.xp, batch.losses, batch.scalar(self.radius)
-        # The weights depend on the losses up to a shift and a positive factor; gaps of at most 1 cannot
-        # overflow.
-        halves = losses / 2
-        top, bottom = batch.max(halves), batch.min(halves)
-        extent = top - bottom
-        gaps = batch.only((halves - top) / xp.where(extent > 0, extent, 1.0))
-        on_top = xp.astype(gaps == 0, losses.dtype)
-        share = batch.mean(on_top)
-        limit = -xp.log(share)
+        ball = gaps_of(batch)
+        gaps = ball.values
+        limit = -xp.log(ball.share)
         inside = (radius > 0) & (radius < limit)
         target = xp.where(inside, radius, 0.5)
         nearest = batch.min(xp.where(gaps < 0, -gaps, float("inf")))
@@ -75,11 +70,7 @@ class KLBall(Weighting):
         log_b = root(batch, divergence, low, xp.log(xp.where(high < largest, high, largest)))
         weights = xp.exp(xp.exp(log_b) * gaps)
         weights = weights / batch.mean(weights)
-        weights = xp.where(radius >= limit, on_top / share, weights)
-        weights = xp.where(batch.any(~xp.isfinite(losses)), float("nan"), weights)
-        # Losses that are all the same number, or no ball at all, give ones, infinite losses too.
-        plain = ((radius == 0) & ~batch.any(xp.isnan(losses))) | (top == bottom)
-        return xp.where(plain, 1.0, weights)
+        return with_corners(batch, ball, weights, radius, limit)
 
     def kernel(self) -> Kernel:
         """The kernel `kl_ball`: the radius."""
