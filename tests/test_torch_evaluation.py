@@ -240,3 +240,21 @@ def test_a_class_out_of_range_is_told_the_last_one_there_is():
         IndexError, match=r"target 4 at position \[0\] .* give a class from 0 to 3, or name 4"
     ):
         RGDLoss()(LOGITS[:1], torch.tensor([4]))
+
+
+@pytest.mark.parametrize("per", ["element", "sample"])
+@pytest.mark.parametrize("name", ["rust", "composite"])
+def test_statistics_heed_sample_weights_beside_ignored_targets(name, per):
+    logits = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    target = torch.arange(18).view(6, 3) % 4
+    target[0], target[1, 0] = -100, -100
+    p = torch.tensor([5.0, 2, 0, 1, 3, 1], dtype=torch.float64)
+    criterion = RGDLoss(per=per)
+    with backend(name):
+        objective = criterion(logits, target, sample_weight=p)
+    stats = criterion.stats()
+    losses = F.cross_entropy(logits, target, reduction="none")
+    mass = p[:, None] * (target != -100)
+    assert stats.mean_loss == pytest.approx(((mass * losses).sum() / mass.sum()).item(), rel=1e-13)
+    assert stats.objective == pytest.approx(objective.item(), rel=1e-13)
+    assert stats.count == (11 if per == "element" else 4)
