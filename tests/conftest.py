@@ -1,7 +1,9 @@
 """Settings that all tests share."""
 
+import itertools
 import os
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("rgd", deadline=None, max_examples=60, derandomize=True)
@@ -11,3 +13,31 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Several processes share the cores; tests that are about threads set their number themselves. This stands
     # before torch is imported, which reads it then.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def workers():
+    """Three processes that stay alive for a whole module."""
+    from workers import Workers  # noqa: PLC0415 - starts torch
+
+    workers = Workers()
+    yield workers
+    for inbox in workers.inboxes:
+        inbox.put(None)
+    for process in workers.processes:
+        process.join(5)
+    workers.stop()
+
+
+@pytest.fixture
+def run(workers, tmp_path):
+    """Runs a function of a rank and a size in a new process group of some of the workers."""
+    number = itertools.count()
+
+    def run(size, function, *arguments):
+        if not workers.processes[0].is_alive():
+            workers.__init__()
+        # A store for each group: in one used again, a rank may find where the last group listened.
+        return workers.run(size, str(tmp_path / f"store-{next(number)}"), function, *arguments)
+
+    return run

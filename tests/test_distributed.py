@@ -4,7 +4,6 @@ Three workers stay alive for the whole module; each test forms a new process gro
 """
 
 import copy
-import itertools
 import os
 import pathlib
 import subprocess
@@ -20,7 +19,6 @@ from rgd.torch import RGD, RGDLoss, cross_entropy, reweighted_mean, sample_weigh
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from workers import Workers
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 
@@ -36,33 +34,6 @@ SHARED = [
 ]
 # Sums of at most 40 products in another order; 3 steps.
 CLOSE = {"rtol": 1e-11, "atol": 1e-13}
-
-
-# --- processes ---
-
-
-@pytest.fixture(scope="module")
-def workers():
-    workers = Workers()
-    yield workers
-    for inbox in workers.inboxes:
-        inbox.put(None)
-    for process in workers.processes:
-        process.join(5)
-    workers.stop()
-
-
-@pytest.fixture
-def run(workers, tmp_path):
-    number = itertools.count()
-
-    def run(size, function, *arguments):
-        if not workers.processes[0].is_alive():
-            workers.__init__()
-        # A store for each group: in one used again, a rank may find where the last group listened.
-        return workers.run(size, str(tmp_path / f"store-{next(number)}"), function, *arguments)
-
-    return run
 
 
 # --- the training, on one process and on several ---

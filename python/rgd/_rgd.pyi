@@ -2,8 +2,9 @@
 
 Every tensor argument is a NumPy array or a CPU object that speaks DLPack; none is copied.
 Outputs are allocated by the caller, may be uninitialised, and are filled in place; they must not share memory
-with another argument. The accumulator's dtype is float64 for float64 tensors, else float32. `threads` is the
-largest number of threads to use; a result does not depend on it.
+with another argument, except that a gradient may take the place of the logits. The accumulator's dtype is
+float64 for float64 tensors, else float32. `threads` is the largest number of threads to use; a result does
+not depend on it.
 
 A weighting is given as the name of its kernel and its numbers:
 
@@ -105,7 +106,9 @@ def cross_entropy(
         objective: Output: a 0-d value, or for "none" one `p * w * l` a target; accumulator's dtype,
             contiguous.
         grad: Output of the logits' shape and dtype, any strides: the gradient of the objective (for "none",
-            of the sum of its elements).
+            of the sum of its elements). It may be the logits themselves, the same elements at the same
+            addresses: then the gradient overwrites them, to the same bits. A call that is interrupted or runs
+            out of memory leaves some of them overwritten.
         threads: The largest number of threads to use.
 
     Returns:

@@ -5,7 +5,9 @@
 
 use super::tensor::{Dtype, HasDtype, Tensor, distinct};
 use super::xla;
-use crate::cross_entropy::{self as ce, Given, Inputs, Outputs, Reduction, Settings, Target, Totals};
+use crate::cross_entropy::{
+    self as ce, Given, Gradient, Inputs, Outputs, Overwrite, Reduction, Settings, Target, Totals,
+};
 use crate::layout::{Values, Vector};
 use crate::numeric::Element;
 use crate::parallel::{Stop, watch};
@@ -209,19 +211,36 @@ impl<'py> Read<'py> {
         })
     }
 
-    /// Refuses outputs that share memory with each other, with these inputs or with `others`.
+    /// Refuses outputs that share memory with each other, with these inputs or with `others`. A gradient that is the very
+    /// tensor of the logits is allowed: then the logits are an output.
     fn distinct_from<'a>(
         &'a self,
-        outputs: impl IntoIterator<Item = &'a Tensor<'py>>,
+        outputs: &[&'a Tensor<'py>],
+        grad: Option<&'a Tensor<'py>>,
         others: &[&'a Tensor<'py>],
     ) -> PyResult<()>
     where
         'py: 'a,
     {
-        let inputs =
-            [&self.logits, &self.target].into_iter().chain(&self.class_weight).chain(&self.sample_weight);
-        let inputs: Vec<&Tensor> = inputs.chain(others.iter().copied()).collect();
-        distinct(&outputs.into_iter().collect::<Vec<_>>(), &inputs)
+        let in_place = grad.is_some_and(|grad| grad.is(&self.logits));
+        let inputs = [&self.target].into_iter().chain(&self.class_weight).chain(&self.sample_weight);
+        let inputs = inputs.chain((!in_place).then_some(&self.logits)).chain(others.iter().copied());
+        let outputs = outputs.iter().copied().chain(grad);
+        distinct(&outputs.collect::<Vec<_>>(), &inputs.collect::<Vec<_>>())
+    }
+
+    /// Where the gradient goes, once [`Read::distinct_from`] has allowed it.
+    fn gradient<'a, T: HasDtype>(&self, grad: Option<&'a mut Tensor>) -> PyResult<Gradient<'a, T>> {
+        let Some(grad) = grad else { return Ok(Gradient::Unwanted) };
+        let in_place = grad.is(&self.logits);
+        let view = grad.view_mut()?;
+        if !in_place {
+            return Ok(Gradient::Separate(view));
+        }
+        // SAFETY: the view that is dropped here says that the logits, which are the same tensor, may be written and do not
+        // overlap themselves; `distinct_from` has seen to it that no other argument overlaps them, and Python's caller
+        // promises that nobody touches an output during the call.
+        Ok(Gradient::InPlace(unsafe { Overwrite::granted() }))
     }
 
     fn inputs<T: Element<Real: HasDtype> + HasDtype>(&self) -> PyResult<Inputs<'_, T>> {
@@ -303,14 +322,14 @@ fn cross_entropy(
     let mut weights = Tensor::import("weights", weights)?;
     let mut objective = Tensor::import("objective", objective)?;
     let mut grad = grad.map(|g| Tensor::import("grad", g)).transpose()?;
-    read.distinct_from([&losses, &weights, &objective].into_iter().chain(&grad), &[])?;
+    read.distinct_from(&[&losses, &weights, &objective], grad.as_ref(), &[])?;
     for_float!(read.logits.dtype(), "logits", T => {
         let inputs = read.inputs::<T>()?;
         let out = Outputs {
             losses: losses.slice_mut()?,
             weights: weights.slice_mut()?,
             objective: objective.slice_mut()?,
-            grad: grad.as_mut().map(Tensor::view_mut).transpose()?,
+            grad: read.gradient(grad.as_mut())?,
         };
         read_totals(released(py, || ce::cross_entropy(&inputs, weighting, &settings, out))?)
     })
@@ -332,7 +351,7 @@ fn cross_entropy_losses(
     let settings = read_settings(ignore_index, label_smoothing, false, "none", threads)?;
     let read = Read::import(logits, target, class_weight, None)?;
     let mut losses = Tensor::import("losses", losses)?;
-    read.distinct_from([&losses], &[])?;
+    read.distinct_from(&[&losses], None, &[])?;
     let (_, counted) = for_float!(read.logits.dtype(), "logits", T => {
         let (inputs, losses) = (read.inputs::<T>()?, losses.slice_mut()?);
         read_totals(released(py, || ce::losses(&inputs, &settings, losses))?)
@@ -367,12 +386,12 @@ fn cross_entropy_gradient(
     let (losses, weights) = (Tensor::import("losses", losses)?, Tensor::import("weights", weights)?);
     let mut objective = Tensor::import("objective", objective)?;
     let mut grad = grad.map(|g| Tensor::import("grad", g)).transpose()?;
-    read.distinct_from([&objective].into_iter().chain(&grad), &[&losses, &weights])?;
+    read.distinct_from(&[&objective], grad.as_ref(), &[&losses, &weights])?;
     for_float!(read.logits.dtype(), "logits", T => {
         let inputs = read.inputs::<T>()?;
         let given = Given { losses: losses.slice()?, weights: weights.slice()? };
         let objective = objective.slice_mut()?;
-        let grad = grad.as_mut().map(Tensor::view_mut).transpose()?;
+        let grad = read.gradient(grad.as_mut())?;
         read_totals(released(py, || ce::gradient(&inputs, given, &settings, objective, grad))?)
     })
 }

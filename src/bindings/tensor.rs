@@ -185,6 +185,14 @@ impl<'py> Tensor<'py> {
         &self.shape
     }
 
+    /// Whether the other is the very same tensor: the same elements at the same addresses.
+    pub fn is(&self, other: &Self) -> bool {
+        self.data == other.data
+            && self.dtype == other.dtype
+            && self.shape == other.shape
+            && self.strides == other.strides
+    }
+
     /// A view of the elements.
     pub fn view<T: HasDtype>(&self) -> PyResult<ArrayViewD<'_, T>> {
         if T::DTYPE != self.dtype {

@@ -10,8 +10,7 @@
 //! of no elements may be null. This module promises: nothing is written but outputs and, of structures of XLA's, fields
 //! within their stated size; no panic crosses the boundary; no thread is started, since XLA runs handlers on its own.
 
-use crate::cross_entropy::{Inputs, Reduction, Settings, Target, with_norms};
-use crate::layout::written;
+use crate::cross_entropy::{Gradient, Inputs, Overwrite, Reduction, Settings, Target, with_norms};
 use crate::numeric::{Element, Real};
 use crate::parallel::Stop;
 use crate::weightings::Weighting;
@@ -167,7 +166,7 @@ const BF16: c_int = 16;
 /// The label of a row that takes no part.
 const IGNORED: i32 = -1;
 
-/// Logits that are copied and worked on at a time where the gradient takes their place: they stay in cache.
+/// Logits that are worked on at a time: they stay in cache.
 const BLOCK: usize = 1 << 15;
 
 /// The handler: XLA calls it to learn its version, and then to run it.
@@ -371,16 +370,13 @@ unsafe fn fill<T: Element>(call: &Call) -> Result<(), String> {
     }
     // SAFETY: checked shapes and dtypes.
     let (labels, settings) = unsafe { (call.labels.slice::<i32>(), call.settings.slice::<T::Real>()) };
-    let x = call.logits.data.cast::<T>().cast_const();
-    // SAFETY: checked shapes and dtypes; the three results do not overlap.
-    let (losses, weights, grad) = unsafe {
-        let [losses, weights, grad] = call.outputs;
-        (losses.uninit::<T::Real>(), weights.uninit::<T::Real>(), grad.uninit::<T>())
-    };
-    let in_place = std::ptr::eq(x, grad.as_ptr().cast());
+    let [losses, weights, grad] = call.outputs;
+    // SAFETY: checked shapes and dtypes; results do not overlap.
+    let (losses, weights) = unsafe { (losses.uninit::<T::Real>(), weights.uninit::<T::Real>()) };
+    let (x, grad) = (call.logits.data.cast::<T>(), grad.data.cast::<T>());
+    let in_place = x == grad;
     let block = (BLOCK / classes).max(1);
     let settings_of = |row: usize| settings[width * row..width * (row + 1)].split_at(1);
-    let mut copy = Vec::new();
     let mut clean = Vec::new();
     let mut norms = Vec::new();
 
@@ -390,26 +386,26 @@ unsafe fn fill<T: Element>(call: &Call) -> Result<(), String> {
         let limit = rows.min(start + block);
         let end = (start + 1..limit).find(|&row| settings_of(row).1 != own).unwrap_or(limit);
         let part = start..end;
-        let logits = start * classes..end * classes;
         let outside = |&label: &i32| label != IGNORED && !(0..classes as i64).contains(&i64::from(label));
         clean.clear();
         clean.extend(labels[part.clone()].iter().map(|label| if outside(label) { IGNORED } else { *label }));
         norms.clear();
         norms.extend(part.clone().map(|row| settings_of(row).0[0]));
-        let source = if in_place {
-            copy.clear();
-            // SAFETY: the gradient's memory holds the logits until the rows of a gradient take their place.
-            copy.extend_from_slice(unsafe { written(&grad[logits.clone()]) });
-            &copy[..]
-        } else {
-            // SAFETY: rows of a buffer of `rows` rows, which no result overlaps.
-            unsafe { std::slice::from_raw_parts(x.add(logits.start), logits.len()) }
-        };
         let own: Vec<f64> = own.iter().map(|number| number.to_f64()).collect();
         let shape = (end - start, classes);
-        let fits = "a block of rows has as many elements as its shape";
+        // SAFETY: rows of two buffers of `rows` rows each, which are one buffer or do not overlap. XLA allows a result to be
+        // written, and nothing else touches these rows.
+        let (logits, memory, to) = unsafe {
+            let (x, grad) = (x.add(start * classes), grad.add(start * classes));
+            let to = if in_place {
+                Gradient::InPlace(Overwrite::granted())
+            } else {
+                Gradient::Separate(ArrayViewMut2::from_shape_ptr(shape, grad.cast()).into_dyn())
+            };
+            (ArrayView2::from_shape_ptr(shape, x.cast_const()).into_dyn(), grad, to)
+        };
         let inputs = Inputs {
-            logits: ArrayView2::from_shape(shape, source).expect(fits).into_dyn(),
+            logits,
             target: Target::Int32(ArrayView1::from(&clean[..]).into_dyn()),
             class_weight: None,
             sample_weight: None,
@@ -422,9 +418,7 @@ unsafe fn fill<T: Element>(call: &Call) -> Result<(), String> {
             threads: 1,
         };
         let (losses, weights) = (&mut losses[part.clone()], &mut weights[part.clone()]);
-        let grad = &mut grad[logits];
-        let view = ArrayViewMut2::from_shape(shape, &mut *grad).expect(fits).into_dyn();
-        with_norms(&inputs, read(&own[1..])?, &settings, &norms, losses, weights, view)
+        with_norms(&inputs, read(&own[1..])?, &settings, &norms, losses, weights, to)
             .map_err(|error| error.to_string())?;
         for (i, &label) in labels[part].iter().enumerate() {
             let nan = T::Real::from_f64(f64::NAN);
@@ -435,7 +429,10 @@ unsafe fn fill<T: Element>(call: &Call) -> Result<(), String> {
             if outside(&label) || label == IGNORED {
                 // Masked logits may hold anything, and 0 * NaN is NaN.
                 let g = T::narrow(if label == IGNORED { T::Real::default() } else { nan });
-                grad[i * classes..(i + 1) * classes].fill(MaybeUninit::new(g));
+                for k in i * classes..(i + 1) * classes {
+                    // SAFETY: an element of this block's rows of the gradient.
+                    unsafe { memory.add(k).write(g) };
+                }
             }
         }
         start = end;

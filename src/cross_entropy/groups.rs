@@ -4,17 +4,16 @@
 //! `l = h (log S - (x_y - m)) + (sum_k t_k) log S - sum_k t_k (x_k - m)` with `S = sum_k exp(x_k - m)`. The gradient of
 //! `f l` is `f (h + sum_k t_k) / S exp(x_k - m) - f t_k`, at the label less `f h`, where `f = norm p w`.
 
-use super::Inputs;
 use super::labels::{Label, Labels};
 use super::mass::SoftMass;
 use super::rows::Rows;
 use super::shape::Dimensions;
 use super::tiles::Tiles;
+use super::{Gradient, Inputs};
 use crate::layout::{Positions, Shared};
 use crate::numeric::{Element, Isa, LANES, Real, dispatch, ln};
 use crate::parallel::for_each_block;
 use crate::weightings::Weighting;
-use ndarray::ArrayViewMutD;
 use std::mem::MaybeUninit;
 
 /// Classes from which on lanes run along a contiguous row.
@@ -45,6 +44,7 @@ pub(super) struct Problem<'a, T: Element> {
     pub logits: Shared<T>,
     /// The stride of the class axis.
     pub logits_class: isize,
+    /// Where the gradient goes, if it is wanted: memory of its own or that of the logits.
     pub grad: Option<Shared<T>>,
     /// The stride of the class axis.
     pub grad_class: isize,
@@ -68,7 +68,7 @@ impl<'a, T: Element> Problem<'a, T> {
         dims: &Dimensions,
         labels: &'a Labels,
         label_smoothing: f64,
-        grad: Option<&mut ArrayViewMutD<MaybeUninit<T>>>,
+        grad: &mut Gradient<T>,
     ) -> Self {
         let Dimensions { classes, class_axis, .. } = *dims;
         let logits = &inputs.logits;
@@ -76,10 +76,13 @@ impl<'a, T: Element> Problem<'a, T> {
             strides.iter().enumerate().filter(|&(axis, _)| axis != class_axis).map(|(_, &s)| s).collect()
         };
         let x_strides = without_class(logits.strides());
-        let (g_strides, g_class) = grad.as_ref().map_or_else(
-            || (x_strides.clone(), logits.strides()[class_axis]),
-            |g| (without_class(g.strides()), g.strides()[class_axis]),
-        );
+        let logits_address = Shared(logits.as_ptr().cast_mut());
+        let (grad, g_strides) = match grad {
+            Gradient::Unwanted => (None, logits.strides()),
+            Gradient::Separate(grad) => (Some(Shared(grad.as_mut_ptr().cast())), grad.strides()),
+            Gradient::InPlace(_) => (Some(logits_address), logits.strides()),
+        };
+        let (g_strides, g_class) = (without_class(g_strides), g_strides[class_axis]);
         let q_strides = match &inputs.target {
             super::Target::Probabilities(q) => without_class(q.strides()),
             _ => vec![0; dims.shape.len()],
@@ -87,9 +90,9 @@ impl<'a, T: Element> Problem<'a, T> {
         Self {
             classes,
             positions: Positions::new(&dims.shape, [&x_strides, &g_strides, &q_strides]),
-            logits: Shared(logits.as_ptr().cast_mut()),
+            logits: logits_address,
             logits_class: if classes == 1 { 1 } else { logits.strides()[class_axis] },
-            grad: grad.map(|g| Shared(g.as_mut_ptr().cast())),
+            grad,
             grad_class: if classes == 1 { 1 } else { g_class },
             labels,
             class_weight: inputs.class_weight,

@@ -81,9 +81,41 @@ pub struct Outputs<'a, T: Element> {
     pub weights: &'a mut [MaybeUninit<T::Real>],
     /// One value, or for [`Reduction::None`] one a target.
     pub objective: &'a mut [MaybeUninit<T::Real>],
-    /// The gradient of the objective (for [`Reduction::None`]: of its sum) with respect to the logits, whose shape it
-    /// has.
-    pub grad: Option<ArrayViewMutD<'a, MaybeUninit<T>>>,
+    /// The gradient of the objective (for [`Reduction::None`]: of its sum) with respect to the logits.
+    pub grad: Gradient<'a, T>,
+}
+
+/// Where the gradient with respect to the logits goes.
+#[derive(Debug)]
+pub enum Gradient<'a, T> {
+    /// Nowhere: it is not computed.
+    Unwanted,
+    /// Into memory of its own, of the logits' shape.
+    Separate(ArrayViewMutD<'a, MaybeUninit<T>>),
+    /// Over the logits. A call that is given up leaves some of them overwritten.
+    InPlace(Overwrite),
+}
+
+impl<T> Gradient<'_, T> {
+    fn is_wanted(&self) -> bool {
+        !matches!(self, Self::Unwanted)
+    }
+}
+
+/// The right to write the gradient over the logits, although [`Inputs`] has only a view of them to read.
+#[derive(Debug)]
+pub struct Overwrite(());
+
+impl Overwrite {
+    /// Grants the right for one call.
+    ///
+    /// # Safety
+    /// The view of the logits was made from a pointer that may be written through, no two of its indices share an element,
+    /// and as long as the call lasts nothing else reads or writes that memory: neither another thread nor another argument.
+    #[must_use]
+    pub unsafe fn granted() -> Self {
+        Self(())
+    }
 }
 
 /// Fills `out` with losses, their weights, the objective and its gradient.
@@ -107,10 +139,10 @@ pub fn cross_entropy<T: Element>(
     dims.length("losses", losses.len(), dims.targets)?;
     dims.length("weights", weights.len(), dims.units)?;
     dims.length("objective", objective.len(), dims.objectives(settings))?;
-    dims.shape("grad", grad.as_ref().map_or(dims.logits, |grad| grad.shape()), dims.logits)?;
+    dims.gradient(&grad)?;
     let (labels, totals) = Labels::read(inputs, &dims, settings.ignore_index)?;
 
-    let mut problem = Problem::new(inputs, &dims, &labels, settings.label_smoothing, grad.as_mut());
+    let mut problem = Problem::new(inputs, &dims, &labels, settings.label_smoothing, &mut grad);
     problem.norm = norm(settings.reduction, &totals);
     let on_losses = Shared(losses.as_mut_ptr());
     if weighting.is_pointwise() && !settings.per_sample {
@@ -145,7 +177,7 @@ pub fn losses<T: Element>(
     let dims = Dimensions::of(inputs, settings)?;
     dims.length("losses", losses.len(), dims.targets)?;
     let (labels, totals) = Labels::read(inputs, &dims, settings.ignore_index)?;
-    let problem = Problem::new(inputs, &dims, &labels, settings.label_smoothing, None);
+    let problem = Problem::new(inputs, &dims, &labels, settings.label_smoothing, &mut Gradient::Unwanted);
     problem.run(Plan::Losses { losses: Shared(losses.as_mut_ptr()) }, settings.threads);
     Ok(totals)
 }
@@ -170,16 +202,16 @@ pub fn gradient<T: Element>(
     given: Given<T::Real>,
     settings: &Settings,
     objective: &mut [MaybeUninit<T::Real>],
-    mut grad: Option<ArrayViewMutD<MaybeUninit<T>>>,
+    mut grad: Gradient<T>,
 ) -> Result<Totals, Error> {
     let dims = Dimensions::of(inputs, settings)?;
     dims.length("losses", given.losses.len(), dims.targets)?;
     dims.length("weights", given.weights.len(), dims.units)?;
     dims.length("objective", objective.len(), dims.objectives(settings))?;
-    dims.shape("grad", grad.as_ref().map_or(dims.logits, |grad| grad.shape()), dims.logits)?;
+    dims.gradient(&grad)?;
     let (labels, totals) = Labels::read(inputs, &dims, settings.ignore_index)?;
-    if grad.is_some() {
-        let mut problem = Problem::new(inputs, &dims, &labels, settings.label_smoothing, grad.as_mut());
+    if grad.is_wanted() {
+        let mut problem = Problem::new(inputs, &dims, &labels, settings.label_smoothing, &mut grad);
         problem.norm = norm(settings.reduction, &totals);
         problem.run(Plan::Given { weights: given.weights }, settings.threads);
     }
@@ -201,16 +233,16 @@ pub fn with_norms<T: Element>(
     norms: &[T::Real],
     losses: &mut [MaybeUninit<T::Real>],
     weights: &mut [MaybeUninit<T::Real>],
-    mut grad: ArrayViewMutD<MaybeUninit<T>>,
+    mut grad: Gradient<T>,
 ) -> Result<Totals, Error> {
     assert!(weighting.is_pointwise() && !settings.per_sample);
     let dims = Dimensions::of(inputs, settings)?;
     for (name, got) in [("norms", norms.len()), ("losses", losses.len()), ("weights", weights.len())] {
         dims.length(name, got, dims.targets)?;
     }
-    dims.shape("grad", grad.shape(), dims.logits)?;
+    dims.gradient(&grad)?;
     let (labels, totals) = Labels::read(inputs, &dims, settings.ignore_index)?;
-    let mut problem = Problem::new(inputs, &dims, &labels, settings.label_smoothing, Some(&mut grad));
+    let mut problem = Problem::new(inputs, &dims, &labels, settings.label_smoothing, &mut grad);
     problem.base = Some(norms);
     let (losses, weights) = (Shared(losses.as_mut_ptr()), Shared(weights.as_mut_ptr()));
     problem.run(Plan::Pointwise { weighting, losses, weights }, settings.threads);

@@ -2,7 +2,7 @@
 //!
 //! A row is read twice, for its maximum `m` and for `exp(x_k - m)` with its sums, and then turned into the gradient. A
 //! group of rows stays in the second-level cache from the first of these steps to the last. The exponentials are kept in
-//! the gradient's own memory or, where its type is too narrow for them, in scratch memory.
+//! the gradient's own memory, which may be that of the logits, or, where its type is too narrow for them, in scratch memory.
 
 use super::groups::{GROUP, Group, Plan, Problem};
 use super::labels::Label;
@@ -135,7 +135,8 @@ struct RowSteps<'a, 'b, T: Element> {
 
 impl<T: Element> RowSteps<'_, '_, T> {
     /// # Safety
-    /// `rows`, `grads` and `exps` have `count` rows; the last two are this call's alone.
+    /// `rows`, `grads` and `exps` have `count` rows; the last two are this call's alone, and overlap `rows` only where row
+    /// `i` is the same for every `i`.
     #[inline(always)]
     unsafe fn run<I: Isa, M: RowMass<T::Real>>(self, group: &mut Group<T::Real>, mass: impl Fn(usize) -> M) {
         let Self { p, plan, start, count, rows, grads, exps } = self;
@@ -152,6 +153,9 @@ impl<T: Element> RowSteps<'_, '_, T> {
                 group.max[i] = row_max(source.row(i));
             }
         }
+        // The exponentials may take the place of the logits, so the labels' logits are read before them.
+        // SAFETY: as above.
+        p.look_at_labels(start, count, group, |i, y| unsafe { rows.row(i) }[y].widen());
         for i in 0..count {
             // SAFETY: as above.
             let [sum, dot, mass_sum] = unsafe {
@@ -159,8 +163,6 @@ impl<T: Element> RowSteps<'_, '_, T> {
             };
             (group.sum[i], group.soft_dot[i], group.soft_mass[i]) = (sum, dot, mass_sum);
         }
-        // SAFETY: as above.
-        p.look_at_labels(start, count, group, |i, y| unsafe { rows.row(i) }[y].widen());
         p.weigh::<I>(plan, start, count, group);
         let Some(grads) = grads else {
             return;

@@ -3,7 +3,7 @@
 //! Logits of shape `(C,)`, `(N, C)` or `(N, C, d1, ..., dk)` have targets of the shape without `C`. A unit is what has
 //! one weight: a target, or with `per_sample` all targets of a sample of the leading axis.
 
-use super::{Inputs, Settings};
+use super::{Gradient, Inputs, Settings};
 use crate::numeric::Element;
 use std::fmt;
 
@@ -98,6 +98,14 @@ impl<'a> Dimensions<'a> {
             "{name} must have {wanted} elements for logits of shape {:?}, got {got}",
             self.logits
         )))
+    }
+
+    /// Refuses a gradient that has another shape than the logits.
+    pub fn gradient<T>(&self, grad: &Gradient<T>) -> Result<(), Error> {
+        match grad {
+            Gradient::Separate(grad) => self.shape("grad", grad.shape(), self.logits),
+            Gradient::Unwanted | Gradient::InPlace(_) => Ok(()),
+        }
     }
 
     /// Refuses an argument that has another shape than it must have.

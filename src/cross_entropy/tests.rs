@@ -6,6 +6,8 @@ use half::{bf16, f16};
 use ndarray::{Array, ArrayD, Axis, IxDyn, ShapeBuilder};
 use proptest::prelude::*;
 
+mod in_place;
+
 const KL: Weighting = Weighting::Kl(Kl { tau: 1.0, scale: 0.5, normalize: false });
 const BALL: Weighting = Weighting::KlBall(KlBall { radius: 0.1 });
 const SETTINGS: Settings = Settings {
@@ -65,7 +67,7 @@ fn run<T: Element>(
         losses: &mut losses,
         weights: &mut weights,
         objective: &mut objective,
-        grad: Some(grad_memory(&mut grad)),
+        grad: Gradient::Separate(grad_memory(&mut grad)),
     };
     let totals = cross_entropy(inputs, weighting, settings, out)?;
     let (losses, weights, objective) = (read(&losses), read(&weights), read(&objective));
@@ -85,7 +87,8 @@ fn run_in_two<T: Element>(
     let losses = read(&out);
     let weights = weigh(&losses);
     let given = Given { losses: &losses, weights: &weights };
-    let totals = gradient(inputs, given, settings, &mut objective, Some(grad_memory(&mut grad))).unwrap();
+    let memory = Gradient::Separate(grad_memory(&mut grad));
+    let totals = gradient(inputs, given, settings, &mut objective, memory).unwrap();
     Result { weights, objective: read(&objective), losses, grad, totals }
 }
 
@@ -230,7 +233,12 @@ fn a_label_out_of_range_is_refused_before_anything_is_written() {
     let mut labels = ArrayD::<i64>::zeros(IxDyn(&[2, 2]));
     labels[[1, 0]] = 3;
     let (mut losses, mut weights, mut objective) = (unwritten(4), unwritten(4), unwritten(1));
-    let out = Outputs { losses: &mut losses, weights: &mut weights, objective: &mut objective, grad: None };
+    let out = Outputs {
+        losses: &mut losses,
+        weights: &mut weights,
+        objective: &mut objective,
+        grad: Gradient::Unwanted,
+    };
     let error = cross_entropy(&plain(&logits, &labels), KL, &SETTINGS, out).unwrap_err();
     assert_eq!(error, Error::OutOfRange { index: 3, position: vec![1, 0], classes: 3 });
     assert_eq!(read(&losses), [777.0; 4]);
@@ -459,7 +467,7 @@ fn norms_multiply_the_gradient_row_by_row() {
         let norms: Vec<f64> = noise(40, 2).map(|x| 3.0 * x).collect();
         let inputs = plain(&logits, &labels);
         let (mut out, mut weights, mut grad) = (unwritten(40), unwritten(40), logits.clone());
-        let memory = grad_memory(&mut grad);
+        let memory = Gradient::Separate(grad_memory(&mut grad));
         with_norms(&inputs, KL, &SETTINGS, &norms, &mut out, &mut weights, memory).unwrap();
         let expected = run(&inputs, KL, &Settings { reduction: Reduction::Sum, ..SETTINGS }).unwrap();
         assert_eq!((read(&out), read(&weights)), (expected.losses, expected.weights));

@@ -2,16 +2,19 @@
 
 from rgd.torch.backends import backend
 from rgd.torch.functional import cross_entropy, reweighted_mean, sample_weights, weight_stats
+from rgd.torch.linear import LinearRGDLoss, linear_cross_entropy
 from rgd.torch.loss import RGDLoss
 from rgd.torch.optimizer import RGD
 from rgd.torch.schedule import WeightingSchedule
 
 __all__ = [
     "RGD",
+    "LinearRGDLoss",
     "RGDLoss",
     "WeightingSchedule",
     "backend",
     "cross_entropy",
+    "linear_cross_entropy",
     "reweighted_mean",
     "sample_weights",
     "weight_stats",

@@ -34,6 +34,13 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """Refuse a switch that is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
 def check_losses(losses: Any, name: str = "losses", hint: str = "") -> Tensor:
     """Refuse what is no tensor of per-sample losses; `name` and `hint` are for the message."""
     if not isinstance(losses, Tensor):

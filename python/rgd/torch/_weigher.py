@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rgd.torch._distributed import Sync
-from rgd.weightings import Weighting
+from rgd.weightings import KL, Weighting
 from rgd.weightings._base import (
     Kernel,
     fields,
@@ -80,6 +80,14 @@ class Plan:
             _copy_numbers(weighting, self.live)
         new._numbers, new._live = self._numbers, self._live
         return new
+
+
+class KernelPlan(Plan):
+    """The plan of the kernel "kl", known by its numbers alone, as an operator gets it."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        tau, scale, _ = kernel[1]
+        super().__init__(KL(tau, scale=scale))
 
 
 class Weigher:

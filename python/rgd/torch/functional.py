@@ -16,6 +16,7 @@ from rgd.torch._checks import (
     check_choice,
     check_class_weight,
     check_classification,
+    check_flag,
     check_groups,
     check_label_smoothing,
     check_losses,
@@ -26,6 +27,7 @@ from rgd.torch._distributed import Sync
 from rgd.torch._record import Record, stats_by_group, sums_of
 from rgd.torch._weigher import Plan, Weigher, functional_state
 from rgd.torch.backends import composite as _composite
+from rgd.torch.backends._in_place import check_in_place
 from rgd.torch.backends._options import Options, accumulator
 from rgd.torch.backends._registry import autocasts, choose, must_forget, values_can_be_read
 from rgd.weightings import Weighting
@@ -83,7 +85,7 @@ def sample_weights(
         Kumar et al., arXiv 2306.09222, Algorithm 1.
     """
     check_losses(losses)
-    base = _base(losses.shape, losses, where, sample_weight)
+    base = base_of(losses.shape, losses, where, sample_weight)
     sharing = Sync(process_group, sync)
     weigher = _weigher(losses, resolve_weighting(weighting, tau), groups, state, sharing)
     weights = choose(losses, base).sample_weights(losses, base, weigher)
@@ -166,6 +168,7 @@ def cross_entropy(
     sample_weight: Tensor | None = None,
     groups: Tensor | None = None,
     state: Any = None,
+    inplace: bool = False,
     process_group: Any = None,
     sync: bool = True,
 ) -> Any:
@@ -194,6 +197,9 @@ def cross_entropy(
             of shape (N,). As for `sample_weights`.
         groups: As for `sample_weights`; with `per="sample"` of shape (N,).
         state: As for `sample_weights`.
+        inplace: True to let the gradient take the place of the logits, which saves a tensor of their size:
+            after the call they hold it. For logits that a layer has computed and nothing else reads. What
+            autograd kept of them, or a second backward pass where the objective is scaled, is an error then.
         process_group: As in `reweighted_mean`.
         sync: As in `reweighted_mean`.
 
@@ -219,7 +225,9 @@ def cross_entropy(
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("per", per, UNITS)
     check_class_weight(weight)
-    options = Options(ignore_index, check_label_smoothing(label_smoothing), reduction, per)
+    options = Options(
+        ignore_index, check_label_smoothing(label_smoothing), reduction, per, check_flag("inplace", inplace)
+    )
     plan = Plan(resolve_weighting(weighting, tau))
     given = functional_state(plan.weighting, state, logits.device)
     sharing = Sync(process_group, sync)
@@ -273,7 +281,7 @@ def weight_stats(
             f"weights must have the shape and device of losses, {tuple(losses.shape)} on {losses.device}, "
             f"got {tuple(weights.shape)} on {weights.device}"
         )
-    base = _base(losses.shape, losses, where, sample_weight)
+    base = base_of(losses.shape, losses, where, sample_weight)
     plain, weights = losses.detach(), weights.detach()
     members = check_groups(groups, losses.shape, losses.device, "element")
     by_group = None if members is None else stats_by_group(plain, weights, base, members)
@@ -321,6 +329,8 @@ def classify(  # noqa: PLR0917
 ) -> tuple[Tensor, Record | None, Any]:
     """The re-weighted cross-entropy for checked options, the record if it may be kept, and the state."""
     check_classification(logits, target, class_weight, options.ignore_index)
+    if options.inplace and logits.requires_grad and torch.is_grad_enabled():
+        check_in_place(logits, target)
     given = logits.dtype
     if not target.is_floating_point():
         # An ignore_index that int32 cannot hold would be wrapped into one that it can.
@@ -332,7 +342,7 @@ def classify(  # noqa: PLR0917
     base = None
     if where is not None or sample_weight is not None or groups is not None:
         shape, per = targets_shape(logits), options.per if logits.dim() > 1 else "element"
-        base = _base(shape, logits, where, sample_weight, per)
+        base = base_of(shape, logits, where, sample_weight, per)
         groups = check_groups(groups, shape, logits.device, per)
     weigher = Weigher(plan, groups, state, sync)
     backend = choose(logits, target, class_weight, base)
@@ -349,7 +359,7 @@ def _weigher(
     return Weigher(Plan(weighting), members, functional_state(weighting, state, losses.device), sync)
 
 
-def _base(
+def base_of(
     shape: torch.Size, like: Tensor, where: Tensor | None, sample_weight: Tensor | None, per: str = "element"
 ) -> Tensor | None:
     """The base measure of losses of a shape, of the device and dtype of `like`: one a target or a sample.

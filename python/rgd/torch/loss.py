@@ -17,6 +17,7 @@ from rgd.torch._checks import (
     UNITS,
     check_choice,
     check_class_weight,
+    check_flag,
     check_groups,
     check_label_smoothing,
     check_losses,
@@ -55,6 +56,7 @@ class RGDLoss(nn.Module):
         evaluate: "plain" for the unweighted loss where nothing is trained: in eval mode, on losses that need
             no gradient. Such a call asks no other process, updates no state and leaves nothing for `stats`.
             Class weights, reduction and `sample_weight` count as in training. "weighted" keeps the weights.
+        inplace: True to let the gradient take the place of the logits, as in `cross_entropy`.
         process_group: For a weighting that depends on the batch, the processes that share it: the weights
             are those of their losses together. None: the default group, once `torch.distributed` is
             initialised. Every process of the group then has to call the loss, one with an empty batch too;
@@ -104,6 +106,7 @@ class RGDLoss(nn.Module):
         base: Callable[..., Tensor] | None = None,
         per: str = "element",
         evaluate: str = "plain",
+        inplace: bool = False,
         process_group: Any = None,
         sync: bool = True,
     ) -> None:
@@ -117,6 +120,8 @@ class RGDLoss(nn.Module):
         smoothing = check_label_smoothing(label_smoothing)
         if base is not None:
             _check_base_loss(base)
+            if check_flag("inplace", inplace):
+                raise ValueError("inplace is for the built-in cross-entropy: leave it out with base")
             if weight is not None or ignore_index != -100 or smoothing != 0.0:
                 raise ValueError(
                     "weight, ignore_index and label_smoothing are settings of the built-in cross-entropy: "
@@ -129,6 +134,7 @@ class RGDLoss(nn.Module):
         self.label_smoothing = smoothing
         self.per = per
         self.evaluate = evaluate
+        self.inplace = check_flag("inplace", inplace)
         self._plan: Plan
         self.weighting_state: WeightingState | None = None
         self.weighting = resolve_weighting(weighting, tau)
@@ -215,13 +221,11 @@ class RGDLoss(nn.Module):
             given = (input, *args) if target is None and not args else (input, target, *args)
             hint = ": base must return one loss a sample"
             losses = check_losses(self.base(*given, **kwargs), "what base returns", hint)
-        plan, state, sync = self._plan, self.weighting_state, self._sync
-        plain = not self.training and self.evaluate == "plain"
-        if plain and not (isinstance(losses, Tensor) and losses.requires_grad and torch.is_grad_enabled()):  # pyright: ignore[reportUnnecessaryIsInstance]
-            plan, state, sync, groups = _PLAIN, None, _ALONE, None
+        plan, state, sync = self._part_of(losses)
+        groups = None if plan is _PLAIN else groups
         before = None if state is None else self._read(state, losses)
         if self.base is None:
-            options = Options(self.ignore_index, self.label_smoothing, self.reduction, self.per)
+            options = Options(self.ignore_index, self.label_smoothing, self.reduction, self.per, self.inplace)
             objective, record, after = classify(
                 losses, cast("Tensor", target), self.weight, options, plan, sync,
                 where, sample_weight, groups, before,
@@ -231,14 +235,25 @@ class RGDLoss(nn.Module):
             weigher = Weigher(plan, groups, before, sync)
             objective, record = weighted(losses, weigher, self.reduction, self.per, where, sample_weight)
             after = weigher.state
-        if plan is _PLAIN:
-            return objective
+        if plan is not _PLAIN:
+            self._keep(record, state, after)
+        return objective
+
+    def _part_of(self, *trained: Tensor | None) -> tuple[Plan, WeightingState | None, Sync]:
+        """Weighting, state and sharing of a call; none of them in an evaluation, which trains nothing."""
+        if not self.training and self.evaluate == "plain":
+            needs = (isinstance(one, Tensor) and one.requires_grad for one in trained)
+            if not (torch.is_grad_enabled() and any(needs)):
+                return _PLAIN, None, _ALONE
+        return self._plan, self.weighting_state, self._sync
+
+    def _keep(self, record: Record | None, state: WeightingState | None, after: Any) -> None:
+        """Keep what a call leaves behind: its record, and in training the state."""
         if state is not None and self.training:
             state.write(after)
         # An exported program has no side effects.
         if record is not None or not is_exporting():
             object.__setattr__(self, "_record", record)  # nn.Module's own costs ten times as much
-        return objective
 
     def _read(self, state: WeightingState, input: Tensor) -> Any:
         if in_transform():
@@ -292,6 +307,7 @@ class RGDLoss(nn.Module):
             settings.append(f"ignore_index={self.ignore_index}")
             settings.append(f"label_smoothing={self.label_smoothing}")
         settings += [f"reduction={self.reduction!r}", f"per={self.per!r}", f"evaluate={self.evaluate!r}"]
+        settings += ["inplace=True"] if self.inplace else []
         return ", ".join(settings)
 
     def __getstate__(self) -> dict[str, Any]:

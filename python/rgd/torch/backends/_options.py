@@ -9,12 +9,13 @@ from torch import Tensor
 
 
 class Options(NamedTuple):
-    """The options of `nn.CrossEntropyLoss`, and what a weight belongs to."""
+    """The options of `nn.CrossEntropyLoss`, what a weight belongs to, whether the logits are overwritten."""
 
     ignore_index: int
     label_smoothing: float
     reduction: str
     per: str
+    inplace: bool = False
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

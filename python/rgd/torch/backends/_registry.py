@@ -187,6 +187,18 @@ def served_in_eager_mode(tensors: tuple[Tensor | None, ...]) -> bool:
     for tensor in tensors:
         if tensor is not None and not (type(tensor) in _PLAIN and tensor.is_cpu):
             return False
+    return _mode_is_eager()
+
+
+def plain_and_eager(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether all tensors are plain ones with memory, and no mode asks for more than plain eager calls."""
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta):
+            return False
+    return _mode_is_eager()
+
+
+def _mode_is_eager() -> bool:
     return (
         not _transforms_active()
         and _forward_ad._current_level < 0

@@ -16,6 +16,7 @@ from torch import Tensor
 from rgd.torch._distributed import gather
 from rgd.torch._record import Record
 from rgd.torch._weigher import Weigher
+from rgd.torch.backends._in_place import Overwritten
 from rgd.torch.backends._options import Options, accumulator, wide
 from rgd.torch.backends._registry import is_exporting, must_forget, register, values_can_be_read
 from rgd.weightings import Batch
@@ -50,10 +51,16 @@ class Composite:
 
         Differentiable with respect to `logits` and class probabilities, any number of times, in either mode.
         """
-        losses, counted = cross_entropy_losses(logits, target, class_weight, options)
+        in_place = options.inplace and logits.requires_grad and torch.is_grad_enabled()
+        given = logits.detach() if in_place else logits
+        losses, counted = cross_entropy_losses(given, target, class_weight, options)
         units, unit_base = units_of(losses, counted, base, options.per)
         weights = weigh(units, unit_base, weigher).to(losses.dtype)
         objective, denominator = reduce(losses, weights, counted, target, class_weight, base, options)
+        if in_place:
+            factors = factors_of(losses, weights, counted, base, denominator, options.reduction)
+            _overwrite(given, target, class_weight, factors, options)
+            objective = Overwritten.apply(logits, objective)
         if must_forget():
             return objective, None
         indices = None if counted is None else target
@@ -150,10 +157,7 @@ def reduce(  # noqa: PLR0917
     options: Options,
 ) -> tuple[Tensor, Tensor | float]:
     """The objective of given weights, and what "mean" divides by."""
-    shares = None
-    if class_weight is not None and counted is not None:
-        labels = target.to(torch.int64).masked_fill(~counted, 0)
-        shares = class_weight.detach().to(losses.dtype)[labels]
+    shares = shares_of(target, class_weight, counted, losses.dtype)
     return reduce_losses(losses, weights, counted, base, options.reduction, shares)
 
 
@@ -169,19 +173,13 @@ def reduce_losses(  # noqa: PLR0917
 
     Weights and base are one a target, or one a sample of the leading axis.
     """
-    p = None if base is None else _spread(base.detach().to(losses.dtype), losses)
-    products = product(_spread(weights, losses), losses)
+    p = None if base is None else spread(base.detach().to(losses.dtype), losses)
+    products = product(spread(weights, losses), losses)
     if p is not None:
         products = (p * products).masked_fill(p == 0, 0)
     if counted is not None:
         products = products.masked_fill(~counted, 0)
-    denominator: Tensor | float
-    if counted is None and p is None and shares is None:
-        denominator = float(losses.numel())
-    else:
-        mass = torch.ones_like(losses) if shares is None else shares
-        mass = mass.detach() if p is None else mass.detach() * p
-        denominator = (mass if counted is None else mass.masked_fill(~counted, 0)).sum()
+    denominator = mass_of(losses, counted, p, shares)
     if reduction == "none":
         return products, denominator
     if reduction == "sum":
@@ -191,12 +189,100 @@ def reduce_losses(  # noqa: PLR0917
     raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
 
 
+def mass_of(
+    losses: Tensor, counted: Tensor | None, p: Tensor | None, shares: Tensor | None
+) -> Tensor | float:
+    """What "mean" divides by: `sum p c` over the targets that count, with `c` the `shares`, or ones."""
+    if counted is None and p is None and shares is None:
+        return float(losses.numel())
+    mass = torch.ones_like(losses) if shares is None else shares
+    mass = mass.detach() if p is None else mass.detach() * p
+    return (mass if counted is None else mass.masked_fill(~counted, 0)).sum()
+
+
+def shares_of(
+    target: Tensor, class_weight: Tensor | None, counted: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
+    """The class weight of each target's class; None where "mean" counts every target alike."""
+    if class_weight is None or counted is None:
+        return None
+    return class_weight.detach().to(dtype)[target.to(torch.int64).masked_fill(~counted, 0)]
+
+
+def factors_of(  # noqa: PLR0917
+    losses: Tensor,
+    weights: Tensor,
+    counted: Tensor | None,
+    base: Tensor | None,
+    denominator: Tensor | float,
+    reduction: str,
+) -> Tensor:
+    """What multiplies each loss in the objective, of the losses' shape; 0 where a target takes no part."""
+    factors = spread(weights, losses).expand(losses.shape)
+    left_out = torch.zeros_like(losses, dtype=torch.bool) if counted is None else ~counted
+    if base is not None:
+        p = spread(base.detach().to(losses.dtype), losses).expand(losses.shape)
+        factors, left_out = factors * p, left_out | (p == 0)
+    factors = factors / denominator if reduction == "mean" else factors
+    return factors.masked_fill(left_out, 0)
+
+
+def _overwrite(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, factors: Tensor, options: Options
+) -> None:
+    """Write the gradient of `sum_i factors_i l_i` over logits of any shape."""
+    classes = logits.shape[0 if logits.dim() == 1 else 1]
+    rows = logits if logits.dim() < 3 else logits.movedim(1, -1)
+    labels = target if not target.is_floating_point() or target.dim() < 3 else target.movedim(1, -1)
+    labels = labels.reshape(-1) if not target.is_floating_point() else labels.reshape(-1, classes)
+    found = gradient(rows.reshape(-1, classes), labels, class_weight, factors.reshape(-1), options)
+    rows.copy_(found.view(rows.shape))
+
+
+def gradient(
+    logits: Tensor, target: Tensor, class_weight: Tensor | None, factors: Tensor, options: Options
+) -> Tensor:
+    """The gradient of `sum_i factors_i l_i` with respect to logits, as one formula.
+
+    With `t` the mass of a target over the classes it is `factors ((sum_k t_k) softmax(x) - t)`.
+
+    Args:
+        logits: (n, C).
+        target: Class indices, (n,), or probabilities, (n, C).
+        class_weight: (C,), or None.
+        factors: (n,), 0 for rows that take no part, whose gradient is 0 whatever they hold.
+        options: The options of the cross-entropy.
+
+    Returns:
+        The gradient, (n, C), in the accumulator's dtype.
+    """
+    dtype, classes = accumulator(logits.dtype), logits.shape[1]
+    smoothing = options.label_smoothing
+    c = None if class_weight is None else class_weight.to(dtype)
+    softmax = torch.softmax(logits.to(dtype), 1)
+    if target.is_floating_point():
+        mass = target.to(dtype) * (1 - smoothing) + smoothing / classes
+        mass = mass if c is None else mass * c
+        rows = softmax * mass.sum(1, keepdim=True) - mass
+    else:
+        labels = target.to(torch.int64).masked_fill(factors == 0, 0).unsqueeze(1)
+        on_label = torch.full_like(factors, 1 - smoothing) if c is None else (1 - smoothing) * c[labels[:, 0]]
+        if smoothing == 0:
+            rows = softmax * on_label.unsqueeze(1)
+        else:
+            soft = softmax.new_ones(classes) if c is None else c
+            soft = soft * (smoothing / classes)
+            rows = softmax * (on_label + soft.sum()).unsqueeze(1) - soft
+        rows = rows.scatter_add(1, labels, -on_label.unsqueeze(1))
+    return (rows * factors.unsqueeze(1)).masked_fill((factors == 0).unsqueeze(1), 0)
+
+
 def product(weights: Tensor, losses: Tensor) -> Tensor:
     """`w * l`, where a weight of 0 makes product and gradient 0, for an infinite loss too; NaN stays NaN."""
     return weights * losses.masked_fill((weights == 0) & ~losses.isnan(), 0)
 
 
-def _spread(values: Tensor, losses: Tensor) -> Tensor:
+def spread(values: Tensor, losses: Tensor) -> Tensor:
     """Values of targets as they are, those of samples along all their targets."""
     return values.view(-1, *[1] * (losses.dim() - 1)) if losses.dim() > values.dim() else values
 

@@ -11,7 +11,8 @@ the operators of `rgd.torch._ops`, which `torch.compile` need not look into.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -24,6 +25,7 @@ from rgd.torch import _ops
 from rgd.torch._record import Record
 from rgd.torch._weigher import Weigher
 from rgd.torch.backends import composite
+from rgd.torch.backends._in_place import Overwritten
 from rgd.torch.backends._options import Options, accumulator
 from rgd.torch.backends._registry import (
     register,
@@ -96,7 +98,9 @@ class Rust:
             else:
                 filled = _fill_in_two_passes(logits, target, class_weight, base, options, weigher, with_grad)
             objective = filled.objective
-            if with_grad:
+            if with_grad and options.inplace:
+                objective = Overwritten.apply(logits, objective)
+            elif with_grad:
                 objective = _Objective.apply(logits, target, class_weight, base, filled, options)
         indices = None if target.is_floating_point() else target
         record = Record(
@@ -182,10 +186,22 @@ _from_numpy = cast("Callable[[npt.NDArray[np.uint8]], Tensor]", torch.from_numpy
 
 def _empty_like(tensor: Tensor) -> Tensor:
     """An uninitialised tensor of the same shape, strides and dtype."""
-    if tensor.numel() * tensor.element_size() < _HUGE or not tensor.is_contiguous():
-        return torch.empty_like(tensor)
-    buffer = np.empty(tensor.numel() * tensor.element_size(), dtype=np.uint8)
-    return _from_numpy(buffer).view(tensor.dtype).view(tensor.shape)
+    if tensor.is_contiguous():
+        return empty(tensor.shape, tensor)
+    return torch.empty_like(tensor)
+
+
+def _gradient_of(logits: Tensor, options: Options) -> Tensor:
+    """Where the gradient goes: a new tensor, or the place of the logits."""
+    return logits if options.inplace else _empty_like(logits)
+
+
+def empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor of a shape, of the dtype and device of `like`."""
+    size = math.prod(shape) * like.element_size()
+    if size < _HUGE or not like.is_cpu:
+        return like.new_empty(shape)
+    return _from_numpy(np.empty(size, dtype=np.uint8)).view(like.dtype).view(*shape)
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -211,12 +227,12 @@ def fill(  # noqa: PLR0917
 ) -> Filled:
     """Losses, weights, objective and gradient in one call of the kernels."""
     logits, target = _plain(logits.detach()), _plain(target.detach())
-    ignore_index, smoothing, reduction, per = options
+    ignore_index, smoothing, reduction, per = options[:4]
     losses = _empty_losses(logits, target)
     # empty_like takes a third of the time of new_empty.
     weights = losses.new_empty(losses.shape[:1]) if per == "sample" else torch.empty_like(losses)
     objective = torch.empty_like(losses) if reduction == "none" else losses.new_empty(())
-    grad = _empty_like(logits) if with_grad else None
+    grad = _gradient_of(logits, options) if with_grad else None
     denominator, _ = _rgd.cross_entropy(
         logits, target, _class_weight(class_weight, losses.dtype), base, *kernel, ignore_index, smoothing,
         per == "sample", reduction, losses, weights, objective, grad, torch.get_num_threads(),
@@ -249,9 +265,9 @@ def fill_gradient(  # noqa: PLR0917
 ) -> tuple[Tensor, Tensor | None, float]:
     """Objective, gradient and denominator of given weights."""
     logits, target = _plain(logits.detach()), _plain(target.detach())
-    ignore_index, smoothing, reduction, per = options
+    ignore_index, smoothing, reduction, per = options[:4]
     objective = torch.empty_like(losses) if reduction == "none" else losses.new_empty(())
-    grad = _empty_like(logits) if with_grad else None
+    grad = _gradient_of(logits, options) if with_grad else None
     denominator, _ = _rgd.cross_entropy_gradient(
         logits, target, _class_weight(class_weight, losses.dtype), base, ignore_index, smoothing,
         per == "sample", reduction, losses, weights.contiguous(), objective, grad, torch.get_num_threads(),
@@ -304,7 +320,7 @@ def _fill_by_op(  # noqa: PLR0917
     """The same by operators, for a compiled graph: their objective carries the gradient."""
     target = target.detach()
     class_weight = None if class_weight is None else class_weight.detach()
-    ignore_index, smoothing, reduction, per = options
+    ignore_index, smoothing, reduction, per = options[:4]
     if weigher.kernel_serves(base):
         objective, losses, weights, grad, denominator = _ops.cross_entropy(
             logits, target, class_weight, base, weigher.plan.kind, weigher.plan.numbers,

@@ -1,0 +1,249 @@
+"""Re-weighted cross-entropy of a linear head in chunks of its input, so that all logits never exist at once.
+
+A chunk is some rows of the input. Its logits take one buffer, which the next chunk uses again: the head's
+product fills it, losses and weights are read from it, the gradient with respect to the logits overwrites it,
+and two more products carry that on to the gradients of input and head.
+
+A pointwise weight is known inside the chunk, so `in_one_pass` needs these three products and no more. Weights
+that depend on the batch are known after `losses_of`; `gradients_of` then makes the logits once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from rgd.torch._weigher import Weigher
+from rgd.torch.backends._options import accumulator
+from rgd.torch.backends.rust import empty
+
+# With fewer rows, the matrix products spend their time reading and writing the head.
+_LEAST_ROWS = 128
+_DEFAULT_BYTES = 1 << 25
+_PRODUCT_BYTES = 1 << 20
+
+
+class Step(Protocol):
+    """What is computed from the logits of one chunk, (n, C)."""
+
+    def losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss of each row, (n,), in the accumulator's dtype."""
+        ...
+
+    def turn(self, logits: Tensor, target: Tensor, factors: Tensor) -> None:
+        """Overwrite logits with the gradient of `sum_i factors_i l_i`."""
+        ...
+
+    def weigh_and_turn(  # noqa: PLR0917
+        self,
+        logits: Tensor,
+        target: Tensor,
+        base: Tensor | None,
+        norm: Tensor,
+        weigher: Weigher,
+        losses: Tensor,
+        weights: Tensor,
+    ) -> None:
+        """Fill losses and pointwise weights; overwrite logits with the gradient of `sum_i norm_i w_i l_i`."""
+        ...
+
+
+class Wanted(NamedTuple):
+    """Which gradients are asked for."""
+
+    input: bool
+    weight: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """The gradients of an objective; None where not asked for."""
+
+    input: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class Head(NamedTuple):
+    """A linear head and how its chunks are computed; tensors are detached and of one dtype.
+
+    Attributes:
+        input: (N, D).
+        weight: (C, D).
+        bias: (C,), or None.
+        target: Class indices, int64 or int32, (N,), or probabilities, (N, C).
+        softcap: Logits are `softcap * tanh(z / softcap)`; None for `z` itself.
+        rows: How many rows a chunk has at most.
+        dtype: The dtype that the gradients of weight and bias are summed in.
+        step: What computes a chunk.
+    """
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+    softcap: float | None
+    rows: int
+    dtype: torch.dtype
+    step: Step
+
+
+def rows_of(chunk_bytes: int | None, classes: int, dtype: torch.dtype) -> int:
+    """How many rows of logits take `chunk_bytes`, None for the default; at least one."""
+    row = max(1, classes * dtype.itemsize)
+    return max(_LEAST_ROWS, _DEFAULT_BYTES // row) if chunk_bytes is None else max(1, chunk_bytes // row)
+
+
+class _Chunk(NamedTuple):
+    """Some rows.
+
+    Attributes:
+        own: Their place among the rows that take part.
+        rows: Their input, (n, D).
+        target: Their target.
+        at: Their indices among all rows; None where no row is left out.
+    """
+
+    own: slice
+    rows: Tensor
+    target: Tensor
+    at: Tensor | None
+
+    def of(self, values: Tensor) -> Tensor:
+        """The entries of a vector over all rows that belong to the chunk."""
+        return values[self.own] if self.at is None else values.index_select(0, self.at)
+
+
+class _Run:
+    """One pass over the chunks: the buffers, and the gradients as they are summed."""
+
+    def __init__(self, head: Head, takes_part: Tensor | None, wanted: Wanted) -> None:
+        self.head = head
+        # Rows that take no part are left out on the CPU. Elsewhere, to find them would wait for the device.
+        self._kept = None
+        if takes_part is not None and takes_part.is_cpu and not bool(takes_part.all()):
+            self._kept = takes_part.nonzero().view(-1)
+        self.count = head.input.shape[0] if self._kept is None else self._kept.numel()
+        classes = head.weight.shape[0]
+        self._size = max(1, min(head.rows, self.count))
+        self._buffer = empty((self._size, classes), head.input)
+        self._tanh = None if head.softcap is None else empty((self._size, classes), head.input)
+        make = torch.empty_like if self._kept is None else torch.zeros_like
+        self._input = make(head.input) if wanted.input else None
+        self._weight = head.weight.new_zeros(head.weight.shape, dtype=head.dtype) if wanted.weight else None
+        self._bias = head.weight.new_zeros((classes,), dtype=head.dtype) if wanted.bias else None
+
+    def __iter__(self) -> Iterator[tuple[_Chunk, Tensor]]:
+        """The chunks, each with its logits."""
+        head = self.head
+        for start in range(0, self.count, self._size):
+            own = slice(start, min(start + self._size, self.count))
+            if self._kept is None:
+                chunk = _Chunk(own, head.input[own], head.target[own], None)
+            else:
+                at = self._kept[own]
+                chunk = _Chunk(own, head.input.index_select(0, at), head.target.index_select(0, at), at)
+            yield chunk, self._logits(chunk)
+
+    def _logits(self, chunk: _Chunk) -> Tensor:
+        head = self.head
+        logits = self._buffer[: chunk.rows.shape[0]]
+        if head.bias is None:
+            torch.mm(chunk.rows, head.weight.t(), out=logits)
+        else:
+            torch.addmm(head.bias, chunk.rows, head.weight.t(), out=logits)
+        if head.softcap is not None and self._tanh is not None:
+            tanh = self._tanh[: logits.shape[0]]
+            torch.tanh(logits.div_(head.softcap), out=tanh)
+            torch.mul(tanh, head.softcap, out=logits)
+        return logits
+
+    def collect(self, chunk: _Chunk, gradient: Tensor) -> None:
+        """Carry the gradient with respect to a chunk's logits on to what is wanted."""
+        head = self.head
+        if self._tanh is not None:
+            gradient.mul_(self._tanh[: gradient.shape[0]].square_().neg_().add_(1))
+        if self._input is not None:
+            if chunk.at is None:
+                torch.mm(gradient, head.weight, out=self._input[chunk.own])
+            else:
+                self._input.index_copy_(0, chunk.at, torch.mm(gradient, head.weight))
+        if self._bias is not None:
+            self._bias += gradient.sum(0, dtype=head.dtype)
+        if self._weight is None:
+            return
+        if head.dtype is gradient.dtype:
+            self._weight.addmm_(gradient.t(), chunk.rows)
+            return
+        # A product has the dtype of its factors. Some classes at a time keep it small.
+        classes = max(1, _PRODUCT_BYTES // max(1, head.input.shape[1] * head.input.element_size()))
+        for first in range(0, self._weight.shape[0], classes):
+            some = slice(first, first + classes)
+            self._weight[some] += torch.mm(gradient[:, some].t(), chunk.rows)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """A vector over the rows that take part as one over all rows, 0 elsewhere."""
+        if self._kept is None:
+            return values
+        return values.new_zeros(self.head.input.shape[0]).index_copy_(0, self._kept, values)
+
+    def gradients(self) -> Gradients:
+        """The sums, that of the input in its dtype, the others in the head's `dtype`."""
+        return Gradients(self._input, self._weight, self._bias)
+
+
+def losses_of(head: Head, takes_part: Tensor | None) -> Tensor:
+    """The loss of each row, (N,), 0 for one that takes no part.
+
+    Args:
+        head: The head.
+        takes_part: (N,), bool; None for all rows.
+    """
+    run = _Run(head, takes_part, Wanted(False, False, False))
+    losses = head.input.new_empty(run.count, dtype=accumulator(head.input.dtype))
+    for chunk, logits in run:
+        losses[chunk.own] = head.step.losses(logits, chunk.target)
+    return run.spread(losses)
+
+
+def in_one_pass(  # noqa: PLR0917
+    head: Head,
+    takes_part: Tensor | None,
+    base: Tensor | None,
+    norm: Tensor,
+    weigher: Weigher,
+    wanted: Wanted,
+) -> tuple[Tensor, Tensor, Gradients]:
+    """Losses and pointwise weights, (N,), and the gradients of `sum_i norm_i w_i l_i`.
+
+    Args:
+        head: The head.
+        takes_part: (N,), bool; None for all rows.
+        base: The base measure of the rows, (N,), 0 for one that takes no part; None for ones.
+        norm: (N,), 0 for rows that take no part.
+        weigher: A pointwise weighting, with the group of each row if it is to know them.
+        wanted: Which gradients are asked for.
+    """
+    run = _Run(head, takes_part, wanted)
+    losses = head.input.new_empty(run.count, dtype=accumulator(head.input.dtype))
+    weights = torch.empty_like(losses)
+    for chunk, logits in run:
+        groups = None if weigher.groups is None else chunk.of(weigher.groups)
+        head.step.weigh_and_turn(
+            logits, chunk.target, None if base is None else chunk.of(base), chunk.of(norm),
+            Weigher(weigher.plan, groups), losses[chunk.own], weights[chunk.own],
+        )  # fmt: skip
+        run.collect(chunk, logits)
+    return run.spread(losses), run.spread(weights), run.gradients()
+
+
+def gradients_of(head: Head, takes_part: Tensor | None, factors: Tensor, wanted: Wanted) -> Gradients:
+    """The gradients of `sum_i factors_i l_i`, with a number `factors_i` for each row, (N,)."""
+    run = _Run(head, takes_part, wanted)
+    for chunk, logits in run:
+        head.step.turn(logits, chunk.target, chunk.of(factors))
+        run.collect(chunk, logits)
+    return run.gradients()

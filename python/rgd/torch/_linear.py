@@ -1,0 +1,633 @@
+"""One call of the linear cross-entropy: what is checked, which way it takes, and what autograd is told."""
+
+from __future__ import annotations
+
+import copy
+import math
+import numbers
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from rgd.torch import _linear_ops
+from rgd.torch._checks import (
+    FLOATS,
+    INTEGERS,
+    DtypeError,
+    MismatchError,
+    check_groups,
+)
+from rgd.torch._chunks import Gradients, Head, Wanted, gradients_of, in_one_pass, losses_of, rows_of
+from rgd.torch._distributed import Sync
+from rgd.torch._record import Record
+from rgd.torch._steps import ComposedStep, RustStep, VocabStep
+from rgd.torch._weigher import Plan, Weigher
+from rgd.torch.backends import composite
+from rgd.torch.backends._options import Options, accumulator, wide
+from rgd.torch.backends._registry import (
+    autocasts,
+    choose,
+    in_transform,
+    is_exporting,
+    plain_and_eager,
+    values_can_be_read,
+)
+from rgd.torch.functional import base_of, classify
+
+
+class Chunking(NamedTuple):
+    """How a head is worked through.
+
+    Attributes:
+        logit_softcap: Logits are `logit_softcap * tanh(z / logit_softcap)`; None for `z` itself.
+        shift: Whether position t predicts the target of position t + 1.
+        chunk_bytes: How large the logits of a chunk may be; None for the default.
+        accumulate_dtype: The dtype that the gradient of the head is summed in; None for float32 (float64).
+        vocab_group: The processes that hold slices of the vocabulary; None for a whole one.
+    """
+
+    logit_softcap: float | None = None
+    shift: bool = False
+    chunk_bytes: int | None = None
+    accumulate_dtype: torch.dtype | None = None
+    vocab_group: Any = None
+
+    def checked(self) -> Chunking:
+        """The same with plain numbers.
+
+        Raises:
+            TypeError, ValueError: If a setting is not allowed.
+        """
+        cap, size = self.logit_softcap, self.chunk_bytes
+        if cap is not None and (isinstance(cap, bool) or not isinstance(cap, numbers.Real)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"logit_softcap must be a positive number or None, got {cap!r}")
+        if cap is not None and not 0 < float(cap) < math.inf:
+            raise ValueError(f"logit_softcap must be a positive number, or None for no cap, got {cap}")
+        if not isinstance(self.shift, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"shift must be True or False, got {self.shift!r}")
+        if size is not None and (isinstance(size, bool) or not isinstance(size, numbers.Integral)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"chunk_bytes must be a whole number of bytes or None, got {size!r}")
+        if size is not None and size <= 0:
+            raise ValueError(f"chunk_bytes must be positive: the bytes of a chunk's logits, got {size}")
+        dtype = self.accumulate_dtype
+        if dtype is not None and dtype not in FLOATS:
+            raise TypeError(f"accumulate_dtype must be a float dtype such as torch.float32, got {dtype!r}")
+        return self._replace(
+            logit_softcap=None if cap is None else float(cap), chunk_bytes=None if size is None else int(size)
+        )
+
+
+def classify_linear(  # noqa: PLR0917
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    options: Options,
+    chunking: Chunking,
+    plan: Plan,
+    sync: Sync,
+    where: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    groups: Tensor | None = None,
+    state: Any = None,
+) -> tuple[Tensor, Record | None, Any]:
+    """The re-weighted cross-entropy of a checked head, the record if it may be kept, and the state."""
+    check_head(input, linear_weight, linear_bias)
+    if chunking.vocab_group is not None and torch.compiler.is_compiling():
+        raise RuntimeError("vocab_group is for eager calls: keep the loss out of the compiled function")
+    shard = None if chunking.vocab_group is None else _Shard.of(chunking.vocab_group, linear_weight)
+    classes = linear_weight.shape[0] if shard is None else shard.classes
+    _check_targets(input, target, class_weight, classes, options, chunking, shard)
+    if chunking.shift:
+        target = target[:, 1:]
+        vectors = (_shifted(one, input) for one in (where, sample_weight, groups))
+        where, sample_weight, groups = vectors
+    tensors = (input, linear_weight, linear_bias, target, class_weight, where, sample_weight)
+    if not _served(tensors, target):
+        if shard is not None:
+            raise RuntimeError(
+                "vocab_group serves plain tensors in eager calls, not torch.func transforms, forward-mode "
+                "differentiation or tensor subclasses"
+            )
+        logits = whole_logits(input, linear_weight, linear_bias, chunking.logit_softcap)
+        logits = logits[:, :-1] if chunking.shift else logits
+        target = target.movedim(-1, 1) if target.is_floating_point() else target
+        return classify(
+            logits.movedim(-1, 1), target, class_weight, options, plan, sync,
+            where, sample_weight, groups, state,
+        )  # fmt: skip
+
+    shape = input.shape[:-1] if not chunking.shift else torch.Size((input.shape[0], target.shape[1]))
+    per = options.per if len(shape) > 1 else "element"
+    base = base_of(shape, input, where, sample_weight, per)
+    weigher = Weigher(plan, check_groups(groups, shape, input.device, per), state, sync)
+    call = _Call(
+        input, linear_weight, linear_bias, target, class_weight, options, chunking, shard, shape, base
+    )
+    objective, record = call.run(weigher, per)
+    if not autocasts(input.device.type):
+        objective = objective.to(input.dtype)
+    return objective, record, weigher.state
+
+
+class _Shard(NamedTuple):
+    """This process's slice of a split vocabulary."""
+
+    group: Any
+    first: int
+    classes: int
+    widest: int
+    even: bool
+
+    @classmethod
+    def of(cls, group: Any, weight: Tensor) -> _Shard:
+        Sync(group)  # refuses what is no group
+        own = torch.tensor([weight.shape[0]], device=weight.device)
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, own, group=group)
+        sizes = [int(size) for size in torch.cat(parts).cpu()]
+        if min(sizes) == 0:
+            raise ValueError(
+                f"every process of vocab_group must hold at least one class, got slices of {sizes} classes"
+            )
+        first = sum(sizes[: dist.get_rank(group)])
+        return cls(group, first, sum(sizes), max(sizes), min(sizes) == max(sizes))
+
+
+class _Call:
+    """One call on plain tensors: the head made ready for its chunks, and what the objective is made of."""
+
+    def __init__(  # noqa: PLR0917
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        class_weight: Tensor | None,
+        options: Options,
+        chunking: Chunking,
+        shard: _Shard | None,
+        shape: torch.Size,
+        base: Tensor | None,
+    ) -> None:
+        self.tensors: tuple[Any, ...] = (input, weight, bias)
+        self.chunking = chunking
+        self.shard = shard
+        self.shape = shape
+        self.base = base
+        self.options = options
+        kind = input.device.type
+        self.dtype = cast("Any", torch).get_autocast_dtype(kind) if autocasts(kind) else input.dtype
+        if self.dtype is torch.float16:
+            # float16 has no room for the gradient of a mean before the loss scale has been applied to it.
+            self.dtype = torch.float32
+        if input.dtype is torch.float64:
+            self.dtype = torch.float64
+        if target.is_floating_point():
+            target = target.detach().to(self.dtype)
+            self.counted = None
+        else:
+            fits = target.dtype is torch.int32 and -(2**31) <= options.ignore_index < 2**31
+            target = target if fits or target.dtype is torch.int64 else target.to(torch.int64)
+            self.counted = target != options.ignore_index
+        self.target = target
+        self.accumulator = accumulator(self.dtype)
+        self.class_weight = (
+            None if class_weight is None else class_weight.detach().to(self.accumulator).contiguous()
+        )
+        self.chosen = choose(input, target, weight, bias, class_weight, base)
+        self.backend = "composite" if shard is not None else self.chosen.name
+
+    # --- what is asked for ---
+
+    @property
+    def wanted(self) -> Wanted:
+        """Which gradients the caller asks for."""
+        enabled = torch.is_grad_enabled()
+        return Wanted(*(one is not None and one.requires_grad and enabled for one in self.tensors))
+
+    def run(self, weigher: Weigher, per: str) -> tuple[Tensor, Record]:
+        """The objective, in the accumulator's dtype, and the record of its weights."""
+        plan, options = weigher.plan, self.options
+        pointwise = plan.pointwise and not plan.stateful and per == "element"
+        # An operator knows weightings by their kernels alone.
+        pointwise = pointwise and (plan.kind == "kl" or not torch.compiler.is_compiling())
+        if pointwise and options.reduction != "none" and any(self.wanted):
+            return self._one_pass(weigher)
+        return self._two_passes(weigher, per)
+
+    # --- vectors over the rows of the input ---
+
+    def rows(self, values: Tensor | None, fill: float) -> Tensor | None:
+        """A tensor of the losses' shape, perhaps with a class axis, as entries for each row of the input."""
+        if values is None:
+            return None
+        if self.chunking.shift:
+            values = F.pad(values, (0, 1), value=fill)
+        return values.reshape(-1, *values.shape[len(self.shape) :])
+
+    def losses_like(self, values: Tensor) -> Tensor:
+        """Entries for each row of the input as a tensor of the losses' shape."""
+        if self.chunking.shift:
+            return values.view(self.shape[0], -1)[:, :-1]
+        return values.view(self.shape)
+
+    @property
+    def by_target(self) -> Tensor | None:
+        """The base measure, one a target, 0 for what takes no part; None where all is one."""
+        if self.base is None:
+            return None if self.counted is None else self.counted.to(self.accumulator)
+        base = self.base.to(self.accumulator)
+        base = composite.spread(base, base.new_empty(self.shape)).expand(self.shape)
+        return base if self.counted is None else base.masked_fill(~self.counted, 0)
+
+    def takes_part(self) -> Tensor | None:
+        """Which rows of the input take part, bool; None for all of them."""
+        base = self.by_target
+        if base is None and not self.chunking.shift:
+            return None
+        mask = (
+            torch.ones(self.shape, dtype=torch.bool, device=self.target.device) if base is None else base != 0
+        )
+        return self.rows(mask, 0)
+
+    def head(self) -> Head:
+        """The head in the dtype it is computed in."""
+        input, weight = (one.detach().to(self.dtype) for one in self.tensors[:2])
+        bias = None if self.tensors[2] is None else self.tensors[2].detach().to(self.dtype)
+        options, shard = self.options, self.shard
+        step: Any
+        if shard is not None:
+            step = VocabStep(self.class_weight, options, shard.group, shard.first, shard.classes)
+        else:
+            step = (RustStep if self.backend == "rust" else ComposedStep)(self.class_weight, options)
+        target = cast("Tensor", self.rows(self.target, options.ignore_index))
+        widest = weight.shape[0] if shard is None else shard.widest
+        dtype = self.chunking.accumulate_dtype or accumulator(self.dtype)
+        return Head(
+            input.reshape(-1, input.shape[-1]), weight, bias, target, self.chunking.logit_softcap,
+            rows_of(self.chunking.chunk_bytes, widest, self.dtype), dtype, step,
+        )  # fmt: skip
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The head as the arguments of an operator, which autograd sees."""
+        input, weight = (one.to(self.dtype) for one in self.tensors[:2])
+        bias = None if self.tensors[2] is None else self.tensors[2].to(self.dtype)
+        rows = rows_of(self.chunking.chunk_bytes, weight.shape[0], self.dtype)
+        dtype = self.chunking.accumulate_dtype or self.accumulator
+        return (
+            input.reshape(-1, input.shape[-1]), weight, bias,
+            self.rows(self.target, self.options.ignore_index), self.class_weight, self.takes_part(),
+            self.options.ignore_index, self.options.label_smoothing,
+            self.chunking.logit_softcap, rows, str(dtype).removeprefix("torch."),
+        )  # fmt: skip
+
+    # --- the two ways ---
+
+    def norm(self) -> Tensor:
+        """What multiplies `w l` of each target in the objective."""
+        p = self.by_target
+        norm = self.like_losses().fill_(1.0) if p is None else p
+        if self.options.reduction != "mean":
+            return norm
+        shares = composite.shares_of(self.target, self.class_weight, self.counted, self.accumulator)
+        total = composite.mass_of(norm, self.counted, p, shares)
+        return torch.where(norm == 0, 0, norm / total)
+
+    def _one_pass(self, weigher: Weigher) -> tuple[Tensor, Record]:
+        norm, plan = cast("Tensor", self.rows(self.norm(), 0)), weigher.plan
+        if torch.compiler.is_compiling():
+            objective, *vectors = _linear_ops.one_pass(
+                *self.arguments(), *self.wanted, norm, plan.kind, plan.numbers
+            )
+            losses, weights = (self.losses_like(vector) for vector in vectors[:2])
+            _, denominator = self._reduced(losses, weights)
+            return objective, self._record(losses, weights, denominator, weigher)
+        groups, base = self.rows(weigher.groups, 0), self.rows(self.by_target, 0)
+        found = in_one_pass(self.head(), self.takes_part(), base, norm, Weigher(plan, groups), self.wanted)
+        losses, weights = self.losses_like(found[0]), self.losses_like(found[1])
+        objective, denominator = self._reduced(losses, weights)
+        objective = _OnePass.apply(*self.tensors, objective, self._finished(found[2]), self, weights)
+        return cast("Tensor", objective), self._record(losses, weights, denominator, weigher)
+
+    def _two_passes(self, weigher: Weigher, per: str) -> tuple[Tensor, Record]:
+        compiling = torch.compiler.is_compiling()
+        with torch.no_grad():
+            flat = (
+                _linear_ops.losses(*self.arguments())
+                if compiling
+                else losses_of(self.head(), self.takes_part())
+            )
+            losses = self.losses_like(flat)
+            units = composite.units_of(losses, self.counted, self.base, per)
+            weights = self.chosen.sample_weights(*units, weigher).to(losses.dtype)
+        if not any(self.wanted):
+            objective, denominator = self._reduced(losses, weights)
+            return objective, self._record(losses, weights, denominator, weigher)
+        factors = composite.factors_of(losses, weights, self.counted, self.base, 1.0, "sum")
+        if compiling:
+            flat = _linear_ops.products(*self.arguments(), *self.wanted, flat, self.rows(factors, 0))
+            products = self.losses_like(flat)
+        else:
+            products = cast("Tensor", _Products.apply(*self.tensors, losses, factors, self))
+        _, denominator = self._reduced(losses, weights)
+        reduction = self.options.reduction
+        if reduction != "none":
+            products = products.sum(dtype=wide(products))
+            products = products / denominator if reduction == "mean" else products
+        return products.to(losses.dtype), self._record(losses, weights, denominator, weigher)
+
+    def like_losses(self) -> Tensor:
+        """An uninitialised tensor of the losses' shape."""
+        return torch.empty(self.shape, dtype=self.accumulator, device=self.target.device)
+
+    def _reduced(self, losses: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | float]:
+        shares = composite.shares_of(self.target, self.class_weight, self.counted, wide(losses))
+        objective, denominator = composite.reduce_losses(
+            losses.to(wide(losses)),
+            weights.to(wide(losses)),
+            self.counted,
+            self.base,
+            self.options.reduction,
+            shares,
+        )
+        return objective.to(losses.dtype), denominator
+
+    def _record(
+        self, losses: Tensor, weights: Tensor, denominator: Tensor | float, weigher: Weigher
+    ) -> Record:
+        indices = None if self.counted is None else self.target
+        return Record(
+            losses,
+            weights,
+            denominator,
+            self.base,
+            indices,
+            self.options.ignore_index,
+            weigher.groups,
+            self.backend,
+        )
+
+    def _finished(self, found: Gradients) -> Gradients:
+        """The whole gradient of the input; all in the dtype they will have, or for float16 in float32."""
+        input, weight, bias = self.tensors
+        of_input, of_weight, of_bias = found
+        if of_input is not None:
+            if self.shard is not None:
+                dist.all_reduce(of_input, group=self.shard.group)
+            of_input = of_input.view(input.shape).to(_kept(input))
+        return Gradients(
+            of_input,
+            None if of_weight is None else of_weight.to(_kept(weight)),
+            None if of_bias is None or bias is None else of_bias.to(_kept(bias)),
+        )
+
+    def gradients(self, factors: Tensor, wanted: Wanted) -> Gradients:
+        """The gradients of `sum_i factors_i l_i`, by a pass over the chunks."""
+        flat = cast("Tensor", self.rows(factors, 0))
+        return self._finished(gradients_of(self.head(), self.takes_part(), flat, wanted))
+
+    def differentiable(self, factors: Tensor, above: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of `sum_i above_i factors_i l_i` from all logits, to be differentiated again."""
+        if self.shard is not None:
+            raise RuntimeError("a split vocabulary has no second derivatives: leave vocab_group out")
+        with torch.enable_grad():
+            input, weight, bias = (None if one is None else one.to(self.dtype) for one in self.tensors)
+            logits = whole_logits(
+                cast("Tensor", input), cast("Tensor", weight), bias, self.chunking.logit_softcap
+            )
+            logits = logits[:, :-1] if self.chunking.shift else logits
+            target = self.target.reshape(-1, *self.target.shape[len(self.shape) :])
+            logits = logits.reshape(target.shape[0], -1)
+            losses, _ = composite.cross_entropy_losses(logits, target, self.class_weight, self.options)
+            products = composite.product(factors.reshape(-1), losses)
+            above = above.expand(factors.shape).reshape(-1).to(products.dtype)
+            wanted = [one for one in self.tensors if one is not None and one.requires_grad]
+            found = iter(torch.autograd.grad(products, wanted, above, create_graph=True))
+        return tuple(next(found) if one is not None and one.requires_grad else None for one in self.tensors)
+
+    # --- between the passes ---
+
+    def let_go(self) -> tuple[Tensor | None, ...]:
+        """The tensors of the call, for autograd to keep, which also sees whether they are changed."""
+        tensors = (*self.tensors, self.target, self.class_weight)
+        self.tensors = (None, None, None)
+        return tensors
+
+    def holding(self, *tensors: Tensor | None) -> _Call:
+        """The call with the tensors that autograd kept."""
+        call = copy.copy(self)
+        input, weight, bias, target, call.class_weight = tensors
+        call.tensors, call.target = (input, weight, bias), cast("Tensor", target)
+        return call
+
+
+class _OnePass(torch.autograd.Function):
+    """Hands the objective on, and keeps its gradients for the backward pass."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        objective: Tensor,
+        gradients: Gradients,
+        call: _Call,
+        weights: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(*gradients, weights, *call.let_go())
+        ctx.call = call
+        return objective
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        *gradients, weights, input, weight, bias, target, class_weight = ctx.saved_tensors
+        (above,) = grad_outputs
+        found: tuple[Tensor | None, ...]
+        if torch.is_grad_enabled():
+            call = cast("_Call", ctx.call).holding(input, weight, bias, target, class_weight)
+            norm = call.norm()
+            found = call.differentiable((norm * weights).masked_fill(norm == 0, 0), above)
+        elif above.is_cpu and above.item() == 1.0 and not graph_is_kept():
+            found = tuple(gradients)
+        else:
+            found = tuple(None if one is None else one * above.to(one.dtype) for one in gradients)
+        found = tuple(
+            None if one is None else one.to(of.dtype)
+            for one, of in zip(found, (input, weight, bias), strict=True)
+        )
+        return *found, None, None, None, None
+
+
+class _Products(torch.autograd.Function):
+    """`factors_i l_i` of each target; the backward pass goes through the chunks once more."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        losses: Tensor,
+        factors: Tensor,
+        call: _Call,
+    ) -> Tensor:
+        ctx.save_for_backward(factors, *call.let_go())
+        ctx.call = call
+        return composite.product(factors, losses)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        factors, *saved = ctx.saved_tensors
+        (above,) = grad_outputs
+        call = cast("_Call", ctx.call).holding(*saved)
+        if torch.is_grad_enabled():
+            found = call.differentiable(factors, above)
+        else:
+            factors = (factors * above).masked_fill(factors == 0, 0)
+            found = call.gradients(factors, Wanted(*ctx.needs_input_grad[:3]))
+        cast_back = (
+            None if one is None else one.to(of.dtype) for one, of in zip(found, saved[:3], strict=True)
+        )
+        return *cast_back, None, None, None
+
+
+def graph_is_kept() -> bool:
+    """Within a backward pass: whether the caller may ask for it again (`retain_graph=True`)."""
+    return bool(cast("Any", torch._C)._autograd._get_current_graph_task_keep_graph())  # pyright: ignore[reportPrivateUsage]
+
+
+def _kept(tensor: Tensor) -> torch.dtype:
+    """The dtype that a gradient is kept in until it is multiplied by what comes from above."""
+    return torch.float32 if tensor.dtype is torch.float16 else tensor.dtype
+
+
+def check_head(input: Any, weight: Any, bias: Any) -> None:
+    """Refuse hidden states and a head that do not fit each other."""
+    for name, tensor in (("input", input), ("linear_weight", weight), ("linear_bias", bias)):
+        if tensor is None and name == "linear_bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            hint = ": give its weight, head.weight" if isinstance(tensor, torch.nn.Module) else ""
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
+        if tensor.dtype not in FLOATS:
+            raise DtypeError(f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
+        if tensor.device != input.device:
+            raise MismatchError(
+                f"input is on {input.device} and {name} on {tensor.device}: move both to one device"
+            )
+    if input.dim() < 2:
+        raise MismatchError(
+            f"input must be hidden states of shape (N, D) or (B, T, D), got {tuple(input.shape)}: for one "
+            "sample give input.unsqueeze(0)"
+        )
+    if weight.dim() != 2:
+        raise MismatchError(f"linear_weight must have shape (C, D), got {tuple(weight.shape)}")
+    if weight.shape[1] != input.shape[-1]:
+        transposed = weight.shape[0] == input.shape[-1]
+        raise MismatchError(
+            f"linear_weight must have shape (C, D) with D = {input.shape[-1]}, the last axis of input, got "
+            f"{tuple(weight.shape)}" + (": give linear_weight.t()" if transposed else "")
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise MismatchError(
+            f"linear_bias must have shape ({weight.shape[0]},), one number a class, got {tuple(bias.shape)}"
+        )
+    if not autocasts(input.device.type):
+        for name, tensor in (("linear_weight", weight), ("linear_bias", bias)):
+            if tensor is not None and tensor.dtype != input.dtype:
+                raise DtypeError(
+                    f"input is {input.dtype} and {name} {tensor.dtype}: convert one of them, or run under "
+                    "torch.autocast"
+                )
+
+
+def _check_targets(  # noqa: PLR0917
+    input: Tensor,
+    target: Any,
+    class_weight: Tensor | None,
+    classes: int,
+    options: Options,
+    chunking: Chunking,
+    shard: _Shard | None,
+) -> None:
+    """Refuse targets, class weights and settings that do not fit the head."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a torch.Tensor, got {type(target).__name__}")
+    probabilities = target.is_floating_point()
+    if not probabilities and target.dtype not in INTEGERS:
+        raise DtypeError(
+            f"target must hold class indices (int64) or class probabilities (floats), got {target.dtype}"
+        )
+    rows = input.shape[:-1]
+    expected = (*rows, classes) if probabilities else tuple(rows)
+    if tuple(target.shape) != expected:
+        what = "class probabilities" if probabilities else "class indices"
+        raise MismatchError(
+            f"target holds {what}, which must have shape {expected} for input of shape "
+            f"{tuple(input.shape)} and {classes} classes, got {tuple(target.shape)}"
+        )
+    if target.device != input.device:
+        raise ValueError(f"input is on {input.device} and target on {target.device}: move both to one device")
+    if probabilities and options.ignore_index >= 0:
+        raise ValueError(
+            f"ignore_index does not apply to class probabilities, got {options.ignore_index}: leave it out"
+        )
+    if chunking.shift and input.dim() != 3:
+        raise MismatchError(
+            f"shift=True needs input of shape (B, T, D), got {tuple(input.shape)}: for one sequence give "
+            "input.unsqueeze(0) and target.unsqueeze(0)"
+        )
+    if probabilities and (chunking.shift or shard is not None):
+        name = "shift" if chunking.shift else "vocab_group"
+        raise ValueError(f"{name} takes class indices, got class probabilities as target")
+    if class_weight is not None and class_weight.shape[0] != classes:
+        raise MismatchError(
+            f"weight must hold one number for each of the {classes} classes, got {class_weight.shape[0]}"
+        )
+    if class_weight is not None and class_weight.device != input.device:
+        raise ValueError(
+            f"input is on {input.device} and weight on {class_weight.device}: move both to one device"
+        )
+    if shard is None:
+        return
+    if options.label_smoothing > 0 and not shard.even:
+        raise ValueError(
+            "label_smoothing over a vocabulary in slices of different sizes is refused, since slices are "
+            "mostly uneven where one is padded, and the padding would get its share of the label: split "
+            "the vocabulary evenly, or leave label_smoothing out"
+        )
+    if values_can_be_read(target):
+        wrong = (target != options.ignore_index) & ((target < 0) | (target >= classes))
+        if bool(wrong.any()):
+            raise IndexError(
+                f"target {int(target[wrong][0])} is out of range: give a class in 0..{classes - 1}, or "
+                f"ignore_index ({options.ignore_index})"
+            )
+
+
+def _shifted(values: Tensor | None, input: Tensor) -> Tensor | None:
+    """Entries of the targets that are used, of a tensor of the targets' shape; one entry a sample stays."""
+    if not isinstance(values, Tensor) or values.shape != input.shape[:2]:
+        return values
+    return values[:, 1:]
+
+
+def _served(tensors: tuple[Tensor | None, ...], target: Tensor) -> bool:
+    """Whether the chunks serve these tensors in the mode of the call."""
+    if target.requires_grad and torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling():
+        return not is_exporting() and not in_transform()
+    return plain_and_eager(tensors)
+
+
+def whole_logits(input: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    """All logits at once, by operations that can be differentiated any number of times."""
+    logits = F.linear(input, weight, bias)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -1,0 +1,195 @@
+"""What is computed from the logits of a chunk: by Rust kernels, in torch operations, over a split vocabulary.
+
+Each class here is a `Step` of `rgd.torch._chunks`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rgd import _rgd
+from rgd.torch._weigher import Weigher
+from rgd.torch.backends import composite
+from rgd.torch.backends._options import Options, accumulator
+from rgd.torch.backends.rust import fill_losses
+
+
+class _Formula:
+    """Weights by the weighting's formula, between the losses and the gradient."""
+
+    def losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def turn(self, logits: Tensor, target: Tensor, factors: Tensor) -> None:
+        raise NotImplementedError
+
+    def weigh_and_turn(  # noqa: PLR0917
+        self,
+        logits: Tensor,
+        target: Tensor,
+        base: Tensor | None,
+        norm: Tensor,
+        weigher: Weigher,
+        losses: Tensor,
+        weights: Tensor,
+    ) -> None:
+        losses[...] = self.losses(logits, target)
+        weights[...] = composite.weigh(losses, base, weigher)
+        self.turn(logits, target, (norm * weights).masked_fill(norm == 0, 0))
+
+
+class RustStep(_Formula):
+    """The Rust kernels, in place on the logits."""
+
+    def __init__(self, class_weight: Tensor | None, options: Options) -> None:
+        self._class_weight = class_weight
+        self._options = options
+
+    def losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        options = self._options
+        return fill_losses(logits, target, self._class_weight, options.ignore_index, options.label_smoothing)
+
+    def turn(self, logits: Tensor, target: Tensor, factors: Tensor) -> None:
+        options = self._options
+        losses = torch.zeros_like(factors)
+        _rgd.cross_entropy_gradient(
+            logits, target, self._class_weight, None, options.ignore_index, options.label_smoothing, False,
+            "sum", losses, factors, losses.new_empty(()), logits, torch.get_num_threads(),
+        )  # fmt: skip
+
+    def weigh_and_turn(  # noqa: PLR0917
+        self,
+        logits: Tensor,
+        target: Tensor,
+        base: Tensor | None,
+        norm: Tensor,
+        weigher: Weigher,
+        losses: Tensor,
+        weights: Tensor,
+    ) -> None:
+        if weigher.plan.kernel is None:
+            super().weigh_and_turn(logits, target, base, norm, weigher, losses, weights)
+            return
+        options = self._options
+        _rgd.cross_entropy(
+            logits, target, self._class_weight, norm, *weigher.plan.kernel, options.ignore_index,
+            options.label_smoothing, False, "sum", losses, weights, losses.new_empty(()), logits,
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+
+class ComposedStep(_Formula):
+    """Torch operations; on a GPU the gradient's formula is compiled, once for each shape."""
+
+    def __init__(self, class_weight: Tensor | None, options: Options) -> None:
+        self._class_weight = class_weight
+        self._options = options
+
+    def losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        return composite.cross_entropy_losses(logits, target, self._class_weight, self._options)[0]
+
+    def turn(self, logits: Tensor, target: Tensor, factors: Tensor) -> None:
+        formula = _compiled() if logits.is_cuda else composite.gradient
+        logits.copy_(formula(logits, target, self._class_weight, factors, self._options))
+
+
+@functools.cache
+def _compiled() -> Any:
+    """The formula of the gradient as one kernel, where torch can compile it."""
+    if importlib.util.find_spec("triton") is None:
+        return composite.gradient
+    return torch.compile(composite.gradient, dynamic=False)
+
+
+class VocabStep(_Formula):
+    """One process's slice of the vocabulary: the sums over all classes are taken with the others.
+
+    Every process has the same rows and targets, and classes `first` to `first + C - 1` of all. A chunk takes
+    one exchange of two numbers a row and process (three with label smoothing).
+
+    Args:
+        class_weight: Of all classes, or None.
+        options: The options of the cross-entropy.
+        group: The processes that hold the slices.
+        first: The class of this slice's first column.
+        classes: The number of classes of all slices together.
+    """
+
+    def __init__(
+        self, class_weight: Tensor | None, options: Options, group: Any, first: int, classes: int
+    ) -> None:
+        self._class_weight = class_weight
+        self._options = options
+        self._group = group
+        self._first = first
+        self._classes = classes
+        self._logsumexp: Tensor | None = None
+
+    def losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        smoothing, dtype = self._options.label_smoothing, accumulator(logits.dtype)
+        here, local = self._local(target, logits.shape[1])
+        at_label = logits.gather(1, local.unsqueeze(1)).squeeze(1).to(dtype).masked_fill(~here, 0)
+        own = [_logsumexp(logits, dtype), at_label]
+        if smoothing > 0:
+            c = self._slice(logits.shape[1])
+            own.append((logits.to(dtype) if c is None else logits.to(dtype) * c.to(dtype)).sum(1))
+        parts = self._exchange(torch.stack(own))
+        self._logsumexp = logsumexp = torch.logsumexp(parts[:, 0], 0)
+        counted, on_label, spread = self._mass(target, dtype)
+        losses = on_label * (logsumexp - parts[:, 1].sum(0))
+        if smoothing > 0:
+            losses = losses + spread * logsumexp - smoothing / self._classes * parts[:, 2].sum(0)
+        return losses.masked_fill(~counted, 0)
+
+    def turn(self, logits: Tensor, target: Tensor, factors: Tensor) -> None:
+        dtype = accumulator(logits.dtype)
+        logsumexp, self._logsumexp = self._logsumexp, None
+        if logsumexp is None:
+            logsumexp = torch.logsumexp(self._exchange(_logsumexp(logits, dtype).unsqueeze(0))[:, 0], 0)
+        here, local = self._local(target, logits.shape[1])
+        _, on_label, spread = self._mass(target, dtype)
+        rows = (logits.to(dtype) - logsumexp.unsqueeze(1)).exp_().mul_((on_label + spread).unsqueeze(1))
+        rows.scatter_add_(1, local.unsqueeze(1), (-on_label).masked_fill(~here, 0).unsqueeze(1))
+        smoothing = self._options.label_smoothing
+        if smoothing > 0:
+            c = self._slice(logits.shape[1])
+            rows -= smoothing / self._classes * (1.0 if c is None else c.to(dtype))
+        rows.mul_(factors.unsqueeze(1)).masked_fill_((factors == 0).unsqueeze(1), 0)
+        logits.copy_(rows)
+
+    def _local(self, target: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        """Which labels are classes of this slice, and their columns, 0 for the others."""
+        local = target.to(torch.int64) - self._first
+        here = (local >= 0) & (local < columns) & (target != self._options.ignore_index)
+        return here, local.masked_fill(~here, 0)
+
+    def _mass(self, target: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Which targets count, the mass on each label, and that spread over all classes."""
+        counted, smoothing = target != self._options.ignore_index, self._options.label_smoothing
+        c = self._class_weight
+        if c is None:
+            return counted, torch.full_like(target, 1 - smoothing, dtype=dtype), smoothing
+        of_label = c.to(dtype)[target.to(torch.int64).masked_fill(~counted, 0)]
+        return counted, (1 - smoothing) * of_label, smoothing * c.to(dtype).mean()
+
+    def _slice(self, columns: int) -> Tensor | None:
+        """The class weights of this slice."""
+        return None if self._class_weight is None else self._class_weight[self._first : self._first + columns]
+
+    def _exchange(self, own: Tensor) -> Tensor:
+        """Numbers of all processes, stacked in the order of their ranks."""
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(parts, own.contiguous(), group=self._group)
+        return torch.stack(parts)
+
+
+def _logsumexp(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    if logits.shape[1] == 0:
+        return logits.new_full((logits.shape[0],), -torch.inf, dtype=dtype)
+    return torch.logsumexp(logits.to(dtype), 1)

@@ -1,0 +1,338 @@
+"""Re-weighted cross-entropy of a linear head, without its logits: the function and the module."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rgd.torch._checks import REDUCTIONS, UNITS, check_choice, check_class_weight, check_label_smoothing
+from rgd.torch._distributed import Sync
+from rgd.torch._linear import Chunking, check_head, classify_linear
+from rgd.torch._weigher import Plan, functional_state
+from rgd.torch.backends._options import Options
+from rgd.torch.loss import RGDLoss
+from rgd.weightings import Weighting
+from rgd.weightings._base import resolve_weighting
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    tau: float | None = None,
+    weighting: Weighting | None = None,
+    per: str = "element",
+    where: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    groups: Tensor | None = None,
+    state: Any = None,
+    logit_softcap: float | None = None,
+    shift: bool = False,
+    chunk_bytes: int | None = None,
+    accumulate_dtype: torch.dtype | None = None,
+    vocab_group: Any = None,
+    process_group: Any = None,
+    sync: bool = True,
+) -> Any:
+    """`cross_entropy(F.linear(input, linear_weight, linear_bias), target)` without its logits in memory.
+
+    The head of a language model: the input is worked through in chunks of some rows, and the logits of a
+    chunk take the place of those of the last one. A pointwise weight is known inside the chunk, so that
+    losses, weights and the gradients of `input`, `linear_weight` and `linear_bias` take one pass: three
+    matrix products, as without weights. Weightings over the batch, `per="sample"` and `reduction="none"` take
+    two passes and four products: the losses in the forward pass, the gradients in the backward pass. Where
+    no gradient is asked for, only losses are computed; a frozen head gets no gradient computed. Rows whose
+    target is ignored are left out on the CPU.
+
+    Args:
+        input: Shape (N, D) or (B, T, D), hidden states; float32, float64, float16 or bfloat16.
+        linear_weight: Shape (C, D), the dtype of `input`. The weight of an `nn.Linear` head, or of an
+            embedding that is tied to it.
+        target: Class indices (any integer dtype) of the shape of `input` without D, or class probabilities of
+            that shape and C.
+        linear_bias: Shape (C,).
+        weight: Class weights, shape (C,).
+        ignore_index: Class index of targets that count for nothing.
+        reduction: "none", "mean" or "sum".
+        label_smoothing: In [0, 1].
+        tau: Short for `weighting=KL(tau)`.
+        weighting: As for `cross_entropy`.
+        per: As for `cross_entropy`: "element" weights each target, "sample" each entry of the leading axis, a
+            sequence for an input of shape (B, T, D).
+        where: As for `cross_entropy`, of the targets' shape.
+        sample_weight: As for `cross_entropy`, of the targets' shape or of one entry a sample.
+        groups: As for `cross_entropy`.
+        state: As for `cross_entropy`.
+        logit_softcap: If given, logits are `logit_softcap * tanh(z / logit_softcap)`, as in Gemma.
+        shift: True where position t of the input, (B, T, D), predicts target t + 1, as in a causal language
+            model. `target`, `where`, `sample_weight` and `groups` keep the shape (B, T): an entry belongs to
+            the target at its place, and the first of each sequence is not used. The input is not
+            copied.
+        chunk_bytes: How many bytes the logits of a chunk may take; at least one row. None: 32 MiB, or what
+            128 rows take where that is more.
+        accumulate_dtype: The dtype that the gradients of the head are summed in over the chunks; None for
+            float32, and float64 for float64.
+        vocab_group: The processes of a tensor-parallel head. Each gives the same `input` and `target` and its
+            own slice of `linear_weight` and `linear_bias`, in the order of the ranks; `target` counts classes
+            over all slices, and `weight` holds all of them. Each gets the objective of the whole, the whole
+            gradient of `input`, and that of its slice.
+        process_group: As for `reweighted_mean`.
+        sync: As for `reweighted_mean`.
+
+    Returns:
+        As `cross_entropy`; with `reduction="none"` of the targets' shape, (B, T - 1) with `shift`. With
+        `state`: that and the new state.
+
+    Raises:
+        IndexError: If a class index is out of range.
+        TypeError: If a tensor's dtype does not fit.
+        ValueError: If a shape, a device or a setting does not fit.
+
+    Note:
+        float16 is computed in float32, which takes a copy of the head. Tensor subclasses, `torch.func`
+        transforms, forward-mode differentiation, exported graphs, class probabilities that require grad, and
+        second derivatives make all logits, as `F.linear` does.
+
+    Example:
+        >>> import torch
+        >>> from rgd.torch import linear_cross_entropy
+        >>> hidden = torch.ones(2, 3, 4, requires_grad=True)
+        >>> head = torch.zeros(5, 4, requires_grad=True)
+        >>> loss = linear_cross_entropy(hidden, head, torch.zeros(2, 3, dtype=torch.long), tau=1.0)
+        >>> loss
+        tensor(2.6535, grad_fn=...)
+        >>> loss.backward()
+
+    References:
+        Kumar et al., arXiv 2306.09222, Algorithm 1, for the weights.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("per", per, UNITS)
+    check_class_weight(weight)
+    options = Options(ignore_index, check_label_smoothing(label_smoothing), reduction, per)
+    chunking = Chunking(logit_softcap, shift, chunk_bytes, accumulate_dtype, vocab_group).checked()
+    plan = Plan(resolve_weighting(weighting, tau))
+    check_head(input, linear_weight, linear_bias)
+    given = functional_state(plan.weighting, state, input.device)
+    objective, _, new = classify_linear(
+        input, linear_weight, linear_bias, target, weight, options, chunking, plan, Sync(process_group, sync),
+        where, sample_weight, groups, given,
+    )  # fmt: skip
+    return objective if state is None else (objective, new)
+
+
+class LinearRGDLoss(RGDLoss):
+    """A linear head and its re-weighted cross-entropy in one, without logits in memory.
+
+    What `nn.LinearCrossEntropyLoss` is to `nn.CrossEntropyLoss`; see `linear_cross_entropy` for how it is
+    computed. The other settings, `stats`, the state and what holds in eval mode are those of `RGDLoss`.
+
+    Args:
+        in_features: D, the size of a hidden state.
+        num_classes: C. With `vocab_group`, the classes of this process's slice.
+        bias: Whether the head has a bias.
+        device: Where the head is made.
+        dtype: The dtype of the head.
+        linear_weight: A head that is there already, a parameter of shape (C, D), as `lm_head.weight`: it is
+            shared, and `in_features` and `num_classes` may be left out. `tie` takes the whole module.
+        weight: Class weights, shape (C,).
+        ignore_index: Class index of targets that count for nothing.
+        reduction: "none", "mean" or "sum".
+        label_smoothing: In [0, 1].
+        tau: Short for `weighting=KL(tau)`.
+        weighting: As for `RGDLoss`.
+        per: As for `RGDLoss`.
+        evaluate: As for `RGDLoss`.
+        logit_softcap: As for `linear_cross_entropy`.
+        shift: As for `linear_cross_entropy`.
+        chunk_bytes: As for `linear_cross_entropy`.
+        accumulate_dtype: As for `linear_cross_entropy`.
+        vocab_group: As for `linear_cross_entropy`.
+        process_group: As for `RGDLoss`.
+        sync: As for `RGDLoss`.
+
+    Attributes:
+        linear: The head, an `nn.Linear`, or what `tie` was given.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a setting is out of range, or sizes do not fit each other.
+
+    Shape:
+        Input (N, D) or (B, T, D), with class indices of shape (N,) or (B, T), or class probabilities with C
+        as a last axis.
+
+    Example:
+        >>> import torch
+        >>> from rgd.torch import LinearRGDLoss
+        >>> criterion = LinearRGDLoss(4, 5, tau=1.0)
+        >>> hidden, target = torch.randn(2, 3, 4, requires_grad=True), torch.zeros(2, 3, dtype=torch.long)
+        >>> criterion(hidden, target).backward()
+        >>> criterion.linear.weight.grad.shape
+        torch.Size([5, 4])
+        >>> lm_head = torch.nn.Linear(4, 5, bias=False)
+        >>> LinearRGDLoss.tie(lm_head, shift=True).linear is lm_head
+        True
+    """
+
+    linear: nn.Module
+
+    def __init__(
+        self,
+        in_features: int | None = None,
+        num_classes: int | None = None,
+        *,
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        linear_weight: nn.Parameter | None = None,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        tau: float | None = None,
+        weighting: Weighting | None = None,
+        per: str = "element",
+        evaluate: str = "plain",
+        logit_softcap: float | None = None,
+        shift: bool = False,
+        chunk_bytes: int | None = None,
+        accumulate_dtype: torch.dtype | None = None,
+        vocab_group: Any = None,
+        process_group: Any = None,
+        sync: bool = True,
+    ) -> None:
+        super().__init__(
+            weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, tau=tau,
+            weighting=weighting, per=per, evaluate=evaluate, process_group=process_group, sync=sync,
+        )  # fmt: skip
+        self._chunking = Chunking(logit_softcap, shift, chunk_bytes, accumulate_dtype, vocab_group).checked()
+        self._make_head(in_features, num_classes, bias, device, dtype, linear_weight)
+
+    def _make_head(  # noqa: PLR0917
+        self,
+        in_features: int | None,
+        num_classes: int | None,
+        bias: bool,
+        device: Any,
+        dtype: torch.dtype | None,
+        linear_weight: nn.Parameter | None,
+    ) -> None:
+        if linear_weight is None:
+            if in_features is None or num_classes is None:
+                raise TypeError(
+                    "in_features and num_classes say how large the head is: LinearRGDLoss(in_features, "
+                    "num_classes); for a head that is there already, LinearRGDLoss.tie(lm_head)"
+                )
+            self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+            return
+        if not isinstance(linear_weight, nn.Parameter):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                "linear_weight must be an nn.Parameter, as lm_head.weight is, got "
+                f"{type(linear_weight).__name__}: LinearRGDLoss.tie(lm_head) takes a module"
+            )
+        if linear_weight.dim() != 2:
+            raise ValueError(f"linear_weight must have shape (C, D), got {tuple(linear_weight.shape)}")
+        classes, features = linear_weight.shape
+        if in_features not in (None, features) or num_classes not in (None, classes):
+            raise ValueError(
+                f"linear_weight has shape {(classes, features)}, which does not fit "
+                f"in_features={in_features} and num_classes={num_classes}: leave these out"
+            )
+        if bias or device is not None or dtype is not None:
+            raise ValueError("bias, device and dtype are for a new head: leave them out with linear_weight")
+        self.linear = nn.Linear(features, classes, bias=False, device="meta")
+        self.linear.weight = linear_weight
+
+    @classmethod
+    def tie(cls, lm_head: nn.Module, **settings: Any) -> LinearRGDLoss:
+        """The loss of a head that is there already, which it shares.
+
+        Args:
+            lm_head: A module with a `weight` of shape (C, D) and perhaps a `bias` of shape (C,): an
+                `nn.Linear`, or the `nn.Embedding` of tied embeddings.
+            **settings: Those of the loss but for `in_features`, `num_classes`, `bias`, `device`, `dtype` and
+                `linear_weight`.
+
+        Returns:
+            A loss whose `linear` is `lm_head`.
+
+        Raises:
+            TypeError: If `lm_head` is no such module.
+            ValueError: As the class.
+        """
+        weight = getattr(lm_head, "weight", None)
+        if not isinstance(lm_head, nn.Module) or not isinstance(weight, Tensor) or weight.dim() != 2:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                "lm_head must be a module with a weight of shape (C, D), such as nn.Linear or "
+                f"nn.Embedding, got {type(lm_head).__name__}: for a parameter, "
+                "LinearRGDLoss(linear_weight=parameter)"
+            )
+        new = {"in_features", "num_classes", "bias", "device", "dtype", "linear_weight"} & set(settings)
+        if new:
+            raise TypeError(f"tie takes the head as it is: leave {', '.join(sorted(new))} out")
+        classes, features = weight.shape
+        loss = cls(features, classes, device="meta", **settings)
+        loss.linear = lm_head
+        return loss
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor | None = None,
+        *args: Any,
+        where: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        groups: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The re-weighted objective.
+
+        Args:
+            input: Hidden states, (N, D) or (B, T, D).
+            target: Class indices of shape (N,) or (B, T), or class probabilities.
+            *args: None.
+            where: Mask, bool, of the targets' shape.
+            sample_weight: As for `linear_cross_entropy`.
+            groups: As for `linear_cross_entropy`.
+            **kwargs: None.
+
+        Returns:
+            A scalar or, with `reduction="none"`, one value a target.
+
+        Raises:
+            IndexError, TypeError, ValueError: As `linear_cross_entropy`.
+        """
+        if target is None or args or kwargs:
+            raise TypeError(
+                "the loss takes input and target (and where=, sample_weight=, groups=), got "
+                + ("no target" if target is None else f"{len(args) + len(kwargs)} more arguments")
+            )
+        weight, bias = (
+            cast("Tensor", self.linear.weight),
+            cast("Tensor | None", getattr(self.linear, "bias", None)),
+        )
+        plan, state, sync = self._part_of(input, weight)
+        plain = plan is not self._plan
+        options = Options(self.ignore_index, self.label_smoothing, self.reduction, self.per)
+        before = None if state is None else self._read(state, input)
+        objective, record, after = classify_linear(
+            input, weight, bias, target, self.weight, options, self._chunking, plan, sync,
+            where, sample_weight, None if plain else groups, before,
+        )  # fmt: skip
+        if not plain:
+            self._keep(record, state, after)
+        return objective
+
+    def extra_repr(self) -> str:
+        """The settings, for `repr`."""
+        given = {name: value for name, value in self._chunking._asdict().items() if value}
+        return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in given.items())])

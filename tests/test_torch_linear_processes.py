@@ -1,0 +1,190 @@
+"""The linear head over several processes (gloo): a split vocabulary, data parallelism, sharded parameters."""
+
+import pytest
+import rgd
+import torch
+import torch.distributed as dist
+from family import label
+from rgd.torch import LinearRGDLoss, linear_cross_entropy
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+
+B, T, D, C = 4, 3, 6, 12
+WEIGHTINGS = [rgd.KL(1.0), rgd.Focal(2.0), rgd.KLBall(0.1), rgd.CVaR(0.3)]
+# Sums of at most 72 products in another order.
+CLOSE = {"rtol": 1e-12, "atol": 1e-13}
+
+
+def tensors(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(B, T, D, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(C, D, generator=generator, dtype=torch.float64).to(dtype)
+    bias = torch.randn(C, generator=generator, dtype=torch.float64).to(dtype)
+    target = torch.randint(C, (B, T), generator=generator)
+    target[0, 1] = -100
+    return input, weight, bias, target
+
+
+def results(input, head, bias, target, **options):
+    trained = [one.clone().requires_grad_() for one in (input, head, bias)]
+    objective = linear_cross_entropy(trained[0], trained[1], target, linear_bias=trained[2], **options)
+    above = torch.linspace(1.0, 2.0, objective.numel(), dtype=objective.dtype).view(objective.shape)
+    (objective * above).sum().backward()
+    return [objective.detach(), *(one.grad for one in trained)]
+
+
+# --- a split vocabulary ---
+
+
+def slices(rank, size, sizes, options, dtype=torch.float64):
+    input, weight, bias, target = tensors(dtype)
+    first = sum(sizes[:rank])
+    own = slice(first, first + sizes[rank])
+    return results(input, weight[own], bias[own], target, vocab_group=dist.group.WORLD, sync=False, **options)
+
+
+def check_slices(run, sizes, options, *, close=CLOSE, dtype=torch.float64):
+    expected = results(*tensors(dtype), **options)
+    outcomes = run(len(sizes), slices, sizes, options, dtype)
+    for objective, of_input, *_ in outcomes:
+        torch.testing.assert_close(objective, expected[0], **close)
+        torch.testing.assert_close(of_input, expected[1], **close)
+    for place in (2, 3):
+        whole = torch.cat([outcome[place] for outcome in outcomes])
+        torch.testing.assert_close(whole, expected[place], **close)
+
+
+@pytest.mark.parametrize("sizes", [[6, 6], [4, 4, 4]], ids=str)
+@pytest.mark.parametrize("weighting", WEIGHTINGS, ids=label)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_slices_of_a_vocabulary_equal_the_whole(run, reduction, weighting, sizes):
+    check_slices(run, sizes, {"weighting": weighting, "reduction": reduction, "chunk_bytes": 8 * 12 * 2})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_smoothing": 0.2},
+        {"label_smoothing": 0.2, "weight": torch.linspace(0.5, 1.5, C)},
+        {"weight": torch.linspace(0.5, 1.5, C), "logit_softcap": 2.0},
+        {"shift": True, "per": "sample"},
+        {"sample_weight": torch.tensor([1.0, 0.0, 2.0, 0.5])},
+    ],
+    ids=str,
+)
+def test_options_over_slices_equal_those_of_the_whole(run, options):
+    check_slices(run, [6, 6], options)
+
+
+@pytest.mark.parametrize("sizes", [[5, 7], [3, 8, 1]], ids=str)
+def test_slices_may_differ_in_size(run, sizes):
+    check_slices(run, sizes, {"chunk_bytes": 8 * 12})
+
+
+def test_slices_in_bfloat16_are_near_the_whole(run):
+    eps = torch.finfo(torch.bfloat16).eps
+    check_slices(run, [6, 6], {}, close={"rtol": 8 * eps, "atol": 8 * eps}, dtype=torch.bfloat16)
+
+
+def refusals(rank, size):
+    input, weight, bias, target = tensors()
+    own = slice(0, 5) if rank == 0 else slice(5, 12)
+    messages = []
+    wrong = target.clone()
+    wrong[1, 1] = C
+    for given, options in (
+        (target, {"label_smoothing": 0.1}),
+        (wrong, {}),
+        (target, {"weight": torch.ones(5)}),
+    ):
+        try:
+            linear_cross_entropy(
+                input,
+                weight[own],
+                given,
+                linear_bias=bias[own],
+                vocab_group=dist.group.WORLD,
+                sync=False,
+                **options,
+            )
+        except (ValueError, IndexError) as error:
+            messages.append(f"{type(error).__name__}: {error}")
+    try:
+        linear_cross_entropy(input, weight[: 12 * rank], target, vocab_group=dist.group.WORLD, sync=False)
+    except ValueError as error:
+        messages.append(str(error))
+    return messages
+
+
+def test_what_does_not_fit_a_split_vocabulary_is_named(run):
+    for messages in run(2, refusals):
+        assert "label_smoothing over a vocabulary in slices of different sizes" in messages[0]
+        assert messages[1].startswith("IndexError: target 12 is out of range: give a class in 0..11")
+        assert "one number for each of the 12 classes, got 5" in messages[2]
+        assert "at least one class" in messages[3]
+
+
+# --- data parallelism ---
+
+
+class Model(nn.Module):
+    """A body and a head whose logits are never made."""
+
+    def __init__(self, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(D, D, dtype=torch.float64)
+        self.criterion = LinearRGDLoss(D, C, dtype=torch.float64, **options)
+
+    def forward(self, input, target):
+        return self.criterion(torch.tanh(self.body(input)), target)
+
+
+def train(rank, size, weighting):
+    input, _, _, target = tensors()
+    model = Model(weighting=weighting, chunk_bytes=8 * 12)
+    wrapped = DistributedDataParallel(model) if size > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    target[0, 1] = 0
+    own = slice(rank * B // size, (rank + 1) * B // size)
+    for _ in range(3):
+        optimizer.zero_grad()
+        wrapped(input[own], target[own]).backward()
+        optimizer.step()
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("weighting", [rgd.KL(1.0), rgd.KLBall(0.1)], ids=label)
+def test_data_parallel_training_equals_one_process(run, weighting):
+    expected = train(0, 1, weighting)
+    for outcome in run(2, train, weighting):
+        torch.testing.assert_close(outcome, expected, rtol=1e-11, atol=1e-13)
+
+
+def shard(rank, size, weighting):
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
+
+    mesh = init_device_mesh("cpu", (size,))
+    input, _, _, target = tensors()
+    target[0, 1] = 0
+    model = Model(weighting=weighting)
+    # The head is a unit of its own: its weight is gathered while the loss runs.
+    fully_shard(model.criterion, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    own = slice(rank * B // size, (rank + 1) * B // size)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(input[own], target[own]).backward()
+        optimizer.step()
+    return [parameter.full_tensor().detach() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("weighting", [rgd.KL(1.0), rgd.KLBall(0.1)], ids=label)
+def test_sharded_training_equals_one_process(run, weighting):
+    expected = train(0, 1, weighting)
+    for outcome in run(2, shard, weighting):
+        torch.testing.assert_close(outcome, expected, rtol=1e-11, atol=1e-13)
