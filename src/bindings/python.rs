@@ -193,6 +193,7 @@ struct Read<'py> {
     logits: Tensor<'py>,
     target: Tensor<'py>,
     class_weight: Option<Tensor<'py>>,
+    logit_adjustment: Option<Tensor<'py>>,
     sample_weight: Option<Tensor<'py>>,
 }
 
@@ -201,12 +202,14 @@ impl<'py> Read<'py> {
         logits: &Bound<'py, PyAny>,
         target: &Bound<'py, PyAny>,
         class_weight: Option<&Bound<'py, PyAny>>,
+        logit_adjustment: Option<&Bound<'py, PyAny>>,
         sample_weight: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Self> {
         Ok(Self {
             logits: Tensor::import("logits", logits)?,
             target: Tensor::import("target", target)?,
             class_weight: class_weight.map(|c| Tensor::import("weight", c)).transpose()?,
+            logit_adjustment: logit_adjustment.map(|a| Tensor::import("logit_adjustment", a)).transpose()?,
             sample_weight: sample_weight.map(|p| Tensor::import("sample_weight", p)).transpose()?,
         })
     }
@@ -223,7 +226,8 @@ impl<'py> Read<'py> {
         'py: 'a,
     {
         let in_place = grad.is_some_and(|grad| grad.is(&self.logits));
-        let inputs = [&self.target].into_iter().chain(&self.class_weight).chain(&self.sample_weight);
+        let inputs = [&self.target].into_iter().chain(&self.class_weight).chain(&self.logit_adjustment);
+        let inputs = inputs.chain(&self.sample_weight);
         let inputs = inputs.chain((!in_place).then_some(&self.logits)).chain(others.iter().copied());
         let outputs = outputs.iter().copied().chain(grad);
         distinct(&outputs.collect::<Vec<_>>(), &inputs.collect::<Vec<_>>())
@@ -253,6 +257,7 @@ impl<'py> Read<'py> {
             logits: self.logits.view()?,
             target,
             class_weight: self.class_weight.as_ref().map(Tensor::slice).transpose()?,
+            logit_adjustment: self.logit_adjustment.as_ref().map(Tensor::slice).transpose()?,
             sample_weight: self.sample_weight.as_ref().map(Tensor::slice).transpose()?,
         })
     }
@@ -294,7 +299,7 @@ fn read_totals(totals: Result<Totals, ce::Error>) -> PyResult<(f64, usize)> {
 #[pyfunction]
 #[pyo3(signature = (
     logits, target, class_weight, sample_weight, kind, numbers, ignore_index, label_smoothing, per_sample, reduction,
-    losses, weights, objective, grad, threads
+    losses, weights, objective, grad, threads, logit_adjustment=None
 ))]
 #[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // one for each tensor and setting
 fn cross_entropy(
@@ -314,10 +319,11 @@ fn cross_entropy(
     objective: &Bound<PyAny>,
     grad: Option<&Bound<PyAny>>,
     threads: usize,
+    logit_adjustment: Option<&Bound<PyAny>>,
 ) -> PyResult<(f64, usize)> {
     let settings = read_settings(ignore_index, label_smoothing, per_sample, reduction, threads)?;
     let weighting = read_weighting(kind, &numbers)?;
-    let read = Read::import(logits, target, class_weight, sample_weight)?;
+    let read = Read::import(logits, target, class_weight, logit_adjustment, sample_weight)?;
     let mut losses = Tensor::import("losses", losses)?;
     let mut weights = Tensor::import("weights", weights)?;
     let mut objective = Tensor::import("objective", objective)?;
@@ -336,7 +342,9 @@ fn cross_entropy(
 }
 
 #[pyfunction]
-#[pyo3(signature = (logits, target, class_weight, ignore_index, label_smoothing, losses, threads))]
+#[pyo3(signature = (
+    logits, target, class_weight, ignore_index, label_smoothing, losses, threads, logit_adjustment=None
+))]
 #[allow(clippy::too_many_arguments)] // as above
 fn cross_entropy_losses(
     py: Python,
@@ -347,9 +355,10 @@ fn cross_entropy_losses(
     label_smoothing: f64,
     losses: &Bound<PyAny>,
     threads: usize,
+    logit_adjustment: Option<&Bound<PyAny>>,
 ) -> PyResult<usize> {
     let settings = read_settings(ignore_index, label_smoothing, false, "none", threads)?;
-    let read = Read::import(logits, target, class_weight, None)?;
+    let read = Read::import(logits, target, class_weight, logit_adjustment, None)?;
     let mut losses = Tensor::import("losses", losses)?;
     read.distinct_from(&[&losses], None, &[])?;
     let (_, counted) = for_float!(read.logits.dtype(), "logits", T => {
@@ -362,7 +371,7 @@ fn cross_entropy_losses(
 #[pyfunction]
 #[pyo3(signature = (
     logits, target, class_weight, sample_weight, ignore_index, label_smoothing, per_sample, reduction, losses, weights,
-    objective, grad, threads
+    objective, grad, threads, logit_adjustment=None
 ))]
 #[allow(clippy::too_many_arguments)] // as above
 fn cross_entropy_gradient(
@@ -380,9 +389,10 @@ fn cross_entropy_gradient(
     objective: &Bound<PyAny>,
     grad: Option<&Bound<PyAny>>,
     threads: usize,
+    logit_adjustment: Option<&Bound<PyAny>>,
 ) -> PyResult<(f64, usize)> {
     let settings = read_settings(ignore_index, label_smoothing, per_sample, reduction, threads)?;
-    let read = Read::import(logits, target, class_weight, sample_weight)?;
+    let read = Read::import(logits, target, class_weight, logit_adjustment, sample_weight)?;
     let (losses, weights) = (Tensor::import("losses", losses)?, Tensor::import("weights", weights)?);
     let mut objective = Tensor::import("objective", objective)?;
     let mut grad = grad.map(|g| Tensor::import("grad", g)).transpose()?;

@@ -3,7 +3,8 @@
 //! Mirrors the part of `xla/ffi/api/c_api.h` (shipped with jaxlib) that a handler needs, version 0.1, which every later
 //! version of the interface serves. Of a row of logits `x`, its label `y` and its settings `(norm, smoothing, numbers...)` the
 //! call writes the loss `l`, its weight `w`, and the gradient of `norm w l`, which may take the place of the logits. The
-//! attribute `kind` names the weighting that has these numbers, which must be pointwise.
+//! attribute `kind` names the weighting that has these numbers, which must be pointwise. A fourth operand is added to the
+//! logits of each class: of shape `(..., C)` for rows of shape `(..., n)`, or `(..., 0)` for nothing.
 //!
 //! XLA promises: buffers are dense, row-major and aligned, live as long as the call, and an output shares memory with an
 //! input only where the caller of `jax.ffi.ffi_call` allowed it, and then exactly. Outputs are uninitialised, and a buffer
@@ -270,17 +271,17 @@ impl Memory<'_> {
 }
 
 unsafe fn run(frame: &CallFrame) -> Result<(), String> {
-    if frame.args.size != 3 || frame.rets.size != 3 {
+    if frame.args.size != 4 || frame.rets.size != 3 {
         return Err(format!(
-            "expected 3 operands and 3 results, got {} and {}",
+            "expected 4 operands and 3 results, got {} and {}",
             frame.args.size, frame.rets.size
         ));
     }
     // SAFETY: the frame's attributes are XLA's.
     let kind = unsafe { text_attribute(&frame.attributes, "kind") }
         .ok_or("the call must have the string attribute 'kind', the name of a weighting")?;
-    // SAFETY: there are three buffers each.
-    let [logits, labels, settings] = unsafe { [0, 1, 2].map(|i| Memory::of(&frame.args, i)) };
+    // SAFETY: there are as many buffers.
+    let [logits, labels, settings, adjustment] = unsafe { [0, 1, 2, 3].map(|i| Memory::of(&frame.args, i)) };
     // SAFETY: as above.
     let outputs = unsafe { [0, 1, 2].map(|i| Memory::of(&frame.rets, i)) };
     let Some((&classes, rows)) = logits.dims.split_last() else {
@@ -291,11 +292,15 @@ unsafe fn run(frame: &CallFrame) -> Result<(), String> {
             "settings have no last axis: expected norm, label smoothing and the weighting's numbers".into()
         );
     };
+    let adjustment_fits = adjustment.dims.split_last().is_some_and(|(&count, parts)| {
+        (count == classes || count == 0) && rows.starts_with(parts) && adjustment.dtype == settings.dtype
+    });
     let gradient_shape = [rows, &[classes]].concat();
     if labels.dtype != S32
         || labels.dims != rows
         || settings_rows != rows
         || width < 2
+        || !adjustment_fits
         || outputs[0].dims != rows
         || outputs[1].dims != rows
         || outputs[2].dims != gradient_shape
@@ -309,6 +314,7 @@ unsafe fn run(frame: &CallFrame) -> Result<(), String> {
         logits: &logits,
         labels: &labels,
         settings: &settings,
+        adjustment: &adjustment,
         outputs: &outputs,
         classes: classes as usize,
         width: width as usize,
@@ -345,6 +351,8 @@ struct Call<'a> {
     logits: &'a Memory<'a>,
     labels: &'a Memory<'a>,
     settings: &'a Memory<'a>,
+    /// What is added to the logits of each class, the same for all rows of a part, or nothing.
+    adjustment: &'a Memory<'a>,
     outputs: &'a [Memory<'a>; 3],
     classes: usize,
     /// How many settings a row has: its norm, its label smoothing and the numbers of the weighting.
@@ -370,6 +378,9 @@ unsafe fn fill<T: Element>(call: &Call) -> Result<(), String> {
     }
     // SAFETY: checked shapes and dtypes.
     let (labels, settings) = unsafe { (call.labels.slice::<i32>(), call.settings.slice::<T::Real>()) };
+    // SAFETY: as above.
+    let adjustment = unsafe { call.adjustment.slice::<T::Real>() };
+    let adjusted = if adjustment.is_empty() { rows } else { rows / (adjustment.len() / classes) };
     let [losses, weights, grad] = call.outputs;
     // SAFETY: checked shapes and dtypes; results do not overlap.
     let (losses, weights) = unsafe { (losses.uninit::<T::Real>(), weights.uninit::<T::Real>()) };
@@ -383,7 +394,7 @@ unsafe fn fill<T: Element>(call: &Call) -> Result<(), String> {
     let mut start = 0;
     while start < rows {
         let own = settings_of(start).1;
-        let limit = rows.min(start + block);
+        let limit = rows.min(start + block).min((start / adjusted + 1) * adjusted);
         let end = (start + 1..limit).find(|&row| settings_of(row).1 != own).unwrap_or(limit);
         let part = start..end;
         let outside = |&label: &i32| label != IGNORED && !(0..classes as i64).contains(&i64::from(label));
@@ -408,6 +419,7 @@ unsafe fn fill<T: Element>(call: &Call) -> Result<(), String> {
             logits,
             target: Target::Int32(ArrayView1::from(&clean[..]).into_dyn()),
             class_weight: None,
+            logit_adjustment: adjustment.chunks_exact(classes).nth(start / adjusted),
             sample_weight: None,
         };
         let settings = Settings {

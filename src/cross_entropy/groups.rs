@@ -50,6 +50,8 @@ pub(super) struct Problem<'a, T: Element> {
     pub grad_class: isize,
     pub labels: &'a Labels,
     pub class_weight: Option<&'a [T::Real]>,
+    /// What is added to the logits of each class.
+    pub adjustment: Option<&'a [T::Real]>,
     /// One number a unit that multiplies the factors.
     pub base: Option<&'a [T::Real]>,
     /// How many targets share a weight.
@@ -96,6 +98,7 @@ impl<'a, T: Element> Problem<'a, T> {
             grad_class: if classes == 1 { 1 } else { g_class },
             labels,
             class_weight: inputs.class_weight,
+            adjustment: inputs.logit_adjustment,
             base: inputs.sample_weight,
             unit: dims.unit,
             norm: 1.0,

@@ -5,6 +5,8 @@
 //! A pointwise weight depends on its own loss alone, so [`cross_entropy`] writes losses, weights and gradient in one pass
 //! over the logits. Weights that depend on more than that take two: [`losses`], and [`gradient`] of given weights.
 //!
+//! With a logit adjustment `a`, one number a class, `x_k` stands for the logit `x_k + a_k`, summed in the accumulator's type.
+//!
 //! `shape` checks the arguments, `labels` reads the targets, `mass` says how their mass lies on the classes. There are two
 //! loops over the logits: `rows` has the lanes along the classes, `tiles` across targets; `groups` has what they share.
 
@@ -68,6 +70,8 @@ pub struct Inputs<'a, T: Element> {
     pub target: Target<'a, T>,
     /// One a class.
     pub class_weight: Option<&'a [T::Real]>,
+    /// One a class: `x_k + a_k` takes the place of every logit `x_k`. A constant of the gradient.
+    pub logit_adjustment: Option<&'a [T::Real]>,
     /// The base measure `p`, one a target or, with `per_sample`, a sample. What has 0 takes no part.
     pub sample_weight: Option<&'a [T::Real]>,
 }

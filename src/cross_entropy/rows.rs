@@ -47,9 +47,10 @@ impl<T: Element> Kernel for Rows<'_, '_, T> {
         let mut group = Group::new();
         let grad = p.wanted_grad(self.plan);
         let own = grad.and_then(|grad| T::as_real(grad.0));
-        // Where no gradient is written, exponentials are not needed after their sum, so that all rows share one row of
-        // scratch memory.
-        let kept = if grad.is_none() && T::as_real(p.logits.0).is_some() { 1 } else { GROUP };
+        // Where the logits are read as they lie and no gradient is written, exponentials are not needed after their sum, so
+        // that all rows share one row of scratch memory.
+        let as_they_lie = T::as_real(p.logits.0).is_some() && p.adjustment.is_none();
+        let kept = if grad.is_none() && as_they_lie { 1 } else { GROUP };
         let kept = if own.is_some() { 0 } else { kept.min(self.end - self.start) };
         let mut scratch = with_capacity::<T::Real>(classes.saturating_mul(kept));
         for Run { position, length, offsets: [x, g, q_offset] } in p.positions.runs(self.start, self.end) {
@@ -129,7 +130,8 @@ struct RowSteps<'a, 'b, T: Element> {
     rows: RowsOf<T>,
     /// Where the gradient goes, if it is wanted.
     grads: Option<RowsOf<T>>,
-    /// Where the exponentials go, which become the gradient: for wide types into `grads`.
+    /// Where the exponentials go, which become the gradient: for wide types into `grads`. Before them it may hold what the
+    /// exponentials are of.
     exps: RowsOf<T::Real>,
 }
 
@@ -141,13 +143,16 @@ impl<T: Element> RowSteps<'_, '_, T> {
     unsafe fn run<I: Isa, M: RowMass<T::Real>>(self, group: &mut Group<T::Real>, mass: impl Fn(usize) -> M) {
         let Self { p, plan, start, count, rows, grads, exps } = self;
         // SAFETY of every block below: what the caller promises.
-        let own = T::as_real(rows.first);
+        // Logits that are narrow or adjusted are first written to where their exponentials go.
+        let own = if p.adjustment.is_none() { T::as_real(rows.first) } else { None };
         let source = own.map_or(exps, |first| RowsOf { first, step: rows.step, classes: rows.classes });
         // All maxima come first: a maximum is a long chain of dependent steps, and those of several rows overlap.
         for i in 0..count {
             // SAFETY: as above.
             unsafe {
-                if own.is_none() {
+                if let Some(adjustment) = p.adjustment {
+                    row_adjust(rows.address(i), exps.address(i), adjustment);
+                } else if own.is_none() {
                     row_widen(rows.address(i), exps.address(i), p.classes);
                 }
                 group.max[i] = row_max(source.row(i));
@@ -155,7 +160,7 @@ impl<T: Element> RowSteps<'_, '_, T> {
         }
         // The exponentials may take the place of the logits, so the labels' logits are read before them.
         // SAFETY: as above.
-        p.look_at_labels(start, count, group, |i, y| unsafe { rows.row(i) }[y].widen());
+        p.look_at_labels(start, count, group, |i, y| unsafe { source.row(i) }[y]);
         for i in 0..count {
             // SAFETY: as above.
             let [sum, dot, mass_sum] = unsafe {
@@ -225,6 +230,35 @@ unsafe fn row_widen<T: Element>(row: *const T, wide: *mut T::Real, classes: usiz
         k += LANES;
         fence();
     }
+}
+
+/// Writes `x_k + a_k` of a row of logits `x` and their adjustment `a`.
+///
+/// # Safety
+/// The addresses are of rows of as many numbers as `adjustment` has, at least [`LANES`], the latter this call's alone. They
+/// overlap only where they are the same.
+#[inline(always)]
+unsafe fn row_adjust<T: Element>(row: *const T, sums: *mut T::Real, adjustment: &[T::Real]) {
+    // SAFETY: what the caller promises.
+    let sum = |at: usize| unsafe {
+        let (x, mut y) = (read_tile(row.add(at)), read_tile(adjustment.as_ptr().add(at)));
+        for lane in 0..LANES {
+            y[lane] = x[lane].widen() + y[lane];
+        }
+        y
+    };
+    // The last tile overlaps the one before it, whose sums may take the place of the logits.
+    let last = adjustment.len() - LANES;
+    let end = sum(last);
+    let mut k = 0;
+    while k < last {
+        // SAFETY: as above.
+        unsafe { write_tile(sums.add(k), sum(k)) };
+        k += LANES;
+        fence();
+    }
+    // SAFETY: as above.
+    unsafe { write_tile(sums.add(last), end) };
 }
 
 /// The largest logit. NaN logits are skipped here; they make the sum of exponentials NaN.

@@ -6,6 +6,7 @@ use half::{bf16, f16};
 use ndarray::{Array, ArrayD, Axis, IxDyn, ShapeBuilder};
 use proptest::prelude::*;
 
+mod adjustment;
 mod in_place;
 
 const KL: Weighting = Weighting::Kl(Kl { tau: 1.0, scale: 0.5, normalize: false });
@@ -49,10 +50,10 @@ fn sizes<T: Element>(inputs: &Inputs<T>, settings: &Settings) -> [usize; 3] {
     [targets, units, if settings.reduction == Reduction::None { targets } else { 1 }]
 }
 
-/// Inputs without class weights and sample weights.
+/// Inputs of logits and labels alone.
 fn plain<'a, T: Element>(logits: &'a ArrayD<T>, labels: &'a ArrayD<i64>) -> Inputs<'a, T> {
     let target = Target::Int64(labels.view());
-    Inputs { logits: logits.view(), target, class_weight: None, sample_weight: None }
+    Inputs { logits: logits.view(), target, class_weight: None, logit_adjustment: None, sample_weight: None }
 }
 
 fn run<T: Element>(
@@ -143,7 +144,7 @@ fn check<T: Element>(
     let target = if soft { Target::Probabilities(p.view()) } else { Target::Int64(labels_view.view()) };
     let settings = Settings { label_smoothing: smoothing, reduction: Reduction::Sum, ..SETTINGS };
     let class_weight = weighted.then_some(&c[..]);
-    let inputs = Inputs { logits: logits.view(), target, class_weight, sample_weight: None };
+    let inputs = Inputs { class_weight, target, ..plain(&logits, &labels_view) };
     let result = run(&inputs, KL, &settings).unwrap();
 
     let class_weight = |k: usize| if weighted { c[k].to_f64() } else { 1.0 };
@@ -193,7 +194,7 @@ proptest! {
         let shape = [4, classes, 3, 5];
         let logits = Array::from_shape_vec(IxDyn(&shape), noise(4 * classes * 15, seed).collect()).unwrap();
         let labels = Array::from_shape_fn(IxDyn(&[4, 3, 5]), |i| ((i[0] + i[1] * 7 + i[2]) % classes) as i32);
-        let inputs = |logits, target| Inputs { logits, target, class_weight: None, sample_weight: None };
+        let inputs = |logits, target| Inputs { logits, target, class_weight: None, logit_adjustment: None, sample_weight: None };
         let plain = run(&inputs(logits.view(), Target::Int32(labels.view())), KL, &SETTINGS).unwrap();
         let mut classes_last = ArrayD::zeros(IxDyn(&shape).f());
         classes_last.assign(&logits);
@@ -359,6 +360,7 @@ fn a_class_distribution_of_sample_weight_zero_takes_no_part() {
             logits: logits.slice_axis(Axis(0), keep.clone().into()),
             target: Target::Probabilities(q.slice_axis(Axis(0), keep.into())),
             class_weight: None,
+            logit_adjustment: None,
             sample_weight,
         };
         let settings = Settings { reduction: Reduction::Sum, ..SETTINGS };

@@ -56,6 +56,13 @@ impl<T: Element> Kernel for Tiles<'_, '_, T> {
                         count,
                         &mut tile,
                     );
+                    if let Some(adjustment) = p.adjustment {
+                        for (row, &a) in tile.chunks_exact_mut(width).zip(adjustment) {
+                            for x in &mut row[..count] {
+                                *x = *x + a;
+                            }
+                        }
+                    }
                     if let SoftMass::Probabilities { q, class_stride, slope, mass } = &p.soft {
                         let first = q.0.offset(q_offset + at * q_step);
                         load_tile(first, q_step, *class_stride, width, count, &mut masses);
