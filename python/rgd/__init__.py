@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from rgd import _rgd
 from rgd._arrays import Source, SupportsDLPack, available_cores, read, read_groups, read_mask, read_mass
+from rgd.class_counts import class_balanced, log_prior
 from rgd.stats import GroupStats, WeightStats, WeightSums, clip_of, group_stats, stats_from_sums
 from rgd.weightings import (
     ERM,
@@ -59,6 +60,8 @@ __all__ = [
     "Trimmed",
     "WeightStats",
     "Weighting",
+    "class_balanced",
+    "log_prior",
     "reweighted_mean",
     "sample_weights",
     "weight_stats",

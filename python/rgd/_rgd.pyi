@@ -81,6 +81,7 @@ def cross_entropy(
     objective: Any,
     grad: Any | None,
     threads: int,
+    logit_adjustment: Any | None = None,
 ) -> tuple[float, int]:
     """Re-weighted cross-entropy, and its gradient where `grad` is given.
 
@@ -110,6 +111,8 @@ def cross_entropy(
             addresses: then the gradient overwrites them, to the same bits. A call that is interrupted or runs
             out of memory leaves some of them overwritten.
         threads: The largest number of threads to use.
+        logit_adjustment: (C,), contiguous, in the accumulator's dtype: added to the logits of each class as
+            they are read. The gradient is that with respect to the logits; this is a constant.
 
     Returns:
         The denominator of "mean" (the sum of `p` times the target's class weight; for class probabilities,
@@ -130,6 +133,7 @@ def cross_entropy_losses(
     label_smoothing: float,
     losses: Any,
     threads: int,
+    logit_adjustment: Any | None = None,
 ) -> int:
     """Fill `losses`, one a target and 0 for an ignored one; arguments and errors as for `cross_entropy`.
 
@@ -151,6 +155,7 @@ def cross_entropy_gradient(
     objective: Any,
     grad: Any | None,
     threads: int,
+    logit_adjustment: Any | None = None,
 ) -> tuple[float, int]:
     """The objective of given losses and weights, and its gradient where `grad` is given.
 
@@ -172,6 +177,7 @@ def cross_entropy_gradient(
         objective: Output, as there.
         grad: Output, as there.
         threads: As there.
+        logit_adjustment: As there.
 
     Returns:
         As `cross_entropy`.
@@ -180,9 +186,10 @@ def cross_entropy_gradient(
 def xla_handler() -> object:
     """The XLA FFI handler of the fused cross-entropy for the CPU, for `jax.ffi.register_ffi_target`.
 
-    Its operands are logits (..., C), labels (...), int32, -1 for one that takes no part, and settings
+    Its operands are logits (..., C), labels (...), int32, -1 for one that takes no part, settings
     (..., 2 + K): norm (what multiplies the row's weighted loss, a sample weight included), label smoothing,
-    and the K numbers of the weighting of each row. Its string attribute `kind` names the weighting's kernel,
+    and the K numbers of the weighting of each row, and a logit adjustment, (C,), or (0,) for none, behind any
+    number of the rows' leading axes. Its string attribute `kind` names the weighting's kernel,
     which must be pointwise; another name is an error of XLA's that lists the names known. Its results are
     losses (...) and weights (...), in the settings' dtype (float64 for float64 logits, else float32), and the
     gradient of `norm * w * l`, of the logits' shape and dtype. A label out of range makes its row of every

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 
 from rgd import _rgd
 from rgd.jax._batch import Losses, as_constants, pointwise_weights, weighted
-from rgd.jax._rows import IGNORED, index_losses
+from rgd.jax._rows import IGNORED, adjusted, index_losses
 from rgd.weightings import Weighting
 from rgd.weightings._base import Kernel, holds_everywhere, kernel_of
 
@@ -44,6 +44,7 @@ def weighted_sum(
     mass: jax.Array | None,
     norm: ArrayLike,
     smoothing: float,
+    adjustment: jax.Array | None,
 ) -> jax.Array:
     """`norm * sum_i p_i * sg(w_i) * l_i`, of which the gradient comes from the kernel.
 
@@ -54,6 +55,7 @@ def weighted_sum(
         mass: The base measure `p`, (...), or None for ones.
         norm: What the sum is multiplied by, ().
         smoothing: Label smoothing.
+        adjustment: What is added to the logits, (C,), or None for nothing.
 
     Returns:
         The sum, in the accumulator's dtype.
@@ -68,7 +70,8 @@ def weighted_sum(
         norm = jnp.where(allowed, norm, jnp.nan)
     row_norm = norm if mass is None else norm * mass
     settings = [jnp.broadcast_to(jnp.asarray(x, dtype), codes.shape) for x in (row_norm, smoothing, *numbers)]
-    constants = lax.stop_gradient((jnp.stack(settings, axis=-1), mass, norm, weighting))
+    added = jnp.zeros(0, dtype) if adjustment is None else adjustment.astype(dtype)
+    constants = lax.stop_gradient((added, jnp.stack(settings, axis=-1), mass, norm, weighting))
     return _weighted_sum(Options(kind, smoothing), logits, codes, *constants)
 
 
@@ -84,19 +87,20 @@ def _weighted_sum(  # noqa: PLR0917 - a custom derivative takes its arguments by
     options: Options,
     logits: jax.Array,
     codes: jax.Array,
+    added: jax.Array,
     settings: jax.Array,
     mass: jax.Array | None,
     norm: jax.Array,
     weighting: Weighting,
 ) -> jax.Array:
-    losses, weights, _ = _in_jnp(options, logits, codes, settings, weighting)
+    losses, weights, _ = _in_jnp(options, logits, codes, added, settings, weighting)
     return _total(losses, weights, mass, norm)
 
 
 @_weighted_sum.defjvp
 def _(options: Options, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
-    logits, codes, settings, mass, norm, weighting = primals
-    losses, weights, gradient = _kernel(options, logits, codes, settings, weighting)
+    logits, codes, added, settings, mass, norm, weighting = primals
+    losses, weights, gradient = _kernel(options, logits, codes, added, settings, weighting)
     value = _total(losses, weights, mass, norm)
     return value, jnp.sum(gradient.astype(value.dtype) * tangents[0].astype(value.dtype))
 
@@ -106,35 +110,42 @@ def _total(losses: jax.Array, weights: jax.Array, mass: jax.Array | None, norm: 
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _kernel(
-    options: Options, logits: jax.Array, codes: jax.Array, settings: jax.Array, weighting: Weighting
+def _kernel(  # noqa: PLR0917
+    options: Options,
+    logits: jax.Array,
+    codes: jax.Array,
+    added: jax.Array,
+    settings: jax.Array,
+    weighting: Weighting,
 ) -> Outputs:
     """Losses, weights and the gradient of `norm * p * w * l`."""
-    varying = tuple(_mapped_axes(logits) | _mapped_axes(codes) | _mapped_axes(settings))
+    varying = tuple(frozenset[Any]().union(*map(_mapped_axes, (logits, codes, added, settings))))
 
-    def rust(logits: jax.Array, codes: jax.Array, settings: jax.Array, weighting: Weighting) -> Outputs:
+    def rust(
+        logits: jax.Array, codes: jax.Array, added: jax.Array, settings: jax.Array, weighting: Weighting
+    ) -> Outputs:
         del weighting
         row = jax.ShapeDtypeStruct(codes.shape, settings.dtype)
         like_logits = jax.ShapeDtypeStruct(logits.shape, logits.dtype)
         call = jax.ffi.ffi_call(
             TARGET, (row, row, like_logits), vmap_method="broadcast_all", input_output_aliases={0: 2}
         )
-        outputs: Any = call(logits, codes, settings, kind=options.kind)
+        outputs: Any = call(logits, codes, settings, added, kind=options.kind)
         # JAX before 0.9 takes the outputs of a custom call for varying without being told.
         cast_needed = varying and hasattr(lax, "pcast")
         return tuple(lax.pcast(x, varying, to="varying") if cast_needed else x for x in outputs)
 
     default = functools.partial(_in_jnp, options)
-    return lax.platform_dependent(logits, codes, settings, weighting, cpu=rust, default=default)
+    return lax.platform_dependent(logits, codes, added, settings, weighting, cpu=rust, default=default)
 
 
 @_kernel.defjvp
 def _(options: Options, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Outputs, Outputs]:
-    logits, codes, settings, weighting = primals
-    outputs = _kernel(options, logits, codes, settings, weighting)
+    logits, codes, added, settings, weighting = primals
+    outputs = _kernel(options, logits, codes, added, settings, weighting)
 
     def of_logits(logits: jax.Array) -> Outputs:
-        return _in_jnp(options, logits, codes, settings, weighting)
+        return _in_jnp(options, logits, codes, added, settings, weighting)
 
     return outputs, jax.jvp(of_logits, (logits,), (tangents[0],))[1]
 
@@ -147,13 +158,18 @@ def _mapped_axes(array: jax.Array) -> frozenset[Any]:
     return frozenset(getattr(getattr(aval, "manual_axis_type", None), "varying", ()))
 
 
-def _in_jnp(
-    options: Options, logits: jax.Array, codes: jax.Array, settings: jax.Array, weighting: Weighting
+def _in_jnp(  # noqa: PLR0917
+    options: Options,
+    logits: jax.Array,
+    codes: jax.Array,
+    added: jax.Array,
+    settings: jax.Array,
+    weighting: Weighting,
 ) -> Outputs:
     """What the kernel computes, from the weighting's own formula."""
 
     def losses_of(logits: jax.Array) -> jax.Array:
-        return index_losses(logits, codes, None, options.smoothing)
+        return index_losses(adjusted(logits, added if added.size else None), codes, None, options.smoothing)
 
     losses, gradient_of = jax.vjp(losses_of, logits)
     weights = pointwise_weights(lax.stop_gradient(losses), as_constants(weighting, settings.dtype))

@@ -40,6 +40,13 @@ def encode(
     return codes if takes_part is None else jnp.where(takes_part, codes, IGNORED)
 
 
+def adjusted(logits: jax.Array, adjustment: jax.Array | None) -> jax.Array:
+    """Logits with the adjustment of each class added in the accumulator's dtype; as they are without one."""
+    if adjustment is None:
+        return logits
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) + adjustment
+
+
 def index_losses(
     logits: jax.Array, codes: jax.Array, class_weight: jax.Array | None, smoothing: float
 ) -> jax.Array:

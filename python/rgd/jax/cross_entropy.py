@@ -39,7 +39,7 @@ from rgd.jax._batch import (
     weighted,
     weights_of,
 )
-from rgd.jax._rows import IGNORED, encode, index_losses, probability_losses
+from rgd.jax._rows import IGNORED, adjusted, encode, index_losses, probability_losses
 from rgd.weightings import Weighting
 from rgd.weightings._base import kernel_of, require_state, resolve_weighting
 
@@ -60,6 +60,7 @@ def cross_entropy(
     weighting: Weighting | None = None,
     tau: ArrayLike | None = None,
     per: Per = "element",
+    logit_adjustment: ArrayLike | None = None,
     where: ArrayLike | None = None,
     sample_weight: ArrayLike | None = None,
     groups: ArrayLike | None = None,
@@ -80,6 +81,7 @@ def cross_entropy(
     weighting: Weighting | None = None,
     tau: ArrayLike | None = None,
     per: Per = "element",
+    logit_adjustment: ArrayLike | None = None,
     where: ArrayLike | None = None,
     sample_weight: ArrayLike | None = None,
     groups: ArrayLike | None = None,
@@ -99,6 +101,7 @@ def cross_entropy(
     weighting: Weighting | None = None,
     tau: ArrayLike | None = None,
     per: Per = "element",
+    logit_adjustment: ArrayLike | None = None,
     where: ArrayLike | None = None,
     sample_weight: ArrayLike | None = None,
     groups: ArrayLike | None = None,
@@ -128,6 +131,9 @@ def cross_entropy(
         tau: Short for `weighting=rgd.KL(tau=tau)`.
         per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the
             leading dimension of `labels` by the mean of their losses, over the targets that count.
+        logit_adjustment: Numbers `a`, (C,), constants: every loss is that of `logits + a`, summed in the
+            dtype that losses are computed in. `rgd.log_prior` makes them of class counts; -inf rules a class
+            out.
         where: Booleans that broadcast to the losses' shape. A target where it is False counts for nothing,
             and what its logits hold, be it NaN, reaches neither the objective nor the gradient.
         sample_weight: The base measure `m`, numbers >= 0, constants: of the losses' shape, or (N,) for the
@@ -177,6 +183,9 @@ def cross_entropy(
     References:
         Kumar, Majmundar, Nagaraj, Suggala, "Stochastic Re-weighted Gradient Descent via Distributionally
         Robust Optimization", TMLR 2024, arXiv 2306.09222, Algorithm 1.
+
+        Menon, Jayasumana, Rawat, Jain, Veit, Kumar, "Long-tail learning via logit adjustment", ICLR 2021,
+        arXiv 2007.07314, equation 10.
     """
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
@@ -194,6 +203,7 @@ def cross_entropy(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         per=per,
+        logit_adjustment=logit_adjustment,
         where=where,
         sample_weight=sample_weight,
         axis=axis,
@@ -226,6 +236,7 @@ class Problem(NamedTuple):
         smoothing: Label smoothing.
         base: The base measure, (...) in the accumulator's dtype: 0 for a target that counts for nothing; None
             where all count as 1.
+        adjustment: What is added to the logits, (C,) in the accumulator's dtype; None for nothing.
     """
 
     logits: jax.Array
@@ -233,6 +244,7 @@ class Problem(NamedTuple):
     class_weight: jax.Array | None
     smoothing: float
     base: jax.Array | None
+    adjustment: jax.Array | None
 
     @property
     def has_indices(self) -> bool:
@@ -248,6 +260,7 @@ def _as_problem(
     ignore_index: int,
     label_smoothing: float,
     per: Per,
+    logit_adjustment: ArrayLike | None,
     where: ArrayLike | None,
     sample_weight: ArrayLike | None,
     axis: int,
@@ -271,6 +284,7 @@ def _as_problem(
         raise ValueError(f"logits must have at least one class, got shape {given}")
     dtype = jnp.promote_types(logits.dtype, jnp.float32)
     class_weight = _class_weight(weight, classes, dtype)
+    adjustment = _by_class("logit_adjustment", logit_adjustment, classes, dtype)
     mask = as_mask(where, rows)
     mass = as_mass(sample_weight, rows if per == "element" else rows[:1], dtype)
     if mass is not None:
@@ -290,7 +304,7 @@ def _as_problem(
                 f"ignore_index does not apply to class probabilities, got {ignore_index}: leave it out"
             )
         probabilities = jnp.moveaxis(jnp.asarray(values), axis, -1)
-        return Problem(logits, probabilities, class_weight, label_smoothing, base)
+        return Problem(logits, probabilities, class_weight, label_smoothing, base, adjustment)
     if not jnp.issubdtype(values.dtype, jnp.integer):
         raise TypeError(
             f"labels must be integers (class indices) or floats (class probabilities), got {values.dtype}"
@@ -305,12 +319,13 @@ def _as_problem(
     _refuse_out_of_range(values, classes, ignore_index, takes_part)
     codes = encode(values, classes, ignore_index, takes_part)
     base = base_measure(codes != IGNORED, mass, dtype)
-    return Problem(logits, codes, class_weight, label_smoothing, base)
+    return Problem(logits, codes, class_weight, label_smoothing, base, adjustment)
 
 
 def _losses_of(problem: Problem) -> jax.Array:
     """The loss of each target in the accumulator's dtype, differentiable; 0 where a target does not count."""
-    logits, labels, class_weight, smoothing, base = problem
+    logits, labels, class_weight, smoothing, base, adjustment = problem
+    logits = adjusted(logits, adjustment)
     if problem.has_indices:
         return index_losses(logits, labels, class_weight, smoothing)
     return probability_losses(logits, labels, class_weight, smoothing, None if base is None else base != 0)
@@ -370,6 +385,7 @@ def _in_rust(problem: Problem, weighting: Weighting, reduction: Reduction, axis_
         mass=problem.base,
         norm=1 if reduction == "sum" else 1 / psum(_denominator_of(problem), axis_name),
         smoothing=problem.smoothing,
+        adjustment=problem.adjustment,
     )
     return psum(total, axis_name)
 
@@ -400,12 +416,19 @@ def _class_weight(weight: ArrayLike | None, classes: int, dtype: Any) -> jax.Arr
         return None
     if isinstance(weight, Weighting):
         raise TypeError(f"weight takes class weights, got {weight!r}: name it weighting={weight!r}")
-    array = jnp.asarray(weight)
+    return _by_class("weight", weight, classes, dtype)
+
+
+def _by_class(name: str, given: ArrayLike | None, classes: int, dtype: Any) -> jax.Array | None:
+    """One number a class, checked, as constants of a dtype."""
+    if given is None:
+        return None
+    array = jnp.asarray(given)
     if array.shape != (classes,):
-        raise ValueError(f"weight must have one entry a class, shape {(classes,)}, got {array.shape}")
+        raise ValueError(f"{name} must have one entry a class, shape {(classes,)}, got {array.shape}")
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(
-            f"weight must be floating, got {array.dtype}: convert it with weight.astype(jnp.float32)"
+            f"{name} must be floating, got {array.dtype}: convert it with {name}.astype(jnp.float32)"
         )
     return lax.stop_gradient(array.astype(dtype))
 

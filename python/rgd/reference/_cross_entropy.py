@@ -30,6 +30,7 @@ def cross_entropy_losses(
     *,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    logit_adjustment: npt.ArrayLike | None = None,
     where: npt.ArrayLike | None = None,
 ) -> Array:
     """The loss of each target, as `torch.nn.functional.cross_entropy(..., reduction="none")` gives it.
@@ -48,6 +49,7 @@ def cross_entropy_losses(
         weight: Class weights (C,); None for ones.
         ignore_index: The class index whose loss is 0.
         label_smoothing: Share of the target spread over all classes, in [0, 1].
+        logit_adjustment: Numbers (C,) that are added to the logits; None for zeros.
         where: Booleans that broadcast to the losses' shape. The loss is 0 where it is False.
 
     Returns:
@@ -64,7 +66,7 @@ def cross_entropy_losses(
         >>> cross_entropy_losses(np.zeros((2, 4)), np.array([3, -100])).round(4)
         array([1.3863, 0.    ])
     """
-    return _problem(logits, target, weight, ignore_index, label_smoothing, where=where).losses
+    return _problem(logits, target, weight, ignore_index, label_smoothing, logit_adjustment, where).losses
 
 
 def cross_entropy(
@@ -77,6 +79,7 @@ def cross_entropy(
     reduction: Reduction = "mean",
     weighting: Weighting = KL(),  # noqa: B008
     per: Per = "element",
+    logit_adjustment: npt.ArrayLike | None = None,
     where: npt.ArrayLike | None = None,
     sample_weight: npt.ArrayLike | None = None,
     groups: npt.ArrayLike | None = None,
@@ -106,6 +109,7 @@ def cross_entropy(
         per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the
             leading dimension by the mean of their losses, over targets not ignored. One that is all ignored
             has weight 0.
+        logit_adjustment: Numbers (C,) that are added to the logits; None for zeros.
         where: Booleans that broadcast to the losses' shape. A target where it is False is as one ignored.
         sample_weight: The base measure `p`, finite numbers >= 0, one a sample of the leading dimension or,
             with `per="element"`, one a target. A target where it is 0 is as one ignored.
@@ -132,7 +136,7 @@ def cross_entropy(
     References:
         Kumar et al., Algorithm 1 and section 3.
     """
-    problem = _problem(logits, target, weight, ignore_index, label_smoothing, where=where)
+    problem = _problem(logits, target, weight, ignore_index, label_smoothing, logit_adjustment, where)
     weights, base, after = _target_weights(
         problem, weighting, per, sample_weight=sample_weight, groups=groups, state=state
     )
@@ -154,6 +158,7 @@ def cross_entropy_grad(
     reduction: Reduction = "mean",
     weighting: Weighting = KL(),  # noqa: B008
     per: Per = "element",
+    logit_adjustment: npt.ArrayLike | None = None,
     where: npt.ArrayLike | None = None,
     sample_weight: npt.ArrayLike | None = None,
     groups: npt.ArrayLike | None = None,
@@ -178,7 +183,8 @@ def cross_entropy_grad(
         reduction: "none" (the gradient of the sum of the elements), "mean" or "sum".
         weighting: Turns losses into weights.
         per: "element" or "sample", as in `cross_entropy`.
-        where: As in `cross_entropy`, and so are the next three.
+        logit_adjustment: As in `cross_entropy`, and so are the next four.
+        where: Which targets take part.
         sample_weight: The base measure.
         groups: The group of each sample or target.
         state: State of a weighting that remembers.
@@ -198,7 +204,7 @@ def cross_entropy_grad(
     References:
         Kumar et al., Algorithm 1: the step `sum_i w_i * grad l_i / n`.
     """
-    problem = _problem(logits, target, weight, ignore_index, label_smoothing, where=where)
+    problem = _problem(logits, target, weight, ignore_index, label_smoothing, logit_adjustment, where)
     weights, base, after = _target_weights(
         problem, weighting, per, sample_weight=sample_weight, groups=groups, state=state
     )
@@ -225,13 +231,13 @@ class _Problem(NamedTuple):
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
-def _problem(
+def _problem(  # noqa: PLR0917
     logits: npt.ArrayLike,
     target: npt.ArrayLike,
     weight: npt.ArrayLike | None,
     ignore_index: int,
     label_smoothing: float,
-    *,
+    logit_adjustment: npt.ArrayLike | None,
     where: npt.ArrayLike | None,
 ) -> _Problem:
     logits = np.asarray(logits, dtype=np.float64)
@@ -245,8 +251,13 @@ def _problem(
     weight = np.ones(classes) if weight is None else np.asarray(weight, dtype=np.float64)
     if weight.shape != (classes,):
         raise ValueError(f"weight must have one entry a class, shape {(classes,)}, got {weight.shape}")
+    adjustment = np.zeros(classes) if logit_adjustment is None else np.asarray(logit_adjustment, np.float64)
+    if adjustment.shape != (classes,):
+        raise ValueError(
+            f"logit_adjustment must have one entry a class, shape {(classes,)}, got {adjustment.shape}"
+        )
 
-    rows = np.moveaxis(logits, class_axis, -1)
+    rows = np.moveaxis(logits, class_axis, -1) + adjustment
     log_p = _log_softmax(rows)
     if target.shape == logits.shape:
         if target.dtype.kind != "f":

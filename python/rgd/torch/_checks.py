@@ -168,6 +168,35 @@ def check_class_weight(weight: Any) -> None:
         )
 
 
+def check_logit_adjustment(adjustment: Any, logits: Tensor | None = None) -> None:
+    """Refuse a logit adjustment that is no vector of floats, or does not fit logits that were checked."""
+    if adjustment is None:
+        return
+    if not isinstance(adjustment, Tensor):
+        raise TypeError(
+            "logit_adjustment must be a torch.Tensor of one number a class, got "
+            f"{type(adjustment).__name__}: pass torch.as_tensor(logit_adjustment)"
+        )
+    if adjustment.dim() != 1 or adjustment.dtype not in FLOATS:
+        raise ValueError(
+            "logit_adjustment must be a vector of one float a class, got shape "
+            f"{tuple(adjustment.shape)} and {adjustment.dtype}"
+        )
+    if logits is None:
+        return
+    classes = logits.shape[1 if logits.dim() > 1 else 0]
+    if adjustment.shape[0] != classes:
+        raise MismatchError(
+            f"logit_adjustment must hold one number for each of the {classes} classes, got "
+            f"{adjustment.shape[0]}"
+        )
+    if adjustment.device != logits.device:
+        raise ValueError(
+            f"input is on {logits.device} and logit_adjustment on {adjustment.device}: move both to one "
+            "device"
+        )
+
+
 def check_classification(logits: Any, target: Any, weight: Tensor | None, ignore_index: int = -100) -> None:
     """Refuse logits, target and class weight that do not fit each other."""
     if not isinstance(logits, Tensor) or not isinstance(target, Tensor):

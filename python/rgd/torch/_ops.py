@@ -14,14 +14,15 @@ from torch import Tensor
 from rgd.torch.backends._options import Options, accumulator
 
 _OPTIONS = "int ignore_index, float label_smoothing"
-_REDUCED = f"{_OPTIONS}, str reduction, str per, bool with_grad"
+_ADJUSTMENT = "Tensor? adjustment=None"
+_REDUCED = f"{_OPTIONS}, str reduction, str per, bool with_grad, {_ADJUSTMENT}"
 _TENSORS = "Tensor logits, Tensor target, Tensor? class_weight"
 _library: Any = torch.library
 for _name, _schema in {
     "sample_weights": "(Tensor losses, str kind, Tensor numbers) -> Tensor",
     "cross_entropy": f"({_TENSORS}, Tensor? base, str kind, Tensor numbers, {_REDUCED}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "cross_entropy_losses": f"({_TENSORS}, {_OPTIONS}) -> Tensor",
+    "cross_entropy_losses": f"({_TENSORS}, {_OPTIONS}, {_ADJUSTMENT}) -> Tensor",
     "cross_entropy_gradient": f"({_TENSORS}, Tensor? base, Tensor losses, Tensor weights, {_REDUCED}) "
     "-> (Tensor, Tensor, Tensor)",
 }.items():
@@ -80,11 +81,12 @@ def _(  # noqa: PLR0917
     reduction: str,
     per: str,
     with_grad: bool,
+    adjustment: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     options = Options(ignore_index, label_smoothing, reduction, per)
     kernel = kind, _floats(numbers)
     objective, grad, losses, weights, denominator = _kernels().fill(
-        logits, target, class_weight, base, options, kernel, with_grad
+        logits, target, class_weight, base, options, kernel, with_grad, adjustment
     )
     grad = logits.new_empty(0) if grad is None else grad
     return objective, losses, weights, grad, logits.new_full((), denominator, dtype=torch.float64)
@@ -103,6 +105,7 @@ def _(  # noqa: PLR0917
     reduction: str,
     per: str,
     with_grad: bool,
+    adjustment: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     losses = _reduced(logits, "none")
     weights = losses.new_empty(losses.shape[:1]) if per == "sample" else torch.empty_like(losses)
@@ -111,15 +114,25 @@ def _(  # noqa: PLR0917
 
 
 @_library.impl("rgd::cross_entropy_losses", "cpu")
-def _(
-    logits: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int, label_smoothing: float
+def _(  # noqa: PLR0917
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    adjustment: Tensor | None = None,
 ) -> Tensor:
-    return _kernels().fill_losses(logits, target, class_weight, ignore_index, label_smoothing)
+    return _kernels().fill_losses(logits, target, class_weight, ignore_index, label_smoothing, adjustment)
 
 
 @_library.register_fake("rgd::cross_entropy_losses")
-def _(
-    logits: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int, label_smoothing: float
+def _(  # noqa: PLR0917
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    adjustment: Tensor | None = None,
 ) -> Tensor:
     return _reduced(logits, "none")
 
@@ -137,10 +150,11 @@ def _(  # noqa: PLR0917
     reduction: str,
     per: str,
     with_grad: bool,
+    adjustment: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     options = Options(ignore_index, label_smoothing, reduction, per)
     objective, grad, denominator = _kernels().fill_gradient(
-        logits, target, class_weight, base, losses, weights, options, with_grad
+        logits, target, class_weight, base, losses, weights, options, with_grad, adjustment
     )
     grad = logits.new_empty(0) if grad is None else grad
     return objective, grad, logits.new_full((), denominator, dtype=torch.float64)
@@ -159,17 +173,16 @@ def _(  # noqa: PLR0917
     reduction: str,
     per: str,
     with_grad: bool,
+    adjustment: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     denominator = logits.new_empty((), dtype=torch.float64)
     return _reduced(logits, reduction), _gradient(logits, with_grad), denominator
 
 
-def _keep(
-    ctx: Any, tensors: tuple[Any, ...], options: tuple[Any, ...], weights: Tensor, grad: Tensor
-) -> None:
-    logits, target, class_weight, base = tensors
-    ctx.options = Options(*options)
-    ctx.save_for_backward(grad, logits, target, class_weight, base, weights)
+def _keep(ctx: Any, inputs: tuple[Any, ...], weights: Tensor, grad: Tensor) -> None:
+    logits, target, class_weight, base = inputs[:4]
+    ctx.options = Options(*inputs[6:10])
+    ctx.save_for_backward(grad, logits, target, class_weight, base, weights, inputs[11])
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> Tensor:
@@ -181,13 +194,13 @@ def _backward(ctx: Any, grad_output: Tensor) -> Tensor:
 
 def _context_of_one_pass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, losses, weights, grad, denominator = output
-    _keep(ctx, inputs[:4], inputs[6:10], weights, grad)
+    _keep(ctx, inputs, weights, grad)
     ctx.mark_non_differentiable(losses, weights, grad, denominator)
 
 
 def _context_of_two_passes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, grad, denominator = output
-    _keep(ctx, inputs[:4], inputs[6:10], inputs[5], grad)
+    _keep(ctx, inputs, inputs[5], grad)
     ctx.mark_non_differentiable(grad, denominator)
 
 
@@ -209,9 +222,9 @@ def _no_gradient(inputs: int) -> Any:
     return backward
 
 
-_library.register_autograd("rgd::cross_entropy", _one_gradient(11), setup_context=_context_of_one_pass)
+_library.register_autograd("rgd::cross_entropy", _one_gradient(12), setup_context=_context_of_one_pass)
 _library.register_autograd(
-    "rgd::cross_entropy_gradient", _one_gradient(11), setup_context=_context_of_two_passes
+    "rgd::cross_entropy_gradient", _one_gradient(12), setup_context=_context_of_two_passes
 )
 _library.register_autograd("rgd::sample_weights", _no_gradient(3), setup_context=_constant)
-_library.register_autograd("rgd::cross_entropy_losses", _no_gradient(5), setup_context=_constant)
+_library.register_autograd("rgd::cross_entropy_losses", _no_gradient(6), setup_context=_constant)

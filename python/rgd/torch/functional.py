@@ -19,6 +19,7 @@ from rgd.torch._checks import (
     check_flag,
     check_groups,
     check_label_smoothing,
+    check_logit_adjustment,
     check_losses,
     check_where,
     targets_shape,
@@ -164,6 +165,7 @@ def cross_entropy(
     tau: float | None = None,
     weighting: Weighting | None = None,
     per: str = "element",
+    logit_adjustment: Tensor | None = None,
     where: Tensor | None = None,
     sample_weight: Tensor | None = None,
     groups: Tensor | None = None,
@@ -191,6 +193,9 @@ def cross_entropy(
         weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
         per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the
             leading axis by their mean loss, ignored ones left out.
+        logit_adjustment: Numbers `a`, shape (C,), constants: every loss is that of `logits + a`, summed in
+            the dtype that losses are computed in, at no pass over the logits more. `rgd.log_prior` makes
+            them of class counts; -inf rules a class out.
         where: Mask, bool, of the targets' shape: a target where it is False counts as ignored. With
             `per="sample"` it has shape (N,).
         sample_weight: The base measure `p`, numbers >= 0, of the targets' shape or (N,); with `per="sample"`
@@ -220,11 +225,13 @@ def cross_entropy(
         tensor(1.8210, grad_fn=...)
 
     References:
-        Kumar et al., arXiv 2306.09222, Algorithm 1.
+        Kumar et al., arXiv 2306.09222, Algorithm 1. Logit adjustment: Menon et al., arXiv 2007.07314,
+        equation 10.
     """
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("per", per, UNITS)
     check_class_weight(weight)
+    check_logit_adjustment(logit_adjustment)
     options = Options(
         ignore_index, check_label_smoothing(label_smoothing), reduction, per, check_flag("inplace", inplace)
     )
@@ -232,7 +239,7 @@ def cross_entropy(
     given = functional_state(plan.weighting, state, logits.device)
     sharing = Sync(process_group, sync)
     objective, _, new = classify(
-        logits, target, weight, options, plan, sharing, where, sample_weight, groups, given
+        logits, target, weight, options, plan, sharing, where, sample_weight, groups, given, logit_adjustment
     )
     return objective if state is None else (objective, new)
 
@@ -326,11 +333,14 @@ def classify(  # noqa: PLR0917
     sample_weight: Tensor | None = None,
     groups: Tensor | None = None,
     state: Any = None,
+    logit_adjustment: Tensor | None = None,
 ) -> tuple[Tensor, Record | None, Any]:
     """The re-weighted cross-entropy for checked options, the record if it may be kept, and the state."""
     check_classification(logits, target, class_weight, options.ignore_index)
     if options.inplace and logits.requires_grad and torch.is_grad_enabled():
         check_in_place(logits, target)
+    check_logit_adjustment(logit_adjustment, logits)
+    adjustment = None if logit_adjustment is None else logit_adjustment.detach()
     given = logits.dtype
     if not target.is_floating_point():
         # An ignore_index that int32 cannot hold would be wrapped into one that it can.
@@ -345,8 +355,10 @@ def classify(  # noqa: PLR0917
         base = base_of(shape, logits, where, sample_weight, per)
         groups = check_groups(groups, shape, logits.device, per)
     weigher = Weigher(plan, groups, state, sync)
-    backend = choose(logits, target, class_weight, base)
-    objective, record = backend.cross_entropy(logits, target, class_weight, base, options, weigher)
+    backend = choose(logits, target, class_weight, base, adjustment)
+    objective, record = backend.cross_entropy(
+        logits, target, class_weight, base, options, weigher, adjustment
+    )
     if objective.dtype != given and not autocasts(logits.device.type):
         objective = objective.to(given)
     return objective, record, weigher.state

@@ -20,6 +20,7 @@ from rgd.torch._checks import (
     check_flag,
     check_groups,
     check_label_smoothing,
+    check_logit_adjustment,
     check_losses,
 )
 from rgd.torch._distributed import Sync
@@ -50,9 +51,12 @@ class RGDLoss(nn.Module):
             own; `KL(tau=1.0)` if neither it nor `tau` is given.
         base: The per-sample loss to re-weight instead of cross-entropy: a callable whose result has at
             least one axis, such as `nn.BCEWithLogitsLoss(reduction="none")`. It takes its own settings, so
-            `weight`, `ignore_index` and `label_smoothing` must be left alone.
+            `weight`, `ignore_index`, `label_smoothing` and `logit_adjustment` must be left alone.
         per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the
             leading axis (a sequence, an image) by their mean loss.
+        logit_adjustment: Numbers `a`, shape (C,), constants: the loss is that of `input + a`, in training and
+            in evaluation; kept in the state dict. `rgd.log_prior` makes them of class counts, for a rare
+            class. Predictions come from the logits without it.
         evaluate: "plain" for the unweighted loss where nothing is trained: in eval mode, on losses that need
             no gradient. Such a call asks no other process, updates no state and leaves nothing for `stats`.
             Class weights, reduction and `sample_weight` count as in training. "weighted" keeps the weights.
@@ -87,6 +91,7 @@ class RGDLoss(nn.Module):
     """
 
     weight: Tensor | None
+    logit_adjustment: Tensor | None
     weighting_state: WeightingState | None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> RGDLoss:
@@ -105,6 +110,7 @@ class RGDLoss(nn.Module):
         weighting: Weighting | None = None,
         base: Callable[..., Tensor] | None = None,
         per: str = "element",
+        logit_adjustment: Tensor | None = None,
         evaluate: str = "plain",
         inplace: bool = False,
         process_group: Any = None,
@@ -115,6 +121,7 @@ class RGDLoss(nn.Module):
         check_choice("per", per, UNITS)
         check_choice("evaluate", evaluate, EVALUATIONS)
         check_class_weight(weight)
+        check_logit_adjustment(logit_adjustment)
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
         smoothing = check_label_smoothing(label_smoothing)
@@ -127,7 +134,13 @@ class RGDLoss(nn.Module):
                     "weight, ignore_index and label_smoothing are settings of the built-in cross-entropy: "
                     "with base, give them to base itself"
                 )
+            if logit_adjustment is not None:
+                raise ValueError(
+                    "logit_adjustment is a setting of the built-in cross-entropy: with base, add it to the "
+                    "logits that base gets"
+                )
         self.register_buffer("weight", weight)
+        self.register_buffer("logit_adjustment", logit_adjustment)
         self.base = base
         self.ignore_index = int(ignore_index)
         self.reduction = reduction
@@ -228,7 +241,7 @@ class RGDLoss(nn.Module):
             options = Options(self.ignore_index, self.label_smoothing, self.reduction, self.per, self.inplace)
             objective, record, after = classify(
                 losses, cast("Tensor", target), self.weight, options, plan, sync,
-                where, sample_weight, groups, before,
+                where, sample_weight, groups, before, self.logit_adjustment,
             )  # fmt: skip
         else:
             groups = check_groups(groups, losses.shape, losses.device, self.per)

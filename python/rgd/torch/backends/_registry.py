@@ -44,8 +44,11 @@ class Backend(Protocol):
         base: Tensor | None,
         options: Options,
         weigher: Weigher,
+        adjustment: Tensor | None = None,
     ) -> tuple[Tensor, Record | None]:
         """The re-weighted objective, in the dtype losses are computed in, and the record of its weights.
+
+        `adjustment`, (C,) without grad, is added to the logits, in the dtype that losses are computed in.
 
         There is no record where its tensors must not outlive the call.
         """

@@ -46,6 +46,7 @@ class Composite:
         base: Tensor | None,
         options: Options,
         weigher: Weigher,
+        adjustment: Tensor | None = None,
     ) -> tuple[Tensor, Record | None]:
         """The re-weighted objective, in the dtype losses are computed in, and the record of its weights.
 
@@ -53,13 +54,13 @@ class Composite:
         """
         in_place = options.inplace and logits.requires_grad and torch.is_grad_enabled()
         given = logits.detach() if in_place else logits
-        losses, counted = cross_entropy_losses(given, target, class_weight, options)
+        losses, counted = cross_entropy_losses(given, target, class_weight, options, adjustment)
         units, unit_base = units_of(losses, counted, base, options.per)
         weights = weigh(units, unit_base, weigher).to(losses.dtype)
         objective, denominator = reduce(losses, weights, counted, target, class_weight, base, options)
         if in_place:
             factors = factors_of(losses, weights, counted, base, denominator, options.reduction)
-            _overwrite(given, target, class_weight, factors, options)
+            _overwrite(given, target, class_weight, factors, options, adjustment)
             objective = Overwritten.apply(logits, objective)
         if must_forget():
             return objective, None
@@ -103,7 +104,11 @@ def weigh(losses: Tensor, base: Tensor | None, weigher: Weigher) -> Tensor:
 
 
 def cross_entropy_losses(
-    logits: Tensor, target: Tensor, class_weight: Tensor | None, options: Options
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    options: Options,
+    adjustment: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss of each target, and, for class indices, which of them are not ignored."""
     dtype = accumulator(logits.dtype)
@@ -111,7 +116,7 @@ def cross_entropy_losses(
     if not target.is_floating_point():
         counted = target != options.ignore_index
     losses = F.cross_entropy(
-        logits.to(dtype),
+        adjusted(logits, adjustment),
         target.to(dtype if counted is None else torch.int64),
         None if class_weight is None else class_weight.detach().to(dtype),
         ignore_index=options.ignore_index,
@@ -119,6 +124,15 @@ def cross_entropy_losses(
         label_smoothing=options.label_smoothing,
     )
     return losses, counted
+
+
+def adjusted(logits: Tensor, adjustment: Tensor | None) -> Tensor:
+    """The logits in the dtype losses are computed in, and the adjustment of each class added to them."""
+    logits = logits.to(accumulator(logits.dtype))
+    if adjustment is None:
+        return logits
+    behind_classes = [1] * max(logits.dim() - 2, 0)
+    return logits + adjustment.detach().to(logits.dtype).view(-1, *behind_classes)
 
 
 def units_of(
@@ -227,15 +241,22 @@ def factors_of(  # noqa: PLR0917
     return factors.masked_fill(left_out, 0)
 
 
-def _overwrite(
-    logits: Tensor, target: Tensor, class_weight: Tensor | None, factors: Tensor, options: Options
+def _overwrite(  # noqa: PLR0917
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    factors: Tensor,
+    options: Options,
+    adjustment: Tensor | None,
 ) -> None:
     """Write the gradient of `sum_i factors_i l_i` over logits of any shape."""
     classes = logits.shape[0 if logits.dim() == 1 else 1]
     rows = logits if logits.dim() < 3 else logits.movedim(1, -1)
     labels = target if not target.is_floating_point() or target.dim() < 3 else target.movedim(1, -1)
     labels = labels.reshape(-1) if not target.is_floating_point() else labels.reshape(-1, classes)
-    found = gradient(rows.reshape(-1, classes), labels, class_weight, factors.reshape(-1), options)
+    found = gradient(
+        adjusted(rows.reshape(-1, classes), adjustment), labels, class_weight, factors.reshape(-1), options
+    )
     rows.copy_(found.view(rows.shape))
 
 

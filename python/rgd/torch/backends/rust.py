@@ -80,6 +80,7 @@ class Rust:
         base: Tensor | None,
         options: Options,
         weigher: Weigher,
+        adjustment: Tensor | None = None,
     ) -> tuple[Tensor, Record]:
         """The re-weighted objective, and the record of its weights."""
         with_grad = logits.requires_grad and torch.is_grad_enabled()
@@ -89,19 +90,21 @@ class Rust:
         if base is not None:
             base = base.detach().to(accumulator(logits.dtype)).contiguous()
         if torch.compiler.is_compiling():
-            filled = _fill_by_op(logits, target, class_weight, base, options, weigher, with_grad)
+            filled = _fill_by_op(logits, target, class_weight, base, options, weigher, with_grad, adjustment)
             objective = filled.objective
         else:
             if weigher.kernel_serves(base):
                 kernel = cast("Kernel", weigher.plan.kernel)
-                filled = fill(logits, target, class_weight, base, options, kernel, with_grad)
+                filled = fill(logits, target, class_weight, base, options, kernel, with_grad, adjustment)
             else:
-                filled = _fill_in_two_passes(logits, target, class_weight, base, options, weigher, with_grad)
+                filled = _fill_in_two_passes(
+                    logits, target, class_weight, base, options, weigher, with_grad, adjustment
+                )
             objective = filled.objective
             if with_grad and options.inplace:
                 objective = Overwritten.apply(logits, objective)
             elif with_grad:
-                objective = _Objective.apply(logits, target, class_weight, base, filled, options)
+                objective = _Objective.apply(logits, target, class_weight, base, filled, options, adjustment)
         indices = None if target.is_floating_point() else target
         record = Record(
             filled.losses,
@@ -138,8 +141,9 @@ class _Objective(torch.autograd.Function):
         base: Tensor | None,
         filled: Filled,
         options: Options,
+        adjustment: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(filled.grad, logits, target, class_weight, base, filled.weights)
+        ctx.save_for_backward(filled.grad, logits, target, class_weight, base, filled.weights, adjustment)
         ctx.options = options
         return filled.objective
 
@@ -153,7 +157,7 @@ class _Objective(torch.autograd.Function):
             gradient = grad
         else:
             gradient = scaled(grad, grad_output)
-        return gradient, None, None, None, None, None
+        return gradient, None, None, None, None, None, None
 
 
 def scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
@@ -171,10 +175,11 @@ def differentiable_gradient(  # noqa: PLR0917
     class_weight: Tensor | None,
     base: Tensor | None,
     weights: Tensor,
+    adjustment: Tensor | None = None,
 ) -> Tensor:
     """The gradient, made of operations that can be differentiated again; the weights stay constant."""
     with torch.enable_grad():
-        losses, counted = composite.cross_entropy_losses(logits, target, class_weight, options)
+        losses, counted = composite.cross_entropy_losses(logits, target, class_weight, options, adjustment)
         objective, _ = composite.reduce(losses, weights, counted, target, class_weight, base, options)
         (gradient,) = torch.autograd.grad(objective, logits, grad_output, create_graph=True)
     return gradient
@@ -224,6 +229,7 @@ def fill(  # noqa: PLR0917
     options: Options,
     kernel: Kernel,
     with_grad: bool,
+    adjustment: Tensor | None = None,
 ) -> Filled:
     """Losses, weights, objective and gradient in one call of the kernels."""
     logits, target = _plain(logits.detach()), _plain(target.detach())
@@ -234,22 +240,28 @@ def fill(  # noqa: PLR0917
     objective = torch.empty_like(losses) if reduction == "none" else losses.new_empty(())
     grad = _gradient_of(logits, options) if with_grad else None
     denominator, _ = _rgd.cross_entropy(
-        logits, target, _class_weight(class_weight, losses.dtype), base, *kernel, ignore_index, smoothing,
+        logits, target, _by_class(class_weight, losses.dtype), base, *kernel, ignore_index, smoothing,
         per == "sample", reduction, losses, weights, objective, grad, torch.get_num_threads(),
+        _by_class(adjustment, losses.dtype),
     )  # fmt: skip
     return Filled(objective, grad, losses, weights, denominator)
 
 
-def fill_losses(
-    logits: Tensor, target: Tensor, class_weight: Tensor | None, ignore_index: int, label_smoothing: float
+def fill_losses(  # noqa: PLR0917
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    adjustment: Tensor | None = None,
 ) -> Tensor:
     """The loss of each target."""
     logits, target = _plain(logits.detach()), _plain(target.detach())
     losses = _empty_losses(logits, target)
-    class_weight = _class_weight(class_weight, losses.dtype)
     _rgd.cross_entropy_losses(
-        logits, target, class_weight, ignore_index, label_smoothing, losses, torch.get_num_threads()
-    )
+        logits, target, _by_class(class_weight, losses.dtype), ignore_index, label_smoothing, losses,
+        torch.get_num_threads(), _by_class(adjustment, losses.dtype),
+    )  # fmt: skip
     return losses
 
 
@@ -262,6 +274,7 @@ def fill_gradient(  # noqa: PLR0917
     weights: Tensor,
     options: Options,
     with_grad: bool,
+    adjustment: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, float]:
     """Objective, gradient and denominator of given weights."""
     logits, target = _plain(logits.detach()), _plain(target.detach())
@@ -269,8 +282,9 @@ def fill_gradient(  # noqa: PLR0917
     objective = torch.empty_like(losses) if reduction == "none" else losses.new_empty(())
     grad = _gradient_of(logits, options) if with_grad else None
     denominator, _ = _rgd.cross_entropy_gradient(
-        logits, target, _class_weight(class_weight, losses.dtype), base, ignore_index, smoothing,
+        logits, target, _by_class(class_weight, losses.dtype), base, ignore_index, smoothing,
         per == "sample", reduction, losses, weights.contiguous(), objective, grad, torch.get_num_threads(),
+        _by_class(adjustment, losses.dtype),
     )  # fmt: skip
     return objective, grad, denominator
 
@@ -284,8 +298,9 @@ def _empty_losses(logits: Tensor, target: Tensor) -> Tensor:
     return logits.new_empty(shape[:1] + shape[2:] if len(shape) > 1 else (), dtype=dtype)
 
 
-def _class_weight(class_weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if class_weight is None else _plain(class_weight.detach()).to(dtype).contiguous()
+def _by_class(numbers: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Numbers of the classes as the kernels read them."""
+    return None if numbers is None else _plain(numbers.detach()).to(dtype).contiguous()
 
 
 def _fill_in_two_passes(  # noqa: PLR0917
@@ -296,14 +311,17 @@ def _fill_in_two_passes(  # noqa: PLR0917
     options: Options,
     weigher: Weigher,
     with_grad: bool,
+    adjustment: Tensor | None,
 ) -> Filled:
     """First the losses, then, with the weights they call for, the gradient."""
-    losses = fill_losses(logits, target, class_weight, options.ignore_index, options.label_smoothing)
+    losses = fill_losses(
+        logits, target, class_weight, options.ignore_index, options.label_smoothing, adjustment
+    )
     counted = None if target.is_floating_point() else target != options.ignore_index
     weights = composite.weigh(*composite.units_of(losses, counted, base, options.per), weigher)
     weights = weights.to(losses.dtype)
     objective, grad, denominator = fill_gradient(
-        logits, target, class_weight, base, losses, weights, options, with_grad
+        logits, target, class_weight, base, losses, weights, options, with_grad, adjustment
     )
     return Filled(objective, grad, losses, weights, denominator)
 
@@ -316,6 +334,7 @@ def _fill_by_op(  # noqa: PLR0917
     options: Options,
     weigher: Weigher,
     with_grad: bool,
+    adjustment: Tensor | None,
 ) -> Filled:
     """The same by operators, for a compiled graph: their objective carries the gradient."""
     target = target.detach()
@@ -324,10 +343,12 @@ def _fill_by_op(  # noqa: PLR0917
     if weigher.kernel_serves(base):
         objective, losses, weights, grad, denominator = _ops.cross_entropy(
             logits, target, class_weight, base, weigher.plan.kind, weigher.plan.numbers,
-            ignore_index, smoothing, reduction, per, with_grad,
+            ignore_index, smoothing, reduction, per, with_grad, adjustment,
         )  # fmt: skip
         return Filled(objective, grad, losses, weights, denominator)
-    losses = _ops.cross_entropy_losses(logits.detach(), target, class_weight, ignore_index, smoothing)
+    losses = _ops.cross_entropy_losses(
+        logits.detach(), target, class_weight, ignore_index, smoothing, adjustment
+    )
     counted = None if target.is_floating_point() else target != ignore_index
     weights = composite.weigh(*composite.units_of(losses, counted, base, per), weigher).to(losses.dtype)
     objective, grad, denominator = _ops.cross_entropy_gradient(
@@ -342,6 +363,7 @@ def _fill_by_op(  # noqa: PLR0917
         reduction,
         per,
         with_grad,
+        adjustment,
     )
     return Filled(objective, grad, losses, weights, denominator)
 
