@@ -115,6 +115,8 @@ def test_each_member_equals_its_loss_of_all_logits(weighting, reduction, name):
         {"where": torch.arange(15).view(3, 5) % 4 > 0},
         {"where": torch.tensor([True, False, True]), "per": "sample"},
         {"ignore_index": 3},
+        {"logit_adjustment": torch.linspace(-1.0, 2.0, C)},
+        {"logit_adjustment": torch.linspace(-1.0, 2.0, C), "logit_softcap": 2.0, "label_smoothing": 0.1},
         {"groups": torch.arange(15).view(3, 5) % 2},
     ],
     ids=str,
@@ -266,7 +268,15 @@ def test_gradients_are_those_of_finite_differences_of_fixed_weights(weighting, r
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"reduction": "none"}, {"weighting": rgd.KLBall(0.1)}, {"shift": True}], ids=str
+    "options",
+    [
+        {},
+        {"reduction": "none"},
+        {"weighting": rgd.KLBall(0.1)},
+        {"shift": True},
+        {"logit_adjustment": torch.arange(C) / 9},
+    ],
+    ids=str,
 )
 def test_second_derivatives_are_those_of_all_logits(options):
     case = Case()
@@ -493,7 +503,11 @@ def test_a_state_is_kept_over_the_steps_of_training():
 @pytest.mark.parametrize(
     "weighting", [rgd.KL(1.0), POINTWISE_WITHOUT_KERNEL, rgd.KLBall(0.1), REMEMBERS], ids=label
 )
-@pytest.mark.parametrize("options", [{}, {"reduction": "none", "shift": True, "logit_softcap": 3.0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reduction": "none", "shift": True, "logit_softcap": 3.0, "logit_adjustment": torch.ones(C)}],
+    ids=str,
+)
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_compiled_graph_gives_the_same(weighting, options, name):
     torch._dynamo.reset()

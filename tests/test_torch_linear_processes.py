@@ -70,6 +70,7 @@ def test_slices_of_a_vocabulary_equal_the_whole(run, reduction, weighting, sizes
         {"label_smoothing": 0.2, "weight": torch.linspace(0.5, 1.5, C)},
         {"weight": torch.linspace(0.5, 1.5, C), "logit_softcap": 2.0},
         {"shift": True, "per": "sample"},
+        {"logit_adjustment": torch.linspace(-1.0, 2.0, C), "label_smoothing": 0.1},
         {"sample_weight": torch.tensor([1.0, 0.0, 2.0, 0.5])},
     ],
     ids=str,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
-import numbers
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -14,14 +12,12 @@ from torch import Tensor
 
 from rgd.torch import _linear_ops
 from rgd.torch._checks import (
-    FLOATS,
-    INTEGERS,
-    DtypeError,
-    MismatchError,
     check_groups,
+    check_logit_adjustment,
 )
 from rgd.torch._chunks import Gradients, Head, Wanted, gradients_of, in_one_pass, losses_of, rows_of
 from rgd.torch._distributed import Sync
+from rgd.torch._linear_checks import Chunking, Shard, check_head, check_targets
 from rgd.torch._record import Record
 from rgd.torch._steps import ComposedStep, RustStep, VocabStep
 from rgd.torch._weigher import Plan, Weigher
@@ -33,51 +29,8 @@ from rgd.torch.backends._registry import (
     in_transform,
     is_exporting,
     plain_and_eager,
-    values_can_be_read,
 )
 from rgd.torch.functional import base_of, classify
-
-
-class Chunking(NamedTuple):
-    """How a head is worked through.
-
-    Attributes:
-        logit_softcap: Logits are `logit_softcap * tanh(z / logit_softcap)`; None for `z` itself.
-        shift: Whether position t predicts the target of position t + 1.
-        chunk_bytes: How large the logits of a chunk may be; None for the default.
-        accumulate_dtype: The dtype that the gradient of the head is summed in; None for float32 (float64).
-        vocab_group: The processes that hold slices of the vocabulary; None for a whole one.
-    """
-
-    logit_softcap: float | None = None
-    shift: bool = False
-    chunk_bytes: int | None = None
-    accumulate_dtype: torch.dtype | None = None
-    vocab_group: Any = None
-
-    def checked(self) -> Chunking:
-        """The same with plain numbers.
-
-        Raises:
-            TypeError, ValueError: If a setting is not allowed.
-        """
-        cap, size = self.logit_softcap, self.chunk_bytes
-        if cap is not None and (isinstance(cap, bool) or not isinstance(cap, numbers.Real)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"logit_softcap must be a positive number or None, got {cap!r}")
-        if cap is not None and not 0 < float(cap) < math.inf:
-            raise ValueError(f"logit_softcap must be a positive number, or None for no cap, got {cap}")
-        if not isinstance(self.shift, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"shift must be True or False, got {self.shift!r}")
-        if size is not None and (isinstance(size, bool) or not isinstance(size, numbers.Integral)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"chunk_bytes must be a whole number of bytes or None, got {size!r}")
-        if size is not None and size <= 0:
-            raise ValueError(f"chunk_bytes must be positive: the bytes of a chunk's logits, got {size}")
-        dtype = self.accumulate_dtype
-        if dtype is not None and dtype not in FLOATS:
-            raise TypeError(f"accumulate_dtype must be a float dtype such as torch.float32, got {dtype!r}")
-        return self._replace(
-            logit_softcap=None if cap is None else float(cap), chunk_bytes=None if size is None else int(size)
-        )
 
 
 def classify_linear(  # noqa: PLR0917
@@ -94,14 +47,17 @@ def classify_linear(  # noqa: PLR0917
     sample_weight: Tensor | None = None,
     groups: Tensor | None = None,
     state: Any = None,
+    adjustment: Tensor | None = None,
 ) -> tuple[Tensor, Record | None, Any]:
     """The re-weighted cross-entropy of a checked head, the record if it may be kept, and the state."""
     check_head(input, linear_weight, linear_bias)
     if chunking.vocab_group is not None and torch.compiler.is_compiling():
         raise RuntimeError("vocab_group is for eager calls: keep the loss out of the compiled function")
-    shard = None if chunking.vocab_group is None else _Shard.of(chunking.vocab_group, linear_weight)
+    shard = None if chunking.vocab_group is None else Shard.of(chunking.vocab_group, linear_weight)
     classes = linear_weight.shape[0] if shard is None else shard.classes
-    _check_targets(input, target, class_weight, classes, options, chunking, shard)
+    check_targets(input, target, class_weight, classes, options, chunking, shard)
+    check_logit_adjustment(adjustment, input.new_empty(0, classes))
+    adjustment = None if adjustment is None else adjustment.detach()
     if chunking.shift:
         target = target[:, 1:]
         vectors = (_shifted(one, input) for one in (where, sample_weight, groups))
@@ -118,7 +74,7 @@ def classify_linear(  # noqa: PLR0917
         target = target.movedim(-1, 1) if target.is_floating_point() else target
         return classify(
             logits.movedim(-1, 1), target, class_weight, options, plan, sync,
-            where, sample_weight, groups, state,
+            where, sample_weight, groups, state, adjustment,
         )  # fmt: skip
 
     shape = input.shape[:-1] if not chunking.shift else torch.Size((input.shape[0], target.shape[1]))
@@ -126,36 +82,22 @@ def classify_linear(  # noqa: PLR0917
     base = base_of(shape, input, where, sample_weight, per)
     weigher = Weigher(plan, check_groups(groups, shape, input.device, per), state, sync)
     call = _Call(
-        input, linear_weight, linear_bias, target, class_weight, options, chunking, shard, shape, base
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        class_weight,
+        options,
+        chunking,
+        shard,
+        shape,
+        base,
+        adjustment,
     )
     objective, record = call.run(weigher, per)
     if not autocasts(input.device.type):
         objective = objective.to(input.dtype)
     return objective, record, weigher.state
-
-
-class _Shard(NamedTuple):
-    """This process's slice of a split vocabulary."""
-
-    group: Any
-    first: int
-    classes: int
-    widest: int
-    even: bool
-
-    @classmethod
-    def of(cls, group: Any, weight: Tensor) -> _Shard:
-        Sync(group)  # refuses what is no group
-        own = torch.tensor([weight.shape[0]], device=weight.device)
-        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, own, group=group)
-        sizes = [int(size) for size in torch.cat(parts).cpu()]
-        if min(sizes) == 0:
-            raise ValueError(
-                f"every process of vocab_group must hold at least one class, got slices of {sizes} classes"
-            )
-        first = sum(sizes[: dist.get_rank(group)])
-        return cls(group, first, sum(sizes), max(sizes), min(sizes) == max(sizes))
 
 
 class _Call:
@@ -170,9 +112,10 @@ class _Call:
         class_weight: Tensor | None,
         options: Options,
         chunking: Chunking,
-        shard: _Shard | None,
+        shard: Shard | None,
         shape: torch.Size,
         base: Tensor | None,
+        adjustment: Tensor | None,
     ) -> None:
         self.tensors: tuple[Any, ...] = (input, weight, bias)
         self.chunking = chunking
@@ -196,8 +139,9 @@ class _Call:
             self.counted = target != options.ignore_index
         self.target = target
         self.accumulator = accumulator(self.dtype)
-        self.class_weight = (
-            None if class_weight is None else class_weight.detach().to(self.accumulator).contiguous()
+        self.class_weight, self.adjustment = (
+            None if one is None else one.detach().to(self.accumulator).contiguous()
+            for one in (class_weight, adjustment)
         )
         self.chosen = choose(input, target, weight, bias, class_weight, base)
         self.backend = "composite" if shard is not None else self.chosen.name
@@ -262,9 +206,12 @@ class _Call:
         options, shard = self.options, self.shard
         step: Any
         if shard is not None:
-            step = VocabStep(self.class_weight, options, shard.group, shard.first, shard.classes)
+            step = VocabStep(
+                self.class_weight, options, shard.group, shard.first, shard.classes, self.adjustment
+            )
         else:
-            step = (RustStep if self.backend == "rust" else ComposedStep)(self.class_weight, options)
+            kind = RustStep if self.backend == "rust" else ComposedStep
+            step = kind(self.class_weight, options, self.adjustment)
         target = cast("Tensor", self.rows(self.target, options.ignore_index))
         widest = weight.shape[0] if shard is None else shard.widest
         dtype = self.chunking.accumulate_dtype or accumulator(self.dtype)
@@ -282,7 +229,7 @@ class _Call:
         return (
             input.reshape(-1, input.shape[-1]), weight, bias,
             self.rows(self.target, self.options.ignore_index), self.class_weight, self.takes_part(),
-            self.options.ignore_index, self.options.label_smoothing,
+            self.adjustment, self.options.ignore_index, self.options.label_smoothing,
             self.chunking.logit_softcap, rows, str(dtype).removeprefix("torch."),
         )  # fmt: skip
 
@@ -403,7 +350,9 @@ class _Call:
             logits = logits[:, :-1] if self.chunking.shift else logits
             target = self.target.reshape(-1, *self.target.shape[len(self.shape) :])
             logits = logits.reshape(target.shape[0], -1)
-            losses, _ = composite.cross_entropy_losses(logits, target, self.class_weight, self.options)
+            losses, _ = composite.cross_entropy_losses(
+                logits, target, self.class_weight, self.options, self.adjustment
+            )
             products = composite.product(factors.reshape(-1), losses)
             above = above.expand(factors.shape).reshape(-1).to(products.dtype)
             wanted = [one for one in self.tensors if one is not None and one.requires_grad]
@@ -414,14 +363,14 @@ class _Call:
 
     def let_go(self) -> tuple[Tensor | None, ...]:
         """The tensors of the call, for autograd to keep, which also sees whether they are changed."""
-        tensors = (*self.tensors, self.target, self.class_weight)
+        tensors = (*self.tensors, self.target, self.class_weight, self.adjustment)
         self.tensors = (None, None, None)
         return tensors
 
     def holding(self, *tensors: Tensor | None) -> _Call:
         """The call with the tensors that autograd kept."""
         call = copy.copy(self)
-        input, weight, bias, target, call.class_weight = tensors
+        input, weight, bias, target, call.class_weight, call.adjustment = tensors
         call.tensors, call.target = (input, weight, bias), cast("Tensor", target)
         return call
 
@@ -446,11 +395,11 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        *gradients, weights, input, weight, bias, target, class_weight = ctx.saved_tensors
+        *gradients, weights, input, weight, bias, target, class_weight, adjustment = ctx.saved_tensors
         (above,) = grad_outputs
         found: tuple[Tensor | None, ...]
         if torch.is_grad_enabled():
-            call = cast("_Call", ctx.call).holding(input, weight, bias, target, class_weight)
+            call = cast("_Call", ctx.call).holding(input, weight, bias, target, class_weight, adjustment)
             norm = call.norm()
             found = call.differentiable((norm * weights).masked_fill(norm == 0, 0), above)
         elif above.is_cpu and above.item() == 1.0 and not graph_is_kept():
@@ -505,110 +454,6 @@ def graph_is_kept() -> bool:
 def _kept(tensor: Tensor) -> torch.dtype:
     """The dtype that a gradient is kept in until it is multiplied by what comes from above."""
     return torch.float32 if tensor.dtype is torch.float16 else tensor.dtype
-
-
-def check_head(input: Any, weight: Any, bias: Any) -> None:
-    """Refuse hidden states and a head that do not fit each other."""
-    for name, tensor in (("input", input), ("linear_weight", weight), ("linear_bias", bias)):
-        if tensor is None and name == "linear_bias":
-            continue
-        if not isinstance(tensor, Tensor):
-            hint = ": give its weight, head.weight" if isinstance(tensor, torch.nn.Module) else ""
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
-        if tensor.dtype not in FLOATS:
-            raise DtypeError(f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
-        if tensor.device != input.device:
-            raise MismatchError(
-                f"input is on {input.device} and {name} on {tensor.device}: move both to one device"
-            )
-    if input.dim() < 2:
-        raise MismatchError(
-            f"input must be hidden states of shape (N, D) or (B, T, D), got {tuple(input.shape)}: for one "
-            "sample give input.unsqueeze(0)"
-        )
-    if weight.dim() != 2:
-        raise MismatchError(f"linear_weight must have shape (C, D), got {tuple(weight.shape)}")
-    if weight.shape[1] != input.shape[-1]:
-        transposed = weight.shape[0] == input.shape[-1]
-        raise MismatchError(
-            f"linear_weight must have shape (C, D) with D = {input.shape[-1]}, the last axis of input, got "
-            f"{tuple(weight.shape)}" + (": give linear_weight.t()" if transposed else "")
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise MismatchError(
-            f"linear_bias must have shape ({weight.shape[0]},), one number a class, got {tuple(bias.shape)}"
-        )
-    if not autocasts(input.device.type):
-        for name, tensor in (("linear_weight", weight), ("linear_bias", bias)):
-            if tensor is not None and tensor.dtype != input.dtype:
-                raise DtypeError(
-                    f"input is {input.dtype} and {name} {tensor.dtype}: convert one of them, or run under "
-                    "torch.autocast"
-                )
-
-
-def _check_targets(  # noqa: PLR0917
-    input: Tensor,
-    target: Any,
-    class_weight: Tensor | None,
-    classes: int,
-    options: Options,
-    chunking: Chunking,
-    shard: _Shard | None,
-) -> None:
-    """Refuse targets, class weights and settings that do not fit the head."""
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a torch.Tensor, got {type(target).__name__}")
-    probabilities = target.is_floating_point()
-    if not probabilities and target.dtype not in INTEGERS:
-        raise DtypeError(
-            f"target must hold class indices (int64) or class probabilities (floats), got {target.dtype}"
-        )
-    rows = input.shape[:-1]
-    expected = (*rows, classes) if probabilities else tuple(rows)
-    if tuple(target.shape) != expected:
-        what = "class probabilities" if probabilities else "class indices"
-        raise MismatchError(
-            f"target holds {what}, which must have shape {expected} for input of shape "
-            f"{tuple(input.shape)} and {classes} classes, got {tuple(target.shape)}"
-        )
-    if target.device != input.device:
-        raise ValueError(f"input is on {input.device} and target on {target.device}: move both to one device")
-    if probabilities and options.ignore_index >= 0:
-        raise ValueError(
-            f"ignore_index does not apply to class probabilities, got {options.ignore_index}: leave it out"
-        )
-    if chunking.shift and input.dim() != 3:
-        raise MismatchError(
-            f"shift=True needs input of shape (B, T, D), got {tuple(input.shape)}: for one sequence give "
-            "input.unsqueeze(0) and target.unsqueeze(0)"
-        )
-    if probabilities and (chunking.shift or shard is not None):
-        name = "shift" if chunking.shift else "vocab_group"
-        raise ValueError(f"{name} takes class indices, got class probabilities as target")
-    if class_weight is not None and class_weight.shape[0] != classes:
-        raise MismatchError(
-            f"weight must hold one number for each of the {classes} classes, got {class_weight.shape[0]}"
-        )
-    if class_weight is not None and class_weight.device != input.device:
-        raise ValueError(
-            f"input is on {input.device} and weight on {class_weight.device}: move both to one device"
-        )
-    if shard is None:
-        return
-    if options.label_smoothing > 0 and not shard.even:
-        raise ValueError(
-            "label_smoothing over a vocabulary in slices of different sizes is refused, since slices are "
-            "mostly uneven where one is padded, and the padding would get its share of the label: split "
-            "the vocabulary evenly, or leave label_smoothing out"
-        )
-    if values_can_be_read(target):
-        wrong = (target != options.ignore_index) & ((target < 0) | (target >= classes))
-        if bool(wrong.any()):
-            raise IndexError(
-                f"target {int(target[wrong][0])} is out of range: give a class in 0..{classes - 1}, or "
-                f"ignore_index ({options.ignore_index})"
-            )
 
 
 def _shifted(values: Tensor | None, input: Tensor) -> Tensor | None:

@@ -18,7 +18,7 @@ from rgd.torch.backends._registry import choose
 
 _HEAD = (
     "Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, Tensor? takes_part, "
-    "int ignore_index, float label_smoothing, float? softcap, SymInt rows, str dtype"
+    "Tensor? adjustment, int ignore_index, float label_smoothing, float? softcap, SymInt rows, str dtype"
 )
 _WANTED = "bool want_input, bool want_weight, bool want_bias"
 _library: Any = torch.library
@@ -37,22 +37,21 @@ products: Any = torch.ops.rgd.linear_products.default
 gradients: Any = torch.ops.rgd.linear_gradients.default
 
 _KEY = "CompositeExplicitAutograd"
-_INPUTS = 11  # of _HEAD
+_INPUTS = 12  # of _HEAD
 
 
 def _head(given: tuple[Any, ...]) -> tuple[Head, Tensor | None]:
     """The head of the arguments of `_HEAD`, and which rows take part."""
-    input, weight, bias, target, class_weight, takes_part, ignore_index, smoothing, softcap, rows, dtype = (
-        given
-    )
+    input, weight, bias, target, class_weight, takes_part, adjustment, *settings = given
+    ignore_index, smoothing, softcap, rows, dtype = settings
     options = Options(ignore_index, smoothing, "sum", "element")
     step = RustStep if choose(input, target, weight, bias).name == "rust" else ComposedStep
-    if class_weight is not None:
-        class_weight = class_weight.detach().contiguous()
-    bias = None if bias is None else bias.detach()
+    bias, class_weight, adjustment = (
+        None if one is None else one.detach().contiguous() for one in (bias, class_weight, adjustment)
+    )
     head = Head(
         input.detach(), weight.detach(), bias, target.detach(), softcap, rows, getattr(torch, dtype),
-        step(class_weight, options),
+        step(class_weight, options, adjustment),
     )  # fmt: skip
     return head, takes_part
 
@@ -145,8 +144,8 @@ def _scaled(ctx: Any, above: Tensor, *_: Any) -> tuple[Any, ...]:
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *head, _, factors = inputs
-    ctx.save_for_backward(*head[:6], factors)
-    ctx.settings = head[6:]
+    ctx.save_for_backward(*head[:7], factors)
+    ctx.settings = head[7:]
 
 
 def _by_a_pass(ctx: Any, above: Tensor) -> tuple[Any, ...]:

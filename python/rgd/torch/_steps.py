@@ -45,22 +45,38 @@ class _Formula:
 
 
 class RustStep(_Formula):
-    """The Rust kernels, in place on the logits."""
+    """The Rust kernels, in place on the logits.
 
-    def __init__(self, class_weight: Tensor | None, options: Options) -> None:
+    Args:
+        class_weight: Of the classes, or None; as the adjustment contiguous, in the accumulator's dtype.
+        options: The options of the cross-entropy.
+        adjustment: What is added to the logits, (C,), or None.
+    """
+
+    def __init__(
+        self, class_weight: Tensor | None, options: Options, adjustment: Tensor | None = None
+    ) -> None:
         self._class_weight = class_weight
         self._options = options
+        self._adjustment = adjustment
 
     def losses(self, logits: Tensor, target: Tensor) -> Tensor:
         options = self._options
-        return fill_losses(logits, target, self._class_weight, options.ignore_index, options.label_smoothing)
+        return fill_losses(
+            logits,
+            target,
+            self._class_weight,
+            options.ignore_index,
+            options.label_smoothing,
+            self._adjustment,
+        )
 
     def turn(self, logits: Tensor, target: Tensor, factors: Tensor) -> None:
         options = self._options
         losses = torch.zeros_like(factors)
         _rgd.cross_entropy_gradient(
             logits, target, self._class_weight, None, options.ignore_index, options.label_smoothing, False,
-            "sum", losses, factors, losses.new_empty(()), logits, torch.get_num_threads(),
+            "sum", losses, factors, losses.new_empty(()), logits, torch.get_num_threads(), self._adjustment,
         )  # fmt: skip
 
     def weigh_and_turn(  # noqa: PLR0917
@@ -80,23 +96,29 @@ class RustStep(_Formula):
         _rgd.cross_entropy(
             logits, target, self._class_weight, norm, *weigher.plan.kernel, options.ignore_index,
             options.label_smoothing, False, "sum", losses, weights, losses.new_empty(()), logits,
-            torch.get_num_threads(),
+            torch.get_num_threads(), self._adjustment,
         )  # fmt: skip
 
 
 class ComposedStep(_Formula):
     """Torch operations; on a GPU the gradient's formula is compiled, once for each shape."""
 
-    def __init__(self, class_weight: Tensor | None, options: Options) -> None:
+    def __init__(
+        self, class_weight: Tensor | None, options: Options, adjustment: Tensor | None = None
+    ) -> None:
         self._class_weight = class_weight
         self._options = options
+        self._adjustment = adjustment
 
     def losses(self, logits: Tensor, target: Tensor) -> Tensor:
-        return composite.cross_entropy_losses(logits, target, self._class_weight, self._options)[0]
+        return composite.cross_entropy_losses(
+            logits, target, self._class_weight, self._options, self._adjustment
+        )[0]
 
     def turn(self, logits: Tensor, target: Tensor, factors: Tensor) -> None:
         formula = _compiled() if logits.is_cuda else composite.gradient
-        logits.copy_(formula(logits, target, self._class_weight, factors, self._options))
+        adjusted = logits if self._adjustment is None else composite.adjusted(logits, self._adjustment)
+        logits.copy_(formula(adjusted, target, self._class_weight, factors, self._options))
 
 
 @functools.cache
@@ -119,25 +141,34 @@ class VocabStep(_Formula):
         group: The processes that hold the slices.
         first: The class of this slice's first column.
         classes: The number of classes of all slices together.
+        adjustment: What is added to the logits, of all classes, or None.
     """
 
-    def __init__(
-        self, class_weight: Tensor | None, options: Options, group: Any, first: int, classes: int
+    def __init__(  # noqa: PLR0917
+        self,
+        class_weight: Tensor | None,
+        options: Options,
+        group: Any,
+        first: int,
+        classes: int,
+        adjustment: Tensor | None = None,
     ) -> None:
         self._class_weight = class_weight
         self._options = options
         self._group = group
         self._first = first
         self._classes = classes
+        self._adjustment = adjustment
         self._logsumexp: Tensor | None = None
 
     def losses(self, logits: Tensor, target: Tensor) -> Tensor:
         smoothing, dtype = self._options.label_smoothing, accumulator(logits.dtype)
+        logits = self._adjusted(logits)
         here, local = self._local(target, logits.shape[1])
         at_label = logits.gather(1, local.unsqueeze(1)).squeeze(1).to(dtype).masked_fill(~here, 0)
-        own = [_logsumexp(logits, dtype), at_label]
+        own = [torch.logsumexp(logits.to(dtype), 1), at_label]
         if smoothing > 0:
-            c = self._slice(logits.shape[1])
+            c = self._slice(self._class_weight, logits.shape[1])
             own.append((logits.to(dtype) if c is None else logits.to(dtype) * c.to(dtype)).sum(1))
         parts = self._exchange(torch.stack(own))
         self._logsumexp = logsumexp = torch.logsumexp(parts[:, 0], 0)
@@ -151,14 +182,19 @@ class VocabStep(_Formula):
         dtype = accumulator(logits.dtype)
         logsumexp, self._logsumexp = self._logsumexp, None
         if logsumexp is None:
-            logsumexp = torch.logsumexp(self._exchange(_logsumexp(logits, dtype).unsqueeze(0))[:, 0], 0)
+            own = torch.logsumexp(self._adjusted(logits).to(dtype), 1)
+            logsumexp = torch.logsumexp(self._exchange(own.unsqueeze(0))[:, 0], 0)
         here, local = self._local(target, logits.shape[1])
         _, on_label, spread = self._mass(target, dtype)
-        rows = (logits.to(dtype) - logsumexp.unsqueeze(1)).exp_().mul_((on_label + spread).unsqueeze(1))
+        rows = (
+            (self._adjusted(logits).to(dtype) - logsumexp.unsqueeze(1))
+            .exp_()
+            .mul_((on_label + spread).unsqueeze(1))
+        )
         rows.scatter_add_(1, local.unsqueeze(1), (-on_label).masked_fill(~here, 0).unsqueeze(1))
         smoothing = self._options.label_smoothing
         if smoothing > 0:
-            c = self._slice(logits.shape[1])
+            c = self._slice(self._class_weight, logits.shape[1])
             rows -= smoothing / self._classes * (1.0 if c is None else c.to(dtype))
         rows.mul_(factors.unsqueeze(1)).masked_fill_((factors == 0).unsqueeze(1), 0)
         logits.copy_(rows)
@@ -178,18 +214,16 @@ class VocabStep(_Formula):
         of_label = c.to(dtype)[target.to(torch.int64).masked_fill(~counted, 0)]
         return counted, (1 - smoothing) * of_label, smoothing * c.to(dtype).mean()
 
-    def _slice(self, columns: int) -> Tensor | None:
-        """The class weights of this slice."""
-        return None if self._class_weight is None else self._class_weight[self._first : self._first + columns]
+    def _adjusted(self, logits: Tensor) -> Tensor:
+        """The logits, and what is added to those of this slice."""
+        return composite.adjusted(logits, self._slice(self._adjustment, logits.shape[1]))
+
+    def _slice(self, by_class: Tensor | None, columns: int) -> Tensor | None:
+        """The part of a vector over all classes that belongs to this slice."""
+        return None if by_class is None else by_class[self._first : self._first + columns]
 
     def _exchange(self, own: Tensor) -> Tensor:
         """Numbers of all processes, stacked in the order of their ranks."""
         parts = [torch.empty_like(own) for _ in range(dist.get_world_size(self._group))]
         dist.all_gather(parts, own.contiguous(), group=self._group)
         return torch.stack(parts)
-
-
-def _logsumexp(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    if logits.shape[1] == 0:
-        return logits.new_full((logits.shape[0],), -torch.inf, dtype=dtype)
-    return torch.logsumexp(logits.to(dtype), 1)

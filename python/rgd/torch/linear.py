@@ -7,9 +7,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rgd.torch._checks import REDUCTIONS, UNITS, check_choice, check_class_weight, check_label_smoothing
+from rgd.torch._checks import (
+    REDUCTIONS,
+    UNITS,
+    check_choice,
+    check_class_weight,
+    check_label_smoothing,
+    check_logit_adjustment,
+)
 from rgd.torch._distributed import Sync
-from rgd.torch._linear import Chunking, check_head, classify_linear
+from rgd.torch._linear import classify_linear
+from rgd.torch._linear_checks import Chunking, check_head
 from rgd.torch._weigher import Plan, functional_state
 from rgd.torch.backends._options import Options
 from rgd.torch.loss import RGDLoss
@@ -27,6 +35,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    logit_adjustment: Tensor | None = None,
     tau: float | None = None,
     weighting: Weighting | None = None,
     per: str = "element",
@@ -63,6 +72,7 @@ def linear_cross_entropy(
         ignore_index: Class index of targets that count for nothing.
         reduction: "none", "mean" or "sum".
         label_smoothing: In [0, 1].
+        logit_adjustment: As for `cross_entropy`, shape (C,); added after a soft cap.
         tau: Short for `weighting=KL(tau)`.
         weighting: As for `cross_entropy`.
         per: As for `cross_entropy`: "element" weights each target, "sample" each entry of the leading axis, a
@@ -82,8 +92,8 @@ def linear_cross_entropy(
             float32, and float64 for float64.
         vocab_group: The processes of a tensor-parallel head. Each gives the same `input` and `target` and its
             own slice of `linear_weight` and `linear_bias`, in the order of the ranks; `target` counts classes
-            over all slices, and `weight` holds all of them. Each gets the objective of the whole, the whole
-            gradient of `input`, and that of its slice.
+            over all slices; `weight` and `logit_adjustment` hold all of them. Each gets the objective of the
+            whole, the whole gradient of `input`, and that of its slice.
         process_group: As for `reweighted_mean`.
         sync: As for `reweighted_mean`.
 
@@ -117,6 +127,7 @@ def linear_cross_entropy(
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("per", per, UNITS)
     check_class_weight(weight)
+    check_logit_adjustment(logit_adjustment)
     options = Options(ignore_index, check_label_smoothing(label_smoothing), reduction, per)
     chunking = Chunking(logit_softcap, shift, chunk_bytes, accumulate_dtype, vocab_group).checked()
     plan = Plan(resolve_weighting(weighting, tau))
@@ -124,7 +135,7 @@ def linear_cross_entropy(
     given = functional_state(plan.weighting, state, input.device)
     objective, _, new = classify_linear(
         input, linear_weight, linear_bias, target, weight, options, chunking, plan, Sync(process_group, sync),
-        where, sample_weight, groups, given,
+        where, sample_weight, groups, given, logit_adjustment,
     )  # fmt: skip
     return objective if state is None else (objective, new)
 
@@ -147,6 +158,7 @@ class LinearRGDLoss(RGDLoss):
         ignore_index: Class index of targets that count for nothing.
         reduction: "none", "mean" or "sum".
         label_smoothing: In [0, 1].
+        logit_adjustment: As for `cross_entropy`, shape (C,); added after a soft cap.
         tau: Short for `weighting=KL(tau)`.
         weighting: As for `RGDLoss`.
         per: As for `RGDLoss`.
@@ -198,6 +210,7 @@ class LinearRGDLoss(RGDLoss):
         ignore_index: int = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
+        logit_adjustment: Tensor | None = None,
         tau: float | None = None,
         weighting: Weighting | None = None,
         per: str = "element",
@@ -211,7 +224,8 @@ class LinearRGDLoss(RGDLoss):
         sync: bool = True,
     ) -> None:
         super().__init__(
-            weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, tau=tau,
+            weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
+            logit_adjustment=logit_adjustment, tau=tau,
             weighting=weighting, per=per, evaluate=evaluate, process_group=process_group, sync=sync,
         )  # fmt: skip
         self._chunking = Chunking(logit_softcap, shift, chunk_bytes, accumulate_dtype, vocab_group).checked()
@@ -326,7 +340,7 @@ class LinearRGDLoss(RGDLoss):
         before = None if state is None else self._read(state, input)
         objective, record, after = classify_linear(
             input, weight, bias, target, self.weight, options, self._chunking, plan, sync,
-            where, sample_weight, None if plain else groups, before,
+            where, sample_weight, None if plain else groups, before, self.logit_adjustment,
         )  # fmt: skip
         if not plain:
             self._keep(record, state, after)
