@@ -203,15 +203,6 @@ def test_a_capsule_of_something_else_is_refused(function):
         function(datetime.datetime_CAPI)
 
 
-@FUNCTIONS
-def test_a_capsule_of_a_dtype_numpy_lacks_is_refused_with_the_array_itself(function):
-    torch = pytest.importorskip("torch")
-    with pytest.raises(
-        TypeError, match=r"losses is a DLPack capsule that NumPy cannot read .*: pass the array itself"
-    ):
-        function(torch.ones(3, dtype=torch.bfloat16).__dlpack__())
-
-
 @pytest.mark.parametrize("function", [rgd.sample_weights, rgd.reweighted_mean])
 def test_both_tau_and_weighting_are_refused(function):
     with pytest.raises(ValueError, match="tau or weighting, not both"):

@@ -15,6 +15,10 @@ References:
 
 from __future__ import annotations
 
+# First: it refuses an interpreter that NumPy would refuse in words of its own.
+from rgd import _main_interpreter  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
+# isort: split
 import math
 from typing import Any, TypeVar, overload
 

@@ -1,7 +1,7 @@
 """What kind of array a caller gave, how a kernel reads it in place, and how to hand back the same kind.
 
-NumPy arrays are read as they are, and everything else through DLPack as a NumPy view of the same memory. The
-one dtype that NumPy cannot import, bfloat16, is left to the kernels, which speak DLPack themselves.
+NumPy arrays are read as they are, and everything else through DLPack, by the importer of the kernels, which
+checks what a tensor says of itself.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
+
+from rgd import _rgd
+
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 class SupportsDLPack(Protocol):
@@ -28,7 +32,7 @@ class Source(NamedTuple):
     """An input that has passed every check: floating, one value a sample, on the CPU, no gradient lost."""
 
     values: Any
-    """What a kernel reads: a NumPy view, or an object that speaks DLPack."""
+    """What a kernel reads: a NumPy array, or a tensor imported through DLPack."""
     shape: tuple[int, ...]
     dtype: npt.DTypeLike
     """Dtype of the weights: float64 for float64 losses, else float32."""
@@ -44,35 +48,35 @@ def read(name: str, given: Any) -> Source:
         given: What the caller gave.
 
     Raises:
+        BufferError: If what a DLPack tensor says of itself contradicts itself.
         TypeError: If it is no array, or not of floating numbers.
         ValueError: If it is a scalar, is not in the CPU's memory, would lose its gradient, or cannot be read
             in place.
     """
     if isinstance(given, np.ndarray):
-        return _read_numpy(name, cast("npt.NDArray[Any]", given), _same)
+        return _read_numpy(name, cast("npt.NDArray[Any]", given))
     if isinstance(given, (int, float, complex, np.generic)):
         _refuse_scalar(name)
-    if type(given).__name__ == "PyCapsule":
-        return _read_numpy(name, _view_of_capsule(name, given), _same)
-    if not hasattr(given, "__dlpack__"):
-        raise TypeError(
-            f"{name} must be an array (NumPy, or any that speaks DLPack), got {type(given).__name__}: "
-            f"pass np.asarray({name})"
-        )
     torch = sys.modules.get("torch")
+    restore: Callable[[npt.NDArray[Any]], Any] = _same
     if torch is not None and isinstance(given, torch.Tensor):
         _check_torch(name, given, torch)
-        restore: Callable[[npt.NDArray[Any]], Any] = torch.from_numpy
-    else:
+        restore = torch.from_numpy
+    elif hasattr(given, "__dlpack__"):
         _check_jax(name, given)
         restore = _importer(given)
-    _check_device(name, given)
-    if str(getattr(given, "dtype", "")).endswith("bfloat16"):
-        shape = tuple(int(length) for length in given.shape)
-        if not shape:
-            _refuse_scalar(name)
-        return Source(given, shape, np.float32, restore)
-    return _read_numpy(name, _view(name, given), restore)
+    elif type(given).__name__ != "PyCapsule":
+        raise TypeError(
+            f"{name} must be an array (NumPy, or any that speaks DLPack), got {type(given).__name__}: "
+            f"pass {_dense(name, given)}"
+        )
+    borrowed = _rgd.Borrowed(name, given)
+    dtype = borrowed.dtype
+    if dtype not in _FLOATS:
+        _refuse_dtype(name, dtype, f"{name}.real" if "complex" in dtype else f"{name}.astype(np.float32)")
+    if not borrowed.shape:
+        _refuse_scalar(name)
+    return Source(borrowed, borrowed.shape, np.float64 if dtype == "float64" else np.float32, restore)
 
 
 def read_mask(where: Any, shape: tuple[int, ...]) -> npt.NDArray[np.bool_] | None:
@@ -124,6 +128,11 @@ def _by_sample(name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> np
 
 
 def _as_numpy(name: str, given: Any) -> npt.NDArray[Any]:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(given, torch.Tensor):
+        _check_torch_values(name, given, torch)
+        # NumPy has no bfloat16.
+        given = given.float() if given.dtype is torch.bfloat16 else given
     try:
         return np.asarray(given)
     except Exception as error:
@@ -139,11 +148,16 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _read_numpy(name: str, array: npt.NDArray[Any], restore: Callable[[npt.NDArray[Any]], Any]) -> Source:
+def _read_numpy(name: str, array: npt.NDArray[Any]) -> Source:
     dtype: Any = array.dtype
     floating = (dtype.kind == "f" and dtype.itemsize <= 8) or dtype.name == "bfloat16"
     if not (floating and dtype.isnative):
-        _refuse_dtype(name, dtype)
+        fix = {
+            "c": f"{name}.real",
+            "O": f"np.asarray({name}, dtype=np.float64)",
+            "f": f"{name}.astype(np.float64)",
+        }.get(dtype.kind, f"{name}.astype(np.float32)")
+        _refuse_dtype(name, dtype, fix)
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, and its mask would be lost: pass {name}.compressed()")
     if array.ndim == 0:
@@ -152,7 +166,7 @@ def _read_numpy(name: str, array: npt.NDArray[Any], restore: Callable[[npt.NDArr
         raise ValueError(
             f"{name} is not aligned to its dtype {dtype} and cannot be read in place: pass {name}.copy()"
         )
-    return Source(array, array.shape, np.float64 if dtype.itemsize == 8 else np.float32, restore)
+    return Source(array, array.shape, np.float64 if dtype.itemsize == 8 else np.float32, _same)
 
 
 def _check_torch(name: str, tensor: Any, torch: Any) -> None:
@@ -161,6 +175,17 @@ def _check_torch(name: str, tensor: Any, torch: Any) -> None:
             f"{name} requires grad, and NumPy's functions would lose its gradient: use "
             f"rgd.torch.sample_weights or rgd.torch.reweighted_mean, or pass {name}.detach()"
         )
+    _check_torch_values(name, tensor, torch)
+    if tensor.is_neg():
+        raise ValueError(f"{name} is a view whose negation is pending: pass {name}.resolve_neg()")
+
+
+def _check_torch_values(name: str, tensor: Any, torch: Any) -> None:
+    """Refuse a tensor of torch whose values do not lie one by one in the CPU's memory."""
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor, whose rows differ in length: pass torch.cat({name}.unbind())"
+        )
     if cast("Any", type(tensor)).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise TypeError(
             f"{name} is a {type(tensor).__name__}, a tensor subclass whose values are not in its own memory: "
@@ -168,79 +193,25 @@ def _check_torch(name: str, tensor: Any, torch: Any) -> None:
         )
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} has layout {tensor.layout}, expected torch.strided: pass {name}.to_dense()")
+    if tensor.device.type == "meta":
+        raise ValueError(
+            f"{name} must be on the CPU, got a tensor on meta, which has a shape and no values: make it on "
+            "the CPU"
+        )
     if tensor.device.type != "cpu":
-        _refuse_device(name, str(tensor.device))
-    if tensor.is_neg():
-        raise ValueError(f"{name} is a view whose negation is pending: pass {name}.resolve_neg()")
+        raise ValueError(
+            f"{name} must be on the CPU, got a tensor on {tensor.device}: move it there, as {name}.cpu() does"
+        )
+    if tensor.is_quantized:
+        raise TypeError(f"{name} is quantized, {tensor.dtype}: pass {name}.dequantize()")
+    if "float8" in str(tensor.dtype):
+        raise TypeError(f"{name} is {tensor.dtype}, which nothing can be computed in: pass {name}.float()")
 
 
 def _check_jax(name: str, given: Any) -> None:
     jax = sys.modules.get("jax")
     if jax is not None and isinstance(given, jax.core.Tracer):
         raise TypeError(f"{name} is traced by JAX and has no values yet: under jit, grad or vmap use rgd.jax")
-
-
-_DEVICES = {
-    1: "cpu",
-    2: "cuda",
-    4: "opencl",
-    7: "vulkan",
-    8: "metal",
-    9: "vpi",
-    10: "rocm",
-    13: "cuda (managed memory)",
-    14: "oneapi",
-    15: "webgpu",
-    16: "hexagon",
-    17: "maia",
-    18: "trainium",
-}
-_HOST_MEMORY = {1, 3, 11}
-"""DLPack's device types whose memory the CPU addresses: kDLCPU, kDLCUDAHost and kDLROCMHost (pinned)."""
-
-
-def _check_device(name: str, given: Any) -> None:
-    try:
-        kind, index = given.__dlpack_device__()
-    except Exception as error:
-        _refuse_unreadable(name, given, error)
-    if int(kind) not in _HOST_MEMORY:
-        _refuse_device(name, f"{_DEVICES.get(int(kind), f'DLPack device type {int(kind)}')}:{index}")
-
-
-def _view(name: str, given: Any) -> npt.NDArray[Any]:
-    try:
-        return np.from_dlpack(given)
-    except Exception as error:
-        _refuse_unreadable(name, given, error)
-
-
-class _Exporter:
-    """Lends a bare capsule the method that `np.from_dlpack` asks for."""
-
-    def __init__(self, capsule: Any) -> None:
-        self.capsule = capsule
-
-    def __dlpack__(self, **_: Any) -> Any:
-        return self.capsule
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)
-
-
-def _view_of_capsule(name: str, capsule: Any) -> npt.NDArray[Any]:
-    if '"used_dltensor' in repr(capsule):
-        raise ValueError(
-            f"{name} is a DLPack capsule already consumed: one can be read once, so pass the array itself"
-        )
-    if '"dltensor' not in repr(capsule):
-        raise TypeError(f"{name} must be an array or a DLPack capsule, got {capsule!r}")
-    try:
-        return np.from_dlpack(_Exporter(capsule))
-    except Exception as error:
-        raise TypeError(
-            f"{name} is a DLPack capsule that NumPy cannot read ({error}): pass the array itself"
-        ) from error
 
 
 def _importer(given: Any) -> Callable[[npt.NDArray[Any]], Any]:
@@ -256,6 +227,14 @@ def _same(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return array
 
 
+def _dense(name: str, given: Any) -> str:
+    """What makes an array of something that is none: sparse arrays of SciPy and JAX have a method for it."""
+    for method in ("toarray", "todense"):
+        if hasattr(given, method):
+            return f"{name}.{method}()"
+    return f"np.asarray({name})"
+
+
 def _refuse_scalar(name: str) -> NoReturn:
     raise ValueError(
         f"{name} is a scalar: pass an array with one value a sample. Weighting a loss already reduced over "
@@ -263,26 +242,7 @@ def _refuse_scalar(name: str) -> NoReturn:
     )
 
 
-def _refuse_dtype(name: str, dtype: np.dtype[Any]) -> NoReturn:
-    fix = {
-        "i": f"{name}.astype(np.float32)",
-        "u": f"{name}.astype(np.float32)",
-        "b": f"{name}.astype(np.float32)",
-        "c": f"{name}.real",
-        "O": f"np.asarray({name}, dtype=np.float64)",
-        "f": f"{name}.astype(np.float64)",
-    }.get(dtype.kind, f"{name}.astype(np.float32)")
+def _refuse_dtype(name: str, dtype: Any, fix: str) -> NoReturn:
     raise TypeError(
         f"{name} must be float64, float32, float16 or bfloat16 in native byte order, got {dtype}: pass {fix}"
     )
-
-
-def _refuse_device(name: str, device: str) -> NoReturn:
-    raise ValueError(
-        f"{name} must be on the CPU, got a tensor on {device}: move it there, as {name}.cpu() does in torch"
-    )
-
-
-def _refuse_unreadable(name: str, given: Any, error: Exception) -> NoReturn:
-    reason = str(error).partition("\n")[0]
-    raise TypeError(f"{name}, a {type(given).__name__}, cannot be read through DLPack: {reason}") from error

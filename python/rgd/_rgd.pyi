@@ -1,6 +1,6 @@
 """The Rust kernels.
 
-Every tensor argument is a NumPy array or a CPU object that speaks DLPack; none is copied.
+Every tensor argument is a NumPy array, a CPU object that speaks DLPack, or a `Borrowed`; none is copied.
 Outputs are allocated by the caller, may be uninitialised, and are filled in place; they must not share memory
 with another argument, except that a gradient may take the place of the logits. The accumulator's dtype is
 float64 for float64 tensors, else float32. `threads` is the largest number of threads to use; a result does
@@ -17,6 +17,32 @@ Another name, or another number of numbers, is a ValueError that lists the names
 
 from collections.abc import Sequence
 from typing import Any
+
+class Borrowed:
+    """A DLPack tensor that was imported once, for any number of kernels to read.
+
+    A capsule can be imported only once. What the tensor says of itself is checked: it lies in the CPU's
+    memory, its numbers do not contradict each other, and every element has an address. Its deleter is called
+    when this object ends.
+
+    Args:
+        name: The argument's name, for the messages.
+        given: An object that speaks DLPack, or a capsule, which is consumed.
+
+    Raises:
+        BufferError: If the tensor's description contradicts itself.
+        TypeError: If it is nothing of the kind, is of a later major version, or its producer refuses.
+        ValueError: If it lies on another device, has no data, is not aligned, or is a capsule already
+            consumed.
+    """
+
+    def __init__(self, name: str, given: Any) -> None: ...
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The lengths of the axes."""
+    @property
+    def dtype(self) -> str:
+        """The name of the dtype, which need not be one that the kernels serve."""
 
 def sample_weights(losses: Any, weights: Any, kind: str, numbers: Sequence[float], threads: int) -> None:
     """Fill `weights` from `losses`.

@@ -3,7 +3,7 @@
 //! The functions are private to the Python package, whose fronts allocate the outputs; `python/rgd/_rgd.pyi` describes
 //! them.
 
-use super::tensor::{Dtype, HasDtype, Tensor, distinct};
+use super::tensor::{Borrowed, Dtype, HasDtype, Tensor, distinct};
 use super::xla;
 use crate::cross_entropy::{
     self as ce, Given, Gradient, Inputs, Outputs, Overwrite, Reduction, Settings, Target, Totals,
@@ -26,9 +26,32 @@ thread_local! {
     static RAISED: Cell<Option<PyErr>> = const { Cell::new(None) };
 }
 
+/// Whether this is the main thread, the only one that Python runs the handlers of signals on. Another one must not look
+/// for signals either: if it is a daemon, the interpreter may have ended before its kernel does.
+fn handles_signals(py: Python) -> bool {
+    thread_local! {
+        /// What was found out, in which process: in a child of `fork`, another thread is the main one.
+        static FOUND: Cell<Option<(u32, bool)>> = const { Cell::new(None) };
+    }
+    let process = std::process::id();
+    if let Some((found_in, is_main)) = FOUND.get()
+        && found_in == process
+    {
+        return is_main;
+    }
+    let ask = || -> PyResult<bool> {
+        let threading = py.import("threading")?;
+        let main = threading.call_method0("main_thread")?.getattr("ident")?;
+        threading.call_method0("get_ident")?.eq(main)
+    };
+    // Where Python cannot tell, in the middle of its end, no signal is looked for.
+    let is_main = ask().unwrap_or(false);
+    FOUND.set(Some((process, is_main)));
+    is_main
+}
+
 /// Runs the handlers of signals that have come in; whether one has raised an error, as that of Ctrl-C does.
 fn interrupted() -> bool {
-    // On any other thread than the main one this finds nothing.
     #[expect(clippy::redundant_closure_for_method_calls, reason = "the method is of one lifetime only")]
     let raised = Python::attach(|py| py.check_signals()).err();
     let found = raised.is_some();
@@ -39,7 +62,9 @@ fn interrupted() -> bool {
 /// Runs a kernel without holding the interpreter. One that ran out of memory becomes a `MemoryError`, one that was
 /// interrupted what the signal's handler raised; a panic, which would be a bug of ours, becomes a `RuntimeError`.
 fn released<R: Send>(py: Python, kernel: impl FnOnce() -> R + Send) -> PyResult<R> {
-    py.detach(|| catch_unwind(AssertUnwindSafe(|| watch(interrupted, kernel)))).map_err(|panic| {
+    let handles_signals = handles_signals(py);
+    let watched = || if handles_signals { watch(interrupted, kernel) } else { kernel() };
+    py.detach(|| catch_unwind(AssertUnwindSafe(watched))).map_err(|panic| {
         match panic.downcast_ref::<Stop>() {
             Some(Stop::Interrupted) => {
                 return RAISED.take().unwrap_or_else(|| PyKeyboardInterrupt::new_err(()));
@@ -87,7 +112,7 @@ macro_rules! for_float {
                 $body
             }
             other => Err(PyTypeError::new_err(format!(
-                "{} must be float32, float64, float16 or bfloat16, got {other:?}",
+                "{} must be float32, float64, float16 or bfloat16, got {other}",
                 $name
             ))),
         }
@@ -419,6 +444,7 @@ fn xla_handler(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
 
 #[pymodule]
 fn _rgd(module: &Bound<PyModule>) -> PyResult<()> {
+    module.add_class::<Borrowed>()?;
     module.add_function(wrap_pyfunction!(sample_weights, module)?)?;
     module.add_function(wrap_pyfunction!(widen, module)?)?;
     module.add_function(wrap_pyfunction!(weighted_sum, module)?)?;

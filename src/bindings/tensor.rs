@@ -1,8 +1,11 @@
 //! Reads `NumPy` arrays and `DLPack` tensors as typed `ndarray` views; the only room that knows dtypes and devices.
 //! An element with index `(i_1, ..., i_d)` lies at `data + itemsize sum_k i_k stride_k`.
 //!
-//! Nothing is copied and nothing is exported: Python allocates, kernels fill. A [`Tensor`] keeps its producer's memory
-//! alive, so a view may be used for as long as the tensor it borrows from exists. Rust cannot see Python's other
+//! Nothing is copied and nothing is exported: Python allocates, kernels fill. What a `DLPack` tensor says of itself is
+//! checked: its numbers must not contradict each other, and every element must have an address. Only its producer knows
+//! whether that memory is its own.
+//!
+//! A [`Tensor`] keeps its producer's memory alive, so a view may be used for as long as the tensor it borrows from exists. Rust cannot see Python's other
 //! references to that memory: as with every `NumPy` function, the caller promises that nobody writes to an input or
 //! touches an output during a call. Outputs may be uninitialised, so their elements are `MaybeUninit`. [`distinct`] refuses arguments of one call that share memory with an output.
 
@@ -12,8 +15,10 @@ use dlpark::{DlpackFlags, tensor::TensorRef};
 use half::{bf16, f16};
 use ndarray::{ArrayViewD, ArrayViewMutD, Axis, IxDyn, ShapeBuilder};
 use numpy::{PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
-use pyo3::exceptions::{PyBufferError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyBufferError, PyException, PyMemoryError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::types::{PyCapsule, PyTuple};
+use std::fmt;
 use std::mem::MaybeUninit;
 
 /// The element types kernels read or write.
@@ -25,6 +30,19 @@ pub enum Dtype {
     Bf16,
     I64,
     I32,
+}
+
+impl fmt::Display for Dtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F64 => "float64",
+            Self::F32 => "float32",
+            Self::F16 => "float16",
+            Self::Bf16 => "bfloat16",
+            Self::I64 => "int64",
+            Self::I32 => "int32",
+        })
+    }
 }
 
 /// A Rust type with a [`Dtype`].
@@ -48,14 +66,173 @@ pub struct Tensor<'py> {
     shape: Vec<usize>,
     strides: Vec<isize>,
     dtype: Dtype,
-    itemsize: usize,
     read_only: bool,
+    /// The lowest address and the one past the highest; zeros without elements.
+    span: (usize, usize),
     _owner: Owner<'py>,
 }
 
+#[expect(dead_code, reason = "kept alive")]
 enum Owner<'py> {
-    Numpy(#[expect(dead_code, reason = "kept alive")] Bound<'py, PyUntypedArray>),
-    Dlpack(#[expect(dead_code, reason = "kept alive")] ImportedDlpack),
+    Numpy(Bound<'py, PyUntypedArray>),
+    Dlpack(ImportedDlpack),
+    Borrowed(Bound<'py, Borrowed>),
+}
+
+/// A `DLPack` tensor that was imported once, for any number of kernels to read: a capsule can be imported only once.
+#[pyclass(frozen, module = "rgd._rgd")]
+pub struct Borrowed(ImportedDlpack);
+
+#[pymethods]
+impl Borrowed {
+    /// Imports an array that speaks `DLPack`, or a capsule; `name` is the argument's, for messages.
+    #[new]
+    fn new(name: &str, object: &Bound<PyAny>) -> PyResult<Self> {
+        let imported = import(name, object)?;
+        let described = Described::of(name, &imported)?;
+        if let Some(dtype) = dtype_of(described.dtype) {
+            described.checked(name, size_of_dtype(dtype))?;
+        }
+        Ok(Self(imported))
+    }
+
+    /// The lengths of the axes.
+    #[getter]
+    fn shape<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(py, Described::of("the tensor", &self.0)?.shape)
+    }
+
+    /// The name of the dtype, which need not be one that the kernels serve.
+    #[getter]
+    fn dtype(&self) -> PyResult<String> {
+        Ok(dtype_name(Described::of("the tensor", &self.0)?.dtype))
+    }
+}
+
+/// Where a tensor says that its elements lie: the first one's address, shape and strides in elements.
+struct Described<D> {
+    data: *mut u8,
+    shape: Vec<usize>,
+    strides: Vec<isize>,
+    dtype: D,
+}
+
+impl Described<DLDataType> {
+    fn of(name: &str, imported: &ImportedDlpack) -> PyResult<Self> {
+        let tensor = imported.validate().map_err(|error| invalid(name, &error))?;
+        on_host(name, tensor.device())?;
+        let strides = tensor.strides_or_compact().map_err(|error| invalid(name, &error))?;
+        Ok(Self {
+            data: address(name, &tensor)?,
+            shape: tensor.shape().iter().map(|&n| n as usize).collect(),
+            strides: strides.iter().map(|&s| s as isize).collect(),
+            dtype: tensor.dtype(),
+        })
+    }
+}
+
+impl<D> Described<D> {
+    /// Checks that each element has an address, and sets what producers may leave undefined: the strides of axes with
+    /// fewer than two elements, and the address of a tensor without elements.
+    ///
+    /// Returns the lowest address and the one past the highest too; zeros without elements.
+    fn checked(mut self, name: &str, itemsize: usize) -> PyResult<(Self, (usize, usize))> {
+        let empty = self.shape.contains(&0);
+        for (stride, &size) in self.strides.iter_mut().zip(&self.shape) {
+            if empty || size == 1 {
+                *stride = 0;
+            }
+        }
+        if empty {
+            self.data = std::ptr::without_provenance_mut(itemsize);
+            return Ok((self, (0, 0)));
+        }
+        if self.data.is_null() {
+            return Err(PyValueError::new_err(format!(
+                "{name} has elements and no data, as a fake or meta tensor has: give a tensor with values"
+            )));
+        }
+        if !self.data.addr().is_multiple_of(itemsize) {
+            return Err(unaligned(name));
+        }
+        match self.span(itemsize) {
+            Some(span) => Ok((self, span)),
+            None => Err(invalid(name, &"by its shape, strides and byte offset, elements have no address")),
+        }
+    }
+
+    /// The lowest address and the one past the highest of a tensor with elements; `None` if they are no addresses, or if
+    /// there are more elements or bytes than can be counted.
+    fn span(&self, itemsize: usize) -> Option<(usize, usize)> {
+        let (mut count, mut low, mut high) = (1isize, 0isize, 0isize);
+        for (&stride, &size) in self.strides.iter().zip(&self.shape) {
+            let size = isize::try_from(size).ok()?;
+            count = count.checked_mul(size)?;
+            let reach = stride.checked_mul((size - 1).max(0))?;
+            low = low.checked_add(reach.min(0))?;
+            high = high.checked_add(reach.max(0))?;
+        }
+        let itemsize = itemsize as isize;
+        let (low, high) = (low.checked_mul(itemsize)?, high.checked_add(1)?.checked_mul(itemsize)?);
+        high.checked_sub(low)?;
+        Some((self.data.addr().checked_add_signed(low)?, self.data.addr().checked_add_signed(high)?))
+    }
+}
+
+/// Imports an array that speaks `DLPack`, or a capsule, which is consumed.
+fn import(name: &str, object: &Bound<PyAny>) -> PyResult<ImportedDlpack> {
+    if let Ok(capsule) = object.cast::<PyCapsule>() {
+        let is = |name| capsule.is_valid_checked(Some(name));
+        if is(c"used_dltensor") || is(c"used_dltensor_versioned") {
+            return Err(PyValueError::new_err(format!(
+                "{name} is a DLPack capsule already consumed: one can be read once, so pass the array itself"
+            )));
+        }
+        if !is(c"dltensor") && !is(c"dltensor_versioned") {
+            return Err(PyTypeError::new_err(format!(
+                "{name} must be an array or a DLPack capsule, got {}",
+                object.repr()?
+            )));
+        }
+    }
+    let request =
+        ImportRequest::new(object.as_borrowed()).map_err(|error| unreadable(name, object, error))?;
+    if let Ok(device) = request.device() {
+        on_host(name, device)?;
+    }
+    match request.import(None, None) {
+        // A producer from before DLPack 1.0 does not know the arguments of version negotiation.
+        Err(error) if error.is_instance_of::<PyTypeError>(object.py()) && object.hasattr("__dlpack__")? => {
+            let capsule = object.call_method0("__dlpack__");
+            capsule.and_then(|capsule| ImportRequest::new(capsule.as_borrowed())?.import(None, None))
+        }
+        imported => imported,
+    }
+    .map_err(|error| unreadable(name, object, error))
+}
+
+/// The error of a producer that could not lend its memory, with the argument's name and what to do.
+fn unreadable(name: &str, object: &Bound<PyAny>, error: PyErr) -> PyErr {
+    let py = object.py();
+    if !error.is_instance_of::<PyException>(py) || error.is_instance_of::<PyMemoryError>(py) {
+        return error;
+    }
+    let reason = error.value(py).to_string();
+    let reason = reason.lines().next().unwrap_or_default();
+    let kind = object.get_type().name().map(|kind| kind.to_string()).unwrap_or_default();
+    let message = if reason.contains("DLPack major version") {
+        format!(
+            "{name} is a DLPack tensor of a version that rgd does not know ({reason}): lend it by version 1, as \
+             {name}.__dlpack__(max_version=(1, 0)) does"
+        )
+    } else if object.cast::<PyCapsule>().is_err() && !object.hasattr("__dlpack__").unwrap_or(false) {
+        format!("{name} must be a NumPy array or a tensor that speaks DLPack, got {kind}")
+    } else {
+        format!("{name}, a {kind}, cannot be read through DLPack: {reason}")
+    };
+    let unreadable = PyTypeError::new_err(message);
+    unreadable.set_cause(py, Some(error));
+    unreadable
 }
 
 impl<'py> Tensor<'py> {
@@ -63,9 +240,31 @@ impl<'py> Tensor<'py> {
     pub fn import(name: &'static str, object: &Bound<'py, PyAny>) -> PyResult<Self> {
         if let Ok(array) = object.cast::<PyUntypedArray>() {
             Self::from_numpy(name, array)
+        } else if let Ok(borrowed) = object.cast::<Borrowed>() {
+            let imported = &borrowed.get().0;
+            Self::new(
+                name,
+                described(name, imported)?,
+                is_read_only(imported),
+                Owner::Borrowed(borrowed.clone()),
+            )
         } else {
-            Self::from_dlpack(name, object)
+            let imported = import(name, object)?;
+            let (described, read_only) = (described(name, &imported)?, is_read_only(&imported));
+            Self::new(name, described, read_only, Owner::Dlpack(imported))
         }
+    }
+
+    fn new(
+        name: &'static str,
+        described: Described<Dtype>,
+        read_only: bool,
+        owner: Owner<'py>,
+    ) -> PyResult<Self> {
+        let itemsize = size_of_dtype(described.dtype);
+        let (described, span) = described.checked(name, itemsize)?;
+        let Described { data, shape, strides, dtype } = described;
+        Ok(Self { name, data, shape, strides, dtype, read_only, span, _owner: owner })
     }
 
     fn from_numpy(name: &'static str, array: &Bound<'py, PyUntypedArray>) -> PyResult<Self> {
@@ -94,87 +293,9 @@ impl<'py> Tensor<'py> {
         // SAFETY: a live NumPy array object, whose fields may be read while the interpreter is held.
         let raw = unsafe { &*array.as_array_ptr() };
         let writeable = raw.fields.flags & numpy::npyffi::NPY_ARRAY_WRITEABLE != 0;
-        Self::checked(Self {
-            name,
-            data: raw.fields.data.cast(),
-            shape: array.shape().to_vec(),
-            strides,
-            dtype,
-            itemsize,
-            read_only: !writeable,
-            _owner: Owner::Numpy(array.clone()),
-        })
-    }
-
-    fn from_dlpack(name: &'static str, object: &Bound<'py, PyAny>) -> PyResult<Self> {
-        let request = ImportRequest::new(object.as_borrowed())?;
-        if let Ok(device) = request.device() {
-            on_host(name, device)?;
-        }
-        let imported = match request.import(None, None) {
-            // A producer from before DLPack 1.0 does not know the arguments of version negotiation.
-            Err(error)
-                if error.is_instance_of::<PyTypeError>(object.py()) && object.hasattr("__dlpack__")? =>
-            {
-                let capsule = object.call_method0("__dlpack__")?;
-                ImportRequest::new(capsule.as_borrowed())?.import(None, None)?
-            }
-            Err(error) if error.is_instance_of::<PyTypeError>(object.py()) => {
-                return Err(PyTypeError::new_err(format!(
-                    "{name} must be a NumPy array or a tensor that speaks DLPack, got {}",
-                    object.get_type().name()?
-                )));
-            }
-            imported => imported?,
-        };
-        let (data, shape, strides, dtype) = {
-            let tensor = imported.validate().map_err(|error| invalid(name, &error))?;
-            on_host(name, tensor.device())?;
-            let dtype = dtype_of(tensor.dtype())
-                .ok_or_else(|| unsupported_dtype(name, &dtype_name(tensor.dtype())))?;
-            let strides = tensor.strides_or_compact().map_err(|error| invalid(name, &error))?;
-            (
-                address(name, &tensor)?,
-                tensor.shape().iter().map(|&n| n as usize).collect(),
-                strides.iter().map(|&s| s as isize).collect(),
-                dtype,
-            )
-        };
-        let read_only = imported.flags().contains(DlpackFlags::READ_ONLY);
-        let itemsize = size_of_dtype(dtype);
-        Self::checked(Self {
-            name,
-            data,
-            shape,
-            strides,
-            dtype,
-            itemsize,
-            read_only,
-            _owner: Owner::Dlpack(imported),
-        })
-    }
-
-    /// Checks the address, and sets what producers may leave undefined: the strides of axes with fewer than two elements,
-    /// and the address of a tensor without elements.
-    fn checked(mut self) -> PyResult<Self> {
-        let empty = self.shape.contains(&0);
-        for (stride, &size) in self.strides.iter_mut().zip(&self.shape) {
-            if empty || size == 1 {
-                *stride = 0;
-            }
-        }
-        if empty {
-            self.data = std::ptr::without_provenance_mut(self.itemsize);
-        } else if self.data.is_null() {
-            return Err(PyValueError::new_err(format!(
-                "{} has no data: it is a fake or meta tensor",
-                self.name
-            )));
-        }
-        if !self.data.addr().is_multiple_of(self.itemsize) {
-            return Err(unaligned(self.name));
-        }
-        Ok(self)
+        let shape = array.shape().to_vec();
+        let described = Described { data: raw.fields.data.cast(), shape, strides, dtype };
+        Self::new(name, described, !writeable, Owner::Numpy(array.clone()))
     }
 
     pub fn dtype(&self) -> Dtype {
@@ -197,7 +318,7 @@ impl<'py> Tensor<'py> {
     pub fn view<T: HasDtype>(&self) -> PyResult<ArrayViewD<'_, T>> {
         if T::DTYPE != self.dtype {
             return Err(PyTypeError::new_err(format!(
-                "{} must be {:?}, got {:?}",
+                "{} must be {}, got {}",
                 self.name,
                 T::DTYPE,
                 self.dtype
@@ -232,7 +353,7 @@ impl<'py> Tensor<'py> {
         }
         if T::DTYPE != self.dtype {
             return Err(PyTypeError::new_err(format!(
-                "{} must be {:?}, got {:?}",
+                "{} must be {}, got {}",
                 self.name,
                 T::DTYPE,
                 self.dtype
@@ -276,33 +397,14 @@ impl<'py> Tensor<'py> {
             .to_slice()
             .ok_or_else(|| PyValueError::new_err(format!("{} must be contiguous", self.name)))
     }
-
-    /// The lowest address and the one past the highest.
-    fn span(&self) -> (usize, usize) {
-        let (mut low, mut high) = (0, 0);
-        if self.shape.contains(&0) {
-            return (0, 0);
-        }
-        for (&stride, &size) in self.strides.iter().zip(&self.shape) {
-            let reach = stride * (size as isize - 1);
-            if reach < 0 {
-                low += reach;
-            } else {
-                high += reach;
-            }
-        }
-        let size = self.itemsize as isize;
-        let address = self.data.addr() as isize;
-        ((address + low * size) as usize, (address + (high + 1) * size) as usize)
-    }
 }
 
 /// Refuses outputs that share memory with each other or with an input.
 pub fn distinct(outputs: &[&Tensor], inputs: &[&Tensor]) -> PyResult<()> {
     for (i, output) in outputs.iter().enumerate() {
-        let (low, high) = output.span();
+        let (low, high) = output.span;
         for other in outputs[i + 1..].iter().chain(inputs) {
-            let (other_low, other_high) = other.span();
+            let (other_low, other_high) = other.span;
             if low < other_high && other_low < high {
                 return Err(PyValueError::new_err(format!(
                     "{} and {} must not share memory",
@@ -314,10 +416,29 @@ pub fn distinct(outputs: &[&Tensor], inputs: &[&Tensor]) -> PyResult<()> {
     Ok(())
 }
 
+/// The description of a tensor of a dtype that the kernels serve.
+fn described(name: &str, imported: &ImportedDlpack) -> PyResult<Described<Dtype>> {
+    let Described { data, shape, strides, dtype } = Described::of(name, imported)?;
+    match dtype_of(dtype) {
+        Some(dtype) => Ok(Described { data, shape, strides, dtype }),
+        None => Err(unsupported_dtype(name, &dtype_name(dtype))),
+    }
+}
+
+fn is_read_only(imported: &ImportedDlpack) -> bool {
+    imported.flags().contains(DlpackFlags::READ_ONLY)
+}
+
 fn address(name: &str, tensor: &TensorRef) -> PyResult<*mut u8> {
     let data = tensor.data_ptr().cast_mut().cast::<u8>();
-    let offset = usize::try_from(tensor.byte_offset()).map_err(|error| invalid(name, &error))?;
-    Ok(data.wrapping_add(offset))
+    let offset = usize::try_from(tensor.byte_offset()).ok().filter(|&offset| {
+        // The address of nothing stays null, whatever its offset.
+        data.is_null() || data.addr().checked_add(offset).is_some()
+    });
+    match offset {
+        Some(offset) => Ok(if data.is_null() { data } else { data.wrapping_add(offset) }),
+        None => Err(invalid(name, &format!("its byte offset is {}", tensor.byte_offset()))),
+    }
 }
 
 fn dtype_of(dtype: DLDataType) -> Option<Dtype> {
@@ -344,28 +465,46 @@ fn size_of_dtype(dtype: Dtype) -> usize {
 }
 
 fn dtype_name(dtype: DLDataType) -> String {
-    let kind = match dtype.code {
-        DLDataTypeCode::INT => "int",
-        DLDataTypeCode::UINT => "uint",
-        DLDataTypeCode::FLOAT => "float",
-        DLDataTypeCode::BFLOAT => "bfloat",
-        DLDataTypeCode::COMPLEX => "complex",
-        DLDataTypeCode::BOOL => return "bool".into(),
-        _ => return format!("DLPack type {} of {} bits", dtype.code.0, dtype.bits),
+    let sized = |kind| format!("{kind}{}", dtype.bits);
+    let name = match dtype.code {
+        DLDataTypeCode::INT => sized("int"),
+        DLDataTypeCode::UINT => sized("uint"),
+        DLDataTypeCode::FLOAT => sized("float"),
+        DLDataTypeCode::BFLOAT => sized("bfloat"),
+        DLDataTypeCode::COMPLEX => sized("complex"),
+        DLDataTypeCode::BOOL => "bool".into(),
+        DLDataTypeCode::FLOAT8_E3M4 => "float8_e3m4".into(),
+        DLDataTypeCode::FLOAT8_E4M3 => "float8_e4m3".into(),
+        DLDataTypeCode::FLOAT8_E4M3B11FNUZ => "float8_e4m3b11fnuz".into(),
+        DLDataTypeCode::FLOAT8_E4M3FN => "float8_e4m3fn".into(),
+        DLDataTypeCode::FLOAT8_E4M3FNUZ => "float8_e4m3fnuz".into(),
+        DLDataTypeCode::FLOAT8_E5M2 => "float8_e5m2".into(),
+        DLDataTypeCode::FLOAT8_E5M2FNUZ => "float8_e5m2fnuz".into(),
+        DLDataTypeCode::FLOAT8_E8M0FNU => "float8_e8m0fnu".into(),
+        other => format!("DLPack type {} of {} bits", other.0, dtype.bits),
     };
-    format!("{kind}{}", dtype.bits)
+    if dtype.lanes == 1 { name } else { format!("{name} in {} lanes", dtype.lanes) }
 }
 
 fn on_host(name: &str, device: DLDevice) -> PyResult<()> {
     let kind = match device.device_type {
         DLDeviceType::CPU | DLDeviceType::CUDAHOST | DLDeviceType::ROCMHOST => return Ok(()),
-        DLDeviceType::CUDA | DLDeviceType::CUDAMANAGED => "cuda".to_owned(),
-        DLDeviceType::ROCM => "rocm".to_owned(),
-        DLDeviceType::METAL => "mps".to_owned(),
-        other => format!("DLPack type {}", other.0),
+        DLDeviceType::CUDA => "cuda",
+        DLDeviceType::CUDAMANAGED => "cuda (managed memory)",
+        DLDeviceType::OPENCL => "opencl",
+        DLDeviceType::VULKAN => "vulkan",
+        DLDeviceType::METAL => "metal",
+        DLDeviceType::VPI => "vpi",
+        DLDeviceType::ROCM => "rocm",
+        DLDeviceType::ONEAPI => "oneapi",
+        DLDeviceType::WEBGPU => "webgpu",
+        DLDeviceType::HEXAGON => "hexagon",
+        DLDeviceType::MAIA => "maia",
+        DLDeviceType::TRN => "trainium",
+        other => &format!("DLPack device type {}", other.0),
     };
     Err(PyValueError::new_err(format!(
-        "{name} is on device {kind}:{}, and the Rust kernels serve the CPU: move it there first",
+        "{name} must be on the CPU, got a tensor on {kind}:{}: move it there, as {name}.cpu() does in torch",
         device.device_id
     )))
 }

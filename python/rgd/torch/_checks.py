@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ class MismatchError(ValueError, RuntimeError):
 
 
 class DtypeError(TypeError, RuntimeError):
-    """A tensor of a dtype that does not fit: TypeError here, RuntimeError in torch's losses."""
+    """A tensor of a dtype or layout that does not fit: TypeError here, RuntimeError in torch's losses."""
 
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -41,12 +41,30 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor that does not hold its numbers in rows of one length: a nested or a sparse one."""
+    if tensor.is_nested:
+        raise DtypeError(
+            f"{name} is a nested tensor, whose rows differ in length: call torch.cat on its .unbind(), or "
+            ".to_padded_tensor on it and leave the padding out by where="
+        )
+    if tensor.layout is not torch.strided:
+        raise DtypeError(f"{name} has layout {tensor.layout}, expected torch.strided: call .to_dense() on it")
+
+
+def refuse_dtype(name: str, tensor: Tensor, expected: str) -> NoReturn:
+    """Refuse a dtype, with the conversion: `expected` completes "must"."""
+    fix = ".real" if tensor.is_complex() else ".dequantize()" if tensor.is_quantized else ".float()"
+    raise DtypeError(f"{name} must {expected}, got {tensor.dtype}: convert it by {fix}")
+
+
 def check_losses(losses: Any, name: str = "losses", hint: str = "") -> Tensor:
     """Refuse what is no tensor of per-sample losses; `name` and `hint` are for the message."""
     if not isinstance(losses, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(losses).__name__}{hint}")
+    check_dense(name, losses)
     if losses.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {losses.dtype}")
+        refuse_dtype(name, losses, "be float32, float64, float16 or bfloat16")
     if losses.dim() == 0:
         raise ValueError(
             f"{name} has 0 dimensions: it is already reduced to one number, and weighting that re-weights "
@@ -59,6 +77,8 @@ def check_where(where: Any, shape: torch.Size, device: torch.device) -> None:
     """Refuse what is no mask of losses of a shape, on a device."""
     if where is None:
         return
+    if isinstance(where, Tensor):
+        check_dense("where", where)
     if not isinstance(where, Tensor) or where.dtype is not torch.bool:
         got = where.dtype if isinstance(where, Tensor) else type(where).__name__
         raise TypeError(f"where must be a torch.Tensor of bool, got {got}: compare it, as in where=mask > 0")
@@ -92,8 +112,9 @@ def check_base(sample_weight: Any, losses_shape: torch.Size, device: torch.devic
             f"sample_weight must be a torch.Tensor, got {type(sample_weight).__name__}: pass "
             "torch.as_tensor(sample_weight)"
         )
+    check_dense("sample_weight", sample_weight)
     if sample_weight.dtype not in (*FLOATS, *INTEGERS):
-        raise TypeError(f"sample_weight must hold numbers, got {sample_weight.dtype}")
+        refuse_dtype("sample_weight", sample_weight, "hold floats of 16 bits or more, or integers")
     p = by_unit("sample_weight", sample_weight, losses_shape, device, per).detach()
     p = p.to(torch.float64 if p.dtype is torch.float64 else torch.float32)
     allowed = (p >= 0) & (p < float("inf"))
@@ -108,6 +129,8 @@ def check_groups(groups: Any, losses_shape: torch.Size, device: torch.device, pe
     """The group of each unit that has a weight, int64; None stays None. Arguments as for `check_base`."""
     if groups is None:
         return None
+    if isinstance(groups, Tensor):
+        check_dense("groups", groups)
     if not isinstance(groups, Tensor) or groups.dtype not in INTEGERS:
         got = groups.dtype if isinstance(groups, Tensor) else type(groups).__name__
         raise TypeError(f"groups must be a torch.Tensor of integers, got {got}")
@@ -161,11 +184,11 @@ def check_class_weight(weight: Any) -> None:
         raise TypeError(f"weight takes class weights, got {weight}: name it, weighting={weight}")
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a torch.Tensor of one weight a class, got {type(weight).__name__}")
-    if weight.dim() != 1 or weight.dtype not in FLOATS:
-        raise ValueError(
-            f"weight must be a vector of one float a class, got shape {tuple(weight.shape)} and "
-            f"{weight.dtype}"
-        )
+    check_dense("weight", weight)
+    if weight.dtype not in FLOATS:
+        refuse_dtype("weight", weight, "hold one float a class")
+    if weight.dim() != 1:
+        raise ValueError(f"weight must be a vector of one float a class, got shape {tuple(weight.shape)}")
 
 
 def check_logit_adjustment(adjustment: Any, logits: Tensor | None = None) -> None:
@@ -204,13 +227,17 @@ def check_classification(logits: Any, target: Any, weight: Tensor | None, ignore
         raise TypeError(
             f"{wrong} must be a torch.Tensor, got {type(target if wrong == 'target' else logits).__name__}"
         )
+    check_dense("input", logits)
+    check_dense("target", target)
     if logits.dtype not in FLOATS:
-        raise DtypeError(f"input must hold float logits, got {logits.dtype}")
+        refuse_dtype("input", logits, "hold float logits")
     if logits.dim() == 0:
         raise ValueError("input must have a class axis: shape (C,), (N, C) or (N, C, d1, ..., dk), got ()")
     axis = 1 if logits.dim() > 1 else 0
     shape = logits.shape
     if target.is_floating_point():
+        if target.dtype not in FLOATS:
+            refuse_dtype("target", target, "hold class indices (int64) or class probabilities (floats)")
         if target.shape != shape:
             raise MismatchError(
                 f"target has shape {tuple(target.shape)} and {target.dtype}: class probabilities must have "
@@ -228,9 +255,7 @@ def check_classification(logits: Any, target: Any, weight: Tensor | None, ignore
                 f"got {tuple(target.shape)}{_shape_hint(target, shape, axis)}"
             )
     else:
-        raise DtypeError(
-            f"target must hold class indices (int64) or class probabilities (floats), got {target.dtype}"
-        )
+        refuse_dtype("target", target, "hold class indices (int64) or class probabilities (floats)")
     if target.device != logits.device:
         raise ValueError(
             f"input is on {logits.device} and target on {target.device}: move both to one device"

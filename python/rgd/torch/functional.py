@@ -17,11 +17,13 @@ from rgd.torch._checks import (
     check_class_weight,
     check_classification,
     check_flag,
+    check_dense,
     check_groups,
     check_label_smoothing,
     check_logit_adjustment,
     check_losses,
     check_where,
+    refuse_dtype,
     targets_shape,
 )
 from rgd.torch._distributed import Sync
@@ -280,9 +282,11 @@ def weight_stats(
     check_losses(losses)
     if weighting is not None:
         weighting = resolve_weighting(weighting)
-    if not isinstance(weights, Tensor) or weights.dtype not in FLOATS:  # pyright: ignore[reportUnnecessaryIsInstance]
-        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"weights must be a float torch.Tensor, got {got}")
+    if not isinstance(weights, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"weights must be a float torch.Tensor, got {type(weights).__name__}")
+    check_dense("weights", weights)
+    if weights.dtype not in FLOATS:
+        refuse_dtype("weights", weights, "be float32, float64, float16 or bfloat16")
     if weights.shape != losses.shape or weights.device != losses.device:
         raise ValueError(
             f"weights must have the shape and device of losses, {tuple(losses.shape)} on {losses.device}, "
