@@ -2,7 +2,7 @@
 //!
 //! Kernels know neither Python nor `DLPack`: [`weightings`] turns losses into sample weights, one file a member of the
 //! family; [`cross_entropy`] turns logits into losses, weights and the gradient of the re-weighted objective; [`reduce`]
-//! sums. They stand on [`numeric`] (float types, `exp` and `ln`, the choice of instruction set), [`layout`] (strided
+//! sums; [`boosting`] fills the derivatives that boosted trees ask for. They stand on [`numeric`] (float types, `exp` and `ln`, the choice of instruction set), [`layout`] (strided
 //! tensors) and [`parallel`] (the thread pool).
 //!
 //! With the feature `python`, `bindings` holds the edges: `tensor` reads `NumPy` arrays and `DLPack` tensors as typed
@@ -11,6 +11,7 @@
 //! Source of the mathematics: Kumar, Majmundar, Nagaraj, Suggala, "Stochastic Re-weighted Gradient Descent via
 //! Distributionally Robust Optimization", TMLR 2024, arXiv 2306.09222.
 
+pub mod boosting;
 pub mod cross_entropy;
 pub mod layout;
 pub mod numeric;

@@ -209,6 +209,46 @@ def cross_entropy_gradient(
         As `cross_entropy`.
     """
 
+def boosting_losses(loss: str, margins: Any, labels: Any, losses: Any, threads: int) -> int | None:
+    """Fill `losses` for boosted trees; arguments as for `boosting_derivatives`.
+
+    Returns:
+        The first sample whose label is not allowed, if there is one; then nothing of use was filled.
+    """
+
+def boosting_derivatives(
+    loss: str,
+    margins: Any,
+    labels: Any,
+    mass: Any | None,
+    weights: Any | None,
+    kind: str | None,
+    numbers: Sequence[float],
+    curvature: float,
+    gradient: Any,
+    hessian: Any,
+    threads: int,
+) -> tuple[int | None, int | None]:
+    """Fill gradient and Hessian (the diagonal) of `mass * weight * loss` for boosted trees, weights constant.
+
+    Args:
+        loss: "logistic", "softmax" or "squared_error".
+        margins: (n, k), float32 or float64, any strides; k is 1 unless for "softmax".
+        labels: (n,), any float dtype and strides: in [0, 1], or classes, or any finite numbers.
+        mass: Base measure, (n,), finite numbers >= 0; None: all ones.
+        weights: (n,), in the place of a weighting.
+        kind: Name of the kernel of a pointwise weighting, in the place of weights.
+        numbers: The weighting's numbers.
+        curvature: A factor of the Hessian.
+        gradient: Output, float64, of the margins' shape, any strides.
+        hessian: Output, as the gradient.
+        threads: The largest number of threads to use.
+
+    Returns:
+        The first sample whose label is not allowed, and the first whose base measure is not. If there is one,
+        nothing of use was filled.
+    """
+
 def xla_handler() -> object:
     """The XLA FFI handler of the fused cross-entropy for the CPU, for `jax.ffi.register_ffi_target`.
 

@@ -26,18 +26,21 @@ from __future__ import annotations
 import abc
 import contextlib
 import numbers
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 import rgd
+from rgd import _rgd
+from rgd._arrays import available_cores
 from rgd.weightings import Weighting
-from rgd.weightings._base import resolve_weighting
+from rgd.weightings._base import Kernel, kernel_of, resolve_weighting
 
 __all__ = ["Objective", "logistic", "softmax", "squared_error"]
 
 _Floats = npt.NDArray[np.float64]
+_Numbers = npt.NDArray[np.float32 | np.float64]
 
 
 class Objective(abc.ABC):
@@ -117,7 +120,8 @@ class Objective(abc.ABC):
         Returns:
             Weights, shape (n,).
         """
-        return self._weights(self.losses(y_true, y_pred), sample_weight)[0]
+        losses = self.losses(y_true, y_pred)
+        return self._weights(losses, _mass(sample_weight, losses.size))
 
     def calc_ders_range(self, approxes: Any, targets: Any, weights: Any) -> list[tuple[float, float]]:
         """What CatBoost calls where a sample has one margin, for a part of the samples at a time.
@@ -135,37 +139,52 @@ class Objective(abc.ABC):
         gradient, hessian = self._weighted(labels, margins, weights, "catboost")
         return list(zip((-gradient).tolist(), (-hessian).tolist(), strict=True))
 
-    @abc.abstractmethod
-    def _read(self, labels: Any, margins: Any) -> tuple[_Floats, _Floats]:
-        """Labels, shape (n,), and margins, shape (n,) or (n, k), checked."""
+    _kernel: str
+    """The name of the loss in the kernels."""
 
     @abc.abstractmethod
-    def _losses(self, labels: _Floats, margins: _Floats) -> _Floats:
+    def _read(self, labels: Any, margins: Any) -> tuple[_Numbers, _Numbers]:
+        """Labels, shape (n,), and margins, shape (n,) or (n, k)."""
+
+    @abc.abstractmethod
+    def _refuse_label(self, label: float, labels: _Numbers) -> NoReturn:
+        """Refuse a label that the loss does not take."""
+        raise NotImplementedError
+
+    def _curvature(self, library: str) -> float:
+        """What a library multiplies the diagonal of the Hessian by."""
+        return 1.0
+
+    def _losses(self, labels: _Numbers, margins: _Numbers) -> _Floats:
         """The loss of each sample, shape (n,)."""
-
-    @abc.abstractmethod
-    def _derivatives(self, labels: _Floats, margins: _Floats, library: str) -> tuple[_Floats, _Floats]:
-        """Gradient and Hessian of the loss, unweighted, of the margins' shape."""
+        losses = np.empty(labels.shape)
+        wrong = _rgd.boosting_losses(self._kernel, _rows(margins), labels, losses, available_cores())
+        if wrong is not None:
+            self._refuse_label(float(labels[wrong]), labels)
+        return losses
 
     def _weighted(
-        self, labels: _Floats, margins: _Floats, sample_weight: Any, library: str
+        self, labels: _Numbers, margins: _Numbers, sample_weight: Any, library: str
     ) -> tuple[_Floats, _Floats]:
-        weights, mass = self._weights(self._losses(labels, margins), sample_weight)
-        factor = weights if mass is None else mass * weights
-        gradient, hessian = self._derivatives(labels, margins, library)
-        factor = factor if gradient.ndim == 1 else factor[:, None]
-        return factor * gradient, factor * hessian
+        mass = _mass(sample_weight, labels.size)
+        weights: _Floats | None = None
+        kernel: Kernel | None = kernel_of(self.weighting) if self.weighting.pointwise else None
+        if kernel is None:
+            weights = self._weights(self._losses(labels, margins), mass)
+        # Of the same order in memory: class after class where the margins are.
+        gradient, hessian = (np.empty_like(margins, dtype=np.float64) for _ in range(2))
+        wrong_label, wrong_mass = _rgd.boosting_derivatives(
+            self._kernel, _rows(margins), labels, mass, weights, *(kernel or (None, ())),
+            self._curvature(library), _rows(gradient), _rows(hessian), available_cores(),
+        )  # fmt: skip
+        if wrong_label is not None:
+            self._refuse_label(float(labels[wrong_label]), labels)
+        if mass is not None and wrong_mass is not None:
+            raise ValueError(f"sample_weight must hold finite numbers >= 0, got {mass[wrong_mass]}")
+        return gradient, hessian
 
-    def _weights(self, losses: _Floats, sample_weight: Any) -> tuple[_Floats, _Floats | None]:
-        """Weights and base measure, each of shape (n,)."""
-        mass = None
-        if sample_weight is not None:
-            # XGBoost's data set gives an empty array where no weights were set.
-            mass = _column("sample_weight", sample_weight)
-            mass = mass if mass.size else None
-        if mass is not None and mass.shape != losses.shape:
-            raise ValueError(f"sample_weight must have one entry a sample, {losses.shape}, got {mass.shape}")
-        return rgd.sample_weights(losses, self.weighting, sample_weight=mass), mass
+    def _weights(self, losses: _Floats, mass: _Numbers | None) -> _Floats:
+        return rgd.sample_weights(losses, self.weighting, sample_weight=mass)
 
     def _require_pointwise(self) -> None:
         if not self.weighting.pointwise:
@@ -194,59 +213,41 @@ class Objective(abc.ABC):
 class _OneMargin(Objective):
     """An objective with one margin a sample."""
 
-    def _read(self, labels: Any, margins: Any) -> tuple[_Floats, _Floats]:
+    def _read(self, labels: Any, margins: Any) -> tuple[_Numbers, _Numbers]:
         target, scores = _column("y_true", labels), _column("y_pred", margins)
         if target.shape != scores.shape:
             raise ValueError(
                 f"y_true and y_pred must have one entry a sample each, got {target.shape} and "
                 f"{_array('y_pred', margins).shape}: {self._hint}"
             )
-        self._check(target)
         return target, scores
 
     _hint = "pass margins of shape (n,)"
 
-    @abc.abstractmethod
-    def _check(self, labels: _Floats) -> None:
-        """Refuse labels that do not fit."""
-
 
 class _Logistic(_OneMargin):
+    _kernel = "logistic"
     _hint = "for more than two classes use rgd.boosting.softmax(num_class)"
 
-    def _check(self, labels: _Floats) -> None:
-        wrong = labels[~((labels >= 0) & (labels <= 1))]
-        if wrong.size:
-            hint = ""
-            if np.isin(labels, (-1.0, 1.0)).all():
-                hint = ": for labels -1 and 1 pass (y > 0).astype(int)"
-            elif np.isfinite(wrong[0]) and wrong[0] > 1:
-                hint = ": for more than two classes use rgd.boosting.softmax(num_class)"
-            raise ValueError(f"y_true must hold 0 and 1 (or probabilities between), got {wrong[0]:g}{hint}")
-
-    def _losses(self, labels: _Floats, margins: _Floats) -> _Floats:
-        wrong = np.where(labels == 0, 0.0, labels * np.logaddexp(0.0, -margins))
-        return wrong + np.where(labels == 1, 0.0, (1.0 - labels) * np.logaddexp(0.0, margins))
-
-    def _derivatives(self, labels: _Floats, margins: _Floats, library: str) -> tuple[_Floats, _Floats]:
-        positive, negative = _sigmoid(margins), _sigmoid(-margins)
-        return (1.0 - labels) * positive - labels * negative, positive * negative
+    def _refuse_label(self, label: float, labels: _Numbers) -> NoReturn:
+        hint = ""
+        if np.isin(labels, (-1.0, 1.0)).all():
+            hint = ": for labels -1 and 1 pass (y > 0).astype(int)"
+        elif np.isfinite(label) and label > 1:
+            hint = ": for more than two classes use rgd.boosting.softmax(num_class)"
+        raise ValueError(f"y_true must hold 0 and 1 (or probabilities between), got {label:g}{hint}")
 
 
 class _Squared_Error(_OneMargin):  # noqa: N801 - `repr` shows the name of the function
-    def _check(self, labels: _Floats) -> None:
-        if not np.isfinite(labels).all():
-            raise ValueError(f"y_true must hold finite numbers, got {labels[~np.isfinite(labels)][0]}")
+    _kernel = "squared_error"
 
-    def _losses(self, labels: _Floats, margins: _Floats) -> _Floats:
-        return 0.5 * np.square(margins - labels)
-
-    def _derivatives(self, labels: _Floats, margins: _Floats, library: str) -> tuple[_Floats, _Floats]:
-        return margins - labels, np.ones_like(margins)
+    def _refuse_label(self, label: float, labels: _Numbers) -> NoReturn:
+        raise ValueError(f"y_true must hold finite numbers, got {label}")
 
 
 class _Softmax(Objective):
     num_class: int
+    _kernel = "softmax"
 
     def __init__(self, num_class: int, weighting: Weighting | None, tau: float | None) -> None:
         super().__init__(weighting, tau)
@@ -274,9 +275,9 @@ class _Softmax(Objective):
         """
         self._require_pointwise()
         labels, margins = self._read([target], np.asarray(approx, np.float64)[None])
-        mass = None if weight is None else [weight]
-        weights, base = self._weights(self._losses(labels, margins), mass)
-        factor = float(weights[0]) * (1.0 if base is None else float(base[0]))
+        mass = None if weight is None else np.array([weight], np.float64)
+        weights = self._weights(self._losses(labels, margins), mass)
+        factor = float(weights[0]) * (1.0 if weight is None else float(weight))
         probability = np.exp(_log_softmax(margins))[0]
         first = -probability
         first[int(labels[0])] += 1.0
@@ -284,33 +285,25 @@ class _Softmax(Objective):
         second[np.diag_indices(self.num_class)] -= probability
         return (factor * first).tolist(), (factor * second).tolist()
 
-    def _read(self, labels: Any, margins: Any) -> tuple[_Floats, _Floats]:
+    def _read(self, labels: Any, margins: Any) -> tuple[_Numbers, _Numbers]:
         target = _column("y_true", labels)
-        scores = _array("y_pred", margins).astype(np.float64)
+        scores = _as_floats(_array("y_pred", margins))
         shape = (target.size, self.num_class)
         if scores.shape != shape:
             raise ValueError(
                 f"y_pred must have a row a sample and a column a class, {shape}, got {scores.shape}: give "
                 f"the library num_class={self.num_class} too, and rgd.boosting.softmax its number of classes"
             )
-        wrong = target[~((target >= 0) & (target < self.num_class) & (np.floor(target) == target))]
-        if wrong.size:
-            raise ValueError(
-                f"y_true must hold the classes 0..{self.num_class - 1} as whole numbers, got {wrong[0]:g}"
-            )
         return target, scores
 
-    def _losses(self, labels: _Floats, margins: _Floats) -> _Floats:
-        chosen = np.take_along_axis(_log_softmax(margins), labels.astype(np.int64)[:, None], axis=1)
-        return -chosen[:, 0]
+    def _refuse_label(self, label: float, labels: _Numbers) -> NoReturn:
+        raise ValueError(
+            f"y_true must hold the classes 0..{self.num_class - 1} as whole numbers, got {label:g}"
+        )
 
-    def _derivatives(self, labels: _Floats, margins: _Floats, library: str) -> tuple[_Floats, _Floats]:
-        probability: _Floats = np.exp(_log_softmax(margins))
-        gradient = np.array(probability)
-        gradient[np.arange(labels.size), labels.astype(np.int64)] -= 1.0
+    def _curvature(self, library: str) -> float:
         # The diagonal alone is steeper than the whole Hessian; each library has its factor for that.
-        factor = 2.0 if library == "xgboost" else self.num_class / (self.num_class - 1.0)
-        return gradient, factor * (probability * (1.0 - probability))
+        return 2.0 if library == "xgboost" else self.num_class / (self.num_class - 1.0)
 
 
 def logistic(weighting: Weighting | None = None, *, tau: float | None = None) -> Objective:
@@ -397,12 +390,7 @@ def squared_error(weighting: Weighting | None = None, *, tau: float | None = Non
     return _Squared_Error(weighting, tau)
 
 
-def _sigmoid(margins: _Floats) -> _Floats:
-    with np.errstate(over="ignore"):
-        return 1.0 / (1.0 + np.exp(-margins))
-
-
-def _log_softmax(margins: _Floats) -> _Floats:
+def _log_softmax(margins: _Numbers) -> _Numbers:
     shifted = margins - margins.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
@@ -420,11 +408,37 @@ def _array(name: str, given: Any) -> npt.NDArray[Any]:
     return array
 
 
-def _column(name: str, given: Any) -> _Floats:
+def _as_floats(array: npt.NDArray[Any]) -> _Numbers:
+    """The array itself where the kernels can read it, float32 or float64, else a copy in float64."""
+    dtype: Any = array.dtype
+    if dtype.kind == "f" and dtype.itemsize in (4, 8) and dtype.isnative and array.flags.aligned:
+        return array
+    return array.astype(np.float64)
+
+
+def _rows(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Values of shape (n,) as a column; (n, k) stays."""
+    return values if values.ndim == 2 else values[:, None]
+
+
+def _mass(sample_weight: Any, count: int) -> _Numbers | None:
+    """The base measure, shape (n,); None for ones."""
+    if sample_weight is None:
+        return None
+    mass = _column("sample_weight", sample_weight)
+    if not mass.size:
+        # XGBoost's data set gives an empty array where no weights were set.
+        return None
+    if mass.size != count:
+        raise ValueError(f"sample_weight must have one entry a sample, {(count,)}, got {mass.shape}")
+    return mass
+
+
+def _column(name: str, given: Any) -> _Numbers:
     """Numbers of shape (n,), from that or (n, 1)."""
     array = _array(name, given)
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim != 1:
         raise ValueError(f"{name} must have one entry a sample, shape (n,), got shape {array.shape}")
-    return array.astype(np.float64)
+    return _as_floats(array)

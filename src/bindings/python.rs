@@ -4,7 +4,7 @@
 //! them.
 
 use super::tensor::{Borrowed, Dtype, HasDtype, Tensor, distinct};
-use super::xla;
+use super::{boosting, xla};
 use crate::cross_entropy::{
     self as ce, Given, Gradient, Inputs, Outputs, Overwrite, Reduction, Settings, Target, Totals,
 };
@@ -26,34 +26,12 @@ thread_local! {
     static RAISED: Cell<Option<PyErr>> = const { Cell::new(None) };
 }
 
-/// Whether this is the main thread, the only one that Python runs the handlers of signals on. Another one must not look
-/// for signals either: if it is a daemon, the interpreter may have ended before its kernel does.
-fn handles_signals(py: Python) -> bool {
-    thread_local! {
-        /// What was found out, in which process: in a child of `fork`, another thread is the main one.
-        static FOUND: Cell<Option<(u32, bool)>> = const { Cell::new(None) };
-    }
-    let process = std::process::id();
-    if let Some((found_in, is_main)) = FOUND.get()
-        && found_in == process
-    {
-        return is_main;
-    }
-    let ask = || -> PyResult<bool> {
-        let threading = py.import("threading")?;
-        let main = threading.call_method0("main_thread")?.getattr("ident")?;
-        threading.call_method0("get_ident")?.eq(main)
-    };
-    // Where Python cannot tell, in the middle of its end, no signal is looked for.
-    let is_main = ask().unwrap_or(false);
-    FOUND.set(Some((process, is_main)));
-    is_main
-}
-
 /// Runs the handlers of signals that have come in; whether one has raised an error, as that of Ctrl-C does.
 fn interrupted() -> bool {
+    // On any other thread than the main one this finds nothing. A daemon thread's kernel may outlive the interpreter, to
+    // which nothing can be attached then.
     #[expect(clippy::redundant_closure_for_method_calls, reason = "the method is of one lifetime only")]
-    let raised = Python::attach(|py| py.check_signals()).err();
+    let raised = Python::try_attach(|py| py.check_signals()).and_then(Result::err);
     let found = raised.is_some();
     RAISED.set(raised);
     found
@@ -61,10 +39,8 @@ fn interrupted() -> bool {
 
 /// Runs a kernel without holding the interpreter. One that ran out of memory becomes a `MemoryError`, one that was
 /// interrupted what the signal's handler raised; a panic, which would be a bug of ours, becomes a `RuntimeError`.
-fn released<R: Send>(py: Python, kernel: impl FnOnce() -> R + Send) -> PyResult<R> {
-    let handles_signals = handles_signals(py);
-    let watched = || if handles_signals { watch(interrupted, kernel) } else { kernel() };
-    py.detach(|| catch_unwind(AssertUnwindSafe(watched))).map_err(|panic| {
+pub(super) fn released<R: Send>(py: Python, kernel: impl FnOnce() -> R + Send) -> PyResult<R> {
+    py.detach(|| catch_unwind(AssertUnwindSafe(|| watch(interrupted, kernel)))).map_err(|panic| {
         match panic.downcast_ref::<Stop>() {
             Some(Stop::Interrupted) => {
                 return RAISED.take().unwrap_or_else(|| PyKeyboardInterrupt::new_err(()));
@@ -87,7 +63,7 @@ fn released<R: Send>(py: Python, kernel: impl FnOnce() -> R + Send) -> PyResult<
     })
 }
 
-fn read_weighting(kind: &str, numbers: &[f64]) -> PyResult<Weighting> {
+pub(super) fn read_weighting(kind: &str, numbers: &[f64]) -> PyResult<Weighting> {
     Weighting::new(kind, numbers).map_err(|error| PyValueError::new_err(error.to_string()))
 }
 
@@ -133,7 +109,7 @@ fn same_shape(names: [&str; 2], a: &Tensor, b: &Tensor) -> PyResult<()> {
 }
 
 /// The elements of a float tensor, whatever its dtype.
-fn values<'a>(name: &'static str, tensor: &'a Tensor) -> PyResult<Box<dyn Values + Send + 'a>> {
+pub(super) fn values<'a>(name: &'static str, tensor: &'a Tensor) -> PyResult<Box<dyn Values + Send + 'a>> {
     for_float!(tensor.dtype(), name, T => Ok(Box::new(Vector::new(tensor.view::<T>()?))))
 }
 
@@ -452,5 +428,7 @@ fn _rgd(module: &Bound<PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(cross_entropy, module)?)?;
     module.add_function(wrap_pyfunction!(cross_entropy_losses, module)?)?;
     module.add_function(wrap_pyfunction!(cross_entropy_gradient, module)?)?;
+    module.add_function(wrap_pyfunction!(boosting::boosting_losses, module)?)?;
+    module.add_function(wrap_pyfunction!(boosting::boosting_derivatives, module)?)?;
     module.add_function(wrap_pyfunction!(xla_handler, module)?)
 }

@@ -102,6 +102,66 @@ def test_extreme_margins_overflow_nowhere(kind):
             assert np.isfinite(values).all()
 
 
+def in_numpy(kind, y, f, p):
+    """Losses, gradient and Hessian of many samples, as the equations say."""
+    y, f = y.astype(np.float64), f.astype(np.float64)
+    if kind == "logistic":
+        losses = np.where(y == 1, np.logaddexp(0, -f), np.logaddexp(0, f))
+        q = 1 / (1 + np.exp(-f))
+        gradient, hessian = q - y, q * (1 - q)
+    elif kind == "squared_error":
+        losses, gradient, hessian = (f - y) ** 2 / 2, f - y, np.ones_like(f)
+    else:
+        logs = f - f.max(1, keepdims=True)
+        logs -= np.log(np.exp(logs).sum(1, keepdims=True))
+        own = np.eye(CLASSES)[y.astype(int)]
+        q = np.exp(logs)
+        losses, gradient, hessian = -(own * logs).sum(1), q - own, CLASSES / (CLASSES - 1) * q * (1 - q)
+    factor = p * np.exp(np.minimum(losses, 1.5) / 2.5)
+    factor = factor if f.ndim == 1 else factor[:, None]
+    return factor * gradient, factor * hessian
+
+
+@pytest.mark.parametrize("layout", ["C", "F", "reversed"])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_samples_in_any_layout_are_as_the_equations_say(kind, dtype, layout):
+    n = 30_001  # above the size from which several threads share the work
+    rng = np.random.default_rng(3)
+    shape = (n, CLASSES) if kind == "softmax" else (n,)
+    f = np.asarray(rng.normal(scale=3.0, size=shape).astype(dtype), order="F" if layout == "F" else "C")
+    f = f[::-1] if layout == "reversed" else f
+    y = rng.normal(size=n) if kind == "squared_error" else rng.integers(0, 3 if kind == "softmax" else 2, n)
+    p = rng.integers(0, 4, n).astype(dtype)
+    objective = make(kind, tau=1.5)
+    # LightGBM's factor of the Hessian's diagonal does not depend on the margins' dtype.
+    data_set = type("Dataset", (), {"get_label": lambda self: y, "get_weight": lambda self: p})
+    data_set.__module__ = "lightgbm.basic"
+    found = objective(f, data_set())
+    for values, expected in zip(found, in_numpy(kind, y, f, p), strict=True):
+        # A loss of up to 100, whose rounding enters the exponent, and a difference of probabilities.
+        np.testing.assert_allclose(values, expected, rtol=100 * 8 * EPS, atol=100 * 8 * EPS)
+        assert values.dtype == np.float64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_of_any_integer_dtype_and_margins_of_float16_are_taken(kind):
+    y, f = TARGETS[kind], margins_for(kind).astype(np.float16)
+    expected = make(kind)(y.astype(np.float64), f.astype(np.float64))
+    dtypes = [np.float32] if kind == "squared_error" else [np.int8, np.uint64, np.float32]
+    for dtype in dtypes:
+        for values, other in zip(make(kind)(y.astype(dtype), f), expected, strict=True):
+            np.testing.assert_array_equal(values, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_samples_have_no_derivatives(kind):
+    shape = (0, CLASSES) if kind == "softmax" else (0,)
+    for weighting in (rgd.KL(), rgd.CVaR(0.5)):
+        for values in make(kind, weighting)(np.zeros(0), np.zeros(shape)):
+            assert values.shape == shape
+
+
 def test_lists_series_and_frames_are_taken():
     pandas = pytest.importorskip("pandas")
     y, f, p = TARGETS["logistic"], margins_for("logistic"), MASS

@@ -1,0 +1,559 @@
+//! Gradients and Hessians of re-weighted losses, for boosted trees.
+//!
+//! Of margins `f` and labels `y`, with `w` the weights of the losses `l`, constants, and `p` the base measure (1 where none
+//! is given), one call fills `p w dl/df` and `p w d^2 l/df^2`, of several classes the diagonal. The losses are
+//!
+//! - logistic: `l = y log(1 + exp(-f)) + (1 - y) log(1 + exp(f))` for `y` in `[0, 1]`;
+//! - softmax: `l = log(sum_j exp(f_j)) - f_y`;
+//! - squared error: `l = (f - y)^2 / 2`.
+//!
+//! All of it is computed in `f64`. Samples are worked through in blocks that fit the first-level cache, so that losses, their
+//! weights, where these are pointwise, and the derivatives take one pass over the margins.
+
+use crate::layout::{Shared, Values};
+use crate::numeric::{Element, Isa, Kernel, Real, dispatch, ln};
+use crate::parallel::{filled, for_each_block};
+use crate::reduce::product;
+use crate::weightings::Weighting;
+use ndarray::{ArrayView2, ArrayViewMut2};
+use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Margins of a block: 32 KiB of f64.
+const BLOCK: usize = 4096;
+
+/// Margins below which waking a thread costs more than it saves.
+const PARALLEL: usize = 8 * BLOCK;
+
+/// The loss of a sample.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Loss {
+    /// Of two classes: labels in `[0, 1]`, one margin.
+    Logistic,
+    /// Of several classes: labels `0, 1, ...`, a margin a class.
+    Softmax,
+    /// Labels are any finite numbers; one margin.
+    SquaredError,
+}
+
+impl Loss {
+    /// The loss of this name.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        match name {
+            "logistic" => Some(Self::Logistic),
+            "softmax" => Some(Self::Softmax),
+            "squared_error" => Some(Self::SquaredError),
+            _ => None,
+        }
+    }
+
+    fn takes(self, label: f64, classes: usize) -> bool {
+        match self {
+            Self::Logistic => (0.0..=1.0).contains(&label),
+            Self::Softmax => label >= 0.0 && label < classes as f64 && label.fract() == 0.0,
+            Self::SquaredError => label.is_finite(),
+        }
+    }
+}
+
+/// Samples, and how many threads may work on them.
+pub struct Inputs<'a, T> {
+    /// Their loss.
+    pub loss: Loss,
+    /// A row a sample; one column for losses of one margin.
+    pub margins: ArrayView2<'a, T>,
+    /// A label a sample.
+    pub labels: &'a dyn Values,
+    /// The largest number of threads.
+    pub threads: usize,
+}
+
+/// The weights of the losses.
+#[derive(Clone, Copy)]
+pub enum Weights<'a> {
+    /// Those of a pointwise weighting.
+    Pointwise(Weighting),
+    /// Given ones.
+    Given(&'a dyn Values),
+}
+
+/// The derivatives to be filled, and what multiplies them.
+pub struct Outputs<'a> {
+    /// The base measure; ones where there is none.
+    pub mass: Option<&'a dyn Values>,
+    /// The weights.
+    pub weights: Weights<'a>,
+    /// A factor of the Hessian.
+    pub curvature: f64,
+    /// Of the margins' shape, any strides.
+    pub gradient: ArrayViewMut2<'a, MaybeUninit<f64>>,
+    /// Of the margins' shape, any strides.
+    pub hessian: ArrayViewMut2<'a, MaybeUninit<f64>>,
+}
+
+/// The first sample whose numbers are not allowed. What was filled is of no use then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Error {
+    /// Its label is none of the loss's.
+    Label(usize),
+    /// Its base measure is negative or not finite.
+    Mass(usize),
+}
+
+/// Fills the loss of each sample.
+///
+/// # Errors
+/// If a label is not allowed.
+///
+/// # Panics
+/// If lengths differ.
+pub fn losses<T: Element>(inputs: &Inputs<T>, losses: &mut [MaybeUninit<f64>]) -> Result<(), Error> {
+    assert_eq!(losses.len(), inputs.margins.nrows());
+    let out = Shared(losses.as_mut_ptr());
+    inputs.for_each_block(|block| {
+        // SAFETY: blocks are disjoint parts of `losses`, which outlives the call.
+        let out = unsafe { out.part(block.start, block.end) };
+        let work = Work::new(inputs, block.end - block.start);
+        dispatch(LossesOf { inputs, block, work, out });
+    })
+}
+
+/// Fills gradient and Hessian.
+///
+/// # Errors
+/// If a label or a base measure is not allowed.
+///
+/// # Panics
+/// If lengths or shapes differ, or if a weighting of [`Weights::Pointwise`] depends on the batch.
+pub fn derivatives<T: Element>(inputs: &Inputs<T>, mut outputs: Outputs) -> Result<(), Error> {
+    let shape = inputs.margins.dim();
+    assert_eq!(outputs.gradient.dim(), shape);
+    assert_eq!(outputs.hessian.dim(), shape);
+    assert!(outputs.mass.is_none_or(|mass| mass.count() == shape.0));
+    match outputs.weights {
+        Weights::Pointwise(weighting) => assert!(weighting.is_pointwise()),
+        Weights::Given(weights) => assert_eq!(weights.count(), shape.0),
+    }
+    let to = [Rows::of(&mut outputs.gradient), Rows::of(&mut outputs.hessian)];
+    let outputs = &outputs;
+    inputs.for_each_block(|block| {
+        let work = Work::new(inputs, block.end - block.start);
+        dispatch(DerivativesOf {
+            inputs,
+            mass: outputs.mass,
+            weights: outputs.weights,
+            curvature: outputs.curvature,
+            block,
+            work,
+            to,
+        });
+    })
+}
+
+/// Samples of a block, and where a wrong one is noted.
+struct Block<'a> {
+    start: usize,
+    end: usize,
+    wrong_label: &'a AtomicUsize,
+    wrong_mass: &'a AtomicUsize,
+}
+
+impl<T: Element> Inputs<'_, T> {
+    fn for_each_block(&self, work: impl Fn(Block) + Sync) -> Result<(), Error> {
+        let (samples, classes) = self.margins.dim();
+        assert_eq!(self.labels.count(), samples);
+        assert!(classes == 1 || self.loss == Loss::Softmax);
+        let size = (BLOCK / classes.max(1)).clamp(16, BLOCK / 4);
+        let threads = if self.margins.len() < PARALLEL { 1 } else { self.threads };
+        let (wrong_label, wrong_mass) = (AtomicUsize::new(samples), AtomicUsize::new(samples));
+        for_each_block(samples.div_ceil(size), threads, |i| {
+            let (start, end) = (i * size, samples.min((i + 1) * size));
+            work(Block { start, end, wrong_label: &wrong_label, wrong_mass: &wrong_mass });
+        });
+        match (wrong_label.into_inner(), wrong_mass.into_inner()) {
+            (label, _) if label < samples => Err(Error::Label(label)),
+            (_, mass) if mass < samples => Err(Error::Mass(mass)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What is known of a block's samples.
+struct Work {
+    labels: Vec<f64>,
+    /// Sample after sample of one class after the other: margins, which become `exp(f_j - max f)`, or for the logistic loss
+    /// `exp(-|f|)`.
+    tile: Vec<f64>,
+    /// Of softmax the largest margin, otherwise the margin.
+    margin: Vec<f64>,
+    /// Of softmax the sum of the tile's exponentials.
+    sum: Vec<f64>,
+    /// Losses, which become weights, which become `p w`.
+    values: Vec<f64>,
+}
+
+impl Work {
+    fn new<T: Element>(inputs: &Inputs<T>, count: usize) -> Self {
+        let vector = || filled(count, 0.0);
+        Self {
+            labels: vector(),
+            tile: filled(count * inputs.margins.ncols(), 0.0),
+            margin: vector(),
+            sum: vector(),
+            values: vector(),
+        }
+    }
+
+    /// Reads labels and margins of a block and fills the losses.
+    #[inline(always)]
+    fn losses<T: Element, I: Isa>(&mut self, inputs: &Inputs<T>, block: &Block) {
+        let classes = inputs.margins.ncols();
+        inputs.labels.read(block.start, &mut self.labels);
+        for (i, label) in self.labels.iter_mut().enumerate() {
+            if !inputs.loss.takes(*label, classes) {
+                block.wrong_label.fetch_min(block.start + i, Ordering::Relaxed);
+                *label = 0.0;
+            }
+        }
+        self.read_margins(inputs, block.start);
+        match inputs.loss {
+            Loss::Logistic => self.logistic::<I>(),
+            Loss::Softmax => self.softmax::<I>(),
+            Loss::SquaredError => {
+                for ((l, &f), &y) in self.values.iter_mut().zip(&self.tile).zip(&self.labels) {
+                    *l = 0.5 * (f - y) * (f - y);
+                }
+                self.margin.copy_from_slice(&self.tile);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn read_margins<T: Element>(&mut self, inputs: &Inputs<T>, start: usize) {
+        let count = self.labels.len();
+        if count == 0 {
+            return;
+        }
+        let (row, column) = (inputs.margins.strides()[0], inputs.margins.strides()[1]);
+        for (j, values) in self.tile.chunks_mut(count).enumerate() {
+            let first = inputs.margins.as_ptr();
+            for (i, x) in values.iter_mut().enumerate() {
+                // SAFETY: the samples `start..start + count` and the columns below the tile's are indices of the view.
+                *x = unsafe { *first.offset((start + i) as isize * row + j as isize * column) }
+                    .widen()
+                    .to_f64();
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn logistic<I: Isa>(&mut self) {
+        self.margin.copy_from_slice(&self.tile);
+        for ((l, x), &y) in self.values.iter_mut().zip(&mut self.tile).zip(&self.labels) {
+            let f = *x;
+            let e = Real::exp_nonpositive::<I>(-f.abs());
+            // log(1 + e), with the rounding error of the sum made good.
+            let u = 1.0 + e;
+            let log = ln::<I>(u) + (e - (u - 1.0)) / u;
+            let positive = if f < 0.0 { log - f } else { log };
+            let negative = if f > 0.0 { log + f } else { log };
+            let first = if y == 0.0 { 0.0 } else { y * positive };
+            let second = if y == 1.0 { 0.0 } else { (1.0 - y) * negative };
+            *l = first + second;
+            *x = e;
+        }
+    }
+
+    #[inline(always)]
+    fn softmax<I: Isa>(&mut self) {
+        let count = self.labels.len().max(1);
+        self.margin.fill(f64::NEG_INFINITY);
+        for class in self.tile.chunks(count) {
+            for (max, &f) in self.margin.iter_mut().zip(class) {
+                *max = if f > *max { f } else { *max };
+            }
+        }
+        for (i, (l, &y)) in self.values.iter_mut().zip(&self.labels).enumerate() {
+            *l = self.tile[y as usize * count + i] - self.margin[i];
+        }
+        self.sum.fill(0.0);
+        for class in self.tile.chunks_mut(count) {
+            for ((sum, x), &max) in self.sum.iter_mut().zip(class).zip(&self.margin) {
+                *x = Real::exp_nonpositive::<I>(*x - max);
+                *sum += *x;
+            }
+        }
+        for (l, &sum) in self.values.iter_mut().zip(&self.sum) {
+            *l = ln::<I>(sum) - *l;
+        }
+    }
+}
+
+struct LossesOf<'a, 'b, T> {
+    inputs: &'a Inputs<'b, T>,
+    block: Block<'a>,
+    work: Work,
+    out: &'a mut [MaybeUninit<f64>],
+}
+
+impl<T: Element> Kernel for LossesOf<'_, '_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<I: Isa>(mut self) {
+        self.work.losses::<T, I>(self.inputs, &self.block);
+        for (out, &l) in self.out.iter_mut().zip(&self.work.values) {
+            out.write(l);
+        }
+    }
+}
+
+/// Where rows of an output lie.
+#[derive(Clone, Copy)]
+struct Rows {
+    first: Shared<MaybeUninit<f64>>,
+    row: isize,
+    column: isize,
+}
+
+impl Rows {
+    fn of(view: &mut ArrayViewMut2<MaybeUninit<f64>>) -> Self {
+        let (row, column) = (view.strides()[0], view.strides()[1]);
+        Self { first: Shared(view.as_mut_ptr()), row, column }
+    }
+
+    /// Writes an element.
+    ///
+    /// # Safety
+    /// It is one of the view's, the view outlives the call, and no other thread touches the row.
+    #[inline(always)]
+    unsafe fn write(self, i: usize, j: usize, value: f64) {
+        // SAFETY: what the caller promises.
+        unsafe { (*self.first.0.offset(i as isize * self.row + j as isize * self.column)).write(value) };
+    }
+}
+
+struct DerivativesOf<'a, 'b, T> {
+    inputs: &'a Inputs<'b, T>,
+    mass: Option<&'a dyn Values>,
+    weights: Weights<'a>,
+    curvature: f64,
+    block: Block<'a>,
+    work: Work,
+    to: [Rows; 2],
+}
+
+impl<T: Element> Kernel for DerivativesOf<'_, '_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<I: Isa>(mut self) {
+        let (start, classes) = (self.block.start, self.inputs.margins.ncols());
+        self.work.losses::<T, I>(self.inputs, &self.block);
+        let Work { labels, tile, margin, sum, values } = &mut self.work;
+        match self.weights {
+            Weights::Pointwise(weighting) => weighting.pointwise::<I>(values),
+            Weights::Given(weights) => weights.read(start, values),
+        }
+        let [gradient, hessian] = self.to;
+        let curvature = self.curvature;
+        let put = |i: usize, j: usize, w: f64, g: f64, h: f64| {
+            // SAFETY: `i` is a sample of this block, whose rows no other block writes; `derivatives` has compared the shapes,
+            // and the outputs outlive it.
+            unsafe {
+                gradient.write(start + i, j, product(w, g));
+                hessian.write(start + i, j, w * (curvature * h));
+            }
+        };
+        if let Some(mass) = self.mass {
+            // The sums of softmax are needed still, and its margins are not; those of the others are the other way around.
+            let p = if self.inputs.loss == Loss::Softmax { &mut *margin } else { &mut *sum };
+            mass.read(start, p);
+            for (i, (w, &p)) in values.iter_mut().zip(&*p).enumerate() {
+                if !(0.0..f64::INFINITY).contains(&p) {
+                    self.block.wrong_mass.fetch_min(start + i, Ordering::Relaxed);
+                }
+                *w = if p == 0.0 { 0.0 } else { p * *w };
+            }
+        }
+        match self.inputs.loss {
+            Loss::Logistic => {
+                for i in 0..labels.len() {
+                    let (f, y, e) = (margin[i], labels[i], tile[i]);
+                    let large = 1.0 / (1.0 + e);
+                    let small = e * large;
+                    let (positive, negative) = if f < 0.0 { (small, large) } else { (large, small) };
+                    put(i, 0, values[i], (1.0 - y) * positive - y * negative, large * small);
+                }
+            }
+            Loss::Softmax => {
+                let count = labels.len().max(1);
+                for sum in sum.iter_mut() {
+                    *sum = 1.0 / *sum;
+                }
+                for j in 0..classes {
+                    for i in 0..labels.len() {
+                        let q = tile[j * count + i] * sum[i];
+                        let own = if labels[i] == j as f64 { 1.0 } else { 0.0 };
+                        put(i, j, values[i], q - own, q * (1.0 - q));
+                    }
+                }
+            }
+            Loss::SquaredError => {
+                for i in 0..labels.len() {
+                    put(i, 0, values[i], margin[i] - labels[i], 1.0);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::{Vector, written};
+    use ndarray::{Array2, ShapeBuilder};
+    use proptest::prelude::*;
+
+    const KL: [f64; 3] = [1.5, 0.4, 0.0];
+
+    fn kl() -> Weighting {
+        Weighting::new("kl", &KL).unwrap()
+    }
+
+    /// Loss, gradient and diagonal of the Hessian of one sample, as the equations say.
+    fn by_hand(loss: Loss, f: &[f64], y: f64) -> (f64, Vec<f64>, Vec<f64>) {
+        match loss {
+            Loss::Logistic => {
+                let (q, r) = (1.0 / (1.0 + (-f[0]).exp()), 1.0 / (1.0 + f[0].exp()));
+                (
+                    y * (-f[0]).exp().ln_1p() + (1.0 - y) * f[0].exp().ln_1p(),
+                    vec![(1.0 - y) * q - y * r],
+                    vec![q * r],
+                )
+            }
+            Loss::Softmax => {
+                let max = f.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let sum: f64 = f.iter().map(|f| (f - max).exp()).sum();
+                let q: Vec<f64> = f.iter().map(|f| (f - max).exp() / sum).collect();
+                let own = |j: usize| f64::from(u8::from(j == y as usize));
+                let gradient = (0..f.len()).map(|j| q[j] - own(j)).collect();
+                (sum.ln() + max - f[y as usize], gradient, q.iter().map(|q| q * (1.0 - q)).collect())
+            }
+            Loss::SquaredError => (0.5 * (f[0] - y).powi(2), vec![f[0] - y], vec![1.0]),
+        }
+    }
+
+    type Filled = (Vec<f64>, Array2<f64>, Array2<f64>);
+
+    fn fill(
+        loss: Loss,
+        margins: &Array2<f64>,
+        labels: &[f64],
+        mass: Option<&[f64]>,
+        threads: usize,
+    ) -> Result<Filled, Error> {
+        let labels = Vector::of(labels);
+        let inputs = Inputs { loss, margins: margins.view(), labels: &labels, threads };
+        let mut found = vec![MaybeUninit::uninit(); margins.nrows()];
+        losses(&inputs, &mut found)?;
+        // SAFETY: all losses were written.
+        let found = unsafe { written(&found) }.to_vec();
+        let mut out = [0, 1].map(|_| Array2::from_elem(margins.dim().f(), MaybeUninit::new(0.0)));
+        let mass = mass.map(Vector::of);
+        let [gradient, hessian] = &mut out;
+        let (gradient, hessian) = (gradient.view_mut(), hessian.view_mut());
+        let mass = mass.as_ref().map(|mass| mass as _);
+        let weights = Weights::Pointwise(kl());
+        derivatives(&inputs, Outputs { mass, weights, curvature: 2.0, gradient, hessian })?;
+        // SAFETY: they were initialised from the start.
+        let [gradient, hessian] = out.map(|out| out.mapv(|x| unsafe { x.assume_init() }));
+        Ok((found, gradient, hessian))
+    }
+
+    fn samples(loss: Loss, count: usize, scale: f64) -> (Array2<f64>, Vec<f64>, Vec<f64>) {
+        let classes = if loss == Loss::Softmax { 5 } else { 1 };
+        let mut state = 1u64;
+        let mut random = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 11) as f64 / (1u64 << 53) as f64
+        };
+        let margins = Array2::from_shape_fn((count, classes), |_| scale * (random() - 0.5));
+        let labels = (0..count)
+            .map(|_| match loss {
+                Loss::Softmax => (random() * classes as f64).floor(),
+                Loss::Logistic => [0.0, 1.0, 0.3][(random() * 3.0) as usize],
+                Loss::SquaredError => random(),
+            })
+            .collect();
+        (margins, labels, (0..count).map(|i| (i % 4) as f64).collect())
+    }
+
+    proptest! {
+        #[test]
+        fn losses_and_derivatives_are_those_of_the_equations(
+            which in 0..3usize, count in 0usize..300, scale in 0.0f64..60.0, with_mass in any::<bool>()
+        ) {
+            let loss = [Loss::Logistic, Loss::Softmax, Loss::SquaredError][which];
+            let (margins, labels, mass) = samples(loss, count, scale);
+            let (found, gradient, hessian) =
+                fill(loss, &margins, &labels, with_mass.then_some(&mass[..]), 1).unwrap();
+            for i in 0..count {
+                let row: Vec<f64> = margins.row(i).to_vec();
+                let (l, g, h) = by_hand(loss, &row, labels[i]);
+                let [tau, s, _] = KL;
+                let p = if with_mass { mass[i] } else { 1.0 };
+                let w = p * (s * l.min(tau)).exp();
+                // The loss is a sum of a few terms of at most the margins' size; each exponential has 2 ulp.
+                let bound = 16.0 * f64::EPSILON * (1.0 + scale + l);
+                prop_assert!((found[i] - l).abs() <= bound, "{} {}", found[i], l);
+                for j in 0..row.len() {
+                    let bound = bound * w * (1.0 + g[j].abs());
+                    prop_assert!((gradient[(i, j)] - w * g[j]).abs() <= bound);
+                    prop_assert!((hessian[(i, j)] - 2.0 * w * h[j]).abs() <= bound);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_number_of_threads_changes_no_bit() {
+        for loss in [Loss::Logistic, Loss::Softmax, Loss::SquaredError] {
+            let (margins, labels, mass) = samples(loss, 50_000, 9.0);
+            let one = fill(loss, &margins, &labels, Some(&mass), 1).unwrap();
+            assert_eq!(one, fill(loss, &margins, &labels, Some(&mass), 3).unwrap());
+        }
+    }
+
+    #[test]
+    fn tiny_losses_keep_their_digits() {
+        let margins = Array2::from_shape_vec((3, 1), vec![30.0, 300.0, -700.0]).unwrap();
+        let (found, ..) = fill(Loss::Logistic, &margins, &[1.0, 1.0, 0.0], None, 1).unwrap();
+        for (l, f) in found.into_iter().zip([30.0f64, 300.0, 700.0]) {
+            let exact = (-f).exp().ln_1p();
+            assert!((l - exact).abs() <= 4.0 * f64::EPSILON * exact, "{l} {exact}");
+        }
+    }
+
+    #[test]
+    fn a_margin_that_is_infinite_and_right_has_no_loss() {
+        let margins = Array2::from_shape_vec((2, 1), vec![f64::INFINITY, f64::NEG_INFINITY]).unwrap();
+        let (found, gradient, _) = fill(Loss::Logistic, &margins, &[1.0, 0.0], None, 1).unwrap();
+        assert_eq!((found, gradient.into_raw_vec_and_offset().0), (vec![0.0; 2], vec![0.0; 2]));
+    }
+
+    #[test]
+    fn the_first_wrong_label_or_mass_is_told() {
+        for (loss, wrong) in [
+            (Loss::Logistic, [-0.1, f64::NAN]),
+            (Loss::Softmax, [5.0, 0.5]),
+            (Loss::SquaredError, [f64::NAN; 2]),
+        ] {
+            let (margins, mut labels, mut mass) = samples(loss, 3000, 1.0);
+            mass[2500] = -1.0;
+            assert_eq!(fill(loss, &margins, &labels, Some(&mass), 3), Err(Error::Mass(2500)));
+            labels[2900] = wrong[0];
+            labels[1700] = wrong[1];
+            assert_eq!(fill(loss, &margins, &labels, Some(&mass), 3), Err(Error::Label(1700)));
+        }
+    }
+}
