@@ -79,11 +79,11 @@ pub fn with_capacity<T>(count: usize) -> Vec<T> {
 /// How long a kernel runs before it looks for an interrupt.
 const PATIENCE: Duration = Duration::from_millis(200);
 
-/// The function that says whether this thread was interrupted, and when it was last asked.
+/// The function that says whether this thread was interrupted, and when it was last asked, or the kernel began.
 #[derive(Clone, Copy)]
 struct Watch {
     interrupted: fn() -> bool,
-    last: Option<Instant>,
+    last: Instant,
 }
 
 thread_local! {
@@ -99,7 +99,7 @@ pub fn watch<R>(interrupted: fn() -> bool, kernel: impl FnOnce() -> R) -> R {
             WATCH.set(self.0);
         }
     }
-    let _restore = Restore(WATCH.replace(Some(Watch { interrupted, last: None })));
+    let _restore = Restore(WATCH.replace(Some(Watch { interrupted, last: Instant::now() })));
     kernel()
 }
 
@@ -107,12 +107,23 @@ pub fn watch<R>(interrupted: fn() -> bool, kernel: impl FnOnce() -> R) -> R {
 fn is_interrupted() -> bool {
     let Some(watch) = WATCH.get() else { return false };
     let now = Instant::now();
-    let due = watch.last.is_some_and(|last| now - last >= PATIENCE);
-    if due || watch.last.is_none() {
-        WATCH.set(Some(Watch { last: Some(now), ..watch }));
+    let due = now - watch.last >= PATIENCE;
+    if due {
+        WATCH.set(Some(Watch { last: now, ..watch }));
     }
     due && (watch.interrupted)()
 }
+
+/// Gives up the kernel that is running if it is time to ask for an interrupt, and there is one. [`for_each_block`] does so
+/// itself; this is for long loops on one thread.
+pub fn stop_if_interrupted() {
+    if is_interrupted() {
+        Stop::Interrupted.raise();
+    }
+}
+
+/// Elements that a loop on one thread works through in far less than [`PATIENCE`].
+pub const STRETCH: usize = 1 << 22;
 
 /// Calls `block(i)` once for every `i` below `blocks`, on at most `threads` threads, the calling one among them.
 pub fn for_each_block(blocks: usize, threads: usize, block: impl Fn(usize) + Sync) {
@@ -120,8 +131,8 @@ pub fn for_each_block(blocks: usize, threads: usize, block: impl Fn(usize) + Syn
     let pool = if workers > 1 { pool() } else { None };
     let Some(pool) = pool else {
         for i in 0..blocks {
-            if i > 0 && is_interrupted() {
-                Stop::Interrupted.raise();
+            if i > 0 {
+                stop_if_interrupted();
             }
             block(i);
         }

@@ -6,7 +6,7 @@
 use super::Inputs;
 use super::shape::{Dimensions, Error};
 use crate::numeric::{Element, Isa, Kernel, Real, dispatch};
-use crate::parallel::filled;
+use crate::parallel::{STRETCH, filled, stop_if_interrupted};
 use crate::reduce::total;
 use ndarray::ArrayViewD;
 
@@ -93,7 +93,11 @@ impl Labels {
                 }
             }
         }
-        let counted = labels.iter().filter(|label| label.counts()).count();
+        let mut counted = 0;
+        for labels in labels.chunks(STRETCH) {
+            stop_if_interrupted();
+            counted += labels.iter().filter(|label| label.counts()).count();
+        }
         let class_weight = |label: Label| match (inputs.class_weight, label.class()) {
             (Some(c), Some(y)) => c[y].to_f64(),
             _ => 1.0,
@@ -135,12 +139,20 @@ fn encode<L: Copy + Into<i64>, A: Real>(
         |i: usize, index: i64| index != ignore_index && base.is_none_or(|p| p[i / dims.unit] != A::default());
     let in_range = |index: i64| (index as u64) < classes as u64;
     if let (Some(indices), None) = (target.as_slice(), base) {
-        if dispatch(Encode { indices, classes, ignore_index, labels }) {
+        let mut valid = true;
+        for (indices, labels) in indices.chunks(STRETCH).zip(labels.chunks_mut(STRETCH)) {
+            stop_if_interrupted();
+            valid &= dispatch(Encode { indices, classes, ignore_index, labels });
+        }
+        if valid {
             return Ok(());
         }
     } else {
         let mut valid = true;
         for (i, (label, &index)) in labels.iter_mut().zip(target).enumerate() {
+            if i.is_multiple_of(STRETCH) {
+                stop_if_interrupted();
+            }
             let index = index.into();
             let counts = takes_part(i, index);
             *label = if counts { Label(index as u32) } else { Label::IGNORED };
