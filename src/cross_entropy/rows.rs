@@ -47,10 +47,9 @@ impl<T: Element> Kernel for Rows<'_, '_, T> {
         let mut group = Group::new();
         let grad = p.wanted_grad(self.plan);
         let own = grad.and_then(|grad| T::as_real(grad.0));
-        // Where the logits are read as they lie and no gradient is written, exponentials are not needed after their sum, so
-        // that all rows share one row of scratch memory.
-        let as_they_lie = T::as_real(p.logits.0).is_some() && p.adjustment.is_none();
-        let kept = if grad.is_none() && as_they_lie { 1 } else { GROUP };
+        // Where no gradient is written, exponentials are not needed after their sum, so that all rows share one row of
+        // scratch memory.
+        let kept = if grad.is_none() && T::as_real(p.logits.0).is_some() { 1 } else { GROUP };
         let kept = if own.is_some() { 0 } else { kept.min(self.end - self.start) };
         let mut scratch = with_capacity::<T::Real>(classes.saturating_mul(kept));
         for Run { position, length, offsets: [x, g, q_offset] } in p.positions.runs(self.start, self.end) {
@@ -130,8 +129,8 @@ struct RowSteps<'a, 'b, T: Element> {
     rows: RowsOf<T>,
     /// Where the gradient goes, if it is wanted.
     grads: Option<RowsOf<T>>,
-    /// Where the exponentials go, which become the gradient: for wide types into `grads`. Before them it may hold what the
-    /// exponentials are of.
+    /// Where the exponentials go, which become the gradient: for wide types into `grads`. Narrow logits are
+    /// widened into the same place before.
     exps: RowsOf<T::Real>,
 }
 
@@ -141,30 +140,53 @@ impl<T: Element> RowSteps<'_, '_, T> {
     /// `i` is the same for every `i`.
     #[inline(always)]
     unsafe fn run<I: Isa, M: RowMass<T::Real>>(self, group: &mut Group<T::Real>, mass: impl Fn(usize) -> M) {
+        let Self { p, rows, exps, .. } = self;
+        // SAFETY of every block below: what the caller promises.
+        match (T::as_real(rows.first), p.adjustment) {
+            (Some(first), None) => {
+                let rows = RowsOf { first, step: rows.step, classes: rows.classes };
+                // SAFETY: as above.
+                unsafe { self.finish::<I, _, _>(group, mass, |i| PlainRow(rows.address(i))) }
+            }
+            (Some(first), Some(adjustment)) => {
+                let rows = RowsOf { first, step: rows.step, classes: rows.classes };
+                // SAFETY: as above.
+                unsafe { self.finish::<I, _, _>(group, mass, |i| AdjustedRow(rows.address(i), adjustment)) }
+            }
+            // Narrow logits are first written to where their exponentials go.
+            // SAFETY: as above.
+            (None, _) => unsafe { self.finish::<I, _, _>(group, mass, |i| PlainRow(exps.address(i))) },
+        }
+    }
+
+    /// # Safety
+    /// As [`Self::run`], and `logits` gives the logits of a row or, of narrow ones, what is in `exps`.
+    #[inline(always)]
+    unsafe fn finish<I: Isa, M: RowMass<T::Real>, L: RowLogits<T::Real>>(
+        self,
+        group: &mut Group<T::Real>,
+        mass: impl Fn(usize) -> M,
+        logits: impl Fn(usize) -> L,
+    ) {
         let Self { p, plan, start, count, rows, grads, exps } = self;
         // SAFETY of every block below: what the caller promises.
-        // Logits that are narrow or adjusted are first written to where their exponentials go.
-        let own = if p.adjustment.is_none() { T::as_real(rows.first) } else { None };
-        let source = own.map_or(exps, |first| RowsOf { first, step: rows.step, classes: rows.classes });
         // All maxima come first: a maximum is a long chain of dependent steps, and those of several rows overlap.
         for i in 0..count {
             // SAFETY: as above.
             unsafe {
-                if let Some(adjustment) = p.adjustment {
-                    row_adjust(rows.address(i), exps.address(i), adjustment);
-                } else if own.is_none() {
-                    row_widen(rows.address(i), exps.address(i), p.classes);
+                if T::as_real(rows.first).is_none() {
+                    row_widen(rows.address(i), exps.address(i), p.classes, p.adjustment);
                 }
-                group.max[i] = row_max(source.row(i));
+                group.max[i] = row_max(&logits(i), p.classes);
             }
         }
         // The exponentials may take the place of the logits, so the labels' logits are read before them.
         // SAFETY: as above.
-        p.look_at_labels(start, count, group, |i, y| unsafe { source.row(i) }[y]);
+        p.look_at_labels(start, count, group, |i, y| unsafe { logits(i).at(y) });
         for i in 0..count {
             // SAFETY: as above.
             let [sum, dot, mass_sum] = unsafe {
-                row_exps::<_, I, _>(source.address(i), exps.address(i), p.classes, group.max[i], &mass(i))
+                row_exps::<_, I, _>(&logits(i), exps.address(i), p.classes, group.max[i], &mass(i))
             };
             (group.sum[i], group.soft_dot[i], group.soft_mass[i]) = (sum, dot, mass_sum);
         }
@@ -209,12 +231,66 @@ fn fence() {
 /// Independent accumulators of a row, each of [`LANES`] lanes.
 const CHAINS: usize = 4;
 
-/// Widens a row.
+/// The logits of a row, in the accumulator's type.
+trait RowLogits<A> {
+    /// Those of the classes from `k` on.
+    ///
+    /// # Safety
+    /// There are [`LANES`] of them, and nobody writes to them meanwhile.
+    unsafe fn tile(&self, k: usize) -> [A; LANES];
+
+    /// That of class `k`.
+    ///
+    /// # Safety
+    /// There is such a class.
+    unsafe fn at(&self, k: usize) -> A;
+}
+
+struct PlainRow<A>(*const A);
+impl<A: Real> RowLogits<A> for PlainRow<A> {
+    #[inline(always)]
+    unsafe fn tile(&self, k: usize) -> [A; LANES] {
+        // SAFETY: what the caller promises.
+        unsafe { read_tile(self.0.add(k)) }
+    }
+    #[inline(always)]
+    unsafe fn at(&self, k: usize) -> A {
+        // SAFETY: what the caller promises.
+        unsafe { self.0.add(k).read() }
+    }
+}
+
+/// Logits to which an adjustment is added.
+struct AdjustedRow<'a, A>(*const A, &'a [A]);
+impl<A: Real> RowLogits<A> for AdjustedRow<'_, A> {
+    #[inline(always)]
+    unsafe fn tile(&self, k: usize) -> [A; LANES] {
+        // SAFETY: what the caller promises; there is an adjustment for every class.
+        let (mut x, a) = unsafe { (read_tile(self.0.add(k)), read_tile(self.1.as_ptr().add(k))) };
+        for lane in 0..LANES {
+            x[lane] += a[lane];
+        }
+        x
+    }
+    #[inline(always)]
+    unsafe fn at(&self, k: usize) -> A {
+        // SAFETY: what the caller promises.
+        unsafe { self.0.add(k).read() + self.1[k] }
+    }
+}
+
+/// Widens a row, and adds an adjustment to it.
 ///
 /// # Safety
-/// The addresses are of rows of at least [`LANES`] numbers that do not overlap, the latter this call's alone.
+/// The addresses are of rows of at least [`LANES`] numbers that do not overlap, the latter this call's alone; there is an
+/// adjustment for every class.
 #[inline(always)]
-unsafe fn row_widen<T: Element>(row: *const T, wide: *mut T::Real, classes: usize) {
+unsafe fn row_widen<T: Element>(
+    row: *const T,
+    wide: *mut T::Real,
+    classes: usize,
+    adjustment: Option<&[T::Real]>,
+) {
     let mut k = 0;
     while k < classes {
         // The last tile may overlap the one before it.
@@ -225,6 +301,13 @@ unsafe fn row_widen<T: Element>(row: *const T, wide: *mut T::Real, classes: usiz
         for lane in 0..LANES {
             y[lane] = x[lane].widen();
         }
+        if let Some(adjustment) = adjustment {
+            // SAFETY: as above.
+            let a = unsafe { read_tile(adjustment.as_ptr().add(at)) };
+            for lane in 0..LANES {
+                y[lane] += a[lane];
+            }
+        }
         // SAFETY: as above.
         unsafe { write_tile(wide.add(at), y) };
         k += LANES;
@@ -232,54 +315,32 @@ unsafe fn row_widen<T: Element>(row: *const T, wide: *mut T::Real, classes: usiz
     }
 }
 
-/// Writes `x_k + a_k` of a row of logits `x` and their adjustment `a`.
+/// The largest logit. NaN logits are skipped here; they make the sum of exponentials NaN.
 ///
 /// # Safety
-/// The addresses are of rows of as many numbers as `adjustment` has, at least [`LANES`], the latter this call's alone. They
-/// overlap only where they are the same.
+/// The row has as many classes, at least [`LANES`].
 #[inline(always)]
-unsafe fn row_adjust<T: Element>(row: *const T, sums: *mut T::Real, adjustment: &[T::Real]) {
-    // SAFETY: what the caller promises.
-    let sum = |at: usize| unsafe {
-        let (x, mut y) = (read_tile(row.add(at)), read_tile(adjustment.as_ptr().add(at)));
-        for lane in 0..LANES {
-            y[lane] = x[lane].widen() + y[lane];
-        }
-        y
-    };
-    // The last tile overlaps the one before it, whose sums may take the place of the logits.
-    let last = adjustment.len() - LANES;
-    let end = sum(last);
-    let mut k = 0;
-    while k < last {
-        // SAFETY: as above.
-        unsafe { write_tile(sums.add(k), sum(k)) };
-        k += LANES;
-        fence();
-    }
-    // SAFETY: as above.
-    unsafe { write_tile(sums.add(last), end) };
-}
-
-/// The largest logit. NaN logits are skipped here; they make the sum of exponentials NaN.
-#[inline(always)]
-fn row_max<A: Real>(row: &[A]) -> A {
+unsafe fn row_max<A: Real>(row: &impl RowLogits<A>, classes: usize) -> A {
     let mut lanes = [[A::NEG_INFINITY; LANES]; CHAINS];
-    let (tiles, _) = row.as_chunks::<LANES>();
-    let (groups, tiles) = tiles.as_chunks::<CHAINS>();
-    for group in groups {
-        for chain in 0..CHAINS {
+    let mut k = 0;
+    while k + CHAINS * LANES <= classes {
+        for (chain, max) in lanes.iter_mut().enumerate() {
+            // SAFETY: what the caller promises.
+            let tile = unsafe { row.tile(k + chain * LANES) };
             for lane in 0..LANES {
-                let x = group[chain][lane];
-                lanes[chain][lane] = if x > lanes[chain][lane] { x } else { lanes[chain][lane] };
+                max[lane] = if tile[lane] > max[lane] { tile[lane] } else { max[lane] };
             }
         }
+        k += CHAINS * LANES;
     }
-    let last: &[A; LANES] = row.last_chunk().expect("rows are longer than their lanes");
-    for tile in tiles.iter().chain([last]) {
+    while k < classes {
+        // The last tile may overlap the one before it.
+        // SAFETY: as above.
+        let tile = unsafe { row.tile(k.min(classes - LANES)) };
         for lane in 0..LANES {
             lanes[0][lane] = if tile[lane] > lanes[0][lane] { tile[lane] } else { lanes[0][lane] };
         }
+        k += LANES;
     }
     let [mut a, b, mut c, d] = lanes;
     for lane in 0..LANES {
@@ -358,11 +419,11 @@ impl<A: Real> RowSums<A> {
 /// mass `t`.
 ///
 /// # Safety
-/// `source` and `exps`, which may be the same, are rows of at least [`LANES`] numbers, the latter this call's alone, and
-/// `mass` is that of a row as long.
+/// `source` and `exps`, whose memory may be the same, are rows of at least [`LANES`] numbers, the latter this call's alone,
+/// and `mass` is that of a row as long.
 #[inline(always)]
 unsafe fn row_exps<A: Real, I: Isa, M: RowMass<A>>(
-    source: *const A,
+    source: &impl RowLogits<A>,
     exps: *mut A,
     classes: usize,
     max: A,
@@ -375,7 +436,7 @@ unsafe fn row_exps<A: Real, I: Isa, M: RowMass<A>>(
     let rest = classes % LANES;
     let last = classes - LANES;
     // SAFETY: what the caller promises.
-    let mut end = unsafe { read_tile(source.add(last)) };
+    let mut end = unsafe { source.tile(last) };
     if rest != 0 {
         // SAFETY: as above.
         let t = if M::SOME { Some(unsafe { mass.tile(last) }) } else { None };
@@ -388,7 +449,7 @@ unsafe fn row_exps<A: Real, I: Isa, M: RowMass<A>>(
             // SAFETY: as above.
             unsafe {
                 let t = if M::SOME { Some(mass.tile(k)) } else { None };
-                write_tile(exps.add(k), sums.add::<I>(read_tile(source.add(k)), max, t, 0));
+                write_tile(exps.add(k), sums.add::<I>(source.tile(k), max, t, 0));
             }
         }
         k += CHAINS * LANES;
@@ -398,7 +459,7 @@ unsafe fn row_exps<A: Real, I: Isa, M: RowMass<A>>(
         // SAFETY: as above.
         unsafe {
             let t = if M::SOME { Some(mass.tile(k)) } else { None };
-            write_tile(exps.add(k), sums[0].add::<I>(read_tile(source.add(k)), max, t, 0));
+            write_tile(exps.add(k), sums[0].add::<I>(source.tile(k), max, t, 0));
         }
         k += LANES;
         fence();

@@ -144,7 +144,7 @@ fn check<T: Element>(
     let target = if soft { Target::Probabilities(p.view()) } else { Target::Int64(labels_view.view()) };
     let settings = Settings { label_smoothing: smoothing, reduction: Reduction::Sum, ..SETTINGS };
     let class_weight = weighted.then_some(&c[..]);
-    let inputs = Inputs { class_weight, target, ..plain(&logits, &labels_view) };
+    let inputs = Inputs { target, class_weight, ..plain(&logits, &labels_view) };
     let result = run(&inputs, KL, &settings).unwrap();
 
     let class_weight = |k: usize| if weighted { c[k].to_f64() } else { 1.0 };

@@ -59,7 +59,7 @@ impl<T: Element> Kernel for Tiles<'_, '_, T> {
                     if let Some(adjustment) = p.adjustment {
                         for (row, &a) in tile.chunks_exact_mut(width).zip(adjustment) {
                             for x in &mut row[..count] {
-                                *x = *x + a;
+                                *x += a;
                             }
                         }
                     }

@@ -6,7 +6,7 @@ use super::*;
 fn adjusted<T: Element>(logits: &ArrayD<T>, adjustment: &[T::Real]) -> ArrayD<T::Real> {
     let mut sums = logits.map(|x| x.widen());
     for (mut class, &a) in sums.axis_iter_mut(Axis(usize::from(logits.ndim() > 1))).zip(adjustment) {
-        class.map_inplace(|x| *x = *x + a);
+        class.map_inplace(|x| *x += a);
     }
     sums
 }
