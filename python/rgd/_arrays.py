@@ -7,6 +7,7 @@ checks what a tensor says of itself.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -102,7 +103,22 @@ def read_mass(sample_weight: Any, shape: tuple[int, ...]) -> npt.NDArray[np.floa
     if mass.size and not (np.isfinite(mass).all() and mass.min() >= 0):
         wrong = mass[~(np.isfinite(mass) & (mass >= 0))][0]
         raise ValueError(f"sample_weight must hold finite numbers >= 0, got {wrong}")
-    return mass
+    # No result of this front depends on the unit, and sums of the largest numbers would overflow.
+    return mass / unit_of(float(mass.max(initial=0.0)))
+
+
+def unit_of(largest: float) -> float:
+    """A power of two to measure a base measure in, for results that do not depend on it.
+
+    Args:
+        largest: The largest of its numbers, finite.
+
+    Returns:
+        1.0 where float32 has room above and below the numbers; otherwise the power of two below the largest.
+    """
+    if largest == 0.0 or 1e-18 <= largest <= 1e18:
+        return 1.0
+    return math.ldexp(1.0, math.frexp(largest)[1] - 1)
 
 
 def read_groups(groups: Any, shape: tuple[int, ...]) -> npt.NDArray[np.int64] | None:

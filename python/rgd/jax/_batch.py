@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from rgd._arrays import unit_of
 from rgd.weightings import Batch, Weighting
 from rgd.weightings._base import holds_everywhere, map_numbers, map_state, require_state, weigh
 
@@ -95,8 +96,14 @@ def as_mask(where: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None
         raise ValueError(f"where must broadcast to the losses' shape {shape}, got {mask.shape}") from None
 
 
-def as_mass(sample_weight: ArrayLike | None, shape: tuple[int, ...], dtype: Any) -> jax.Array | None:
-    """`sample_weight`, checked, a constant of the losses' shape; NaN where a traced number is not allowed."""
+def as_mass(
+    sample_weight: ArrayLike | None, shape: tuple[int, ...], dtype: Any, reduction: str = "mean"
+) -> jax.Array | None:
+    """`sample_weight`, checked, a constant of the losses' shape; NaN where a traced number is not allowed.
+
+    What "mean" and the weights give does not depend on its unit, so that numbers that `dtype` cannot hold are
+    measured in another one where they can be read.
+    """
     if sample_weight is None:
         return None
     given = sample_weight if isinstance(sample_weight, np.ndarray) else jnp.asarray(sample_weight)
@@ -107,6 +114,15 @@ def as_mass(sample_weight: ArrayLike | None, shape: tuple[int, ...], dtype: Any)
         wrong = known[~(np.isfinite(known) & (known >= 0))]
         if wrong.size:
             raise ValueError(f"sample_weight must hold finite numbers >= 0, got {wrong[0]}")
+        largest = float(known.max(initial=0.0))
+        if reduction == "mean":
+            unit = unit_of(largest)
+            given = given if unit == 1.0 else known / unit
+        elif largest > float(jnp.finfo(dtype).max):
+            raise ValueError(
+                f"sample_weight holds {largest:g}, more than {jnp.dtype(dtype).name} can, and "
+                f"reduction={reduction!r} depends on its size: give float64 logits, or smaller numbers"
+            )
         return _by_sample("sample_weight", jnp.asarray(given, dtype), shape)
     mass = lax.stop_gradient(jnp.asarray(given, dtype))
     mass = jnp.where((mass >= 0) & (mass < jnp.inf), mass, jnp.nan)

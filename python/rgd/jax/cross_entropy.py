@@ -202,6 +202,7 @@ def cross_entropy(
         weight,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
+        reduction=reduction,
         per=per,
         logit_adjustment=logit_adjustment,
         where=where,
@@ -259,6 +260,7 @@ def _as_problem(
     *,
     ignore_index: int,
     label_smoothing: float,
+    reduction: Reduction,
     per: Per,
     logit_adjustment: ArrayLike | None,
     where: ArrayLike | None,
@@ -286,7 +288,7 @@ def _as_problem(
     class_weight = _class_weight(weight, classes, dtype)
     adjustment = _by_class("logit_adjustment", logit_adjustment, classes, dtype)
     mask = as_mask(where, rows)
-    mass = as_mass(sample_weight, rows if per == "element" else rows[:1], dtype)
+    mass = as_mass(sample_weight, rows if per == "element" else rows[:1], dtype, reduction)
     if mass is not None:
         mass = jnp.broadcast_to(mass.reshape(mass.shape + (1,) * (len(rows) - mass.ndim)), rows)
     base = base_measure(mask, mass, dtype)

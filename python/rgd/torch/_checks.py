@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from rgd._arrays import unit_of
 from rgd.torch.backends._registry import values_can_be_read
 from rgd.weightings import Weighting
 
@@ -123,6 +124,28 @@ def check_base(sample_weight: Any, losses_shape: torch.Size, device: torch.devic
             raise ValueError(f"sample_weight must hold finite numbers >= 0, got {float(p[~allowed][0])}")
         return p
     return p.masked_fill(~allowed, float("nan"))
+
+
+def in_unit(base: Tensor, dtype: torch.dtype, reduction: str) -> tuple[Tensor, float]:
+    """A base measure in a unit in which `dtype` can hold it, and that unit.
+
+    "mean" and the weights do not depend on the unit. Where values cannot be read now, it stays as it is.
+
+    Raises:
+        ValueError: If `dtype` cannot hold it, and `reduction` depends on the unit.
+    """
+    if not base.numel() or not values_can_be_read(base):
+        return base, 1.0
+    largest = float(base.max())
+    if reduction == "mean":
+        unit = unit_of(largest)
+        return (base, 1.0) if unit == 1.0 else (base.double() / unit, unit)
+    if largest > torch.finfo(dtype).max:
+        raise ValueError(
+            f"sample_weight holds {largest:g}, more than {dtype} can, and reduction={reduction!r} depends on "
+            "its size: give float64 losses or input, or smaller numbers"
+        )
+    return base, 1.0
 
 
 def check_groups(groups: Any, losses_shape: torch.Size, device: torch.device, per: str) -> Tensor | None:

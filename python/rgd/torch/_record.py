@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rgd import _rgd
+from rgd._arrays import unit_of
 from rgd.stats import GroupStats, WeightStats, WeightSums, clip_of, group_stats, stats_from_sums
 from rgd.torch._distributed import gather, reduce_max, reduce_sums
 from rgd.torch.backends._options import wide
@@ -50,6 +51,10 @@ class Record(NamedTuple):
         """
         losses, weights, base = self.losses, self.weights, self.base
         denominator = float(self.denominator)
+        if base is not None and base.numel() and group is None:
+            unit = unit_of(float(base.max()))
+            if unit != 1.0:
+                base, denominator = base / unit, denominator / unit
         counted = self.where if self.target is None else self.target != self.ignore_index
         of_targets = None
         if weights.dim() < losses.dim():

@@ -99,9 +99,10 @@ class Weigher:
         state: The state before the call and, once `composite.weigh` has run, after it; None where none is
             kept.
         group: The processes that share the batch, or None.
+        unit: What the base measure of the call is measured in.
     """
 
-    __slots__ = ("group", "groups", "plan", "state")
+    __slots__ = ("group", "groups", "plan", "state", "unit")
 
     def __init__(
         self, plan: Plan, groups: Tensor | None = None, state: Any = None, sync: Sync | None = None
@@ -109,6 +110,7 @@ class Weigher:
         self.plan = plan
         self.groups = groups
         self.state = state
+        self.unit = 1.0
         alone = sync is None or (plan.pointwise and not plan.stateful)
         self.group = None if alone else sync.group()  # pyright: ignore[reportOptionalMemberAccess]
 

@@ -23,6 +23,7 @@ from rgd.torch._checks import (
     check_logit_adjustment,
     check_losses,
     check_where,
+    in_unit,
     refuse_dtype,
     targets_shape,
 )
@@ -91,6 +92,8 @@ def sample_weights(
     base = base_of(losses.shape, losses, where, sample_weight)
     sharing = Sync(process_group, sync)
     weigher = _weigher(losses, resolve_weighting(weighting, tau), groups, state, sharing)
+    if base is not None and sample_weight is not None:
+        base, weigher.unit = in_unit(base, base.dtype, "mean")
     weights = choose(losses, base).sample_weights(losses, base, weigher)
     if base is not None and not values_can_be_read(base):
         # `check_base` marks a wrong number by NaN where it cannot raise; a pointwise formula may not see it.
@@ -293,6 +296,8 @@ def weight_stats(
             f"got {tuple(weights.shape)} on {weights.device}"
         )
     base = base_of(losses.shape, losses, where, sample_weight)
+    if base is not None and sample_weight is not None:
+        base, _ = in_unit(base, base.dtype, "mean")
     plain, weights = losses.detach(), weights.detach()
     members = check_groups(groups, losses.shape, losses.device, "element")
     by_group = None if members is None else stats_by_group(plain, weights, base, members)
@@ -313,6 +318,9 @@ def weighted(  # noqa: PLR0917
         check_where(where, losses.shape, losses.device)
     base = check_base(sample_weight, losses.shape, losses.device, per)
     values = losses.to(accumulator(losses.dtype))
+    given = base
+    if base is not None:
+        base, weigher.unit = in_unit(base, values.dtype, reduction)
     if where is not None:
         values = values.masked_fill(~where, 0)
     units, unit_base = _composite.units_of(values, where, base, per)
@@ -323,7 +331,7 @@ def weighted(  # noqa: PLR0917
     if not must_forget():
         plain = values.detach()
         record = Record(plain, weights, denominator, base, None, 0, weigher.groups, backend.name, where)
-    return objective.to(losses.dtype), record
+    return objective.to(losses.dtype), _in_ones(record, given, weigher.unit)
 
 
 def classify(  # noqa: PLR0917
@@ -358,14 +366,25 @@ def classify(  # noqa: PLR0917
         shape, per = targets_shape(logits), options.per if logits.dim() > 1 else "element"
         base = base_of(shape, logits, where, sample_weight, per)
         groups = check_groups(groups, shape, logits.device, per)
-    weigher = Weigher(plan, groups, state, sync)
+    weigher, full = Weigher(plan, groups, state, sync), base
+    if base is not None and sample_weight is not None:
+        base, weigher.unit = in_unit(base, accumulator(logits.dtype), options.reduction)
     backend = choose(logits, target, class_weight, base, adjustment)
     objective, record = backend.cross_entropy(
         logits, target, class_weight, base, options, weigher, adjustment
     )
     if objective.dtype != given and not autocasts(logits.device.type):
         objective = objective.to(given)
-    return objective, record, weigher.state
+    return objective, _in_ones(record, full, weigher.unit), weigher.state
+
+
+def _in_ones(record: Record | None, base: Tensor | None, unit: float) -> Record | None:
+    """A record whose base measure was measured in a unit, with the one that was given."""
+    if record is None or unit == 1.0:
+        return record
+    denominator = record.denominator
+    wide = denominator.double() if isinstance(denominator, Tensor) else denominator
+    return record._replace(base=base, denominator=wide * unit)
 
 
 def _weigher(

@@ -88,7 +88,8 @@ def weigh(losses: Tensor, base: Tensor | None, weigher: Weigher) -> Tensor:
     groups = None if weigher.groups is None else weigher.groups.reshape(-1)
     own = slice(0, flat.shape[0])
     if weigher.group is not None:
-        vectors = [flat, torch.ones_like(flat) if mass is None else mass]
+        # Other processes may have another unit.
+        vectors = [flat, torch.ones_like(flat) if mass is None else mass * weigher.unit]
         vectors += [] if groups is None else [groups]
         (flat, mass, *rest), first = gather(vectors, weigher.group)
         groups = rest[0] if rest else None
@@ -158,7 +159,7 @@ def units_of(
         counted = number > 0
     if counted is None:
         return plain, base
-    return plain, counted.to(plain.dtype) if base is None else base.to(plain.dtype).masked_fill(~counted, 0)
+    return plain, counted.to(plain.dtype) if base is None else base.masked_fill(~counted, 0)
 
 
 def reduce(  # noqa: PLR0917
