@@ -115,7 +115,7 @@ def check_base(sample_weight: Any, losses_shape: torch.Size, device: torch.devic
         )
     check_dense("sample_weight", sample_weight)
     if sample_weight.dtype not in (*FLOATS, *INTEGERS):
-        refuse_dtype("sample_weight", sample_weight, "hold floats of 16 bits or more, or integers")
+        refuse_dtype("sample_weight", sample_weight, "hold numbers")
     p = by_unit("sample_weight", sample_weight, losses_shape, device, per).detach()
     p = p.to(torch.float64 if p.dtype is torch.float64 else torch.float32)
     allowed = (p >= 0) & (p < float("inf"))
