@@ -611,6 +611,19 @@ def test_dtypes_and_settings_that_do_not_fit_are_named():
     )
     refused(IndexError, "target 11", target=torch.full((B, T), C))
     refused(TypeError, "vocab_group|process_group", vocab_group="all")
+    refused(
+        TypeError, r"linear_weight has layout .*\.to_dense\(\)", weight=torch.zeros(C, D).double().to_sparse()
+    )
+
+
+def test_sample_weights_of_any_magnitude_give_the_mean():
+    p = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
+    case = Case(torch.float32)
+    expected = case.results(case.chunked, sample_weight=p)
+    for scale in (1e300, 1e-300):
+        assert distance(case.results(case.chunked, sample_weight=scale * p), expected) <= 1e-6
+    with pytest.raises(ValueError, match="sample_weight holds 2e"):
+        case.chunked(sample_weight=1e300 * p, reduction="sum")
 
 
 def test_a_module_without_a_head_is_told_how_to_get_one():

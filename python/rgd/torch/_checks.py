@@ -223,6 +223,7 @@ def check_logit_adjustment(adjustment: Any, logits: Tensor | None = None) -> Non
             "logit_adjustment must be a torch.Tensor of one number a class, got "
             f"{type(adjustment).__name__}: pass torch.as_tensor(logit_adjustment)"
         )
+    check_dense("logit_adjustment", adjustment)
     if adjustment.dim() != 1 or adjustment.dtype not in FLOATS:
         raise ValueError(
             "logit_adjustment must be a vector of one float a class, got shape "

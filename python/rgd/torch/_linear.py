@@ -14,6 +14,7 @@ from rgd.torch import _linear_ops
 from rgd.torch._checks import (
     check_groups,
     check_logit_adjustment,
+    in_unit,
 )
 from rgd.torch._chunks import Gradients, Head, Wanted, gradients_of, in_one_pass, losses_of, rows_of
 from rgd.torch._distributed import Sync
@@ -30,7 +31,7 @@ from rgd.torch.backends._registry import (
     is_exporting,
     plain_and_eager,
 )
-from rgd.torch.functional import base_of, classify
+from rgd.torch.functional import base_of, classify, in_ones
 
 
 def classify_linear(  # noqa: PLR0917
@@ -80,7 +81,9 @@ def classify_linear(  # noqa: PLR0917
     shape = input.shape[:-1] if not chunking.shift else torch.Size((input.shape[0], target.shape[1]))
     per = options.per if len(shape) > 1 else "element"
     base = base_of(shape, input, where, sample_weight, per)
-    weigher = Weigher(plan, check_groups(groups, shape, input.device, per), state, sync)
+    weigher, given = Weigher(plan, check_groups(groups, shape, input.device, per), state, sync), base
+    if base is not None and sample_weight is not None:
+        base, weigher.unit = in_unit(base, accumulator(input.dtype), options.reduction)
     call = _Call(
         input,
         linear_weight,
@@ -97,7 +100,7 @@ def classify_linear(  # noqa: PLR0917
     objective, record = call.run(weigher, per)
     if not autocasts(input.device.type):
         objective = objective.to(input.dtype)
-    return objective, record, weigher.state
+    return objective, in_ones(record, given, weigher.unit), weigher.state
 
 
 class _Call:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rgd.torch._checks import FLOATS, INTEGERS, DtypeError, MismatchError
+from rgd.torch._checks import FLOATS, INTEGERS, DtypeError, MismatchError, check_dense, refuse_dtype
 from rgd.torch._distributed import Sync
 from rgd.torch.backends._options import Options
 from rgd.torch.backends._registry import autocasts, values_can_be_read
@@ -90,8 +90,9 @@ def check_head(input: Any, weight: Any, bias: Any) -> None:
         if not isinstance(tensor, Tensor):
             hint = ": give its weight, head.weight" if isinstance(tensor, torch.nn.Module) else ""
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
+        check_dense(name, tensor)
         if tensor.dtype not in FLOATS:
-            raise DtypeError(f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
+            refuse_dtype(name, tensor, "be float32, float64, float16 or bfloat16")
         if tensor.device != input.device:
             raise MismatchError(
                 f"input is on {input.device} and {name} on {tensor.device}: move both to one device"
@@ -134,11 +135,10 @@ def check_targets(  # noqa: PLR0917
     """Refuse targets, class weights and settings that do not fit the head."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a torch.Tensor, got {type(target).__name__}")
-    probabilities = target.is_floating_point()
+    check_dense("target", target)
+    probabilities = target.is_floating_point() and target.dtype in FLOATS
     if not probabilities and target.dtype not in INTEGERS:
-        raise DtypeError(
-            f"target must hold class indices (int64) or class probabilities (floats), got {target.dtype}"
-        )
+        refuse_dtype("target", target, "hold class indices (int64) or class probabilities (floats)")
     rows = input.shape[:-1]
     expected = (*rows, classes) if probabilities else tuple(rows)
     if tuple(target.shape) != expected:

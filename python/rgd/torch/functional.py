@@ -331,7 +331,7 @@ def weighted(  # noqa: PLR0917
     if not must_forget():
         plain = values.detach()
         record = Record(plain, weights, denominator, base, None, 0, weigher.groups, backend.name, where)
-    return objective.to(losses.dtype), _in_ones(record, given, weigher.unit)
+    return objective.to(losses.dtype), in_ones(record, given, weigher.unit)
 
 
 def classify(  # noqa: PLR0917
@@ -375,10 +375,10 @@ def classify(  # noqa: PLR0917
     )
     if objective.dtype != given and not autocasts(logits.device.type):
         objective = objective.to(given)
-    return objective, _in_ones(record, full, weigher.unit), weigher.state
+    return objective, in_ones(record, full, weigher.unit), weigher.state
 
 
-def _in_ones(record: Record | None, base: Tensor | None, unit: float) -> Record | None:
+def in_ones(record: Record | None, base: Tensor | None, unit: float) -> Record | None:
     """A record whose base measure was measured in a unit, with the one that was given."""
     if record is None or unit == 1.0:
         return record
