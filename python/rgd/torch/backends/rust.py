@@ -339,7 +339,9 @@ def _fill_by_op(  # noqa: PLR0917
     """The same by operators, for a compiled graph: their objective carries the gradient."""
     target = target.detach()
     class_weight = None if class_weight is None else class_weight.detach()
-    ignore_index, smoothing, reduction, per = options[:4]
+    # torch 2.8 does not compile a slice of a named tuple.
+    ignore_index, smoothing = options.ignore_index, options.label_smoothing
+    reduction, per = options.reduction, options.per
     if weigher.kernel_serves(base):
         objective, losses, weights, grad, denominator = _ops.cross_entropy(
             logits, target, class_weight, base, weigher.plan.kind, weigher.plan.numbers,
