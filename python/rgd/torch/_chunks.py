@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rgd.torch._weigher import Weigher
 from rgd.torch.backends._options import accumulator
-from rgd.torch.backends.rust import empty
+from rgd.torch.backends._memory import empty
 
 # With fewer rows, the matrix products spend their time reading and writing the head.
 _LEAST_ROWS = 128

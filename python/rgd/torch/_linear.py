@@ -310,16 +310,8 @@ class _Call:
     def _record(
         self, losses: Tensor, weights: Tensor, denominator: Tensor | float, weigher: Weigher
     ) -> Record:
-        indices = None if self.counted is None else self.target
         return Record(
-            losses,
-            weights,
-            denominator,
-            self.base,
-            indices,
-            self.options.ignore_index,
-            weigher.groups,
-            self.backend,
+            losses, weights, denominator, self.base, self.counted, weigher.groups, self.backend
         )
 
     def _finished(self, found: Gradients) -> Gradients:

@@ -85,7 +85,7 @@ def _(  # noqa: PLR0917
 ) -> tuple[Tensor, ...]:
     options = Options(ignore_index, label_smoothing, reduction, per)
     kernel = kind, _floats(numbers)
-    objective, grad, losses, weights, denominator = _kernels().fill(
+    objective, grad, losses, weights, denominator, _ = _kernels().fill(
         logits, target, class_weight, base, options, kernel, with_grad, adjustment
     )
     grad = logits.new_empty(0) if grad is None else grad

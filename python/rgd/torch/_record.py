@@ -25,22 +25,33 @@ class Record(NamedTuple):
         weights: One a target, or one a sample of the leading axis; 0 where all is ignored.
         denominator: What the mean divides by; a tensor where it lies on a device that nobody has waited for.
         base: The base measure of each weight; None for ones.
-        target: The class indices, where some may be ignored.
-        ignore_index: The class index that counts for nothing.
+        counted: Which losses count, bool; None for all that `base` counts.
         groups: The group of each weight, where they were given.
         backend: What computed it.
-        where: Which losses count, where a mask was given for losses whose weights belong to samples.
+        version: How often `losses` had been changed in place, where they are the caller's; else None.
     """
 
     losses: Tensor
     weights: Tensor
     denominator: float | Tensor
     base: Tensor | None
-    target: Tensor | None
-    ignore_index: int
+    counted: Tensor | None
     groups: Tensor | None
     backend: str
-    where: Tensor | None = None
+    version: int | None = None
+
+    def with_copies(self) -> Record:
+        """The record with copies of base measure and groups, which the caller may change in place."""
+        if self.base is None and self.groups is None:
+            return self
+        return self._replace(base=_copy(self.base), groups=_copy(self.groups))
+
+    def guarded(self) -> Record:
+        """The record of losses and a mask of the caller: a copy of that, and word of changes of those."""
+        record = self._replace(counted=_copy(self.counted))
+        if torch.compiler.is_compiling() or self.losses.is_inference():
+            return record._replace(losses=self.losses.clone())
+        return record._replace(version=self.losses._version)
 
     def stats(
         self, weighting: Weighting | None, groups: Tensor | None = None, group: Any = None
@@ -48,14 +59,21 @@ class Record(NamedTuple):
         """The statistics of the weights, which `weighting` gave; waits for the device they lie on.
 
         With a process group: of the weights of all its processes.
+
+        Raises:
+            RuntimeError: If the losses were changed in place since the call.
         """
-        losses, weights, base = self.losses, self.weights, self.base
+        losses, weights, base, counted = self.losses, self.weights, self.base, self.counted
+        if self.version is not None and losses._version != self.version:
+            raise RuntimeError(
+                "the losses that base returned have been changed in place since the call, so nothing is left "
+                "to describe: ask for stats() before, or let base return a tensor of its own"
+            )
         denominator = float(self.denominator)
         if base is not None and base.numel() and group is None:
             unit = unit_of(float(base.max()))
             if unit != 1.0:
                 base, denominator = base / unit, denominator / unit
-        counted = self.where if self.target is None else self.target != self.ignore_index
         of_targets = None
         if weights.dim() < losses.dim():
             # Weights belong to samples, losses to targets.
@@ -77,6 +95,10 @@ class Record(NamedTuple):
             sums = WeightSums(int(totals[0]), *totals[1:])._replace(largest=largest)
         by_group = None if groups is None else stats_by_group(losses, weights, base, groups, group)
         return stats_from_sums(sums, weighting, denominator=denominator, groups=by_group)
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
 
 
 def sums_of(losses: Tensor, weights: Tensor, base: Tensor | None, clip: float) -> WeightSums:

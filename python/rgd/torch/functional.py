@@ -330,7 +330,7 @@ def weighted(  # noqa: PLR0917
     record = None
     if not must_forget():
         plain = values.detach()
-        record = Record(plain, weights, denominator, base, None, 0, weigher.groups, backend.name, where)
+        record = Record(plain, weights, denominator, base, where, weigher.groups, backend.name)
     return objective.to(losses.dtype), in_ones(record, given, weigher.unit)
 
 

@@ -247,7 +247,7 @@ class RGDLoss(nn.Module):
             groups = check_groups(groups, losses.shape, losses.device, self.per)
             weigher = Weigher(plan, groups, before, sync)
             objective, record = weighted(losses, weigher, self.reduction, self.per, where, sample_weight)
-            after = weigher.state
+            record, after = None if record is None else record.guarded(), weigher.state
         if plan is not _PLAIN:
             self._keep(record, state, after)
         return objective
@@ -262,6 +262,8 @@ class RGDLoss(nn.Module):
 
     def _keep(self, record: Record | None, state: WeightingState | None, after: Any) -> None:
         """Keep what a call leaves behind: its record, and in training the state."""
+        if record is not None:
+            record = record.with_copies()
         if state is not None and self.training:
             state.write(after)
         # An exported program has no side effects.
@@ -279,11 +281,11 @@ class RGDLoss(nn.Module):
 
     @property
     def last_weights(self) -> Tensor | None:
-        """The weights of the last call, without grad: one a target or, with `per="sample"`, one a sample.
+        """A copy of the last call's weights, without grad: one a target or, by `per="sample"`, one a sample.
 
         0 for a target that takes no part; None where `stats` has no call to describe.
         """
-        return None if self._record is None else self._record.weights
+        return None if self._record is None else self._record.weights.clone()
 
     def stats(self, *, groups: Tensor | None = None, sync: bool = False) -> WeightStats:
         """What the weights of the last call were like; computed now, from what that call left behind.
@@ -301,7 +303,7 @@ class RGDLoss(nn.Module):
 
         Raises:
             RuntimeError: If the loss has not been called yet, or its last call was under a `torch.func`
-                transform.
+                transform, or if losses that `base` returned were changed in place since.
         """
         if self._record is None:
             raise RuntimeError(

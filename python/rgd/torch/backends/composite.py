@@ -64,10 +64,7 @@ class Composite:
             objective = Overwritten.apply(logits, objective)
         if must_forget():
             return objective, None
-        indices = None if counted is None else target
-        record = Record(
-            losses.detach(), weights, denominator, base, indices, options.ignore_index, weigher.groups, NAME
-        )
+        record = Record(losses.detach(), weights, denominator, base, counted, weigher.groups, NAME)
         return objective, record
 
 

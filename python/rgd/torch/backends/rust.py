@@ -11,12 +11,8 @@ the operators of `rgd.torch._ops`, which `torch.compile` need not look into.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,6 +22,7 @@ from rgd.torch._record import Record
 from rgd.torch._weigher import Weigher
 from rgd.torch.backends import composite
 from rgd.torch.backends._in_place import Overwritten
+from rgd.torch.backends._memory import empty_like
 from rgd.torch.backends._options import Options, accumulator
 from rgd.torch.backends._registry import (
     register,
@@ -37,8 +34,9 @@ from rgd.weightings._base import Kernel
 
 NAME = "rust"
 
-# From this size on NumPy asks the system for huge pages: a fresh buffer is several times cheaper to fill.
-_HUGE = 1 << 22
+_internals: Any = torch._C  # pyright: ignore[reportPrivateUsage]
+_graph_is_kept = _internals._autograd._get_current_graph_task_keep_graph
+_saved_tensors_hooks = _internals._autograd._top_saved_tensors_default_hooks
 
 
 class Rust:
@@ -105,16 +103,8 @@ class Rust:
                 objective = Overwritten.apply(logits, objective)
             elif with_grad:
                 objective = _Objective.apply(logits, target, class_weight, base, filled, options, adjustment)
-        indices = None if target.is_floating_point() else target
         record = Record(
-            filled.losses,
-            filled.weights,
-            filled.denominator,
-            base,
-            indices,
-            options.ignore_index,
-            weigher.groups,
-            NAME,
+            filled.losses, filled.weights, filled.denominator, base, filled.counted, weigher.groups, NAME
         )
         return objective, record  # pyright: ignore[reportReturnType]
 
@@ -127,6 +117,7 @@ class Filled(NamedTuple):
     losses: Tensor
     weights: Tensor
     denominator: float | Tensor
+    counted: Tensor | None
 
 
 class _Objective(torch.autograd.Function):
@@ -143,20 +134,30 @@ class _Objective(torch.autograd.Function):
         options: Options,
         adjustment: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(filled.grad, logits, target, class_weight, base, filled.weights, adjustment)
+        # To read saved tensors is an error where one was changed in place since. The gradient is kept apart,
+        # so that only a second derivative reads them. Hooks offload or drop what is saved: they get it all.
+        hooked = _saved_tensors_hooks(False) is not None
+        saved = filled.grad if hooked else None
+        ctx.save_for_backward(saved, logits, target, class_weight, base, filled.weights, adjustment)
+        ctx.grad = None if hooked else filled.grad
         ctx.options = options
         return filled.objective
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad, *saved = ctx.saved_tensors
         (grad_output,) = grad_outputs
+        grad, kept = ctx.grad, _graph_is_kept()
+        if not kept:
+            ctx.grad = None
         if torch.is_grad_enabled():
-            gradient = differentiable_gradient(grad_output, ctx.options, *saved)
-        elif grad_output.dim() == 0 and grad_output.item() == 1.0:
-            gradient = grad
+            gradient = differentiable_gradient(grad_output, ctx.options, *ctx.saved_tensors[1:])
         else:
-            gradient = scaled(grad, grad_output)
+            grad = ctx.saved_tensors[0] if grad is None else grad
+            if grad_output.dim() or grad_output.item() != 1.0:
+                gradient = scaled(grad, grad_output)
+            else:
+                # The caller may change what it gets in place, and a kept graph needs it once more.
+                gradient = grad.clone() if kept else grad
         return gradient, None, None, None, None, None, None
 
 
@@ -185,28 +186,9 @@ def differentiable_gradient(  # noqa: PLR0917
     return gradient
 
 
-# Typed by torch without the types of NumPy.
-_from_numpy = cast("Callable[[npt.NDArray[np.uint8]], Tensor]", torch.from_numpy)  # pyright: ignore[reportUnknownMemberType]
-
-
-def _empty_like(tensor: Tensor) -> Tensor:
-    """An uninitialised tensor of the same shape, strides and dtype."""
-    if tensor.is_contiguous():
-        return empty(tensor.shape, tensor)
-    return torch.empty_like(tensor)
-
-
 def _gradient_of(logits: Tensor, options: Options) -> Tensor:
     """Where the gradient goes: a new tensor, or the place of the logits."""
-    return logits if options.inplace else _empty_like(logits)
-
-
-def empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """An uninitialised contiguous tensor of a shape, of the dtype and device of `like`."""
-    size = math.prod(shape) * like.element_size()
-    if size < _HUGE or not like.is_cpu:
-        return like.new_empty(shape)
-    return _from_numpy(np.empty(size, dtype=np.uint8)).view(like.dtype).view(*shape)
+    return logits if options.inplace else empty_like(logits)
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -239,12 +221,19 @@ def fill(  # noqa: PLR0917
     weights = losses.new_empty(losses.shape[:1]) if per == "sample" else torch.empty_like(losses)
     objective = torch.empty_like(losses) if reduction == "none" else losses.new_empty(())
     grad = _gradient_of(logits, options) if with_grad else None
-    denominator, _ = _rgd.cross_entropy(
+    denominator, count = _rgd.cross_entropy(
         logits, target, _by_class(class_weight, losses.dtype), base, *kernel, ignore_index, smoothing,
         per == "sample", reduction, losses, weights, objective, grad, torch.get_num_threads(),
         _by_class(adjustment, losses.dtype),
     )  # fmt: skip
-    return Filled(objective, grad, losses, weights, denominator)
+    # A mask only where a target is left out: not for most calls.
+    counted = None if count == losses.numel() else _counted(target, ignore_index)
+    return Filled(objective, grad, losses, weights, denominator, counted)
+
+
+def _counted(target: Tensor, ignore_index: int) -> Tensor | None:
+    """Which targets are not ignored; None for class probabilities."""
+    return None if target.is_floating_point() else target != ignore_index
 
 
 def fill_losses(  # noqa: PLR0917
@@ -317,13 +306,13 @@ def _fill_in_two_passes(  # noqa: PLR0917
     losses = fill_losses(
         logits, target, class_weight, options.ignore_index, options.label_smoothing, adjustment
     )
-    counted = None if target.is_floating_point() else target != options.ignore_index
+    counted = _counted(target, options.ignore_index)
     weights = composite.weigh(*composite.units_of(losses, counted, base, options.per), weigher)
     weights = weights.to(losses.dtype)
     objective, grad, denominator = fill_gradient(
         logits, target, class_weight, base, losses, weights, options, with_grad, adjustment
     )
-    return Filled(objective, grad, losses, weights, denominator)
+    return Filled(objective, grad, losses, weights, denominator, counted)
 
 
 def _fill_by_op(  # noqa: PLR0917
@@ -342,16 +331,16 @@ def _fill_by_op(  # noqa: PLR0917
     # torch 2.8 does not compile a slice of a named tuple.
     ignore_index, smoothing = options.ignore_index, options.label_smoothing
     reduction, per = options.reduction, options.per
+    counted = _counted(target, ignore_index)
     if weigher.kernel_serves(base):
         objective, losses, weights, grad, denominator = _ops.cross_entropy(
             logits, target, class_weight, base, weigher.plan.kind, weigher.plan.numbers,
             ignore_index, smoothing, reduction, per, with_grad, adjustment,
         )  # fmt: skip
-        return Filled(objective, grad, losses, weights, denominator)
+        return Filled(objective, grad, losses, weights, denominator, counted)
     losses = _ops.cross_entropy_losses(
         logits.detach(), target, class_weight, ignore_index, smoothing, adjustment
     )
-    counted = None if target.is_floating_point() else target != ignore_index
     weights = composite.weigh(*composite.units_of(losses, counted, base, per), weigher).to(losses.dtype)
     objective, grad, denominator = _ops.cross_entropy_gradient(
         logits,
@@ -367,7 +356,7 @@ def _fill_by_op(  # noqa: PLR0917
         with_grad,
         adjustment,
     )
-    return Filled(objective, grad, losses, weights, denominator)
+    return Filled(objective, grad, losses, weights, denominator, counted)
 
 
 register(Rust(), first=True)
