@@ -519,6 +519,7 @@ def test_the_statistics_of_equal_weights():
     stats = rgd.weight_stats(np.array([1.0, 2.0, 6.0]), np.ones(3), rgd.KL(5.0))
     assert stats == rgd.WeightStats(
         mean_loss=3.0,
+        worst_tenth=6.0,
         objective=3.0,
         effective_sample_size=3.0,
         kl_to_uniform=0.0,
@@ -577,7 +578,7 @@ def test_losses_and_weights_may_differ_in_dtype(losses, weights):
 def test_the_statistics_read_as_one_line():
     stats = rgd.weight_stats(np.array([1.0, 3.0]), np.array([1.0, 1.0]), rgd.KL(2.0))
     assert str(stats) == (
-        "2 samples: mean loss 2, objective 2, ESS 2 (100.0%), KL 0, max weight 1, 50.0% clipped"
+        "2 samples: mean loss 2, worst tenth 3, objective 2, ESS 2 (100.0%), KL 0, max weight 1, 50.0% clipped"
     )
     assert "clipped" not in str(rgd.weight_stats(np.array([1.0, 3.0]), np.array([1.0, 1.0])))
 

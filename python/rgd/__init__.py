@@ -28,7 +28,15 @@ import numpy.typing as npt
 from rgd import _rgd
 from rgd._arrays import Source, SupportsDLPack, available_cores, read, read_groups, read_mask, read_mass
 from rgd.class_counts import class_balanced, log_prior
-from rgd.stats import GroupStats, WeightStats, WeightSums, clip_of, group_stats, stats_from_sums
+from rgd.stats import (
+    GroupStats,
+    WeightStats,
+    WeightSums,
+    clip_of,
+    group_stats,
+    stats_from_sums,
+    worst_tenth,
+)
 from rgd.weightings import (
     ERM,
     KL,
@@ -284,7 +292,8 @@ def weight_stats(
     by_group = None
     if members is not None:
         by_group = group_stats(_wide(loss_source), _wide(weight_source), base, members)
-    return stats_from_sums(WeightSums(*sums), weighting, groups=by_group)
+    tail = worst_tenth(_wide(loss_source), base)
+    return stats_from_sums(WeightSums(*sums), weighting, worst_tenth=tail, groups=by_group)
 
 
 def __getattr__(name: str) -> str:

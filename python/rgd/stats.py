@@ -42,6 +42,9 @@ class WeightStats:
     Attributes:
         mean_loss: `sum(p * l) / sum(p)`, the objective of empirical risk minimization: the number to compare
             between runs.
+        worst_tenth: The mean of `l` over the worst tenth of the mass, the sample at its edge in part:
+            `min over eta of eta + sum(p * max(0, l - eta)) / (0.1 * sum(p))`. None where only sums over
+            several batches are known.
         objective: `sum(p * w * l) / sum(p)`, what the re-weighted step descends.
         effective_sample_size: `n * sum(p * w)^2 / (sum(p) * sum(p * w^2))`, from 1 (one sample has all the
             weight) to `n` (equal weights).
@@ -60,10 +63,11 @@ class WeightStats:
         >>> losses = np.array([0.0, 0.0, 3.0])
         >>> stats = rgd.weight_stats(losses, rgd.sample_weights(losses), rgd.KL())
         >>> print(stats)
-        3 samples: mean loss 1, objective 1.649, ESS 2.822 (94.1%), KL 0.0302, max weight 1.649, 33.3% clipped
+        3 samples: mean loss 1, worst tenth 3, objective 1.649, ESS 2.822 (94.1%), KL 0.0302, max weight ...
     """
 
     mean_loss: float
+    worst_tenth: float | None
     objective: float
     effective_sample_size: float
     kl_to_uniform: float
@@ -116,20 +120,9 @@ class WeightStats:
             >>> print(*stats.advice())
             All weights are equal: all losses are above the clip (tau). Re-weighting is then only a larger ...
         """
-        if not self.count or not math.isfinite(self.effective_sample_size):
-            return []
-        share = self.effective_sample_size / self.count
-        if self.count > 1 and share > 0.999 and self.clipped_share is not None and self.clipped_share > 0.999:
-            return [
-                "All weights are equal: all losses are above the clip (tau). Re-weighting is then only a "
-                "larger learning rate. Start with tau near the losses, log(C) for C classes, or use "
-                "rgd.MidrangeKL."
-            ]
-        if self.count > 1 and share > 0.999 and 0 <= self.mean_loss < 0.01:
-            return [
-                "All weights are equal: the losses are near zero, so the model fits these samples already, "
-                "and re-weighting by loss changes nothing."
-            ]
+        if (equal := self.no_effect()) is not None:
+            return [equal]
+        share = quotient(self.effective_sample_size, self.count)
         if self.count >= 20 and share < 0.1:
             return [
                 f"Most of the weight lies on few samples: {self.effective_sample_size:.1f} of {self.count} "
@@ -138,11 +131,35 @@ class WeightStats:
             ]
         return []
 
+    def no_effect(self) -> str | None:
+        """Why re-weighting cannot matter here, in a sentence; None where it can.
+
+        Example:
+            >>> import numpy as np, rgd
+            >>> rgd.weight_stats(np.zeros(8), np.ones(8), rgd.KL()).no_effect()
+            'All weights are equal: the losses are near zero, ...
+        """
+        if self.count < 2 or not self.effective_sample_size / self.count > 0.999:
+            return None
+        if self.clipped_share is not None and self.clipped_share > 0.999:
+            return (
+                "All weights are equal: all losses are above the clip (tau). Re-weighting is then only a "
+                "larger learning rate. Start with tau near the losses, log(C) for C classes, or use "
+                "rgd.MidrangeKL."
+            )
+        if 0 <= self.mean_loss < 0.01:
+            return (
+                "All weights are equal: the losses are near zero, so the model fits these samples already, "
+                "and re-weighting by loss changes nothing."
+            )
+        return None
+
     def __str__(self) -> str:
         share = quotient(self.effective_sample_size, self.count)
         clipped = "" if self.clipped_share is None else f", {self.clipped_share:.1%} clipped"
+        tail = "" if self.worst_tenth is None else f", worst tenth {self.worst_tenth:.4g}"
         return (
-            f"{self.count} samples: mean loss {self.mean_loss:.4g}, objective {self.objective:.4g}, "
+            f"{self.count} samples: mean loss {self.mean_loss:.4g}{tail}, objective {self.objective:.4g}, "
             f"ESS {self.effective_sample_size:.4g} ({share:.1%}), KL {self.kl_to_uniform:.3g}, "
             f"max weight {self.max_weight:.4g}{clipped}"
         )
@@ -189,6 +206,7 @@ def stats_from_sums(
     sums: WeightSums,
     weighting: Weighting | None = None,
     *,
+    worst_tenth: float | None = None,
     denominator: float | None = None,
     groups: GroupStats | None = None,
 ) -> WeightStats:
@@ -197,6 +215,7 @@ def stats_from_sums(
     Args:
         sums: Taken with `clip_of(weighting)`.
         weighting: What the weights came from; None leaves `clipped_share` unknown.
+        worst_tenth: As `worst_tenth` gives it, which the sums do not tell.
         denominator: What `mean_loss` and `objective` are divided by, where it is not the mass: with class
             weights, the sum of those of the targets.
         groups: The statistics of each group.
@@ -217,6 +236,7 @@ def stats_from_sums(
         effective = sums.count * quotient(sums.weight, sums.square) * quotient(sums.weight, sums.mass)
     return WeightStats(
         mean_loss=quotient(sums.loss, denominator),
+        worst_tenth=worst_tenth,
         objective=quotient(sums.objective, denominator),
         effective_sample_size=effective,
         kl_to_uniform=_kl_to_uniform(sums),
@@ -225,6 +245,42 @@ def stats_from_sums(
         count=sums.count,
         groups=groups,
     )
+
+
+def worst_tenth(losses: npt.NDArray[Any], base: npt.NDArray[Any] | None = None) -> float:
+    """The mean loss of the worst tenth of the mass; the sample at the edge of the tenth counts in part.
+
+    Args:
+        losses: Losses, any shape, floating.
+        base: The base measure, of the same shape, 0 where a sample takes no part; None for ones.
+
+    Returns:
+        The mean, in float64; NaN of no samples, or where one of them is NaN.
+
+    Example:
+        >>> worst_tenth(np.arange(15.0))  # 14, and half of 13
+        13.66...
+    """
+    losses = losses.ravel()
+    if base is not None:
+        base = base.ravel()
+        losses, base = losses[base != 0], base[base != 0]
+        base = None if base.size and (base == base[0]).all() else base
+    if not losses.size or np.isnan(losses).any():
+        return math.nan
+    if base is None:
+        tenth = losses.size / 10
+        whole = math.floor(tenth)
+        edge = losses.size - whole - 1
+        ordered = np.partition(losses, edge)
+        total = float(np.sum(ordered[edge + 1 :], dtype=np.float64))
+        return (total + (tenth - whole) * float(ordered[edge]) if tenth > whole else total) / tenth
+    order = np.argsort(-losses)
+    losses, mass = losses[order].astype(np.float64), base[order].astype(np.float64)
+    reached = np.cumsum(mass)
+    tenth = reached[-1] / 10
+    taken = np.minimum(np.maximum(tenth - (reached - mass), 0.0), mass)
+    return float(np.sum(taken[taken > 0] * losses[taken > 0]) / tenth)
 
 
 def group_stats(

@@ -254,7 +254,7 @@ def _weights_of_batches(losses: Losses, weighting: Weighting, state: Any) -> tup
 
     def whole(array: jax.Array) -> jax.Array:
         vectors = array.transpose(order).reshape(*own_shape[: len(others)], -1)
-        return _gather(vectors, axis_name)
+        return gather(vectors, axis_name)
 
     # Values are read for the sake of groups alone; all else is compiled, without a gain in being concrete.
     concrete = groups is not None and not others and all(is_known(a) for a in (values, base, groups))
@@ -309,7 +309,7 @@ def _compiled(structure: Any, numbers: Any, vmapped: int, arrays: Any, *argument
     return _weigh(jax.tree_util.tree_unflatten(structure, leaves), vmapped, *arguments)
 
 
-def _gather(array: jax.Array, axis_name: AxisName) -> jax.Array:
+def gather(array: jax.Array, axis_name: AxisName) -> jax.Array:
     """The last axes of all devices, one after the other."""
     for name in reversed(_names(axis_name)):
         array = lax.all_gather(array, name, axis=array.ndim - 1, tiled=True)
@@ -317,7 +317,7 @@ def _gather(array: jax.Array, axis_name: AxisName) -> jax.Array:
 
 
 def _own_part(array: jax.Array, count: int, axis_name: AxisName) -> jax.Array:
-    """The `count` entries of the last axis that this device has given to `_gather`."""
+    """The `count` entries of the last axis that this device has given to `gather`."""
     names = _names(axis_name)
     if not names:
         return array

@@ -72,6 +72,7 @@ jax.tree_util.register_dataclass(
     WeightStats,
     data_fields=[
         "mean_loss",
+        "worst_tenth",
         "objective",
         "effective_sample_size",
         "kl_to_uniform",

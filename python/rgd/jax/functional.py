@@ -29,6 +29,7 @@ from rgd.jax._batch import (
     Losses,
     as_constants,
     as_losses,
+    gather,
     is_known,
     pmax,
     psum,
@@ -361,6 +362,7 @@ def weight_stats(
     largest = pmax(jnp.max(weight, initial=-jnp.inf, where=takes_part), axis_name)
     stats: dict[str, Any] = {
         "mean_loss": total(p * loss) / mass,
+        "worst_tenth": _worst_tenth(batch),
         "objective": total(weighted(weight, batch)) / mass,
         "effective_sample_size": count * (weight_sum / mass) * (weight_sum / total(p * weight * weight)),
         # Less the mean of `relative - 1`, which is 0: it cancels the rounding of a common factor.
@@ -377,6 +379,22 @@ def weight_stats(
         number = _number_of_groups(batch, num_groups)
         stats["groups"] = _group_stats(batch, weight, batch.groups, number, weight_sum)
     return WeightStats(**stats)
+
+
+def _worst_tenth(batch: Losses) -> jax.Array:
+    """The mean loss of the worst tenth of the mass, over all devices; the sample at the edge in part."""
+    losses, mass = (gather(array.reshape(-1), batch.axis_name) for array in (batch.values, batch.ones))
+    if not losses.size:
+        return jnp.full((), jnp.nan, losses.dtype)
+    order = jnp.argsort(-losses)
+    losses, mass = losses[order], mass[order]
+    reached = jnp.cumsum(mass)
+    tenth = reached[-1] / 10
+    taken = jnp.clip(tenth - (reached - mass), 0, mass)
+    mean = jnp.sum(jnp.where(taken > 0, taken * losses, 0)) / tenth
+    unknown = jnp.any(jnp.isnan(losses) & (mass != 0))
+    # The gathered losses vary over the mapped axes, as JAX sees it; their mean, equal on all, must not.
+    return pmax(jnp.where(unknown, jnp.nan, mean), batch.axis_name)
 
 
 def _number_of_groups(batch: Losses, num_groups: int | None) -> int:

@@ -49,8 +49,8 @@ from rgd.reference._equations import (
     reweighted_mean,
     sample_weights,
     step,
-    weight_stats,
 )
+from rgd.reference._stats import weight_stats
 
 __all__ = [
     "Batch",

@@ -1,4 +1,4 @@
-"""The equations of the weightings, one function each, and the objective and statistics made of them."""
+"""The equations of the weightings, one function each, and the objective made of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from rgd.stats import GroupStats, WeightStats
 from rgd.weightings import (
     ERM,
     KL,
@@ -154,73 +153,6 @@ def reweighted_mean(
         total = float(np.sum(base[part] * product(weights, losses, losses)[part]))
     mean = quotient(total, float(np.sum(base[part])))
     return mean if state is None else (mean, after)
-
-
-def weight_stats(
-    losses: npt.ArrayLike,
-    weights: npt.ArrayLike,
-    weighting: Weighting | None = None,
-    *,
-    where: npt.ArrayLike | None = None,
-    sample_weight: npt.ArrayLike | None = None,
-    groups: npt.ArrayLike | None = None,
-) -> WeightStats:
-    """The statistics of a set of weights, each by its formula in `WeightStats`.
-
-    Args:
-        losses: Losses `l`, any shape but (), any real dtype; computed with in float64.
-        weights: Weights `w`, of the same shape.
-        weighting: What the weights came from; None leaves `clipped_share` unknown.
-        where: Booleans that broadcast to the losses' shape: which samples take part.
-        sample_weight: The base measure `p`, as in `sample_weights`.
-        groups: The group of each loss, as in `sample_weights`; None for no statistics of groups.
-
-    Returns:
-        The statistics.
-
-    Raises:
-        ValueError: If `losses` is a scalar, the shapes differ, or `sample_weight` holds what it must not.
-
-    Example:
-        >>> import numpy as np
-        >>> weight_stats(np.array([1.0, 3.0]), np.array([1.0, 1.0])).mean_loss
-        2.0
-    """
-    losses, weights = per_sample("losses", losses), np.asarray(weights, dtype=np.float64)
-    if losses.shape != weights.shape:
-        raise ValueError(f"weights must have the shape of losses, {losses.shape}, got {weights.shape}")
-    part, base = base_of(losses.shape, where, sample_weight)
-    group = None if groups is None else one_a_sample("groups", np.asarray(groups), losses.shape)
-    losses, w, p = losses[part], weights[part], base[part]
-    count, mass = losses.size, float(np.sum(p))
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        weight = float(np.sum(p * w))
-        q = p * w / weight
-        logarithm = np.log(np.where(q == 0, 1.0, q * mass / p))
-        clipped = None if weighting is None else 0.0
-        if weighting is not None and weighting.clip < math.inf:
-            clipped = quotient(float(np.sum(p * (losses > weighting.clip))), mass)
-        return WeightStats(
-            mean_loss=quotient(float(np.sum(p * losses)), mass),
-            objective=quotient(float(np.sum(p * product(w, losses, losses))), mass),
-            effective_sample_size=quotient(count * weight**2, mass * float(np.sum(p * w**2))),
-            kl_to_uniform=float(np.sum(q * logarithm)) if count else math.nan,
-            max_weight=float(np.max(w)) if count else math.nan,
-            clipped_share=clipped,
-            count=count,
-            groups=None if group is None else _group_stats(losses, w, p, group[part]),
-        )
-
-
-def _group_stats(losses: Array, weights: Array, base: Array, groups: Integers) -> GroupStats:
-    """`GroupStats` of the groups up to the largest that takes part."""
-    members = [groups == group for group in range(int(np.max(groups, initial=-1)) + 1)]
-    weight = float(np.sum(base * weights))
-    return GroupStats(
-        mean_loss=tuple(quotient(float(np.sum((base * losses)[m])), float(np.sum(base[m]))) for m in members),
-        weight_share=tuple(quotient(float(np.sum((base * weights)[m])), weight) for m in members),
-        count=tuple(int(np.count_nonzero(m)) for m in members),
-    )
 
 
 # The equation of each member, for a batch in which everything takes part and has mass.

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from rgd import _rgd
 from rgd._arrays import unit_of
-from rgd.stats import GroupStats, WeightStats, WeightSums, clip_of, group_stats, stats_from_sums
+from rgd.stats import (
+    GroupStats,
+    WeightStats,
+    WeightSums,
+    clip_of,
+    group_stats,
+    quotient,
+    stats_from_sums,
+    worst_tenth,
+)
 from rgd.torch._distributed import gather, reduce_max, reduce_sums
 from rgd.torch.backends._options import wide
 from rgd.weightings import Weighting
@@ -53,6 +62,37 @@ class Record(NamedTuple):
             return record._replace(losses=self.losses.clone())
         return record._replace(version=self.losses._version)
 
+    def check_unchanged(self) -> None:
+        """Refuse losses of the caller that were changed in place since the call."""
+        if self.version is not None and self.losses._version != self.version:
+            raise RuntimeError(
+                "the losses that base returned have been changed in place since the call, so nothing is left "
+                "to describe: ask for stats() before, or let base return a tensor of its own"
+            )
+
+    def units(self) -> Units:
+        """What has a weight each: targets, or samples with their mean losses."""
+        losses, base, counted = self.losses, self.base, self.counted
+        number = of_targets = None
+        if self.weights.dim() < losses.dim():
+            of_targets = losses.flatten(1).to(wide(losses))
+            kept = torch.ones_like(of_targets, dtype=torch.bool) if counted is None else counted.flatten(1)
+            of_targets, number = of_targets.masked_fill(~kept, 0).sum(1), kept.sum(1)
+            losses, counted = of_targets / number.clamp(min=1), number > 0
+        if counted is not None:
+            kept = counted.to(wide(losses))
+            base = kept if base is None else kept * base
+        return Units(losses, self.weights, base, of_targets, number)
+
+    def in_a_unit(self) -> Record:
+        """The record with its base measure in a unit near the largest of it, so that no sum overflows."""
+        if self.base is None or not self.base.numel():
+            return self
+        unit = unit_of(float(self.base.max()))
+        if unit == 1.0:
+            return self
+        return self._replace(base=self.base / unit, denominator=self.denominator / unit)
+
     def stats(
         self, weighting: Weighting | None, groups: Tensor | None = None, group: Any = None
     ) -> WeightStats:
@@ -63,38 +103,97 @@ class Record(NamedTuple):
         Raises:
             RuntimeError: If the losses were changed in place since the call.
         """
-        losses, weights, base, counted = self.losses, self.weights, self.base, self.counted
-        if self.version is not None and losses._version != self.version:
-            raise RuntimeError(
-                "the losses that base returned have been changed in place since the call, so nothing is left "
-                "to describe: ask for stats() before, or let base return a tensor of its own"
-            )
-        denominator = float(self.denominator)
-        if base is not None and base.numel() and group is None:
-            unit = unit_of(float(base.max()))
-            if unit != 1.0:
-                base, denominator = base / unit, denominator / unit
-        of_targets = None
-        if weights.dim() < losses.dim():
-            # Weights belong to samples, losses to targets.
-            of_targets = losses.flatten(1).to(wide(losses))
-            kept = torch.ones_like(of_targets, dtype=torch.bool) if counted is None else counted.flatten(1)
-            of_targets, number = of_targets.masked_fill(~kept, 0).sum(1), kept.sum(1)
-            losses, counted = of_targets / number.clamp(min=1), number > 0
-        if counted is not None:
-            kept = counted.to(wide(losses))
-            base = kept if base is None else kept * base
-        sums = sums_of(losses, weights, base, clip_of(weighting))
-        if of_targets is not None:
-            over_targets = sums_of(of_targets, weights, base, math.inf)
-            sums = sums._replace(loss=over_targets.loss, objective=over_targets.objective)
+        self.check_unchanged()
+        record = self.in_a_unit() if group is None else self
+        units = record.units()
+        losses, weights, base = units.losses, units.weights, units.base
+        sums, denominator = units.sums(clip_of(weighting)), float(record.denominator)
+        # The number of targets: what the denominator is without class weights, by which a loss is divided.
+        targets = sums.mass
+        if units.number is not None:
+            targets = float((units.number if base is None else units.number * base).sum())
         groups = self.groups if groups is None else groups
+        tail = losses, base
         if group is not None:
-            *totals, denominator = reduce_sums([*sums, denominator], losses.device, group)
-            largest = reduce_max(sums.largest, losses.device, group)
-            sums = WeightSums(int(totals[0]), *totals[1:])._replace(largest=largest)
+            sums, denominator, targets = _over_processes(sums, denominator, targets, losses.device, group)
+            own = [losses.reshape(-1), torch.ones_like(losses) if base is None else base]
+            tail = gather([vector.reshape(-1).to(wide(losses)) for vector in own], group)[0]
         by_group = None if groups is None else stats_by_group(losses, weights, base, groups, group)
-        return stats_from_sums(sums, weighting, denominator=denominator, groups=by_group)
+        return stats_from_sums(
+            sums,
+            weighting,
+            worst_tenth=tail_of(*tail) * quotient(targets, denominator),
+            denominator=denominator,
+            groups=by_group,
+        )
+
+
+class Units(NamedTuple):
+    """Losses and weights of one shape.
+
+    Attributes:
+        losses: One a target or a sample.
+        weights: The weight of each.
+        base: The base measure of each, 0 for what takes no part; None for ones.
+        of_targets: Where they are samples, the sum of the losses of each one's targets; else None.
+        number: Where they are samples, how many targets each has; else None.
+    """
+
+    losses: Tensor
+    weights: Tensor
+    base: Tensor | None
+    of_targets: Tensor | None
+    number: Tensor | None
+
+    def sums(self, clip: float) -> WeightSums:
+        """The sums of the statistics: shares and weights over units, losses and objective over targets."""
+        sums = sums_of(self.losses, self.weights, self.base, clip)
+        if self.of_targets is None:
+            return sums
+        over_targets = sums_of(self.of_targets, self.weights, self.base, math.inf)
+        return sums._replace(loss=over_targets.loss, objective=over_targets.objective)
+
+    def are_on_the_host(self) -> bool:
+        """Whether the sums can be read now, without waiting for a device or ending a compiled graph."""
+        return not torch.compiler.is_compiling() and self.losses.is_cpu and type(self.losses) is Tensor
+
+    def sum_tensor(self, clip: float) -> Tensor:
+        """The same as a vector on the device, without waiting for it; in a compiled graph too."""
+        sums = _sum_tensor(self.losses, self.weights, self.base, clip)
+        if self.of_targets is None:
+            return sums
+        over_targets = _sum_tensor(self.of_targets, self.weights, self.base, math.inf)
+        replaced = [WeightSums._fields.index(name) for name in ("loss", "objective")]
+        sums[replaced] = over_targets[replaced]
+        return sums
+
+
+def tail_of(losses: Tensor, base: Tensor | None) -> float:
+    """The mean loss of the worst tenth of the mass; waits for the device."""
+    if losses.is_cpu and type(losses) is Tensor:
+        arrays = [
+            None if one is None else np.asarray(one.detach().to(wide(losses))) for one in (losses, base)
+        ]
+        return worst_tenth(cast("Any", arrays[0]), arrays[1])
+    losses = losses.detach().reshape(-1).to(wide(losses))
+    mass = torch.ones_like(losses) if base is None else base.reshape(-1).to(losses.dtype)
+    if not losses.numel():
+        return math.nan
+    losses, order = losses.masked_fill(mass == 0, 0).sort(descending=True)  # NaN first
+    mass = mass[order]
+    reached = mass.cumsum(0)
+    tenth = reached[-1] / 10
+    taken = torch.minimum((tenth - (reached - mass)).clamp(min=0), mass)
+    return float((taken * losses).masked_fill(taken == 0, 0).sum() / tenth)
+
+
+def _over_processes(
+    sums: WeightSums, denominator: float, targets: float, device: torch.device, group: Any
+) -> tuple[WeightSums, float, float]:
+    """Each number over all processes of a group."""
+    *totals, denominator, targets = reduce_sums([*sums, denominator, targets], device, group)
+    largest = reduce_max(sums.largest, device, group)
+    return WeightSums(int(totals[0]), *totals[1:])._replace(largest=largest), denominator, targets
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:
@@ -125,9 +224,15 @@ def stats_by_group(
 
 def _sums(losses: Tensor, weights: Tensor, base: Tensor | None, clip: float) -> WeightSums:
     """What `_rgd.weight_sums` returns, by torch operations and one wait for the device."""
-    if not losses.numel():
-        return WeightSums(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    numbers = cast("list[float]", _sum_tensor(losses, weights, base, clip).tolist())  # pyright: ignore[reportUnknownMemberType]
+    return WeightSums(int(numbers[0]), *numbers[1:])
+
+
+def _sum_tensor(losses: Tensor, weights: Tensor, base: Tensor | None, clip: float) -> Tensor:
+    """The same as a vector on the device."""
     dtype = wide(losses)
+    if not losses.numel():
+        return torch.zeros(len(WeightSums._fields), dtype=dtype, device=losses.device)
     losses, weights = losses.detach().to(dtype), weights.detach().to(dtype)
     p = torch.ones_like(losses) if base is None else base.to(dtype)
     counted = p != 0
@@ -144,5 +249,4 @@ def _sums(losses: Tensor, weights: Tensor, base: Tensor | None, clip: float) -> 
         weights.max(),
         (p * (losses > clip)).sum(),
     ]
-    numbers = cast("list[float]", torch.stack(sums).tolist())  # pyright: ignore[reportUnknownMemberType]
-    return WeightSums(int(numbers[0]), *numbers[1:])
+    return torch.stack(sums)

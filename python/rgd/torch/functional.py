@@ -28,7 +28,7 @@ from rgd.torch._checks import (
     targets_shape,
 )
 from rgd.torch._distributed import Sync
-from rgd.torch._record import Record, stats_by_group, sums_of
+from rgd.torch._record import Record, stats_by_group, sums_of, tail_of
 from rgd.torch._weigher import Plan, Weigher, functional_state
 from rgd.torch.backends import composite as _composite
 from rgd.torch.backends._in_place import check_in_place
@@ -280,7 +280,7 @@ def weight_stats(
         >>> import torch, rgd
         >>> losses = torch.tensor([1.0, 1.0, 4.0])
         >>> print(weight_stats(losses, sample_weights(losses), rgd.KL()))
-        3 samples: mean loss 2, objective 3.297, ESS 3 (100.0%), KL 0, max weight 1.649, 33.3% clipped
+        3 samples: mean loss 2, worst tenth 4, objective 3.297, ESS 3 (100.0%), KL 0, max weight 1.649, ...
     """
     check_losses(losses)
     if weighting is not None:
@@ -302,7 +302,7 @@ def weight_stats(
     members = check_groups(groups, losses.shape, losses.device, "element")
     by_group = None if members is None else stats_by_group(plain, weights, base, members)
     sums = sums_of(plain, weights, base, clip_of(weighting))
-    return stats_from_sums(sums, weighting, groups=by_group)
+    return stats_from_sums(sums, weighting, worst_tenth=tail_of(plain, base), groups=by_group)
 
 
 def weighted(  # noqa: PLR0917

@@ -25,6 +25,7 @@ from rgd.torch._checks import (
 )
 from rgd.torch._distributed import Sync
 from rgd.torch._record import Record
+from rgd.torch._totals import Advisor, Totals
 from rgd.torch._weigher import Plan, Weigher, WeightingState
 from rgd.torch.backends._options import Options
 from rgd.torch.backends._registry import in_transform, is_exporting
@@ -61,6 +62,9 @@ class RGDLoss(nn.Module):
             no gradient. Such a call asks no other process, updates no state and leaves nothing for `stats`.
             Class weights, reduction and `sample_weight` count as in training. "weighted" keeps the weights.
         inplace: True to let the gradient take the place of the logits, as in `cross_entropy`.
+        warn: Whether to warn, once, where the statistics of a call in training mode say that re-weighting
+            cannot matter: all losses are above the clip, or near zero. It looks at the calls 1, 2, 4, 8 and
+            so on, outside of compiled graphs.
         process_group: For a weighting that depends on the batch, the processes that share it: the weights
             are those of their losses together. None: the default group, once `torch.distributed` is
             initialised. Every process of the group then has to call the loss, one with an empty batch too;
@@ -113,6 +117,7 @@ class RGDLoss(nn.Module):
         logit_adjustment: Tensor | None = None,
         evaluate: str = "plain",
         inplace: bool = False,
+        warn: bool = False,
         process_group: Any = None,
         sync: bool = True,
     ) -> None:
@@ -153,6 +158,8 @@ class RGDLoss(nn.Module):
         self.weighting = resolve_weighting(weighting, tau)
         self._sync = Sync(process_group, sync)
         self._record: Record | None = None
+        self._totals: Totals | None = None
+        self._advisor = Advisor() if warn else None
 
     @property
     def weighting(self) -> Weighting:
@@ -269,6 +276,11 @@ class RGDLoss(nn.Module):
         # An exported program has no side effects.
         if record is not None or not is_exporting():
             object.__setattr__(self, "_record", record)  # nn.Module's own costs ten times as much
+        if record is not None and self.training:
+            if self._totals is not None:
+                self._totals.add(record, self.weighting)
+            if self._advisor is not None and not torch.compiler.is_compiling():
+                self._advisor.look(record, self.weighting)
 
     def _read(self, state: WeightingState, input: Tensor) -> Any:
         if in_transform():
@@ -287,24 +299,37 @@ class RGDLoss(nn.Module):
         """
         return None if self._record is None else self._record.weights.clone()
 
-    def stats(self, *, groups: Tensor | None = None, sync: bool = False) -> WeightStats:
-        """What the weights of the last call were like; computed now, from what that call left behind.
+    def stats(self, *, groups: Tensor | None = None, total: bool = False, sync: bool = False) -> WeightStats:
+        """The statistics of the weights of the last call; computed now, from what that call left behind.
 
         Args:
             groups: The group of each sample of that call, integers of the losses' shape or (N,): adds the
                 statistics of each group. None: the groups that the call was given, if it was.
+            total: Whether to describe all weighted calls in training mode since `reset_stats()` together: an
+                epoch, or the micro-batches of a step. Their sums are exact; `worst_tenth` is None, since it
+                cannot be told from sums, and there are no groups.
             sync: Whether to describe the batches of all processes of the group together. Every process then
                 has to ask.
 
         Returns:
-            The plain (ERM) mean loss, the re-weighted objective's mean, the effective sample size, the KL
-            divergence of the weights from uniform, the largest weight and the share of clipped losses, over
-            targets (with `per="sample"`, over samples) not ignored.
+            The plain (ERM) mean loss and that of the worst tenth, the re-weighted objective's mean, the
+            effective sample size, the KL divergence of the weights from uniform, the largest weight and the
+            share of clipped losses, over targets (with `per="sample"`, over samples) not ignored.
 
         Raises:
             RuntimeError: If the loss has not been called yet, or its last call was under a `torch.func`
-                transform, or if losses that `base` returned were changed in place since.
+                transform, or if losses that `base` returned were changed in place since. With `total`, if
+                `reset_stats()` has not been called.
+            ValueError: If both `groups` and `total` are given.
         """
+        if total:
+            if groups is not None:
+                raise ValueError("groups describe the last call: ask for stats(groups=...) without total")
+            if self._totals is None:
+                raise RuntimeError(
+                    "stats(total=True) describes the calls since reset_stats(): call that where an epoch begins"
+                )
+            return self._totals.stats(self.weighting, self._sync.group() if sync else None)
         if self._record is None:
             raise RuntimeError(
                 "stats() describes the last call of the loss, and there has been none yet; calls under "
@@ -314,6 +339,22 @@ class RGDLoss(nn.Module):
         per = "sample" if record.weights.dim() < record.losses.dim() else "element"
         groups = check_groups(groups, record.losses.shape, record.losses.device, per)
         return record.stats(self.weighting, groups, self._sync.group() if sync else None)
+
+    def reset_stats(self) -> None:
+        """Let `stats(total=True)` begin anew. From the first time on, each call in training adds its sums.
+
+        Example:
+            >>> import torch
+            >>> criterion = RGDLoss()
+            >>> criterion.reset_stats()
+            >>> for _ in range(3):
+            ...     _ = criterion(torch.zeros(8, 2), torch.arange(8) % 2)
+            >>> criterion.stats(total=True).count
+            24
+        """
+        if self._totals is None:
+            self._totals = Totals()
+        self._totals.reset()
 
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
@@ -326,8 +367,9 @@ class RGDLoss(nn.Module):
         return ", ".join(settings)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but what the last call left behind."""
-        return {**self.__dict__, "_record": None}
+        """Everything but what calls have left behind."""
+        advisor = None if self._advisor is None else Advisor()
+        return {**self.__dict__, "_record": None, "_totals": None, "_advisor": advisor}
 
 
 def state_for(

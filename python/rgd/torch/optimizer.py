@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rgd.torch._checks import check_groups, check_losses
 from rgd.torch._distributed import Sync
+from rgd.torch._totals import Advisor
 from rgd.torch._weigher import Plan, Weigher, WeightingState
 from rgd.torch.functional import weighted
 from rgd.torch.loss import state_for, tau_of, with_tau
@@ -53,6 +54,7 @@ class RGD(torch.optim.Optimizer):
         weighting: What turns losses into weights, a member of `rgd` or a subclass of `rgd.Weighting`;
             `KL(tau=1.0)` if neither it nor `tau` is given.
         tau: Short for `weighting=KL(tau)`.
+        warn: As in `RGDLoss`: whether to warn, once, where re-weighting cannot matter.
         process_group: As in `reweighted_mean`: for a weighting that depends on the batch, who shares it.
         sync: As in `reweighted_mean`.
 
@@ -86,6 +88,7 @@ class RGD(torch.optim.Optimizer):
     _sync: Sync
     _plan: Plan
     _state: WeightingState | None
+    _advisor: Advisor | None
 
     param_groups = cast("list[dict[str, Any]]", _Shared())
     state = cast("Any", _Shared())
@@ -108,13 +111,23 @@ class RGD(torch.optim.Optimizer):
         weighting: Weighting | None = None,
         *,
         tau: float | None = None,
+        warn: bool = False,
         process_group: Any = None,
         sync: bool = True,
     ) -> None:
         _check_optimizer(optimizer)
         weighting = resolve_weighting(weighting, tau)
         sharing = Sync(process_group, sync)
-        self.__setstate__({"optimizer": optimizer, "weighting": weighting, "_sync": sharing, "_state": None})
+        advisor = Advisor() if warn else None
+        self.__setstate__(
+            {
+                "optimizer": optimizer,
+                "weighting": weighting,
+                "_sync": sharing,
+                "_state": None,
+                "_advisor": advisor,
+            }
+        )
 
     @property
     def weighting(self) -> Weighting:
@@ -176,7 +189,9 @@ class RGD(torch.optim.Optimizer):
         before = None if state is None else state.to(losses.device).read(losses.device)
         members = check_groups(groups, losses.shape, losses.device, "element")
         weigher = Weigher(self._plan, members, before, self._sync)
-        objective, _ = weighted(losses, weigher, "mean", "element", where, sample_weight)
+        objective, record = weighted(losses, weigher, "mean", "element", where, sample_weight)
+        if self._advisor is not None and record is not None and not torch.compiler.is_compiling():
+            self._advisor.look(record, self.weighting)
         if state is not None and torch.is_grad_enabled():
             state.write(weigher.state)
         self._awaits_gradient = objective.requires_grad
@@ -349,12 +364,13 @@ class RGD(torch.optim.Optimizer):
             "weighting": self.weighting,
             "_sync": self._sync,
             "_state": self._state,
+            "_advisor": self._advisor,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         weighting, remembered = state.pop("weighting"), state.pop("_state", None)
-        self.__dict__.update(state)
+        self.__dict__.update({"_advisor": None, **state})
         self._plan = Plan(weighting)
         self._state = state_for(weighting, weighting, remembered)
         self._awaits_gradient = self._was_asked = False

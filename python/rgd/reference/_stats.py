@@ -1,0 +1,103 @@
+"""The statistics of a set of weights, each by its formula."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from rgd.reference._equations import (
+    Array,
+    Integers,
+    base_of,
+    one_a_sample,
+    per_sample,
+    product,
+    quotient,
+)
+from rgd.stats import GroupStats, WeightStats
+from rgd.weightings import Weighting
+
+
+def weight_stats(
+    losses: npt.ArrayLike,
+    weights: npt.ArrayLike,
+    weighting: Weighting | None = None,
+    *,
+    where: npt.ArrayLike | None = None,
+    sample_weight: npt.ArrayLike | None = None,
+    groups: npt.ArrayLike | None = None,
+) -> WeightStats:
+    """The statistics of a set of weights, each by its formula in `WeightStats`.
+
+    Args:
+        losses: Losses `l`, any shape but (), any real dtype; computed with in float64.
+        weights: Weights `w`, of the same shape.
+        weighting: What the weights came from; None leaves `clipped_share` unknown.
+        where: Booleans that broadcast to the losses' shape: which samples take part.
+        sample_weight: The base measure `p`, as in `sample_weights`.
+        groups: The group of each loss, as in `sample_weights`; None for no statistics of groups.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        ValueError: If `losses` is a scalar, the shapes differ, or `sample_weight` holds what it must not.
+
+    Example:
+        >>> import numpy as np
+        >>> weight_stats(np.array([1.0, 3.0]), np.array([1.0, 1.0])).mean_loss
+        2.0
+    """
+    losses, weights = per_sample("losses", losses), np.asarray(weights, dtype=np.float64)
+    if losses.shape != weights.shape:
+        raise ValueError(f"weights must have the shape of losses, {losses.shape}, got {weights.shape}")
+    part, base = base_of(losses.shape, where, sample_weight)
+    group = None if groups is None else one_a_sample("groups", np.asarray(groups), losses.shape)
+    losses, w, p = losses[part], weights[part], base[part]
+    count, mass = losses.size, float(np.sum(p))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        weight = float(np.sum(p * w))
+        q = p * w / weight
+        logarithm = np.log(np.where(q == 0, 1.0, q * mass / p))
+        clipped = None if weighting is None else 0.0
+        if weighting is not None and weighting.clip < math.inf:
+            clipped = quotient(float(np.sum(p * (losses > weighting.clip))), mass)
+        return WeightStats(
+            mean_loss=quotient(float(np.sum(p * losses)), mass),
+            worst_tenth=_worst_tenth(losses, p),
+            objective=quotient(float(np.sum(p * product(w, losses, losses))), mass),
+            effective_sample_size=quotient(count * weight**2, mass * float(np.sum(p * w**2))),
+            kl_to_uniform=float(np.sum(q * logarithm)) if count else math.nan,
+            max_weight=float(np.max(w)) if count else math.nan,
+            clipped_share=clipped,
+            count=count,
+            groups=None if group is None else _group_stats(losses, w, p, group[part]),
+        )
+
+
+def _worst_tenth(losses: Array, base: Array) -> float:
+    """`eta + total(p * max(0, l - eta)) / (0.1 * total(p))`, least at an `eta` that has a tenth above it.
+
+    That is the mean of the worst tenth (Rockafellar and Uryasev, 2000, theorem 1).
+    """
+    if not losses.size or np.any(np.isnan(losses)):
+        return math.nan
+    tenth = 0.1 * float(np.sum(base))
+    order = np.argsort(losses)
+    above = float(np.sum(base)) - np.cumsum(base[order])
+    eta = losses[order][np.argmax(above <= tenth)]
+    excess = np.where(losses > eta, losses - eta, 0.0)
+    return float(eta + np.sum(base * excess) / tenth)
+
+
+def _group_stats(losses: Array, weights: Array, base: Array, groups: Integers) -> GroupStats:
+    """`GroupStats` of the groups up to the largest that takes part."""
+    members = [groups == group for group in range(int(np.max(groups, initial=-1)) + 1)]
+    weight = float(np.sum(base * weights))
+    return GroupStats(
+        mean_loss=tuple(quotient(float(np.sum((base * losses)[m])), float(np.sum(base[m]))) for m in members),
+        weight_share=tuple(quotient(float(np.sum((base * weights)[m])), weight) for m in members),
+        count=tuple(int(np.count_nonzero(m)) for m in members),
+    )

@@ -1,0 +1,89 @@
+"""What an `RGDLoss` gathers over many calls: the sums behind its statistics, and whether weights matter."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rgd.stats import WeightStats, WeightSums, clip_of, stats_from_sums
+from rgd.torch._distributed import reduce_max, reduce_sums
+from rgd.torch._record import Record
+from rgd.weightings import Weighting
+
+# Where a sum is a maximum; the last number is the denominator.
+_LARGEST = WeightSums._fields.index("largest")
+_ZERO = [0.0] * (len(WeightSums._fields) + 1)
+
+
+class Totals:
+    """The sums of the statistics over the calls since they were set to zero, and those of the denominators.
+
+    Plain numbers for eager calls on the CPU. Otherwise a tensor on the device of the losses: nothing waits
+    for it, and a compiled graph adds to it.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = _ZERO
+        self._sums: Tensor | None = None
+
+    def add(self, record: Record, weighting: Weighting) -> None:
+        """Add the sums of a call."""
+        units, clip, denominator = record.units(), clip_of(weighting), record.denominator
+        if units.are_on_the_host() and not isinstance(denominator, Tensor):
+            self._numbers = _merged(self._numbers, [*units.sums(clip), denominator])
+            return
+        sums = units.sum_tensor(clip)
+        if not isinstance(denominator, Tensor):
+            denominator = sums.new_full((), denominator)
+        sums = torch.cat([sums, denominator.to(sums).reshape(1)])
+        if self._sums is not None:
+            before = self._sums.to(sums.device)
+            largest = torch.maximum(before[_LARGEST], sums[_LARGEST])
+            sums = before + sums
+            sums[_LARGEST] = largest
+        self._sums = sums
+
+    def reset(self) -> None:
+        """Set all sums to zero."""
+        self._numbers = _ZERO
+        # Not to None: a compiled graph is compiled again where a tensor takes the place of None.
+        self._sums = None if self._sums is None else torch.zeros_like(self._sums)
+
+    def stats(self, weighting: Weighting, group: Any = None) -> WeightStats:
+        """The statistics of all calls together, over all processes of a group; waits for the device."""
+        device, numbers = torch.device("cpu"), self._numbers
+        if self._sums is not None:
+            device, numbers = self._sums.device, _merged(numbers, [float(one) for one in self._sums.cpu()])
+        largest = numbers[_LARGEST]
+        if group is not None:
+            numbers, largest = reduce_sums(numbers, device, group), reduce_max(largest, device, group)
+        *sums, denominator = numbers
+        merged = WeightSums(int(sums[0]), *sums[1:])._replace(largest=largest)
+        return stats_from_sums(merged, weighting, denominator=denominator)
+
+
+def _merged(one: list[float], other: list[float]) -> list[float]:
+    merged = [a + b for a, b in zip(one, other, strict=True)]
+    merged[_LARGEST] = max(one[_LARGEST], other[_LARGEST])
+    return merged
+
+
+class Advisor:
+    """Warns once where re-weighting cannot matter. It looks at the calls 1, 2, 4, 8 and so on."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.has_warned = False
+
+    def look(self, record: Record, weighting: Weighting) -> None:
+        """Count a call, and look at its statistics if it is one of those."""
+        self.calls += 1
+        if self.has_warned or self.calls & (self.calls - 1):
+            return
+        sentence = record.stats(weighting).no_effect()
+        if sentence is not None:
+            self.has_warned = True
+            warnings.warn(f"call {self.calls}: {sentence}", UserWarning, stacklevel=4)
