@@ -578,7 +578,8 @@ def test_losses_and_weights_may_differ_in_dtype(losses, weights):
 def test_the_statistics_read_as_one_line():
     stats = rgd.weight_stats(np.array([1.0, 3.0]), np.array([1.0, 1.0]), rgd.KL(2.0))
     assert str(stats) == (
-        "2 samples: mean loss 2, worst tenth 3, objective 2, ESS 2 (100.0%), KL 0, max weight 1, 50.0% clipped"
+        "2 samples: mean loss 2, worst tenth 3, objective 2, ESS 2 (100.0%), KL 0, max weight 1, "
+        "50.0% clipped"
     )
     assert "clipped" not in str(rgd.weight_stats(np.array([1.0, 3.0]), np.array([1.0, 1.0])))
 

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from rgd import KL, KLBall
+from rgd import KL, KLBall, MovingAverage
 from rgd.torch import RGDLoss, backend, cross_entropy, reweighted_mean, sample_weights
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -288,6 +288,42 @@ def test_a_trace_computes_and_does_not_repeat_the_numbers_it_was_made_with():
 
 
 # Modules
+
+
+class Holder(torch.nn.Module):
+    """A model as a trainer wants it: the loss is a part of it, and `forward` gives the logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 3)
+        self.criterion = RGDLoss(torch.ones(3), weighting=MovingAverage(KL(), 0.9))
+
+    def forward(self, inputs):
+        return self.layer(inputs)
+
+
+class Caller(Holder):
+    def forward(self, inputs, target):
+        return self.criterion(self.layer(inputs), target)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own: TorchScript is deprecated
+def test_torch_jit_script_takes_a_model_that_holds_the_loss_and_not_one_that_calls_it():
+    inputs = torch.randn(5, 4)
+    model = Holder()
+    torch.testing.assert_close(torch.jit.script(model)(inputs), model(inputs))
+    with pytest.raises(ValueError, match="Unknown type annotation"):
+        torch.jit.script(Caller())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_jit_trace_and_torch_export_take_a_model_that_calls_the_loss():
+    model, inputs, target = Caller(), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    model.criterion = RGDLoss(torch.ones(3))
+    expected = model(inputs, target)
+    torch.testing.assert_close(torch.jit.trace(model, (inputs, target))(inputs, target), expected)
+    exported = torch.export.export(model, (inputs, target)).module()
+    torch.testing.assert_close(exported(inputs, target), expected)
 
 
 def test_a_used_loss_is_copied_pickled_and_moved():

@@ -113,7 +113,7 @@ class Record(NamedTuple):
         if units.number is not None:
             targets = float((units.number if base is None else units.number * base).sum())
         groups = self.groups if groups is None else groups
-        tail = losses, base
+        tail: Any = losses, base
         if group is not None:
             sums, denominator, targets = _over_processes(sums, denominator, targets, losses.device, group)
             own = [losses.reshape(-1), torch.ones_like(losses) if base is None else base]

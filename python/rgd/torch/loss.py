@@ -94,9 +94,9 @@ class RGDLoss(nn.Module):
         TMLR 2024, arXiv 2306.09222, Algorithm 1.
     """
 
-    weight: Tensor | None
-    logit_adjustment: Tensor | None
-    weighting_state: WeightingState | None
+    # TorchScript compiles properties, and reads annotations of a class but not those in its methods.
+    __jit_unused_properties__ = ("weighting", "tau", "backend", "last_weights")
+    __jit_ignored_attributes__ = ("tau",)  # it raises where the weighting has none
 
     def __new__(cls, *args: Any, **kwargs: Any) -> RGDLoss:
         """Without `base`, an instance of `nn.CrossEntropyLoss` too: some trainers ask for that class."""
@@ -144,6 +144,8 @@ class RGDLoss(nn.Module):
                     "logit_adjustment is a setting of the built-in cross-entropy: with base, add it to the "
                     "logits that base gets"
                 )
+        self.weight: Tensor | None
+        self.logit_adjustment: Tensor | None
         self.register_buffer("weight", weight)
         self.register_buffer("logit_adjustment", logit_adjustment)
         self.base = base
@@ -327,7 +329,8 @@ class RGDLoss(nn.Module):
                 raise ValueError("groups describe the last call: ask for stats(groups=...) without total")
             if self._totals is None:
                 raise RuntimeError(
-                    "stats(total=True) describes the calls since reset_stats(): call that where an epoch begins"
+                    "stats(total=True) describes the calls since reset_stats(): call that where an epoch "
+                    "begins"
                 )
             return self._totals.stats(self.weighting, self._sync.group() if sync else None)
         if self._record is None:
@@ -394,8 +397,15 @@ def _of_one_class(one: Weighting, other: Weighting) -> bool:
     return all(_of_one_class(a, b) for a, b in inner if a.stateful or b.stateful)
 
 
+# A scripted model may hold the loss: TorchScript then leaves `forward` alone, which it cannot compile.
+cast("Any", torch.jit).ignore(RGDLoss.forward)
+
+
 class _RGDCrossEntropyLoss(RGDLoss, nn.CrossEntropyLoss):
     """What `RGDLoss()` is without `base`: a cross-entropy of logits, to trainers that ask for that class."""
+
+    # TorchScript ignores only what is in the class itself.
+    tau = RGDLoss.tau  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def _get_name(self) -> str:
         return "RGDLoss"
