@@ -13,30 +13,13 @@ References:
     Optimization", TMLR 2024, arXiv 2306.09222.
 """
 
-from __future__ import annotations
-
 # First: it refuses an interpreter that NumPy would refuse in words of its own.
 from rgd import _main_interpreter  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 # isort: split
-import math
-from typing import Any, TypeVar, overload
-
-import numpy as np
-import numpy.typing as npt
-
-from rgd import _rgd
-from rgd._arrays import Source, SupportsDLPack, available_cores, read, read_groups, read_mask, read_mass
+from rgd._numpy import reweighted_mean, sample_weights, weight_stats
 from rgd.class_counts import class_balanced, log_prior
-from rgd.stats import (
-    GroupStats,
-    WeightStats,
-    WeightSums,
-    clip_of,
-    group_stats,
-    stats_from_sums,
-    worst_tenth,
-)
+from rgd.stats import GroupStats, WeightStats
 from rgd.weightings import (
     ERM,
     KL,
@@ -53,7 +36,6 @@ from rgd.weightings import (
     Trimmed,
     Weighting,
 )
-from rgd.weightings._base import kernel_of, map_state, require_state, resolve_weighting, weigh
 
 __all__ = [
     "ERM",
@@ -81,219 +63,27 @@ __all__ = [
 
 __version__: str
 
-_Array = TypeVar("_Array", bound=SupportsDLPack)
-_Base = npt.NDArray[np.float64] | None
-
-
-@overload
-def sample_weights(
-    losses: npt.NDArray[np.float64],
-    weighting: Weighting | None = None,
-    *,
-    tau: float | None = None,
-    where: Any = None,
-    sample_weight: Any = None,
-    groups: Any = None,
-) -> npt.NDArray[np.float64]: ...
-@overload
-def sample_weights(
-    losses: npt.NDArray[np.float32 | np.float16],
-    weighting: Weighting | None = None,
-    *,
-    tau: float | None = None,
-    where: Any = None,
-    sample_weight: Any = None,
-    groups: Any = None,
-) -> npt.NDArray[np.float32]: ...
-@overload
-def sample_weights(
-    losses: _Array,
-    weighting: Weighting | None = None,
-    *,
-    tau: float | None = None,
-    where: Any = None,
-    sample_weight: Any = None,
-    groups: Any = None,
-) -> _Array: ...
-@overload
-def sample_weights(
-    losses: Any,
-    weighting: Weighting | None = None,
-    *,
-    tau: float | None = None,
-    where: Any = None,
-    sample_weight: Any = None,
-    groups: Any = None,
-    state: Any,
-) -> tuple[Any, Any]: ...
-def sample_weights(
-    losses: Any,
-    weighting: Weighting | None = None,
-    *,
-    tau: float | None = None,
-    where: Any = None,
-    sample_weight: Any = None,
-    groups: Any = None,
-    state: Any = None,
-) -> Any:
-    """The weight of each sample: `w_i = exp(scale * min(l_i, tau))` for `KL`; each member says its own.
-
-    The losses are read in place. Pointwise weights each depend on their own loss alone, bit for bit:
-    splitting a batch changes none of them.
-
-    Args:
-        losses: One loss a sample: float64, float32, float16 or bfloat16, of any shape but (), any strides. A
-            NumPy array, a torch tensor or JAX array on the CPU, or any other CPU array (or capsule) that
-            speaks DLPack.
-        weighting: Turns losses into weights; `KL(tau=1.0)` if neither this nor `tau` is given. One that
-            depends on the batch takes all the elements together.
-        tau: Short for `weighting=KL(tau=tau)`.
-        where: Mask, bool, of the losses' shape. A loss where it is False has weight 0 and takes no part in
-            the weights of the others, whatever it is.
-        sample_weight: The base measure `p`, numbers >= 0: of the losses' shape, or (N,) for the leading axis.
-            Weightings that depend on the batch heed it: an integer `p` counts as that many equal samples, 0
-            as masked out.
-        groups: The group of each sample, integers of the losses' shape or (N,), for `GroupDRO`.
-        state: The state of a weighting that remembers: what `weighting.init()` or the last call returned.
-
-    Returns:
-        Weights of the losses' shape (`w`, without `p`), as the kind of array that was given (NumPy for a
-        capsule): float64 for float64 losses, else float32. A NaN loss has a NaN weight, and so have all
-        losses of its batch where weights depend on the batch. With `state`: the weights and the new state.
-
-    Raises:
-        TypeError: If `losses` is no array of floating numbers, or another argument is of the wrong type.
-        ValueError: If `losses` is a scalar (already reduced), on another device than the CPU, requires grad,
-            or is a capsule already consumed; if a shape does not fit; if `sample_weight` holds a number that
-            is negative or not finite; if `tau` is not positive; if both `tau` and `weighting` are given; if
-            the weighting remembers and `state` is missing.
-
-    Example:
-        >>> import numpy as np, rgd
-        >>> rgd.sample_weights(np.array([0.0, 1.0, 5.0]), rgd.KL(tau=1.0)).round(4)
-        array([1.    , 1.6487, 1.6487])
-        >>> rgd.sample_weights(np.array([0.0, 1.0, 5.0]), rgd.KL(tau=1.0, normalize=True)).round(4)
-        array([0.6981, 1.151 , 1.151 ])
-
-    References:
-        Kumar et al., arXiv 2306.09222, Algorithm 1; Proposition 3.1 and section 3 for the other KL members.
-    """
-    weighting = resolve_weighting(weighting, tau)
-    require_state(weighting, state)
-    source = read("losses", losses)
-    base = _base(source, where, sample_weight)
-    weights, new = _weights(source, weighting, base, read_groups(groups, source.shape), state)
-    return source.restore(weights) if state is None else (source.restore(weights), new)
-
-
-def reweighted_mean(
-    losses: SupportsDLPack,
-    weighting: Weighting | None = None,
-    *,
-    tau: float | None = None,
-    where: Any = None,
-    sample_weight: Any = None,
-    groups: Any = None,
-    state: Any = None,
-) -> Any:
-    """The re-weighted objective, `sum_i p_i w_i l_i / sum_i p_i`: without `sample_weight`, `mean(w * l)`.
-
-    Args:
-        losses: One loss a sample, as for `sample_weights`.
-        weighting: Turns losses into weights; `KL(tau=1.0)` if neither this nor `tau` is given.
-        tau: Short for `weighting=KL(tau=tau)`.
-        where: As for `sample_weights`.
-        sample_weight: As for `sample_weights`.
-        groups: As for `sample_weights`.
-        state: As for `sample_weights`.
-
-    Returns:
-        A Python float, summed in float64 whatever the losses' dtype. NaN where no loss takes part. A sample
-        of weight 0 adds 0, an infinite loss too. With `state`: the objective and the new state.
-
-    Raises:
-        TypeError, ValueError: As `sample_weights`.
-
-    Example:
-        >>> import numpy as np, rgd
-        >>> losses = np.array([0.0, 2.0])
-        >>> rgd.reweighted_mean(losses, rgd.ERM())
-        1.0
-        >>> round(rgd.reweighted_mean(losses, tau=1.0), 6)
-        1.648721
-        >>> rgd.reweighted_mean(losses, rgd.ERM(), sample_weight=np.array([1, 3]))
-        1.5
-
-    References:
-        Kumar et al., arXiv 2306.09222, Algorithm 1.
-    """
-    weighting = resolve_weighting(weighting, tau)
-    require_state(weighting, state)
-    source = read("losses", losses)
-    base = _base(source, where, sample_weight)
-    weights, new = _weights(source, weighting, base, read_groups(groups, source.shape), state)
-    mass = math.prod(source.shape) if base is None else float(np.sum(base))
-    objective = math.nan
-    if mass:
-        objective = _rgd.weighted_sum(source.values, weights, base, available_cores()) / mass
-    return objective if state is None else (objective, new)
-
-
-def weight_stats(
-    losses: SupportsDLPack,
-    weights: SupportsDLPack,
-    weighting: Weighting | None = None,
-    *,
-    where: Any = None,
-    sample_weight: Any = None,
-    groups: Any = None,
-) -> WeightStats:
-    """How strongly a batch was re-weighted: effective sample size, KL to uniform and more of `WeightStats`.
-
-    Args:
-        losses: One loss a sample, as for `sample_weights`.
-        weights: The weight of each, of the same shape; any floating dtype.
-        weighting: What the weights came from, which tells the share of clipped losses; None if it is not
-            known.
-        where: Mask, as for `sample_weights`: which samples are counted.
-        sample_weight: The base measure, as for `sample_weights`.
-        groups: The group of each sample, integers >= 0 of the losses' shape or (N,): adds the statistics of
-            each group.
-
-    Returns:
-        The statistics, from sums taken in float64.
-
-    Raises:
-        TypeError: If `losses` or `weights` is no array of floating numbers, or `weighting` is no weighting.
-        ValueError: If the shapes differ, or one of the arrays is refused by `sample_weights`.
-
-    Example:
-        >>> import numpy as np, rgd
-        >>> losses = np.array([1.0, 1.0, 4.0])
-        >>> stats = rgd.weight_stats(losses, rgd.sample_weights(losses, rgd.KLBall(radius=0.2)))
-        >>> round(stats.kl_to_uniform, 6), round(stats.effective_sample_size, 3)
-        (0.2, 2.094)
-        >>> rgd.weight_stats(losses, np.ones(3), groups=np.array([0, 1, 1])).groups.mean_loss
-        (1.0, 2.5)
-    """
-    if weighting is not None:
-        weighting = resolve_weighting(weighting)
-    loss_source, weight_source = read("losses", losses), read("weights", weights)
-    if loss_source.shape != weight_source.shape:
-        raise ValueError(
-            f"weights must have the shape of losses, {loss_source.shape}, got {weight_source.shape}: "
-            "pass the losses that the weights were made from"
-        )
-    base = _base(loss_source, where, sample_weight)
-    sums = _rgd.weight_sums(
-        loss_source.values, weight_source.values, base, clip_of(weighting), available_cores()
+_MODULES = frozenset(
+    (
+        "boosting",
+        "class_counts",
+        "integrations",
+        "jax",
+        "optax",
+        "plot",
+        "reference",
+        "sklearn",
+        "stats",
+        "testing",
+        "torch",
+        "weightings",
     )
-    members = read_groups(groups, loss_source.shape)
-    by_group = None
-    if members is not None:
-        by_group = group_stats(_wide(loss_source), _wide(weight_source), base, members)
-    tail = worst_tenth(_wide(loss_source), base)
-    return stats_from_sums(WeightSums(*sums), weighting, worst_tenth=tail, groups=by_group)
+)
+
+
+def __dir__() -> list[str]:
+    """The public names, and the public modules that have been imported."""
+    return sorted([*__all__, "__version__", *_MODULES.intersection(globals())])
 
 
 def __getattr__(name: str) -> str:
@@ -307,47 +97,3 @@ def __getattr__(name: str) -> str:
         version = "0+unknown"
     globals()["__version__"] = version
     return version
-
-
-def _base(source: Source, where: Any, sample_weight: Any) -> _Base:
-    """The base measure, 0 where `where` is False; None where both are left out."""
-    mask = read_mask(where, source.shape)
-    mass = read_mass(sample_weight, source.shape)
-    if mask is None:
-        return mass
-    return mask.astype(np.float64) if mass is None else np.where(mask, mass, 0.0)
-
-
-def _weights(
-    source: Source, weighting: Weighting, base: _Base, groups: Any, state: Any
-) -> tuple[npt.NDArray[Any], Any]:
-    weights = np.empty(source.shape, source.dtype)
-    kernel = kernel_of(weighting)
-    if kernel is not None and (base is None or weighting.pointwise):
-        _rgd.sample_weights(source.values, weights, *kernel, available_cores())
-        if base is not None:
-            weights[base == 0] = 0
-        return weights, state
-    if state is not None:
-        state = map_state(np.asarray, state)
-    if weights.size:
-        import array_api_compat.numpy as xp  # noqa: PLC0415 - slow to import, and not needed by kernels
-
-        batch = Batch(
-            _wide(source).ravel(),
-            None if base is None else base.ravel(),
-            None if groups is None else groups.ravel(),
-            xp=xp,
-            concrete=True,
-        )
-        with np.errstate(all="ignore"):
-            computed, state = weigh(weighting, batch, state)
-            weights[...] = computed.reshape(source.shape)
-    return weights, state
-
-
-def _wide(source: Source) -> npt.NDArray[np.float64]:
-    """The values in float64."""
-    wide = np.empty(source.shape)
-    _rgd.widen(source.values, wide, available_cores())
-    return wide

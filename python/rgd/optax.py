@@ -30,10 +30,24 @@ from rgd.weightings._base import map_state, resolve_weighting
 
 __all__ = ["RGDState", "ReweightState", "reweight", "rgd"]
 
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)
+
+
 Schedule: TypeAlias = Callable[[ArrayLike], ArrayLike]
 """An optax schedule: from the step count to a number."""
 
-WeightingSchedule: TypeAlias = Callable[[ArrayLike], Weighting]
+Weighting
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)
+
+
+Schedule: TypeAlias = Callable[[ArrayLike], Weighting]
 """From the step count to a weighting, always of one class."""
 
 

@@ -19,3 +19,8 @@ from rgd.jax.cross_entropy import cross_entropy
 from rgd.jax.functional import reweighted_mean, sample_weights, value_and_grad, weight_stats
 
 __all__ = ["cross_entropy", "reweighted_mean", "sample_weights", "value_and_grad", "weight_stats"]
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

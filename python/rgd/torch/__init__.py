@@ -19,3 +19,8 @@ __all__ = [
     "sample_weights",
     "weight_stats",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)
