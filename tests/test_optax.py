@@ -164,6 +164,20 @@ def test_a_wrapper_in_the_wrong_order_is_refused(problem):
         tx.update(grads, tx.init(problem[0]), problem[0], losses=losses)
 
 
+@pytest.mark.parametrize(
+    "link", [optax.clip_by_global_norm(0.1), optax.add_decayed_weights(0.3)], ids=["clip", "decay"]
+)
+def test_clipping_and_weight_decay_inside_or_after_reweight_see_the_mean_gradient(problem, link):
+    inner = optax.chain(link, optax.sgd(0.1))
+    expected, _ = inner.update(mean_gradient(problem), inner.init(problem[0]), problem[0])
+    assert_close(one_update(rgd.optax.rgd(inner), problem)[0], expected)
+    assert_close(one_update(optax.chain(rgd.optax.reweight(), link, optax.sgd(0.1)), problem)[0], expected)
+    # A link before it sees the gradients of all examples. Nothing tells, and the update is another.
+    updates, _ = one_update(optax.chain(link, rgd.optax.rgd(optax.sgd(0.1))), problem)
+    pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True)
+    assert not any(np.allclose(a, b, rtol=1e-2) for a, b in pairs)
+
+
 def test_an_update_that_is_not_finite_is_skipped_inside(problem):
     params, x, y = problem
     tx = rgd.optax.rgd(optax.apply_if_finite(optax.sgd(1.0), 5))

@@ -39,15 +39,7 @@ def __dir__() -> list[str]:
 Schedule: TypeAlias = Callable[[ArrayLike], ArrayLike]
 """An optax schedule: from the step count to a number."""
 
-Weighting
-
-
-def __dir__() -> list[str]:
-    """The public names."""
-    return sorted(__all__)
-
-
-Schedule: TypeAlias = Callable[[ArrayLike], Weighting]
+WeightingSchedule: TypeAlias = Callable[[ArrayLike], Weighting]
 """From the step count to a weighting, always of one class."""
 
 
@@ -86,7 +78,10 @@ def reweight(
 ) -> optax.GradientTransformationExtraArgs:
     """Reduce per-example gradients to their re-weighted mean, `sum_i p_i * w_i * g_i / sum_i p_i`.
 
-    The first link of an `optax.chain`, since it takes the leading axis off the gradients.
+    The first link of an `optax.chain`, since it takes the leading axis off the gradients. A link before it
+    would get per-example gradients, and nobody would notice: `optax.clip_by_global_norm` would clip by the
+    norm of all examples' gradients together, and `optax.add_decayed_weights` would decay by the mean weight
+    times its rate.
 
     Args:
         weighting: Turns losses into weights, `rgd.KL(tau=1.0)` if neither this nor `tau` is given; or a
@@ -175,7 +170,9 @@ def rgd(
     sum_i p_i`.
 
     It changes the shape of the gradients, so what expects gradients of the parameters' shape goes inside it:
-    `rgd(optax.MultiSteps(optax.adam(1e-3), 4))`, `rgd(optax.apply_if_finite(...))`, `rgd(optax.masked(...))`.
+    `rgd(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)))`, not `chain(clip, rgd(...))`, which
+    would clip by the norm of all examples' gradients together without a word; so too
+    `optax.add_decayed_weights`, `optax.MultiSteps`, `optax.apply_if_finite` and `optax.masked`.
     With the pointwise weights, accumulation over micro-batches of one size is exactly the update of the large
     batch. `optax.inject_hyperparams(rgd.optax.rgd)(inner, tau=...)` and `optax.multi_transform` wrap it.
 
@@ -277,7 +274,8 @@ def _reweighted_mean_gradient(grads: optax.Updates, batch: Losses, weights: jax.
                 f"a gradient must have the leading axis of the losses, {weights.shape}, got {grad.shape} at "
                 f"{jax.tree_util.keystr(path) or 'the root'}: take gradients example by example, with "
                 "jax.vmap(jax.grad(loss), in_axes=(None, 0, 0)). What expects gradients of the shape of the "
-                "parameters goes inside rgd, as in rgd(optax.MultiSteps(...))"
+                "parameters, such as clipping, weight decay or MultiSteps, comes after reweight in a chain, "
+                "and inside rgd: rgd(optax.chain(clip, adam))"
             )
         dtype = jnp.promote_types(grad.dtype, weights.dtype)
         kept = jnp.where(dropped.reshape((-1,) + (1,) * (grad.ndim - 1)), 0, grad)
