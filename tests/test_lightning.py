@@ -4,8 +4,9 @@ import logging
 import warnings
 
 import pytest
+import rgd
 import torch
-from rgd.torch import RGD, RGDLoss
+from rgd.torch import RGD, RGDLoss, reweighted_mean
 from torch import nn
 from torch.nn import functional as F
 
@@ -134,6 +135,34 @@ def test_the_wrapper_trains_in_manual_optimization():
     fit(twin)
     for p, q in zip(module.model.parameters(), twin.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
+def test_a_weighting_set_on_either_of_the_wrapper_and_lightnings_copy_holds_for_both():
+    raw = []
+    used = []
+
+    class Manual(Classifier):
+        automatic_optimization = False
+
+        def training_step(self, batch, _):
+            optimizer = self.optimizers()
+            if len(used) == 2:
+                optimizer.weighting = rgd.CVaR(0.5)
+            else:
+                raw[0].weighting = rgd.KL(tau=2.0 + len(used))
+            losses = F.cross_entropy(self.model(batch[0]), batch[1], reduction="none")
+            optimizer.zero_grad()
+            objective = optimizer.backward(losses)
+            used.append(raw[0].weighting)
+            torch.testing.assert_close(objective, reweighted_mean(losses.detach(), used[-1]))
+            optimizer.step()
+
+        def configure_optimizers(self):
+            raw.append(RGD(super().configure_optimizers()))
+            return raw[0]
+
+    fit(Manual())
+    assert used[:3] == [rgd.KL(2.0), rgd.KL(3.0), rgd.CVaR(0.5)]
 
 
 def test_a_manual_step_without_losses_is_refused():

@@ -483,3 +483,40 @@ def test_a_missing_state_or_one_too_many_is_refused(weighting):
             call(weighting, groups=groups_for(weighting))
         with pytest.raises(ValueError, match="CVaR keeps no state: leave state out"):
             call(CVaR(0.5), state=weighting.init())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")  # one process saves and loads alone
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch 2.8 warns of itself
+def test_a_distributed_checkpoint_resumes_with_the_weighting_s_state_beside_it(tmp_path):
+    from torch.distributed.checkpoint import load, save  # noqa: PLC0415
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict  # noqa: PLC0415
+
+    def start(seed):
+        torch.manual_seed(seed)
+        model = torch.nn.Linear(3, 1)
+        return model, RGD(torch.optim.Adam(model.parameters()), MOVING)
+
+    def step(model, optimizer, seed):
+        inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        optimizer.backward(model(inputs).square().mean(1))
+        optimizer.step()
+
+    def parts(model, optimizer):
+        weights, moments = get_state_dict(model, optimizer)
+        return {"model": weights, "optimizer": moments, "weighting": optimizer.weighting_state.state_dict()}
+
+    model, optimizer = start(0)
+    step(model, optimizer, 1)
+    save(parts(model, optimizer), checkpoint_id=tmp_path, no_dist=True)
+    other, resumed = start(5)
+    loaded = parts(other, resumed)
+    load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(other, resumed, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    resumed.weighting_state.load_state_dict(loaded["weighting"])
+    for trained in ((model, optimizer), (other, resumed)):
+        step(*trained, 2)
+    assert torch.equal(model.weight, other.weight)
+    states = (one.weighting_state.state_dict() for one in (optimizer, resumed))
+    assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in states), strict=True))
+    assert RGD(torch.optim.SGD(model.parameters())).weighting_state is None

@@ -54,8 +54,9 @@ class Reweighted(_base.MetaEstimatorMixin, _base.BaseEstimator):
     """Fits an estimator again and again, each time weighted by the losses of the fit before.
 
     The first fit is plain. After each fit the loss of every training sample is computed, and from it the
-    weight: `l_i = -log p(y_i)` for a classifier with `predict_proba`, and for a regressor the squared error
-    `(y_i - f_i)^2`, averaged over the outputs if there are several. Another fit follows, with `p_i w_i` as
+    weight: `l_i = -log p(y_i)` for a classifier with `predict_proba`, and for a regressor half the squared
+    error, `(f_i - y_i)^2 / 2` as in `rgd.boosting.squared_error`, averaged over the outputs if there are
+    several. Another fit follows, with `p_i w_i` as
     its `sample_weight`, until no weight changes by more than `tolerance`, or `rounds` are over.
 
     The weights of linear models settle, under `rgd.CVaR` with its `smoothing` and a small `step`. Those of
@@ -355,7 +356,7 @@ def _log_losses(fitted: Any, X: Any, target: npt.NDArray[Any]) -> _Floats:  # no
 
 
 def _squared_errors(fitted: Any, X: Any, target: npt.NDArray[Any]) -> _Floats:  # noqa: N803
-    """`(y_i - f_i)^2`, averaged over outputs."""
+    """`(f_i - y_i)^2 / 2`, averaged over outputs."""
     predicted: _Floats = np.asarray(fitted.predict(X), dtype=np.float64)
-    errors = np.square(np.reshape(predicted, target.shape) - target)
+    errors = np.square(np.reshape(predicted, target.shape) - target) / 2
     return errors if errors.ndim == 1 else errors.mean(axis=1)

@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import rgd
+import rgd.boosting
 
 pytest.importorskip("sklearn", minversion="1.6")
 
@@ -71,7 +72,7 @@ def test_each_round_is_the_formula():
     twin = LinearRegression().fit(FEATURES, VALUES)
     weights = None
     for _ in range(3):
-        losses = (VALUES - twin.predict(FEATURES)) ** 2
+        losses = (twin.predict(FEATURES) - VALUES) ** 2 / 2
         fresh = np.exp(np.minimum(losses, 1.5) / 2.5)
         weights = fresh if weights is None else weights + 0.25 * (fresh - weights)
         twin = LinearRegression().fit(FEATURES, VALUES, sample_weight=weights)
@@ -111,10 +112,17 @@ def test_a_negative_scale_leaves_out_what_does_not_fit():
     assert model.predict([[20.0]])[0] == pytest.approx(40.0, abs=0.1)
 
 
+def test_a_squared_error_weighs_as_in_boosted_trees():
+    model = Reweighted(LinearRegression(), rounds=50, tolerance=1e-10).fit(FEATURES, VALUES)
+    # The Hessian of the squared error is the weight.
+    _, weights = rgd.boosting.squared_error()(VALUES, model.predict(FEATURES))
+    np.testing.assert_allclose(model.weights_, weights, rtol=1e-9)
+
+
 def test_several_outputs_weigh_by_their_mean_loss():
     values = np.stack([VALUES, VALUES[::-1]], axis=1)
     model = Reweighted(LinearRegression(), rounds=30, tolerance=1e-8).fit(FEATURES, values)
-    losses = np.square(model.predict(FEATURES) - values).mean(axis=1)
+    losses = np.square(model.predict(FEATURES) - values).mean(axis=1) / 2
     np.testing.assert_allclose(model.weights_, rgd.sample_weights(losses), rtol=1e-7)
 
 

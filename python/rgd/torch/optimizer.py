@@ -7,6 +7,7 @@ step is the wrapped optimizer's own, and so are its parameter groups, its state 
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any, cast
@@ -40,6 +41,16 @@ class _Shared:
         delattr(wrapper.optimizer, self._name)
 
 
+@dataclasses.dataclass
+class _Now:
+    """What changes between steps. One object, which Lightning's shallow copy of a wrapper shares with it."""
+
+    plan: Plan
+    state: WeightingState | None
+    awaits_gradient: bool = False
+    was_asked: bool = False
+
+
 class RGD(torch.optim.Optimizer):
     """Re-weighted gradient descent with any torch optimizer: it descends `mean(w * losses)`, `w` constant.
 
@@ -62,6 +73,7 @@ class RGD(torch.optim.Optimizer):
         optimizer: The wrapped optimizer.
         weighting: What turns losses into weights; another may be set between steps. One of the same class
             keeps the state.
+        weighting_state: What the weighting remembers.
 
     Raises:
         TypeError: If `optimizer` is no `torch.optim.Optimizer`, `weighting` no weighting, or `tau` not a
@@ -86,8 +98,7 @@ class RGD(torch.optim.Optimizer):
 
     optimizer: torch.optim.Optimizer
     _sync: Sync
-    _plan: Plan
-    _state: WeightingState | None
+    _now: _Now
     _advisor: Advisor | None
 
     param_groups = cast("list[dict[str, Any]]", _Shared())
@@ -102,8 +113,6 @@ class RGD(torch.optim.Optimizer):
     # GradScaler leaves these on the optimizer it is given, and a fused step looks for them on its own.
     grad_scale = cast("Any", _Shared())
     found_inf = cast("Any", _Shared())
-    # Lightning calls `backward` on a copy of the wrapper, and `step` on the wrapper.
-    _awaits_gradient = cast("bool", _Shared())
 
     def __init__(
         self,
@@ -132,14 +141,19 @@ class RGD(torch.optim.Optimizer):
     @property
     def weighting(self) -> Weighting:
         """What turns losses into weights."""
-        return self._plan.weighting
+        return self._now.plan.weighting
 
     @weighting.setter
     def weighting(self, weighting: Weighting) -> None:
         weighting = resolve_weighting(weighting)
-        plan: Plan | None = self.__dict__.get("_plan")
-        self._state = state_for(weighting, None if plan is None else plan.weighting, self._state)
-        self._plan = Plan(weighting) if plan is None else plan.replaced(weighting)
+        now = self._now
+        now.state = state_for(weighting, now.plan.weighting, now.state)
+        now.plan = now.plan.replaced(weighting)
+
+    @property
+    def weighting_state(self) -> WeightingState | None:
+        """What the weighting remembers, a module of buffers; None for one that remembers nothing."""
+        return self._now.state
 
     @property
     def tau(self) -> float:
@@ -185,17 +199,17 @@ class RGD(torch.optim.Optimizer):
             tensor(1.6487, grad_fn=...)
         """
         check_losses(losses)
-        state = self._state
+        state = self._now.state
         before = None if state is None else state.to(losses.device).read(losses.device)
         members = check_groups(groups, losses.shape, losses.device, "element")
-        weigher = Weigher(self._plan, members, before, self._sync)
+        weigher = Weigher(self._now.plan, members, before, self._sync)
         objective, record = weighted(losses, weigher, "mean", "element", where, sample_weight)
         if self._advisor is not None and record is not None and not torch.compiler.is_compiling():
             self._advisor.look(record, self.weighting)
         if state is not None and torch.is_grad_enabled():
             state.write(weigher.state)
-        self._awaits_gradient = objective.requires_grad
-        self._was_asked = True
+        self._now.awaits_gradient = objective.requires_grad
+        self._now.was_asked = True
         return objective
 
     def backward(
@@ -271,18 +285,18 @@ class RGD(torch.optim.Optimizer):
             result = step()
         else:
             result = step(lambda: self._evaluate(closure))
-        self._awaits_gradient = False
+        self._now.awaits_gradient = False
         return result
 
     def _warn_of_plain_training(self) -> None:
         """Warn, once, of a step with gradients that no objective of this wrapper has made."""
-        if self._was_asked:
+        if self._now.was_asked:
             return
         grads = (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
         # torch initialises an optimizer's state by a step with gradients of zero, which is no training.
         if not any(grad.is_sparse or bool(grad.count_nonzero()) for grad in grads):
             return
-        self._was_asked = True
+        self._now.was_asked = True
         warnings.warn(
             "RGD makes a step, and no objective was asked for: the gradients are those of plain training. "
             "Call optimizer.backward(losses) with the loss of each sample in place of loss.backward(); where "
@@ -294,7 +308,7 @@ class RGD(torch.optim.Optimizer):
     def _evaluate(self, closure: Callable[[], Any]) -> Tensor | None:
         losses = closure()
         if losses is None:
-            if not self._awaits_gradient:
+            if not self._now.awaits_gradient:
                 raise TypeError(
                     "the closure returned None, and there has been no backward(losses) since the last step: "
                     "let it return the loss of each sample, or call optimizer.backward(losses) before step()"
@@ -316,7 +330,7 @@ class RGD(torch.optim.Optimizer):
 
     def _check_gradient(self) -> None:
         """Refuse a step that would be lost. Parameters of no elements, as a shard may hold, prove nothing."""
-        if not self._awaits_gradient:
+        if not self._now.awaits_gradient:
             return
         parameters = (p for group in self.param_groups for p in group["params"] if p.numel())
         first = next(parameters, None)
@@ -339,7 +353,8 @@ class RGD(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict, and the state of a weighting that remembers."""
         saved = self.optimizer.state_dict()
-        return saved if self._state is None else {**saved, "weighting_state": self._state.state_dict()}
+        state = self._now.state
+        return saved if state is None else {**saved, "weighting_state": state.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict, whether it was saved with this wrapper or without.
@@ -348,8 +363,8 @@ class RGD(torch.optim.Optimizer):
             RuntimeError: If it holds the state of another weighting than this wrapper's.
         """
         remembered = state_dict.get("weighting_state")
-        if remembered is not None and self._state is not None:
-            self._state.load_state_dict(remembered)
+        if remembered is not None and self._now.state is not None:
+            self._now.state.load_state_dict(remembered)
         self.optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "weighting_state"})
 
     def __getattr__(self, name: str) -> Any:
@@ -363,7 +378,7 @@ class RGD(torch.optim.Optimizer):
             "optimizer": self.optimizer,
             "weighting": self.weighting,
             "_sync": self._sync,
-            "_state": self._state,
+            "_state": self._now.state,
             "_advisor": self._advisor,
         }
 
@@ -371,9 +386,7 @@ class RGD(torch.optim.Optimizer):
         state = dict(state)
         weighting, remembered = state.pop("weighting"), state.pop("_state", None)
         self.__dict__.update({"_advisor": None, **state})
-        self._plan = Plan(weighting)
-        self._state = state_for(weighting, weighting, remembered)
-        self._awaits_gradient = self._was_asked = False
+        self._now = _Now(Plan(weighting), state_for(weighting, weighting, remembered))
 
     def _patch_step_function(self) -> None:
         """Nothing: the wrapped optimizer's step calls the hooks, and calls them once."""
