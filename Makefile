@@ -56,7 +56,7 @@ test-clients: ## Run the tests of the clients of docs/clients.md, in an environm
 .PHONY: pytest-clients
 pytest-clients: $(VENV)/.built $(VENV)/.group-clients
 	$(say) "pytest of the clients"
-	@KERAS_BACKEND=torch $(python) -m pytest tests/clients tests/test_transformers.py tests/test_lightning.py $(PYTEST_ARGS)
+	@KERAS_BACKEND=torch $(python) -m pytest tests/clients tests/test_transformers.py tests/test_transformers_trainer.py tests/test_lightning.py $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.group-test $(VENV)/.group-lint | rust ## Check format, lints and types of both languages

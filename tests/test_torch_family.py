@@ -1,110 +1,31 @@
 """Every member of the family in the torch front: both backends, every option, against the float64 oracle."""
 
-import dataclasses
 import functools
 import itertools
 import math
 
 import numpy as np
 import pytest
-import rgd
 import torch
-import torch.nn.functional as F
-from family import MEMBERS, members, root_allowance
-from rgd import KL, CVaR, Focal, GroupDRO, KLBall, MovingAverage, Pointwise, Trimmed, reference
+from rgd import CVaR, GroupDRO, KLBall, Pointwise, Trimmed, reference
 from rgd.torch import RGD, RGDLoss, backend, cross_entropy, reweighted_mean, sample_weights, weight_stats
-
-
-def falling(losses):
-    """Weights of a user's own, in arithmetic that every front's arrays have."""
-    return 1 / (1 + losses * losses)
-
-
-GROUPS = 3
-STATEFUL = [
-    MovingAverage(KL(2.0), 0.7),
-    MovingAverage(Focal(2.0), 0.0),
-    GroupDRO(GROUPS, 0.5),
-    Trimmed(MovingAverage(KL(1.0), 0.9), 0.25),
-]
-EVERY = [*MEMBERS, Pointwise(falling), *STATEFUL]
-BACKENDS = ["rust", "composite"]
-every_member = members(EVERY)
-both_backends = pytest.mark.parametrize("name", BACKENDS)
-N, C, T = 9, 4, 3
-
-
-# --- the problems, and how far a right answer may be off ---
-
-
-def logits_of(shape=(N, C, T), seed=0):
-    return 2 * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def problem(kind, dtype=torch.float64, seed=0):
-    """Logits, target, class weights and label smoothing; one index in five is ignored, one sample whole."""
-    logits = logits_of(seed=seed).to(dtype)
-    generator = torch.Generator().manual_seed(seed + 1)
-    if kind == "probabilities":
-        target = torch.randn(N, C, T, generator=generator).softmax(1).to(dtype)
-        return logits, target, None, 0.0
-    target = torch.randint(C, (N, T), generator=generator)
-    target.view(-1)[::5] = -100
-    target[2] = -100
-    weight = torch.linspace(0.5, 2.0, C, dtype=torch.float64).to(dtype)
-    return logits, target, weight, 0.1
-
-
-def groups_of(per, seed=0):
-    shape = (N,) if per == "sample" else (N, T)
-    return torch.randint(GROUPS, shape, generator=torch.Generator().manual_seed(seed + 2))
-
-
-def extras(weighting, per, seed=0):
-    """What a call needs for some members alone: groups, and a state."""
-    given = {}
-    if isinstance(weighting, GroupDRO):
-        given["groups"] = groups_of(per, seed)
-    if weighting.stateful:
-        given["state"] = weighting.init()
-    return given
-
-
-def arrays(settings):
-    return {
-        key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in settings.items()
-    }
-
-
-def first(result, weighting):
-    return result[0] if weighting.stateful else result
-
-
-def sensitivity(losses, weights, weighting):
-    """How fast the weights move with the losses: they are a function of the loss, so its steepest slope.
-
-    Errors of single losses reach the other weights through the batch's sums, by at most as much again.
-    """
-    if isinstance(weighting, GroupDRO):  # by its group's share, a weight moves step_size times itself
-        return weighting.step_size * np.max(weights, initial=0.0)
-    order = np.argsort(losses)
-    steps, gaps = np.abs(np.diff(weights[order])), np.diff(losses[order])
-    return np.max(steps[gaps > 0] / gaps[gaps > 0], initial=0.0)
-
-
-def weight_allowance(losses, weights, weighting, loss_error, eps):
-    """The error of weights: roundings of sums over the batch, and what the errors of losses make of it."""
-    losses, weights = losses.reshape(-1), weights.reshape(-1)
-    largest = np.max(weights, initial=0.0)
-    roundings = (2 * losses.size + 32) * eps * largest
-    moved = 2 * max(1.0, largest) * sensitivity(losses, weights, weighting) * loss_error
-    return roundings + moved + np.max(root_allowance(weights, weighting), initial=0.0)
-
-
-def in_numpy(*tensors):
-    """The same numbers, floats in float64."""
-    wide = [x.double() if x is not None and x.is_floating_point() else x for x in tensors]
-    return [None if x is None else x.numpy() for x in wide]
+from torch_family import (
+    GROUPS,
+    C,
+    N,
+    T,
+    arrays,
+    assert_within,
+    both_backends,
+    every_member,
+    extras,
+    first,
+    groups_of,
+    in_numpy,
+    leaves,
+    problem,
+    weight_allowance,
+)
 
 
 @functools.cache
@@ -127,17 +48,6 @@ def oracle(weighting, kind, per, dtype):
     if per == "sample":
         weights = weights[:, None]
     return losses, np.where(counted, weights, 0.0), counted, loss_error, weight_error, eps
-
-
-def assert_within(actual, expected, allowed, rounding=0.0):
-    """Equal to an absolute allowance and, where the result is rounded to a narrow dtype, to half a unit."""
-    actual, expected = np.asarray(actual.detach().double()), np.asarray(expected)
-    assert actual.shape == expected.shape
-    difference = np.abs(actual - expected)
-    assert np.all(np.isfinite(expected))
-    assert np.all(difference <= allowed + rounding * np.abs(expected)), (
-        f"off by {np.max(difference)}, allowed {np.max(allowed)}"
-    )
 
 
 def call_settings(weighting, per, reduction, smoothing):
@@ -359,14 +269,6 @@ def test_vmap_weighs_every_batch_by_itself(weighting):
         torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-15)
 
 
-def leaves(tree):
-    if isinstance(tree, dict):
-        return [leaf for part in tree.values() for leaf in leaves(part)]
-    if isinstance(tree, (tuple, list)):
-        return [leaf for part in tree for leaf in leaves(part)]
-    return [tree]
-
-
 def zip_leaves(trees):
     return [torch.stack(same) for same in zip(*(leaves(tree) for tree in trees), strict=True)]
 
@@ -396,192 +298,6 @@ def test_a_member_without_a_kernel_is_exported_for_every_batch_size(weighting):
         with backend("composite"):
             expected = Training()(*inputs)
         torch.testing.assert_close(program.module()(*inputs), expected, rtol=1e-13, atol=0)
-
-
-# --- groups ---
-
-
-@both_backends
-def test_group_dro_gains_weight_for_the_group_of_large_loss(name):
-    losses = torch.tensor([0.1, 0.2, 3.0, 2.0, 0.3], dtype=torch.float64)
-    groups = torch.tensor([0, 0, 1, 1, 0])
-    weighting = GroupDRO(3, 0.5)  # group 2 is absent
-    q = torch.tensor([1 / 3] * 3, dtype=torch.float64)
-    criterion = RGDLoss(weighting=weighting, base=lambda x: x)
-    parameter = torch.ones((), dtype=torch.float64, requires_grad=True)
-    optimizer = RGD(torch.optim.SGD([parameter], lr=0.1), weighting)
-    state = weighting.init()
-    for _ in range(3):
-        q = q * torch.exp(0.5 * torch.tensor([0.2, 2.5, 0.0], dtype=torch.float64))
-        q /= q.sum()
-        expected = q[0] * 0.2 + q[1] * 2.5
-        with backend(name):
-            objective = criterion(losses, groups=groups)
-            mean, state = reweighted_mean(losses, weighting, groups=groups, state=state)
-            descended = optimizer.objective(losses * parameter, groups=groups)
-        for value in (objective, mean, descended.detach()):
-            torch.testing.assert_close(value, expected, rtol=1e-14, atol=0)
-        torch.testing.assert_close(state["shares"], q, rtol=1e-14, atol=0)
-    torch.testing.assert_close(criterion.weighting_state.shares, q, rtol=1e-14, atol=0)
-    torch.testing.assert_close(optimizer.state_dict()["weighting_state"]["shares"], q, rtol=1e-14, atol=0)
-
-
-@both_backends
-def test_groups_of_samples_serve_all_their_targets(name):
-    logits, target, _, _ = problem("indices")
-    by_sample = torch.arange(N) % GROUPS
-    weighting = GroupDRO(GROUPS, 0.5)
-    with backend(name):
-        for dtype in (torch.int64, torch.int32, torch.uint8):
-            one = RGDLoss(weighting=weighting)(logits, target, groups=by_sample.to(dtype))
-            each = RGDLoss(weighting=weighting)(logits, target, groups=by_sample[:, None].expand(N, T))
-            assert torch.equal(one, each)
-
-
-CALLS = {
-    "sample_weights": lambda m, **k: sample_weights(torch.ones(4), m, state=m.init(), **k),
-    "reweighted_mean": lambda m, **k: reweighted_mean(torch.ones(4), m, state=m.init(), **k),
-    "cross_entropy": lambda m, **k: cross_entropy(
-        torch.zeros(4, 3), torch.arange(4) % 3, weighting=m, state=m.init(), **k
-    ),
-    "RGDLoss": lambda m, **k: RGDLoss(weighting=m)(torch.zeros(4, 3), torch.arange(4) % 3, **k),
-    "RGDLoss of a base": lambda m, **k: RGDLoss(weighting=m, base=lambda x: x)(torch.ones(4), **k),
-    "RGD": lambda m, **k: RGD(torch.optim.SGD([torch.ones(1)], lr=1.0), m).objective(torch.ones(4), **k),
-}
-calls = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-
-
-@calls
-@both_backends
-def test_groups_that_are_missing_or_out_of_range_are_refused(call, name):
-    weighting = GroupDRO(2, 0.1)
-    with backend(name):
-        with pytest.raises(ValueError, match=r"GroupDRO needs the group of each sample: give groups="):
-            call(weighting)
-        for wrong, said in ([0, 1, 2, 0], "0 to 2"), ([0, 1, -1, 0], "-1 to 1"):
-            with pytest.raises(
-                ValueError, match=rf"groups must lie in 0\.\.1 for GroupDRO\(groups=2\), got {said}"
-            ):
-                call(weighting, groups=torch.tensor(wrong))
-
-
-@calls
-def test_groups_of_the_wrong_kind_are_refused(call):
-    weighting = GroupDRO(2, 0.1)
-    for wrong, error, said in [
-        ([0, 1, 0, 1], TypeError, r"groups must be a torch\.Tensor of integers, got list"),
-        (torch.zeros(4), TypeError, r"groups must be a torch\.Tensor of integers, got torch\.float32"),
-        (torch.zeros(4, dtype=torch.bool), TypeError, r"of integers, got torch\.bool"),
-        (
-            torch.zeros(3, dtype=torch.int64),
-            ValueError,
-            r"groups must have the shape of the losses, \(4,\), .* got \(3,\)",
-        ),
-        (
-            torch.zeros(4, dtype=torch.int64, device="meta"),
-            ValueError,
-            r"losses are on cpu and groups on meta: move",
-        ),
-    ]:
-        with pytest.raises(error, match=said):
-            call(weighting, groups=wrong)
-
-
-def test_a_group_out_of_range_makes_its_weight_nan_where_values_cannot_be_read():
-    weighting = GroupDRO(2, 0.1)
-    losses, groups = torch.ones(1, 3), torch.tensor([[0, 1, 2]])
-    state = {"shares": torch.full((1, 2), 0.5)}
-    weights, _ = torch.vmap(lambda x, g, s: sample_weights(x, weighting, groups=g, state=s))(
-        losses, groups, state
-    )
-    assert weights.isnan().tolist() == [[False, False, True]]
-
-
-# --- statistics ---
-
-
-def assert_same_stats(stats, expected, n):
-    """Sums of `n` terms in another order, and logarithms of them."""
-    tolerance = (2 * n + 16) * np.finfo(np.float64).eps
-    groups, wanted = stats.groups, expected.groups
-    assert (groups is None) == (wanted is None)
-    for field in dataclasses.fields(stats):
-        if field.name == "groups":
-            continue
-        got, other = getattr(stats, field.name), getattr(expected, field.name)
-        assert got is other or got == pytest.approx(other, rel=tolerance, abs=tolerance, nan_ok=True), (
-            field.name
-        )
-    if groups is not None:
-        assert groups.count == wanted.count
-        assert groups.mean_loss == pytest.approx(wanted.mean_loss, rel=tolerance, nan_ok=True)
-        assert groups.weight_share == pytest.approx(wanted.weight_share, rel=tolerance, nan_ok=True)
-
-
-@every_member
-def test_statistics_are_those_of_numpy(weighting):
-    losses = torch.tensor(np.random.default_rng(7).gamma(1.0, 1.5, (N, T)))
-    weights = first(sample_weights(losses, weighting, **extras(weighting, "element")), weighting)
-    where = torch.arange(N * T).view(N, T) % 4 != 0
-    for options in (
-        {},
-        {"where": where},
-        {"sample_weight": torch.arange(N) / 4},
-        {"where": where, "sample_weight": torch.rand(N, T).double(), "groups": torch.arange(N) % 4 * 2},
-    ):
-        stats = weight_stats(losses, weights, weighting, **options)
-        expected = rgd.weight_stats(losses.numpy(), weights.numpy(), weighting, **arrays(options))
-        assert_same_stats(stats, expected, N * T)
-
-
-@both_backends
-@pytest.mark.parametrize("per", ["element", "sample"])
-@members([KL(1.0), KL(1.0, normalize=True), CVaR(0.3), GroupDRO(GROUPS, 0.5)])
-def test_the_loss_describes_its_groups_and_base_measure(weighting, per, name):
-    logits, target, _, _ = problem("indices")
-    p = torch.linspace(0.0, 2.0, N, dtype=torch.float64)
-    groups = torch.arange(N) % GROUPS
-    criterion = RGDLoss(weighting=weighting, per=per)
-    with backend(name):
-        criterion(logits, target, sample_weight=p, groups=groups)
-    losses = F.cross_entropy(logits, target, reduction="none")
-    kept = target != -100
-    if per == "sample":
-        losses, kept, base, members_of = losses.sum(1) / kept.sum(1).clamp(min=1), kept.any(1), p, groups
-    else:
-        base, members_of = p[:, None].expand(N, T), groups[:, None].expand(N, T)
-    given = {"sample_weight": base.numpy(), "groups": members_of.numpy()}
-    where = kept.numpy()
-    state = {"state": weighting.init()} if weighting.stateful else {}
-    weights = first(reference.sample_weights(losses.numpy(), weighting, where, **given, **state), weighting)
-    expected = reference.weight_stats(losses.numpy(), weights, weighting, where=where, **given)
-    stats = criterion.stats()
-    if per == "sample":
-        # The objective is over targets, all of a sample's with its weight.
-        of_targets = F.cross_entropy(logits, target, reduction="none").sum(1).numpy()
-        mass = float((p[:, None] * (target != -100)).sum())
-        plain, weighted = (
-            float(np.sum(p.numpy() * of_targets)),
-            float(np.sum(p.numpy() * weights * of_targets)),
-        )
-        expected = dataclasses.replace(expected, mean_loss=plain / mass, objective=weighted / mass)
-    assert_same_stats(stats, expected, N * T)
-    assert stats == criterion.stats(groups=groups)
-    other = criterion.stats(groups=torch.zeros(N, dtype=torch.int64))
-    assert other.groups.count == (stats.count,)
-    assert other.groups.weight_share == pytest.approx((1.0,))
-
-
-def test_groups_of_statistics_are_checked():
-    criterion = RGDLoss()
-    criterion(torch.zeros(4, 3), torch.arange(4) % 3)
-    assert criterion.stats().groups is None
-    with pytest.raises(ValueError, match=r"groups must be integers >= 0, got -1"):
-        criterion.stats(groups=torch.tensor([0, -1, 0, 0]))
-    with pytest.raises(ValueError, match=r"groups must have the shape of the losses, \(4,\)"):
-        criterion.stats(groups=torch.zeros(5, dtype=torch.int64))
-    with pytest.raises(TypeError, match=r"groups must be a torch\.Tensor of integers"):
-        criterion.stats(groups=[0, 1, 0, 1])
 
 
 # --- words ---
