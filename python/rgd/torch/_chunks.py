@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from rgd.torch._weigher import Weigher
-from rgd.torch.backends._options import accumulator
 from rgd.torch.backends._memory import empty
+from rgd.torch.backends._options import accumulator
 
 # With fewer rows, the matrix products spend their time reading and writing the head.
 _LEAST_ROWS = 128

@@ -310,9 +310,7 @@ class _Call:
     def _record(
         self, losses: Tensor, weights: Tensor, denominator: Tensor | float, weigher: Weigher
     ) -> Record:
-        return Record(
-            losses, weights, denominator, self.base, self.counted, weigher.groups, self.backend
-        )
+        return Record(losses, weights, denominator, self.base, self.counted, weigher.groups, self.backend)
 
     def _finished(self, found: Gradients) -> Gradients:
         """The whole gradient of the input; all in the dtype they will have, or for float16 in float32."""
