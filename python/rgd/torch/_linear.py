@@ -31,6 +31,7 @@ from rgd.torch.backends._registry import (
     is_exporting,
     plain_and_eager,
 )
+from rgd.torch.backends.rust import graph_is_kept
 from rgd.torch.functional import base_of, classify, in_ones
 
 
@@ -437,11 +438,6 @@ class _Products(torch.autograd.Function):
             None if one is None else one.to(of.dtype) for one, of in zip(found, saved[:3], strict=True)
         )
         return *cast_back, None, None, None
-
-
-def graph_is_kept() -> bool:
-    """Within a backward pass: whether the caller may ask for it again (`retain_graph=True`)."""
-    return bool(cast("Any", torch._C)._autograd._get_current_graph_task_keep_graph())  # pyright: ignore[reportPrivateUsage]
 
 
 def _kept(tensor: Tensor) -> torch.dtype:

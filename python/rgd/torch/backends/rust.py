@@ -35,7 +35,7 @@ from rgd.weightings._base import Kernel
 NAME = "rust"
 
 _internals: Any = torch._C  # pyright: ignore[reportPrivateUsage]
-_graph_is_kept = _internals._autograd._get_current_graph_task_keep_graph
+graph_is_kept = _internals._autograd._get_current_graph_task_keep_graph
 _saved_tensors_hooks = _internals._autograd._top_saved_tensors_default_hooks
 
 
@@ -146,7 +146,7 @@ class _Objective(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grad_outputs
-        grad, kept = ctx.grad, _graph_is_kept()
+        grad, kept = ctx.grad, graph_is_kept()
         if not kept:
             ctx.grad = None
         if torch.is_grad_enabled():
