@@ -1,86 +1,22 @@
 """The linear head in chunks against RGDLoss of all its logits: value, gradients, statistics, memory."""
 
 import copy
-import math
 
 import pytest
 import rgd
 import torch
 from family import BATCH_DEPENDENT, POINTWISE, label
-from rgd.torch import LinearRGDLoss, RGDLoss, backend, cross_entropy, linear_cross_entropy
-from torch import nn
+from linear_heads import B, C, Case, D, T, distance, same
+from rgd.torch import RGDLoss, backend, linear_cross_entropy
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-B, T, D, C = 3, 5, 6, 11
 POINTWISE_WITHOUT_KERNEL = rgd.Focal(2.0)
 REMEMBERS = rgd.MovingAverage(rgd.KL(1.0), 0.9)
 MEMBERS = [*POINTWISE, *BATCH_DEPENDENT]
 BACKENDS = ["rust", "composite"]
 # The default, one row, two rows and a rest.
 CHUNKS = [None, 1, 2 * C * 8]
-
-
-class Case:
-    """Hidden states, a head and targets, and the two ways from them to an objective."""
-
-    def __init__(self, dtype=torch.float64, rows=(B, T), *, classes=C, features=D, bias=True, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape):
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        self.input = normal(*rows, features).to(dtype).requires_grad_()
-        self.weight = (normal(classes, features) / features**0.5 * 2).to(dtype).requires_grad_()
-        self.bias = normal(classes).to(dtype).requires_grad_() if bias else None
-        self.target = torch.randint(classes, rows, generator=generator)
-        self.probabilities = torch.softmax(normal(*rows, classes), -1).to(dtype)
-        self.class_weight = torch.rand(classes, generator=generator, dtype=torch.float64) + 0.5
-
-    @property
-    def trained(self):
-        return [one for one in (self.input, self.weight, self.bias) if one is not None and one.requires_grad]
-
-    def chunked(self, target=None, **options):
-        target = self.target if target is None else target
-        return linear_cross_entropy(self.input, self.weight, target, linear_bias=self.bias, **options)
-
-    def whole(self, target=None, *, weight=None, logit_softcap=None, shift=False, **options):
-        target = self.target if target is None else target
-        logits = F.linear(self.input, self.weight, self.bias)
-        if logit_softcap is not None:
-            logits = logit_softcap * torch.tanh(logits / logit_softcap)
-        if shift:
-            logits, target = logits[:, :-1], target[:, 1:]
-            for name in ("where", "sample_weight", "groups"):
-                if options.get(name) is not None and options[name].dim() == 2:
-                    options[name] = options[name][:, 1:]
-        if logits.dim() > 2:
-            logits = logits.movedim(-1, 1)
-            target = target.movedim(-1, 1) if target.is_floating_point() else target
-        return cross_entropy(logits, target, weight, **options)
-
-    def results(self, way, *arguments, **options):
-        """The objective, and what its elements, unequally wanted, do to the trained tensors."""
-        for one in self.trained:
-            one.grad = None
-        objective = way(*arguments, **options)
-        above = torch.linspace(1.0, 2.0, objective.numel(), dtype=objective.dtype)
-        (objective * above.view(objective.shape)).sum().backward()
-        return [objective.detach(), *(one.grad for one in self.trained)]
-
-
-def distance(actual, expected):
-    """The largest of the differences, each over the norm of what it should be."""
-    pairs = zip(actual, expected, strict=True)
-    return max(((a - e).norm() / max(float(e.norm()), 1e-300)).item() for a, e in pairs)
-
-
-def same(case, *arguments, tolerance=1e-12, chunk_bytes=None, **options):
-    expected = case.results(case.whole, *arguments, **options)
-    actual = case.results(case.chunked, *arguments, chunk_bytes=chunk_bytes, **options)
-    assert [a.dtype for a in actual] == [e.dtype for e in expected]
-    assert distance(actual, expected) <= tolerance
 
 
 # --- equality, option by option ---
@@ -430,100 +366,6 @@ def test_probabilities_that_require_grad_get_theirs():
     assert distance([actual], [expected]) <= 1e-12
 
 
-# --- the module ---
-
-
-def test_the_module_is_its_head_and_the_loss():
-    torch.manual_seed(0)
-    criterion = LinearRGDLoss(D, C, bias=True, dtype=torch.float64, tau=2.0, label_smoothing=0.1)
-    other = RGDLoss(tau=2.0, label_smoothing=0.1)
-    case = Case()
-    logits = criterion.linear(case.input).movedim(-1, 1)
-    torch.testing.assert_close(
-        criterion(case.input, case.target), other(logits, case.target), rtol=1e-12, atol=0
-    )
-    assert criterion.stats().to_dict() == pytest.approx(other.stats().to_dict(), rel=1e-12)
-    torch.testing.assert_close(criterion.last_weights, other.last_weights, rtol=1e-12, atol=0)
-    assert set(criterion.state_dict()) == {"linear.weight", "linear.bias"}
-
-
-def test_statistics_of_shifted_targets_are_those_of_the_targets_used():
-    case = Case()
-    case.target[0, 1] = -100
-    for weighting in (rgd.KL(1.0), rgd.KLBall(0.1)):
-        for per in ("element", "sample"):
-            criterion = LinearRGDLoss(
-                linear_weight=nn.Parameter(case.weight.detach()), shift=True, per=per, weighting=weighting
-            )
-            other = RGDLoss(per=per, weighting=weighting)
-            criterion(case.input, case.target)
-            other(F.linear(case.input, case.weight)[:, :-1].movedim(-1, 1), case.target[:, 1:])
-            assert criterion.stats().to_dict() == pytest.approx(other.stats().to_dict(), rel=1e-12)
-            assert criterion.last_weights.shape == other.last_weights.shape
-
-
-def test_a_head_is_tied_by_the_module_or_by_its_weight():
-    for head in (nn.Linear(D, C), nn.Linear(D, C, bias=False), nn.Embedding(C, D)):
-        criterion = LinearRGDLoss.tie(head, reduction="sum")
-        assert criterion.linear is head
-        assert criterion.reduction == "sum"
-        hidden = torch.randn(4, D)
-        expected = F.linear(hidden, head.weight, getattr(head, "bias", None))
-        target = torch.arange(4)
-        torch.testing.assert_close(
-            criterion(hidden, target), cross_entropy(expected, target, reduction="sum")
-        )
-    shared = LinearRGDLoss(linear_weight=head.weight)
-    assert shared.linear.weight is head.weight
-    assert [name for name, _ in shared.named_parameters()] == ["linear.weight"]
-
-
-def test_the_module_is_plain_in_evaluation():
-    criterion = LinearRGDLoss(D, C).eval()
-    hidden, target = torch.randn(4, D), torch.arange(4)
-    with torch.no_grad():
-        plain = criterion(hidden, target)
-        torch.testing.assert_close(plain, F.cross_entropy(criterion.linear(hidden), target))
-    trained = criterion(hidden, target)
-    assert trained > plain * 1.05
-
-
-def test_a_state_is_kept_over_the_steps_of_training():
-    criterion = LinearRGDLoss(D, C, weighting=REMEMBERS)
-    other = RGDLoss(weighting=REMEMBERS)
-    for step in range(3):
-        hidden, target = torch.randn(4, D) * step, torch.arange(4)
-        actual, expected = criterion(hidden, target), other(criterion.linear(hidden), target)
-        torch.testing.assert_close(actual, expected)
-    torch.testing.assert_close(
-        criterion.state_dict()["weighting_state.log_mean"], other.state_dict()["weighting_state.log_mean"]
-    )
-
-
-@pytest.mark.parametrize(
-    "weighting", [rgd.KL(1.0), POINTWISE_WITHOUT_KERNEL, rgd.KLBall(0.1), REMEMBERS], ids=label
-)
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"reduction": "none", "shift": True, "logit_softcap": 3.0, "logit_adjustment": torch.ones(C)}],
-    ids=str,
-)
-@pytest.mark.parametrize("name", BACKENDS)
-def test_a_compiled_graph_gives_the_same(weighting, options, name):
-    torch._dynamo.reset()
-    criterion = LinearRGDLoss(D, C, bias=True, weighting=weighting, **options)
-    twin = copy.deepcopy(criterion)
-    case = Case(torch.float32)
-    case.target[0, 1] = -100
-    case.weight, case.bias = criterion.linear.weight, criterion.linear.bias
-    with backend(name):
-        expected = case.results(criterion, case.input, case.target)
-        case.weight, case.bias = twin.linear.weight, twin.linear.bias
-        actual = case.results(torch.compile(twin, fullgraph=True), case.input, case.target)
-    assert distance(actual, expected) <= 1e-6
-    assert twin.stats().to_dict() == pytest.approx(criterion.stats().to_dict(), rel=1e-5)
-
-
 # --- memory ---
 
 
@@ -551,91 +393,3 @@ def test_no_tensor_of_all_logits_is_made():
                     case.chunked, weighting=weighting, reduction=reduction, chunk_bytes=8 * classes * 4
                 )
         assert 8 * classes <= max(largest) < rows * classes / 4
-
-
-# --- what is refused ---
-
-
-def refused(error, match, *, input=None, weight=None, target=None, **options):
-    case = Case()
-    given = [case.input if input is None else input, case.weight if weight is None else weight]
-    with pytest.raises(error, match=match):
-        linear_cross_entropy(*given, case.target if target is None else target, **options)
-
-
-def test_shapes_that_do_not_fit_are_named():
-    refused(
-        ValueError,
-        r"^linear_weight must have shape \(C, D\) with D = 6.*give linear_weight\.t\(\)",
-        weight=torch.zeros(D, C).double(),
-    )
-    refused(
-        ValueError, r"^linear_weight must have shape \(C, D\), got \(11,\)", weight=torch.zeros(C).double()
-    )
-    refused(ValueError, r"^input must be hidden states", input=torch.zeros(D).double())
-    refused(ValueError, r"^linear_bias must have shape \(11,\)", linear_bias=torch.zeros(3).double())
-    refused(
-        ValueError,
-        r"^target holds class indices, which must have shape \(3, 5\)",
-        target=torch.zeros(3, dtype=torch.long),
-    )
-    refused(ValueError, r"^target holds class probabilities, .*\(3, 5, 11\)", target=torch.zeros(3, 5))
-    case = Case()
-    with pytest.raises(ValueError, match=r"^weight must hold one number for each of the 11 classes, got 3"):
-        case.chunked(weight=torch.ones(3))
-    with pytest.raises(ValueError, match=r"^shift=True needs input of shape \(B, T, D\)"):
-        Case(rows=(4,)).chunked(shift=True)
-
-
-def test_dtypes_and_settings_that_do_not_fit_are_named():
-    refused(TypeError, "^input must be float32", input=torch.zeros(B, T, D, dtype=torch.long))
-    refused(TypeError, "^linear_weight must be float32", weight=torch.zeros(C, D, dtype=torch.long))
-    refused(
-        TypeError,
-        "^linear_weight must be a torch.Tensor, got Linear: give its weight",
-        weight=nn.Linear(D, C),
-    )
-    refused(TypeError, "input is torch.float64 and linear_weight torch.float32", weight=torch.zeros(C, D))
-    refused(TypeError, "^target must hold class indices", target=torch.zeros(B, T, dtype=torch.bool))
-    refused(ValueError, "^chunk_bytes must be positive", chunk_bytes=0)
-    refused(TypeError, "^chunk_bytes must be a whole number", chunk_bytes=1.5)
-    refused(ValueError, "^logit_softcap must be a positive number", logit_softcap=-1.0)
-    refused(ValueError, "^logit_softcap must be a positive number", logit_softcap=math.nan)
-    refused(TypeError, "^accumulate_dtype must be a float dtype", accumulate_dtype=torch.int32)
-    refused(TypeError, "^shift must be True or False", shift=1)
-    refused(ValueError, "^shift takes class indices", target=Case().probabilities, shift=True)
-    refused(
-        ValueError,
-        "input is on cpu and linear_weight on meta",
-        weight=torch.zeros(C, D, device="meta").double(),
-    )
-    refused(IndexError, "target 11", target=torch.full((B, T), C))
-    refused(TypeError, "vocab_group|process_group", vocab_group="all")
-    refused(
-        TypeError, r"linear_weight has layout .*\.to_dense\(\)", weight=torch.zeros(C, D).double().to_sparse()
-    )
-
-
-def test_sample_weights_of_any_magnitude_give_the_mean():
-    p = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
-    case = Case(torch.float32)
-    expected = case.results(case.chunked, sample_weight=p)
-    for scale in (1e300, 1e-300):
-        assert distance(case.results(case.chunked, sample_weight=scale * p), expected) <= 1e-6
-    with pytest.raises(ValueError, match="sample_weight holds 2e"):
-        case.chunked(sample_weight=1e300 * p, reduction="sum")
-
-
-def test_a_module_without_a_head_is_told_how_to_get_one():
-    with pytest.raises(TypeError, match=r"LinearRGDLoss\(in_features, num_classes\)"):
-        LinearRGDLoss(4)
-    with pytest.raises(TypeError, match="lm_head must be a module with a weight"):
-        LinearRGDLoss.tie(nn.Tanh())
-    with pytest.raises(TypeError, match="leave bias out"):
-        LinearRGDLoss.tie(nn.Linear(D, C), bias=True)
-    with pytest.raises(TypeError, match=r"must be an nn\.Parameter"):
-        LinearRGDLoss(linear_weight=torch.zeros(C, D))
-    with pytest.raises(ValueError, match="does not fit in_features=3"):
-        LinearRGDLoss(3, linear_weight=nn.Parameter(torch.zeros(C, D)))
-    with pytest.raises(TypeError, match="no target"):
-        LinearRGDLoss(D, C)(torch.zeros(2, D))

@@ -163,6 +163,7 @@ class LinearRGDLoss(RGDLoss):
         weighting: As for `RGDLoss`.
         per: As for `RGDLoss`.
         evaluate: As for `RGDLoss`.
+        warn: As for `RGDLoss`.
         logit_softcap: As for `linear_cross_entropy`.
         shift: As for `linear_cross_entropy`.
         chunk_bytes: As for `linear_cross_entropy`.
@@ -195,8 +196,6 @@ class LinearRGDLoss(RGDLoss):
         True
     """
 
-    linear: nn.Module
-
     def __init__(
         self,
         in_features: int | None = None,
@@ -215,6 +214,7 @@ class LinearRGDLoss(RGDLoss):
         weighting: Weighting | None = None,
         per: str = "element",
         evaluate: str = "plain",
+        warn: bool = False,
         logit_softcap: float | None = None,
         shift: bool = False,
         chunk_bytes: int | None = None,
@@ -225,8 +225,8 @@ class LinearRGDLoss(RGDLoss):
     ) -> None:
         super().__init__(
             weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
-            logit_adjustment=logit_adjustment, tau=tau,
-            weighting=weighting, per=per, evaluate=evaluate, process_group=process_group, sync=sync,
+            logit_adjustment=logit_adjustment, tau=tau, weighting=weighting, per=per, evaluate=evaluate,
+            warn=warn, process_group=process_group, sync=sync,
         )  # fmt: skip
         self._chunking = Chunking(logit_softcap, shift, chunk_bytes, accumulate_dtype, vocab_group).checked()
         self._make_head(in_features, num_classes, bias, device, dtype, linear_weight)
@@ -246,7 +246,9 @@ class LinearRGDLoss(RGDLoss):
                     "in_features and num_classes say how large the head is: LinearRGDLoss(in_features, "
                     "num_classes); for a head that is there already, LinearRGDLoss.tie(lm_head)"
                 )
-            self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+            self.linear: nn.Module = nn.Linear(
+                in_features, num_classes, bias=bias, device=device, dtype=dtype
+            )
             return
         if not isinstance(linear_weight, nn.Parameter):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
@@ -350,3 +352,6 @@ class LinearRGDLoss(RGDLoss):
         """The settings, for `repr`."""
         given = {name: value for name, value in self._chunking._asdict().items() if value}
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in given.items())])
+
+
+cast("Any", torch.jit).ignore(LinearRGDLoss.forward)
