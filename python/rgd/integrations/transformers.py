@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rgd.integrations._linear_head import LinearRGD, use_linear_rgd
 from rgd.stats import WeightStats
 from rgd.torch._checks import check_choice
 from rgd.torch.loss import RGDLoss
@@ -28,6 +29,8 @@ else:
         from transformers import TrainerCallback
     except ImportError:  # `rgd_loss_func` does without
         TrainerCallback = object
+
+__all__ = ["LinearRGD", "RGDLossFunc", "RGDStatsCallback", "rgd_loss_func", "use_linear_rgd"]
 
 _Settings = ParamSpec("_Settings")
 _Result = TypeVar("_Result")
@@ -91,6 +94,9 @@ def rgd_loss_func(
 
     The `Trainer` calls the function for its evaluation loss too, where gradients are off: that is the plain,
     unweighted loss, so that `load_best_model_at_end` and early stopping compare what they should.
+
+    It is given logits. For a causal language model, `use_linear_rgd` computes the same without them, in a
+    fraction of the memory.
 
     Args:
         weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
@@ -327,11 +333,13 @@ class RGDStatsCallback(TrainerCallback):
     come after this one. For those of `report_to` it has to come first:
     `trainer.callback_handler.callbacks.insert(0, RGDStatsCallback(loss_func))`.
 
-    It warns when the training starts with `label_smoothing_factor`, which a `compute_loss_func` does not see.
+    It warns when the training starts with `label_smoothing_factor`, which a `compute_loss_func` does not see
+    and which makes the `Trainer` pass a loss of `use_linear_rgd` by.
 
     Args:
         loss_func: What `rgd_loss_func` returned and the `Trainer` was given as `compute_loss_func`, or
-            anything else with `stats()`: an `RGDLoss`, or a trainer of `rgd.integrations.trl`.
+            anything else with `stats()`: what `use_linear_rgd` returned, an `RGDLoss`, or a trainer of
+            `rgd.integrations.trl`.
         prefix: What the names begin with.
 
     Raises:
@@ -354,6 +362,14 @@ class RGDStatsCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Warn of a label smoothing that nobody hears."""
+        if isinstance(self.loss_func, LinearRGD) and args.label_smoothing_factor:
+            warnings.warn(
+                f"TrainingArguments.label_smoothing_factor={args.label_smoothing_factor} makes the Trainer "
+                "compute a loss of its own from logits, without weights. Give "
+                f"use_linear_rgd(label_smoothing={args.label_smoothing_factor}) instead",
+                UserWarning,
+                stacklevel=2,
+            )
         if isinstance(self.loss_func, RGDLossFunc) and args.label_smoothing_factor:
             warnings.warn(
                 f"TrainingArguments.label_smoothing_factor={args.label_smoothing_factor} has no effect: the "

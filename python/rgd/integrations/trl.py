@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rgd.integrations._linear_head import use_linear_rgd
 from rgd.stats import WeightStats
+from rgd.torch._checks import check_flag
 from rgd.torch.loss import RGDLoss
 from rgd.weightings import Weighting
 
@@ -82,7 +84,9 @@ class _Reweighted:
 class RGDSFTTrainer(_Reweighted, SFTTrainer):
     """`trl.SFTTrainer` with re-weighted tokens, or sequences.
 
-    The losses are those of TRL's fused head, so there is no second forward pass as with `compute_loss_func`.
+    The losses are those of TRL's fused head, so there is no second forward pass as with `compute_loss_func`,
+    and no logits of all tokens. That head takes four matrix products, for it gives entropy and accuracy of
+    every micro-batch too; `linear=True` takes three and leaves these two out.
 
     Args:
         *args: As for `trl.SFTTrainer`.
@@ -90,6 +94,8 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
         tau: Short for `weighting=KL(tau)`.
         per: "element" weights each token by its own loss; "sample" weights all tokens of a sequence by their
             mean loss.
+        linear: True to compute the head and its gradients in one pass in training, by `use_linear_rgd`.
+            `entropy` and `mean_token_accuracy` are then logged in evaluations alone.
         **kwargs: As for `trl.SFTTrainer`.
 
     Raises:
@@ -110,11 +116,13 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
         weighting: Weighting | None = None,
         tau: float | None = None,
         per: str = "element",
+        linear: bool = False,
         **kwargs: Any,
     ) -> None:
         criterion = RGDLoss(base=_unchanged, reduction="none", weighting=weighting, tau=tau, per=per)
         super().__init__(*args, **kwargs)
         self.criterion = criterion
+        self.linear = check_flag("linear", linear)
         settings = self.args
         if settings.loss_type == "dft":
             raise ValueError(
@@ -138,6 +146,14 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
                 "RGDSFTTrainer does not work under sequence parallelism, where the model reduces its own "
                 "loss: use context parallelism, or none"
             )
+        if self.linear:
+            trainer: Any = self
+            if trainer.aux_loss_enabled:
+                raise ValueError(
+                    "linear=True leaves no auxiliary loss of a mixture of experts to TRL: leave it out, or "
+                    "switch output_router_logits off"
+                )
+            self.criterion = use_linear_rgd(trainer.model, weighting, tau=tau, per=per).criterion
 
     def compute_loss(
         self,
@@ -147,6 +163,8 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """TRL's loss of a micro-batch, each token's log-probability times its weight."""
+        if self.linear and torch.is_grad_enabled():
+            return self._linear_loss(model, inputs, return_outputs, num_items_in_batch)
 
         def reweighted(*args: Any, **kwargs: Any) -> Any:
             outputs = model(*args, **kwargs)
@@ -157,6 +175,29 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
             return outputs
 
         return super().compute_loss(reweighted, inputs, return_outputs, num_items_in_batch)
+
+    def _linear_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool,
+        num_items_in_batch: Tensor | int | None,
+    ) -> Any:
+        def in_one_pass(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+            outputs = model(*args, **kwargs, num_items_in_batch=1)
+            labels = kwargs.get("shift_labels")
+            labels = kwargs["labels"][:, 1:] if labels is None else labels
+            # TRL divides the sum of these by the number of items, and takes the metrics from the others.
+            outputs.log_probs = -outputs.loss
+            outputs.label_mask = labels != -100
+            outputs.entropy = outputs.is_top1 = torch.zeros((), device=outputs.loss.device)
+            return outputs
+
+        trainer: Any = self
+        result = super().compute_loss(in_one_pass, inputs, return_outputs, num_items_in_batch)
+        for name in ("entropy", "mean_token_accuracy"):
+            trainer._metrics["train"].pop(name, None)
+        return result
 
 
 class RGDDPOTrainer(_Reweighted, DPOTrainer):

@@ -1,0 +1,513 @@
+"""`use_linear_rgd`: the loss and gradients that logits give, without logits, in models of transformers."""
+
+import copy
+import functools
+import inspect
+import math
+import warnings
+
+import pytest
+import rgd
+import torch
+from rgd.integrations.transformers import RGDStatsCallback, rgd_loss_func, use_linear_rgd
+from rgd.torch import RGDLoss, WeightingSchedule
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+CLASSES = 211
+ROWS, LENGTH = 3, 9
+
+
+@pytest.fixture(autouse=True)
+def transformers():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = pytest.importorskip("transformers")
+        pytest.importorskip("accelerate")
+        pytest.importorskip("transformers.trainer")
+    module.utils.logging.set_verbosity_error()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # models this small gain nothing from more
+    yield module
+    torch.set_num_threads(threads)
+
+
+MODELS = {
+    "Llama": {},
+    "GPT2": {},
+    "Qwen2": {"tie_word_embeddings": True},
+    "Gemma2": {"head_dim": 8, "final_logit_softcapping": 2.0, "attn_implementation": "eager"},
+    "Cohere": {"logit_scale": 0.25},
+    "Granite": {"logits_scaling": 4.0},
+    # Its other implementations have no float64.
+    "Mixtral": {"num_local_experts": 2, "output_router_logits": True, "experts_implementation": "eager"},
+}
+
+
+def make(transformers, kind="Llama", dtype=torch.float64):
+    sizes = {
+        "vocab_size": CLASSES,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+    }
+    if kind == "GPT2":
+        sizes = {"vocab_size": CLASSES, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+        sizes |= dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.0)
+    config = getattr(transformers, f"{kind}Config")(
+        **sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.3, **MODELS[kind]
+    )
+    torch.manual_seed(0)
+    return getattr(transformers, "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM")(config).to(
+        dtype
+    )
+
+
+def batch(rows=ROWS, length=LENGTH):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, CLASSES, (rows, length), generator=generator)
+    labels = ids.clone()
+    for row in range(rows):
+        labels[row, length - row :] = -100  # rows of unequal length
+    return {"input_ids": ids, "labels": labels}
+
+
+def from_logits(model, inputs, items=None, **settings):
+    """The objective by the model's own logits, and what its auxiliary loss adds."""
+    outputs = model(**inputs)
+    labels = inputs["labels"][:, 1:]
+    criterion = RGDLoss(reduction="mean" if items is None else "sum", **settings)
+    loss = criterion(outputs.logits[:, :-1].movedim(-1, 1), labels) / (1 if items is None else items)
+    auxiliary = getattr(outputs, "aux_loss", None)
+    return loss if auxiliary is None else loss + model.router_aux_loss_coef * auxiliary
+
+
+def gradients(loss, model):
+    return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+
+
+def assert_same(mine, theirs, tolerance=1e-12):
+    """Each gradient but for a share of its norm."""
+    for p, q in zip(mine, theirs, strict=True):
+        assert (p is None) == (q is None)
+        if p is not None:
+            assert (p - q).norm() <= tolerance * max(float(q.norm()), 1.0)
+
+
+@pytest.mark.parametrize("items", [None, 40, torch.tensor(40)], ids=["no count", "int", "tensor"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_loss_and_gradients_are_those_of_the_logits(transformers, kind, items):
+    model, inputs = make(transformers, kind).train(), batch()
+    expected = from_logits(model, inputs, items, tau=8.0)
+    with use_linear_rgd(model, tau=8.0) as handle:
+        outputs = model(**inputs, num_items_in_batch=items)
+    torch.testing.assert_close(outputs.loss, expected, rtol=1e-12, atol=0)
+    assert_same(gradients(outputs.loss, model), gradients(expected, model))
+    assert outputs.logits is None
+    assert handle.stats().count == int((inputs["labels"][:, 1:] != -100).sum())
+    assert handle.stats().effective_sample_size < handle.stats().count
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weighting": rgd.KL(8.0, normalize=True)},
+        {"weighting": rgd.KL(math.inf, scale=-1.0)},
+        {"weighting": rgd.MidrangeKL(1.0), "per": "sample"},
+        {"weighting": rgd.CVaR(0.3)},
+        {"label_smoothing": 0.1, "weight": torch.linspace(0.5, 2.0, CLASSES, dtype=torch.float64)},
+        {"ignore_index": 5},
+    ],
+    ids=str,
+)
+def test_settings_and_any_weighting_reach_the_loss(transformers, settings):
+    model, inputs = make(transformers).train(), batch()
+    inputs["labels"][inputs["labels"] == -100] = settings.get("ignore_index", -100)
+    expected = from_logits(model, inputs, **settings)
+    with use_linear_rgd(model, **settings):
+        loss = model(**inputs).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    assert_same(gradients(loss, model), gradients(expected, model))
+
+
+class LargestTensor(TorchFunctionMode):
+    """Remembers how many numbers the largest result of a call of torch holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.numel = max(self.numel, *sizes, 0)
+        return result
+
+
+def test_no_tensor_of_all_logits_is_made(transformers):
+    model, inputs = make(transformers).train(), batch(rows=8, length=32)
+    logits = 8 * 32 * CLASSES
+    with LargestTensor() as plain:
+        model(**inputs).loss.backward()
+    assert plain.numel >= logits
+    with use_linear_rgd(model, chunk_bytes=8 * 16 * CLASSES), LargestTensor() as linear:
+        model(**inputs).loss.backward()
+    assert linear.numel < logits / 4
+
+
+def test_labels_that_are_shifted_already_are_taken_as_they_are(transformers):
+    model, inputs = make(transformers).train(), batch()
+    shifted = F.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
+    with use_linear_rgd(model, tau=8.0):
+        expected = model(**inputs).loss
+        loss = model(**{**inputs, "shift_labels": shifted}).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+def test_calls_without_labels_and_evaluations_are_the_models_own(transformers):
+    model, inputs = make(transformers).eval(), batch()
+    with torch.no_grad():
+        own = model(**inputs)
+        written = model.generate(inputs["input_ids"], max_new_tokens=3, do_sample=False)
+        with use_linear_rgd(model) as handle:
+            outputs = model(**inputs)
+            assert torch.equal(outputs.loss, own.loss)
+            assert torch.equal(outputs.logits, own.logits)
+            assert torch.equal(
+                model.generate(inputs["input_ids"], max_new_tokens=3, do_sample=False), written
+            )
+            model.train()
+            assert torch.equal(model(inputs["input_ids"]).logits, own.logits)
+    with pytest.raises(RuntimeError, match="none yet"):
+        handle.stats()
+
+
+def test_evaluate_weighted_keeps_the_weights(transformers):
+    model, inputs = make(transformers).eval(), batch()
+    with torch.no_grad(), use_linear_rgd(model, tau=8.0, evaluate="weighted"):
+        loss = model(**inputs).loss
+    torch.testing.assert_close(loss, from_logits(model, inputs, tau=8.0), rtol=1e-12, atol=0)
+
+
+def test_training_in_eval_mode_is_weighted(transformers):
+    model, inputs = make(transformers).eval(), batch()
+    with use_linear_rgd(model, tau=8.0):
+        loss = model(**inputs).loss
+    torch.testing.assert_close(loss, from_logits(model, inputs, tau=8.0), rtol=1e-12, atol=0)
+
+
+def test_removal_gives_the_model_its_own_forward_back(transformers):
+    model, inputs = make(transformers).train(), batch()
+    before = dict(model.__dict__), dict(model.lm_head.__dict__)
+    own = model(**inputs).loss
+    handle = use_linear_rgd(model)
+    assert model(**inputs).loss > own
+    handle.remove()
+    handle.remove()
+    assert (dict(model.__dict__), dict(model.lm_head.__dict__)) == before
+    with pytest.raises(KeyError, match="of the user"), use_linear_rgd(model):
+        raise KeyError("of the user")
+    assert dict(model.__dict__) == before[0]
+    assert torch.equal(model(**inputs).loss, own)
+
+
+def test_removal_under_a_wrapper_lets_calls_through(transformers):
+    model, inputs = make(transformers).train(), batch()
+    own = model(**inputs).loss
+    handle = use_linear_rgd(model)
+    inner = model.forward
+    model.forward = functools.partial(inner)
+    assert model(**inputs).logits is None
+    handle.remove()
+    assert torch.equal(model(**inputs).loss, own)
+
+
+def test_an_error_in_the_forward_pass_leaves_no_patch_behind(transformers):
+    model, inputs = make(transformers).train(), batch()
+    inputs["labels"][0, 3] = CLASSES
+    with use_linear_rgd(model):
+        with pytest.raises(IndexError, match="out of range"):
+            model(**inputs)
+        assert "forward" not in model.lm_head.__dict__
+        assert "_loss_function" not in model.__dict__
+
+
+def test_a_copy_of_the_model_trains_its_own_parameters(transformers):
+    model, inputs = make(transformers).train(), batch()
+    with use_linear_rgd(model, tau=8.0):
+        expected = gradients(model(**inputs).loss, model)
+        twin = copy.deepcopy(model)
+        assert_same(gradients(twin(**inputs).loss, twin), expected)
+
+
+@pytest.mark.parametrize("positional", [False, True])
+def test_tuples_and_positional_labels_work(transformers, positional):
+    model, inputs = make(transformers).train(), batch()
+    expected = from_logits(model, inputs, tau=8.0)
+    names = list(inspect.signature(type(model).forward).parameters)
+    with use_linear_rgd(model, tau=8.0):
+        if positional:
+            before = [None] * (names.index("labels") - 2)
+            outputs = model(inputs["input_ids"], *before, inputs["labels"], return_dict=False)
+        else:
+            outputs = model(**inputs, return_dict=False)
+    assert isinstance(outputs, tuple)
+    torch.testing.assert_close(outputs[0], expected, rtol=1e-12, atol=0)
+
+
+def test_a_model_in_bfloat16_has_a_float32_loss(transformers):
+    model, inputs = make(transformers, dtype=torch.bfloat16).train(), batch()
+    with torch.no_grad():
+        hidden = model.model(inputs["input_ids"]).last_hidden_state
+        logits = F.linear(hidden, model.lm_head.weight).float()
+    expected = RGDLoss(tau=8.0)(logits[:, :-1].movedim(-1, 1), inputs["labels"][:, 1:])
+    with use_linear_rgd(model, tau=8.0):
+        loss = model(**inputs, num_items_in_batch=None).loss
+    assert loss.dtype is torch.float32
+    # The logits are rounded to bfloat16 in both; what differs is the order of sums in float32.
+    torch.testing.assert_close(loss, expected, rtol=CLASSES * torch.finfo(torch.float32).eps, atol=0)
+    loss.backward()
+    assert model.lm_head.weight.grad.dtype is torch.bfloat16
+
+
+def test_autocast_computes_the_head_in_bfloat16_and_the_loss_in_float32(transformers):
+    model, inputs = make(transformers, dtype=torch.float32).train(), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = from_logits(model, inputs, 20, tau=8.0)
+        with use_linear_rgd(model, tau=8.0):
+            loss = model(**inputs, num_items_in_batch=20).loss
+    assert loss.dtype is torch.float32
+    # Logits in bfloat16 on one side, whose rounding is 2^-9 of up to about 8, and in float32 on the other.
+    torch.testing.assert_close(loss, expected, rtol=2**-6, atol=0)
+    loss.backward()
+    assert model.lm_head.weight.grad.dtype is torch.float32
+
+
+def test_checkpointed_layers_give_the_same_gradients(transformers):
+    model, inputs = make(transformers).train(), batch()
+    with use_linear_rgd(model, tau=8.0):
+        expected = gradients(model(**inputs).loss, model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # has another name since transformers 5.20
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        assert_same(gradients(model(**inputs).loss, model), expected)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2"])
+def test_a_compiled_model_has_the_same_loss_and_gradients(transformers, kind):
+    model, inputs = make(transformers, kind, torch.float32).train(), batch()
+    torch.compiler.reset()
+    with use_linear_rgd(model, tau=8.0), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what dynamo says of the models
+        expected = model(**inputs).loss
+        loss = torch.compile(model, backend="aot_eager")(**inputs).loss
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+        assert_same(gradients(loss, model), gradients(expected, model), 1e-5)
+
+
+def test_a_schedule_sets_the_weighting(transformers):
+    model, inputs = make(transformers).train(), batch()
+    with use_linear_rgd(model) as handle:
+        schedule = WeightingSchedule(handle, lambda step: rgd.KL(tau=6.0 + step))
+        for _ in range(2):
+            schedule.step()
+        assert handle.weighting == rgd.KL(tau=8.0)
+        loss = model(**inputs).loss
+    torch.testing.assert_close(loss, from_logits(model, inputs, tau=8.0), rtol=1e-12, atol=0)
+
+
+def test_a_new_head_is_found(transformers):
+    model = make(transformers).train()
+    inputs = batch()
+    with use_linear_rgd(model, tau=8.0):
+        model(**inputs)
+        model.lm_head = nn.Linear(16, CLASSES, bias=True, dtype=torch.float64)
+        loss = model(**inputs).loss
+    expected = from_logits(model, inputs, tau=8.0)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    assert_same(gradients(loss, model), gradients(expected, model))
+
+
+# --- the Trainer ---
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, count=16):
+        inputs = batch(count, 10)
+        inputs["labels"] = torch.where(
+            torch.arange(10) < 10 - torch.arange(count)[:, None] % 5, inputs["input_ids"], -100
+        )
+        self.rows = [{name: values[i] for name, values in inputs.items()} for i in range(count)]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+def trained(transformers, model, tmp_path, loss_func=None, callbacks=(), **settings):
+    defaults = {"max_steps": 4, "learning_rate": 1e-2, "optim": "sgd", "max_grad_norm": 0.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the trainer's own dependencies warn of
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            lr_scheduler_type="constant",
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            seed=0,
+            **{**defaults, **settings},
+        )
+        trainer = transformers.Trainer(
+            model, arguments, train_dataset=Rows(), compute_loss_func=loss_func, callbacks=list(callbacks)
+        )
+        trainer.train()
+    return trainer
+
+
+def assert_same_parameters(one, other):
+    # Four steps of a rate of 0.01 on gradients below 10, each but for the rounding of sums over the classes.
+    tolerance = 4 * 0.1 * CLASSES * torch.finfo(torch.float32).eps
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("kind", "per"), [("Llama", "element"), ("GPT2", "sample"), ("Gemma2", "element")])
+def test_the_trainer_ends_where_it_does_with_logits(transformers, tmp_path, kind, per, accumulate):
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulate}
+    models = [make(transformers, kind, torch.float32) for _ in range(3)]
+    with use_linear_rgd(models[0], tau=8.0, per=per) as handle:
+        mine = trained(
+            transformers, models[0], tmp_path, None, [RGDStatsCallback(handle)], logging_steps=1, **settings
+        )
+    trained(transformers, models[1], tmp_path, rgd_loss_func(tau=8.0, per=per), **settings)
+    assert_same_parameters(models[0], models[1])
+    assert not torch.equal(models[0].lm_head.weight, models[2].lm_head.weight)
+    logs = [row for row in mine.state.log_history if "loss" in row]
+    assert len(logs) == 4
+    assert logs[-1]["rgd/effective_sample_size"] == handle.stats().effective_sample_size
+
+
+def test_the_trainer_accumulating_gradients_equals_the_large_batch(transformers, tmp_path):
+    models = [make(transformers, dtype=torch.float32) for _ in range(2)]
+    for model, (size, accumulate) in zip(models, [(8, 1), (2, 4)], strict=True):
+        with use_linear_rgd(model, tau=8.0):
+            trained(
+                transformers,
+                model,
+                tmp_path,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=accumulate,
+            )
+    assert_same_parameters(*models)
+
+
+def test_the_trainer_evaluates_with_the_plain_loss(transformers, tmp_path):
+    model = make(transformers, dtype=torch.float32)
+    with use_linear_rgd(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = trained(transformers, model, tmp_path, max_steps=1, per_device_eval_batch_size=16)
+        reported = trainer.evaluate(Rows())["eval_loss"]
+    rows = Rows().rows
+    inputs = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    with torch.no_grad():
+        assert reported == pytest.approx(model.eval()(**inputs).loss.item(), rel=1e-5)
+
+
+def test_the_callback_warns_of_a_label_smoothing_that_passes_the_loss_by(transformers):
+    arguments = type("Arguments", (), {"label_smoothing_factor": 0.1})()
+    handle = use_linear_rgd(make(transformers))
+    with pytest.warns(UserWarning, match=r"use_linear_rgd\(label_smoothing=0\.1\)"):
+        RGDStatsCallback(handle).on_train_begin(arguments, None, None)
+
+
+# --- what is refused ---
+
+
+def test_a_second_patch_is_refused(transformers):
+    model = make(transformers)
+    with use_linear_rgd(model), pytest.raises(ValueError, match=r"remove\(\) the first"):
+        use_linear_rgd(model)
+    use_linear_rgd(model).remove()
+
+
+def test_what_is_no_causal_language_model_is_refused(transformers):
+    with pytest.raises(ValueError, match=r"get_output_embeddings\(\), got Linear: for a model of your own"):
+        use_linear_rgd(nn.Linear(2, 3))
+    with pytest.raises(ValueError, match="give the LlamaForCausalLM inside it"):
+        use_linear_rgd(nn.DataParallel(make(transformers)))
+    t5 = transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        use_linear_rgd(transformers.T5ForConditionalGeneration(t5))
+    bert = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    with pytest.raises(ValueError, match="has the loss ForSequenceClassificationLoss"):
+        use_linear_rgd(transformers.BertForSequenceClassification(bert))
+
+
+def test_a_head_that_is_no_linear_layer_is_refused(transformers):
+    class Adapter(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    model = make(transformers)
+    model.lm_head = Adapter(16, CLASSES)
+    with pytest.raises(ValueError, match=r"must be an nn.Linear, got a .*Adapter"):
+        use_linear_rgd(model)
+    model.get_output_embeddings = lambda: None
+    with pytest.raises(ValueError, match=r"must be an nn\.Linear, got None"):
+        use_linear_rgd(model)
+
+
+def test_a_model_that_changes_its_logits_is_found_out(transformers):
+    from transformers.modeling_outputs import CausalLMOutputWithPast  # noqa: PLC0415
+
+    class Louder(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, return_dict=None):
+            logits = self.lm_head(self.model(input_ids).last_hidden_state) * 1.5
+            loss = self.loss_function(logits, labels, vocab_size=CLASSES)
+            return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    model = Louder(make(transformers).config)
+    with use_linear_rgd(model), pytest.raises(RuntimeError, match=r"\[0.5, 64.0\] became \[0.75, 96.0\]"):
+        model(**batch())
+
+
+def test_a_model_with_a_loss_of_its_own_making_is_found_out(transformers):
+    class Own(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, return_dict=None):
+            logits = self.lm_head(self.model(input_ids).last_hidden_state)
+            return F.cross_entropy(logits.view(-1, CLASSES), labels.flatten())
+
+    model = Own(make(transformers).config)
+    with use_linear_rgd(model), pytest.raises(RuntimeError, match="Own computes its loss in another way"):
+        model(**batch())
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"tau": -1.0}, ValueError),
+        ({"per": "row"}, ValueError),
+        ({"evaluate": "never"}, ValueError),
+        ({"chunk_bytes": 0}, ValueError),
+        ({"label_smoothing": 2.0}, ValueError),
+        ({"weighting": 1.0}, TypeError),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_refused_and_leave_the_model_alone(transformers, settings, error):
+    model = make(transformers)
+    with pytest.raises(error):
+        use_linear_rgd(model, **settings)
+    assert "forward" not in model.__dict__
