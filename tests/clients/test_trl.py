@@ -147,11 +147,13 @@ def token_losses(model, inputs):
     return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none"), labels != -100
 
 
+@pytest.mark.parametrize("linear", [False, True], ids=["fused head", "linear"])
 @pytest.mark.parametrize("per", ["element", "sample"])
 @pytest.mark.parametrize("items", [None, 50])
-def test_fine_tunings_objective_and_gradient_are_the_formula(tmp_path, per, items):
+def test_fine_tunings_objective_and_gradient_are_the_formula(tmp_path, per, items, linear):
     tau = 4.0
-    trainer = train(RGDSFTTrainer, trl.SFTConfig, make_model(), texts(), tmp_path, tau=tau, per=per)
+    settings = {"tau": tau, "per": per, "linear": linear}
+    trainer = train(RGDSFTTrainer, trl.SFTConfig, make_model(), texts(), tmp_path, **settings)
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     model = trainer.model.train()
     losses, kept = token_losses(model, inputs)
@@ -184,11 +186,28 @@ def assert_same_gradient(objective, expected, model):
             torch.testing.assert_close(p, q, rtol=0, atol=tolerance)
 
 
-def test_fine_tuning_makes_one_forward_pass_a_micro_batch(tmp_path):
+@pytest.mark.parametrize("linear", [False, True], ids=["fused head", "linear"])
+def test_fine_tuning_makes_one_forward_pass_a_micro_batch(tmp_path, linear):
     model, calls = make_model(), []
     model.transformer.register_forward_hook(lambda *_: calls.append(1))
-    train(RGDSFTTrainer, trl.SFTConfig, model, texts(), tmp_path)
+    train(RGDSFTTrainer, trl.SFTConfig, model, texts(), tmp_path, linear=linear)
     assert len(calls) == STEPS
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}], ids=["plain", "accumulated"])
+def test_fine_tuning_with_a_linear_head_ends_where_the_fused_head_does(tmp_path, settings):
+    settings = {**settings, "eval_strategy": "steps", "eval_steps": 1}
+    rows = {"eval_dataset": texts(4), "tau": 4.0}
+    mine = train(RGDSFTTrainer, trl.SFTConfig, make_model(), texts(), tmp_path, settings, linear=True, **rows)
+    theirs = train(RGDSFTTrainer, trl.SFTConfig, make_model(), texts(), tmp_path, settings, **rows)
+    tolerance = STEPS * 16 * 43 * EPS
+    for p, q in zip(mine.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+    for a, b in zip(mine.state.log_history, theirs.state.log_history, strict=True):
+        left_out = {"entropy", "mean_token_accuracy"} if "loss" in a else set()
+        assert a.keys() == b.keys() - left_out
+        for name in a.keys() & {"loss", "eval_loss", "eval_entropy", "eval_mean_token_accuracy"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=2e-4), name
 
 
 @pytest.mark.parametrize(
@@ -203,6 +222,29 @@ def test_fine_tuning_makes_one_forward_pass_a_micro_batch(tmp_path):
 def test_fine_tuning_refuses_what_it_would_weigh_wrongly(tmp_path, config, settings, message):
     with pytest.raises(ValueError, match=message):
         train(RGDSFTTrainer, trl.SFTConfig, make_model(), texts(), tmp_path, config, **settings)
+
+
+def test_a_linear_head_refuses_a_mixture_of_experts_whose_auxiliary_loss_trl_adds(tmp_path):
+    config = transformers.MixtralConfig(
+        vocab_size=43,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+        output_router_logits=True,
+        pad_token_id=0,
+    )
+    with pytest.raises(ValueError, match="linear=True leaves no auxiliary loss"):
+        train(
+            RGDSFTTrainer,
+            trl.SFTConfig,
+            transformers.MixtralForCausalLM(config),
+            texts(),
+            tmp_path,
+            linear=True,
+        )
 
 
 DPO_KINDS = [
