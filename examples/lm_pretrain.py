@@ -1,0 +1,493 @@
+"""A small GPT trained from scratch for one epoch, plain and re-weighted, by tokens and by sequences.
+
+The text is Python's standard library, sources with their docstrings, which every machine has; `--data FILE`
+takes another. Its head and its loss are one `LinearRGDLoss` over the tied embedding: logits of a whole batch
+are never made in training.
+
+What is compared, and how:
+
+- Every arm sees the same sequences in the same order, once each, from the same initial model. Only the
+  weights differ: none (ERM), KL, MidrangeKL, or KL with scale -1, which favours what is predicted well
+  already; each for tokens by their own loss and for sequences by their mean loss.
+- Each arm gets its own learning rate: the one of the grid with the best plain validation loss.
+- What is reported is plain, unweighted, on texts that chose nothing: the loss, the accuracy, and the mean
+  loss of the tenth of the sequences that are predicted worst.
+
+With `--resume FOLDER`, a run that was killed and is started again goes on from its last checkpoint and ends
+with the same numbers. On several processes, each takes its part of every batch:
+
+    torchrun --standalone --nproc-per-node 2 examples/lm_pretrain.py
+
+Run `python examples/lm_pretrain.py --help` for the settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import re
+import sysconfig
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, cast
+
+import rgd
+import torch
+import torch.distributed as dist
+from rgd.torch import LinearRGDLoss
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+LEARNING_RATES = (0.001, 0.003, 0.01)
+
+
+class Size(NamedTuple):
+    """Of the model, its text and its training."""
+
+    classes: int = 1024
+    width: int = 64
+    layers: int = 2
+    heads: int = 4
+    length: int = 128
+    batch: int = 16
+    train_tokens: int = 600_000
+    held_out_tokens: int = 50_000
+
+
+class Run(NamedTuple):
+    """One training."""
+
+    arm: str
+    learning_rate: float
+    seed: int
+
+
+# --- text ---
+
+
+def standard_library() -> list[bytes]:
+    """The sources of Python's standard library, without its tests, in the order of their names."""
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    paths = (path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts))
+    return [path.read_bytes() for path in sorted(paths)]
+
+
+def pieces_of(path: pathlib.Path, size: int = 1 << 16) -> list[bytes]:
+    """A file in pieces that end with a line, to be told apart as training, validation and test texts."""
+    pieces, lines = [], []
+    for line in path.read_bytes().splitlines(keepends=True):
+        lines.append(line)
+        if sum(map(len, lines)) >= size:
+            pieces.append(b"".join(lines))
+            lines = []
+    return [*pieces, b"".join(lines)] if lines else pieces
+
+
+class Tokenizer:
+    """A token for each of the commonest words, marks and indentations; what is rarer goes by bytes."""
+
+    _WORD = re.compile(rb" ?\w+| ?[^\w\s]+|\s+")
+
+    def __init__(self, texts: Iterable[bytes], classes: int) -> None:
+        if classes < 257:
+            raise ValueError(
+                f"the vocabulary holds the 256 bytes and some words: give 257 or more, got {classes}"
+            )
+        counts = Counter(word for text in texts for word in self._WORD.findall(text))
+        common = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))
+        self.words = [bytes([byte]) for byte in range(256)] + common[: classes - 256]
+        self._ids = {word: i for i, word in enumerate(self.words)}
+
+    def encode(self, text: bytes) -> list[int]:
+        found: list[int] = []
+        for word in self._WORD.findall(text):
+            known = self._ids.get(word)
+            found.extend(word if known is None else (known,))
+        return found
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self.words[i] for i in ids)
+
+
+class Corpus(NamedTuple):
+    """Sequences of token ids, shape (n, length), for training, choosing and testing; from different texts."""
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+    tokenizer: Tokenizer
+
+
+def corpus(texts: Sequence[bytes], size: Size) -> Corpus:
+    """Texts cut into sequences: a tenth of the texts for validation, a tenth for the test, at random."""
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+    parts = [[texts[i] for i in order[0::10]], [texts[i] for i in order[1::10]]]
+    train = [texts[i] for place, i in enumerate(order) if place % 10 > 1]
+    tokenizer = Tokenizer(train, size.classes)
+
+    def sequences(texts: Sequence[bytes], tokens: int) -> Tensor:
+        ids: list[int] = []
+        for text in texts:
+            if len(ids) >= tokens:
+                break
+            ids.extend(tokenizer.encode(text))
+        count = min(len(ids), tokens) // size.length
+        if not count:
+            raise ValueError(
+                f"the text has no {size.length} tokens for each of its three parts: give more of it"
+            )
+        return torch.tensor(ids[: count * size.length]).view(count, size.length)
+
+    validation, test = (sequences(part, size.held_out_tokens) for part in parts)
+    return Corpus(sequences(train, size.train_tokens), validation, test, tokenizer)
+
+
+# --- model ---
+
+
+class Block(nn.Module):
+    """Causal attention and a feed-forward layer, each added to what it reads."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before_attention, self.before_feedforward = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.attention_in = nn.Linear(width, 3 * width, bias=False)
+        self.attention_out = nn.Linear(width, width, bias=False)
+        self.feedforward = nn.Sequential(
+            nn.Linear(width, 4 * width, bias=False), nn.GELU(), nn.Linear(4 * width, width, bias=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, length, width = x.shape
+        parts = self.attention_in(self.before_attention(x)).view(rows, length, 3, self.heads, -1)
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attention_out(mixed.transpose(1, 2).reshape(rows, length, width))
+        return x + self.feedforward(self.before_feedforward(x))
+
+
+class GPT(nn.Module):
+    """Token ids (B, T) to hidden states (B, T, width); the embedding is the head as well."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(size.classes, size.width)
+        self.positions = nn.Embedding(size.length, size.width)
+        self.blocks = nn.Sequential(*(Block(size.width, size.heads) for _ in range(size.layers)))
+        self.norm = nn.RMSNorm(size.width)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids) + self.positions.weight[: ids.shape[1]]
+        return self.norm(self.blocks(x))
+
+
+class Pretraining(nn.Module):
+    """A GPT with its loss: token ids (B, T) to the objective."""
+
+    def __init__(self, size: Size, weighting: rgd.Weighting, per: str) -> None:
+        super().__init__()
+        self.model = GPT(size)
+        self.criterion = LinearRGDLoss.tie(self.model.embedding, weighting=weighting, per=per, shift=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.criterion(self.model(ids), ids)
+
+
+# --- training ---
+
+
+def weightings(
+    classes: int, tau: float | None = None, scale: float = 1.0
+) -> dict[str, tuple[rgd.Weighting, str]]:
+    """The arms: a weighting, and whether tokens or sequences are weighted.
+
+    tau is log C unless given: the loss of a fresh model. With a smaller one, every token would weigh the same
+    until the model has got below it.
+    """
+    tau = math.log(classes) if tau is None else tau
+    arms: dict[str, tuple[rgd.Weighting, str]] = {"ERM": (rgd.ERM(), "element")}
+    for unit, per in (("token", "element"), ("sequence", "sample")):
+        arms[f"KL(tau={tau:.2g}), {unit}"] = (rgd.KL(tau), per)
+        arms[f"MidrangeKL({scale:g}), {unit}"] = (rgd.MidrangeKL(scale), per)
+        arms[f"KL(inf, scale=-1), {unit}"] = (rgd.KL(math.inf, scale=-1.0), per)
+    return arms
+
+
+def rate_at(step: int, steps: int) -> float:
+    """The share of the learning rate at a step: a tenth of the steps up, a cosine down to a tenth."""
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+
+
+@torch.no_grad()
+def evaluate(model: GPT, sequences: Tensor, batch: int = 64) -> dict[str, float]:
+    """Plain loss and accuracy of all tokens, and the mean loss of the worst tenth of the sequences."""
+    losses, right = [], []
+    for ids in sequences.split(batch):
+        logits = F.linear(model(ids)[:, :-1], model.embedding.weight).float()
+        losses.append(F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1))
+        right.append((logits.argmax(-1) == ids[:, 1:]).float().mean(1))
+    of_sequences = torch.cat(losses).double()
+    worst = of_sequences.topk(max(1, round(len(of_sequences) / 10))).values
+    return {
+        "loss": of_sequences.mean().item(),
+        "accuracy": torch.cat(right).double().mean().item(),
+        "worst tenth": worst.mean().item(),
+    }
+
+
+def train(  # noqa: PLR0917
+    run: Run,
+    size: Size,
+    data: Corpus,
+    weighting: rgd.Weighting,
+    per: str,
+    checkpoint: pathlib.Path | None = None,
+    every: int = 50,
+    tick: Callable[[int], object] = lambda _: None,
+) -> dict[str, Any]:
+    """One epoch: plain results on the test texts, and the validation loss on the way.
+
+    Args:
+        run: Learning rate and seed; the seed sets the initial model and the order of the sequences.
+        size: Of the model and the batches.
+        data: What is trained on and evaluated on.
+        weighting: What turns losses into weights.
+        per: "element" for tokens, "sample" for sequences.
+        checkpoint: Where to keep the training so far, and to look for it; None for nowhere.
+        every: Steps between two checkpoints, and between two evaluations.
+        tick: Called with the number of steps done since it was last called.
+    """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(run.seed)
+    pretraining = Pretraining(size, weighting, per).to(device)
+    wrapped = DistributedDataParallel(pretraining) if ranks > 1 else pretraining
+    matrices = [p for p in pretraining.parameters() if p.dim() > 1]
+    vectors = [p for p in pretraining.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=run.learning_rate, betas=(0.9, 0.95))
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(run.seed))
+    batches = order[: len(order) - len(order) % size.batch].view(-1, size.batch)
+    validation, test = data.validation.to(device), data.test.to(device)
+
+    done, curve = 0, []
+    if checkpoint is not None and checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=device)
+        pretraining.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        done, curve = saved["step"], saved["curve"]
+    tick(done)
+    for step in range(done, len(batches)):
+        for group in optimizer.param_groups:
+            group["lr"] = run.learning_rate * rate_at(step, len(batches))
+        own = data.train[batches[step].tensor_split(ranks)[rank]].to(device)
+        optimizer.zero_grad()
+        wrapped(own).backward()
+        optimizer.step()
+        tick(1)
+        if (step + 1) % every == 0 or step + 1 == len(batches):
+            curve.append(
+                [(step + 1) * size.batch * size.length, evaluate(pretraining.model, validation)["loss"]]
+            )
+            if checkpoint is not None and rank == 0:
+                state = {"model": pretraining.state_dict(), "optimizer": optimizer.state_dict()}
+                partial = checkpoint.with_suffix(".part")
+                torch.save({**state, "step": step + 1, "curve": curve}, partial)
+                os.replace(partial, checkpoint)  # a run that is killed here leaves a whole checkpoint
+    return {"validation": curve[-1][1], "curve": curve, **evaluate(pretraining.model, test)}
+
+
+def train_all(  # noqa: PLR0917
+    runs: Sequence[Run],
+    size: Size,
+    data: Corpus,
+    arms: dict[str, tuple[rgd.Weighting, str]],
+    folder: pathlib.Path | None = None,
+    every: int = 50,
+) -> dict[Run, dict[str, Any]]:
+    """Every run, or what is left of them in a folder that holds results and a checkpoint."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    results: dict[Run, dict[str, Any]] = {}
+    finished = None if folder is None else folder / "results.jsonl"
+    if folder is not None and finished is not None:
+        settings = json.dumps([size, [repr(arm) for arm in arms.values()], data.train.sum().item()])
+        marker = folder / "settings.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        if marker.exists() and marker.read_text() != settings:
+            raise SystemExit(
+                f"{folder} holds runs of other settings or another text: remove it, or name another"
+            )
+        if rank == 0:
+            marker.write_text(settings)
+        if finished.exists():
+            for line in finished.read_text().splitlines():
+                name, result = json.loads(line)
+                results[Run(*name)] = result
+        if dist.is_initialized():
+            dist.barrier()
+    steps = len(data.train) // size.batch
+    with tqdm(total=steps * len(runs), unit="step", desc="training", smoothing=0.05, disable=rank > 0) as bar:
+        for number, run in enumerate(runs):
+            bar.set_postfix_str(f"{number + 1}/{len(runs)}: {run.arm}, rate {run.learning_rate:g}")
+            if run in results:
+                bar.update(steps)
+                continue
+            checkpoint = None if folder is None else folder / f"run{number}.pt"
+            results[run] = train(run, size, data, *arms[run.arm], checkpoint, every, bar.update)
+            if rank == 0 and finished is not None and checkpoint is not None:
+                with finished.open("a") as file:
+                    file.write(json.dumps([run, results[run]]) + "\n")
+                checkpoint.unlink(missing_ok=True)
+    return results
+
+
+# --- report ---
+
+
+class Row(NamedTuple):
+    """An arm at the learning rate that validation chose, means over the seeds."""
+
+    arm: str
+    learning_rate: float
+    validation: float
+    loss: float
+    accuracy: float
+    worst: float
+    curve: list[list[float]]
+
+
+def rows_of(results: dict[Run, dict[str, Any]]) -> list[Row]:
+    """One row an arm, in the order of the runs."""
+    chosen: dict[str, Row] = {}
+    for run in results:
+        same = [r for other, r in results.items() if other[:2] == run[:2]]
+        mean = [
+            sum(r[name] for r in same) / len(same)
+            for name in ("validation", "loss", "accuracy", "worst tenth")
+        ]
+        curve = torch.tensor([r["curve"] for r in same], dtype=torch.float64).mean(0).tolist()
+        row = Row(run.arm, run.learning_rate, *mean, curve)
+        best = chosen.get(run.arm)
+        # A validation loss that is not finite loses, whatever it is compared with.
+        if best is None or row.validation < best.validation or math.isnan(best.validation):
+            chosen[run.arm] = row
+    return list(chosen.values())
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = [f"{'':<28} {'rate':>6} {'validation':>11} {'test loss':>10} {'accuracy':>9} {'worst tenth':>12}"]
+    for r in rows:
+        numbers = f"{r.validation:>11.3f} {r.loss:>10.3f} {r.accuracy:>9.1%} {r.worst:>12.3f}"
+        lines.append(f"{r.arm:<28} {r.learning_rate:>6g} {numbers}")
+    return "\n".join(lines)
+
+
+def picture(rows: Sequence[Row], path: pathlib.Path) -> None:
+    """Validation loss against tokens seen, and loss and worst tenth on the test texts, arm by arm."""
+    import matplotlib as mpl  # noqa: PLC0415
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    figure, (curves, ends) = plt.subplots(
+        1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=(1.15, 1)
+    )
+    base = rows[0]
+    for place, row in enumerate(rows):
+        color = f"C{place}"
+        tokens, losses = zip(*row.curve, strict=True)
+        style = "-" if place == 0 else "--" if row.arm.endswith("token") else ":"
+        curves.plot([t / 1e3 for t in tokens], losses, style, color=color, label=row.arm)
+        ends.plot(row.loss - base.loss, place, "o", color=color)
+        ends.plot(row.worst - base.worst, place, "^", color=color)
+    curves.set_xlabel("thousand tokens seen")
+    curves.set_ylabel("plain validation loss, nats a token")
+    curves.legend(frameon=False, fontsize=9)
+    ends.axvline(0, color="0.8", zorder=0)
+    ends.set_yticks(range(len(rows)), [row.arm for row in rows], fontsize=9)
+    ends.invert_yaxis()
+    ends.set_xlabel(f"difference to {base.arm}, nats: ● test loss, ▲ its worst tenth of sequences")
+    for axes in (curves, ends):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        "A small GPT, one epoch, learning rate chosen for each arm", x=0.01, ha="left", fontsize=12
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    usual = Size()
+    parser = argparse.ArgumentParser(description="A small GPT from scratch, plain and re-weighted")
+    parser.add_argument("--data", type=pathlib.Path, help="a text file (default: Python's standard library)")
+    parser.add_argument(
+        "--tau", type=float, help="clipping factor of the KL arms (default: log of the vocabulary)"
+    )
+    parser.add_argument("--scale", type=float, default=1.0, help="scale of the MidrangeKL arms (default: 1)")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=LEARNING_RATES, help="learning rates to choose from"
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each kind (default: 1)")
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke test: a tiny model, few tokens, one rate"
+    )
+    parser.add_argument(
+        "--resume", type=pathlib.Path, help="folder for checkpoints, to go on from when started again"
+    )
+    parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=pathlib.Path(__file__).with_suffix(".png"), help="the picture"
+    )
+    for name, value in usual._asdict().items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"(default: {value})")
+    options = parser.parse_args(arguments)
+    size = Size(320, 16, 1, 2, 32, 8, 4_000, 2_000) if options.quick else usual
+    given = {name: getattr(options, name) for name in usual._fields}
+    size = size._replace(**{name: value for name, value in given.items() if value is not None})
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group()
+    first = not dist.is_initialized() or dist.get_rank() == 0
+
+    data = corpus(standard_library() if options.data is None else pieces_of(options.data), size)
+    arms = weightings(size.classes, options.tau, options.scale)
+    rates = options.rates[:1] if options.quick else options.rates
+    runs = [Run(arm, rate, seed) for arm in arms for rate in rates for seed in range(options.seeds)]
+    if first:
+        parameters = sum(p.numel() for p in GPT(size).parameters())
+        print(
+            f"{len(runs)} trainings of {data.train.numel():,} tokens: {len(arms)} arms, {len(rates)} rates, "
+            f"{options.seeds} seeds;\n{parameters:,} parameters, {size.classes} classes",
+            flush=True,
+        )
+    rows = rows_of(train_all(runs, size, data, arms, options.resume, 5 if options.quick else 50))
+    if first:
+        print(table(rows))
+        print("\nPlain losses in nats a token. 'rate' is the learning rate of the best validation loss; test")
+        print(
+            "loss, accuracy and the loss of the worst tenth of the sequences are of texts that chose nothing."
+        )
+        picture(rows, options.output)
+        print(f"\nPicture: {options.output}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return cast("list[Row]", rows)
+
+
+if __name__ == "__main__":
+    main()
