@@ -80,12 +80,13 @@ def standard_library() -> list[bytes]:
 
 def pieces_of(path: pathlib.Path, size: int = 1 << 16) -> list[bytes]:
     """A file in pieces that end with a line, to be told apart as training, validation and test texts."""
-    pieces, lines = [], []
+    pieces, lines, length = [], [], 0
     for line in path.read_bytes().splitlines(keepends=True):
         lines.append(line)
-        if sum(map(len, lines)) >= size:
+        length += len(line)
+        if length >= size:
             pieces.append(b"".join(lines))
-            lines = []
+            lines, length = [], 0
     return [*pieces, b"".join(lines)] if lines else pieces
 
 
@@ -325,19 +326,19 @@ def train_all(  # noqa: PLR0917
     if folder is not None and finished is not None:
         settings = json.dumps([size, [repr(arm) for arm in arms.values()], data.train.sum().item()])
         marker = folder / "settings.json"
-        folder.mkdir(parents=True, exist_ok=True)
-        if marker.exists() and marker.read_text() != settings:
-            raise SystemExit(
-                f"{folder} holds runs of other settings or another text: remove it, or name another"
-            )
         if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            if marker.exists() and marker.read_text() != settings:
+                raise SystemExit(
+                    f"{folder} holds runs of other settings or another text: name another folder"
+                )
             marker.write_text(settings)
         if finished.exists():
             for line in finished.read_text().splitlines():
                 name, result = json.loads(line)
                 results[Run(*name)] = result
         if dist.is_initialized():
-            dist.barrier()
+            dist.barrier()  # so that all know the same results, and none starts with what another adds
     steps = len(data.train) // size.batch
     with tqdm(total=steps * len(runs), unit="step", desc="training", smoothing=0.05, disable=rank > 0) as bar:
         for number, run in enumerate(runs):

@@ -10,7 +10,7 @@ import pytest
 import rgd
 import torch
 from rgd.integrations.transformers import RGDStatsCallback, rgd_loss_func, use_linear_rgd
-from rgd.torch import RGDLoss, WeightingSchedule
+from rgd.torch import LinearRGDLoss, RGDLoss, WeightingSchedule
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -511,3 +511,75 @@ def test_bad_settings_are_refused_and_leave_the_model_alone(transformers, settin
     with pytest.raises(error):
         use_linear_rgd(model, **settings)
     assert "forward" not in model.__dict__
+
+
+# --- several processes ---
+
+
+def sharded(rank, size):
+    import transformers  # noqa: PLC0415
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
+
+    mesh = init_device_mesh("cpu", (size,))
+    model = make(transformers).train()
+    with use_linear_rgd(model, tau=8.0):
+        fully_shard(model.lm_head, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return steps_of(model, rank, size)
+
+
+def steps_of(model, rank, size):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    inputs = {name: values[rank * 4 // size : (rank + 1) * 4 // size] for name, values in batch(4).items()}
+    inputs["labels"] = inputs["input_ids"]  # as many labels on each rank
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(**inputs)["loss"].backward()
+        optimizer.step()
+    return [p.full_tensor().detach() if size > 1 else p.detach() for p in model.parameters()]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+def test_a_sharded_model_ends_where_one_process_does(transformers, run):
+    model = make(transformers).train()
+    with use_linear_rgd(model, tau=8.0):
+        expected = steps_of(model, 0, 1)
+    for outcome in run(2, sharded):
+        assert_same(outcome, expected, 1e-11)
+
+
+class LanguageModel(nn.Module):
+    """A model that returns its loss; its head is in the criterion alone, or its embedding."""
+
+    def __init__(self, tied):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(CLASSES, 8)
+        self.body = nn.Linear(8, 8)
+        lm_head = self.embedding if tied else nn.Linear(8, CLASSES)
+        self.criterion = LinearRGDLoss.tie(lm_head, tau=8.0, shift=True)
+        self.double()
+
+    def forward(self, input_ids, labels):
+        return {"loss": self.criterion(torch.tanh(self.body(self.embedding(input_ids))), labels)}
+
+
+def sharded_tie(rank, size, tied):
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
+
+    mesh = init_device_mesh("cpu", (size,))
+    model = LanguageModel(tied)
+    if not tied:
+        fully_shard(model.criterion, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return steps_of(model, rank, size)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_sharded_head_that_the_criterion_ties_ends_where_one_process_does(run, tied):
+    expected = steps_of(LanguageModel(tied), 0, 1)
+    for outcome in run(2, sharded_tie, tied):
+        assert_same(outcome, expected, 1e-11)

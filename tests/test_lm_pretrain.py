@@ -1,0 +1,233 @@
+"""The pre-training example: its texts, its model, that it goes on after a kill, and on two processes."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import rgd
+import torch
+from torch.nn import functional as F
+
+EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "lm_pretrain.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def lm():
+    """`examples/lm_pretrain.py` as a module."""
+    spec = importlib.util.spec_from_file_location("lm_pretrain", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A file of some 25 pieces, for the runs to read less than the standard library."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    lines = [f"line {i} of {i * i} holds {i % 7} words and {i % 11} marks\n" for i in range(40_000)]
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(lm, text):
+    return lm.corpus(lm.pieces_of(text), small(lm))
+
+
+def small(lm):
+    return lm.Size(300, 16, 1, 2, 16, 8, 3000, 1000)
+
+
+def finished(command, **settings):
+    done = subprocess.run(
+        [sys.executable, *command], check=False, capture_output=True, text=True, env=ENVIRONMENT, **settings
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def table_of(output):
+    return [line for line in output.splitlines() if line.startswith(("ERM", "KL", "MidrangeKL"))]
+
+
+@pytest.fixture(scope="module")
+def quick(text, tmp_path_factory):
+    """Command, picture and output of the quick run."""
+    path = tmp_path_factory.mktemp("quick") / "folder" / "picture.png"
+    command = [EXAMPLE, "--quick", "--data", text, "--output", path]
+    return command, path, finished(command)
+
+
+def test_it_prints_a_row_for_each_arm_and_draws_its_picture(quick):
+    _, path, output = quick
+    assert [line.split("  ")[0] for line in table_of(output)] == [
+        "ERM",
+        "KL(tau=5.8), token",
+        "MidrangeKL(1), token",
+        "KL(inf, scale=-1), token",
+        "KL(tau=5.8), sequence",
+        "MidrangeKL(1), sequence",
+        "KL(inf, scale=-1), sequence",
+    ]
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert (EXAMPLE.parents[1] / "docs" / "lm_pretrain.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_is_killed_and_started_again_ends_with_the_same_numbers(quick, tmp_path):
+    command, _, whole = quick
+    command = [*command, "--resume", tmp_path / "runs"]
+    process = subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+    )
+    results = tmp_path / "runs" / "results.jsonl"
+    started = time.monotonic()
+    while time.monotonic() - started < 60 and process.poll() is None:
+        # In the middle of the third training or later, with a checkpoint there.
+        lines = results.read_text().count("\n") if results.exists() else 0
+        if lines >= 2 and list(results.parent.glob("run*.pt")):
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 2 <= results.read_text().count("\n") < 7
+    assert table_of(finished(command)) == table_of(whole)
+    assert not list(results.parent.glob("run*.pt"))
+
+
+def test_a_training_goes_on_from_its_checkpoint_and_not_from_its_beginning(lm, data, tmp_path):
+    run, size = lm.Run("ERM", 0.003, 0), small(lm)
+    whole = lm.train(run, size, data, rgd.ERM(), "element", every=5)
+
+    class Killed(Exception):
+        pass
+
+    done = []
+
+    def kill(steps):
+        done.append(steps)
+        if sum(done) == 13:
+            raise Killed
+
+    path = tmp_path / "run.pt"
+    with pytest.raises(Killed):
+        lm.train(run, size, data, rgd.ERM(), "element", path, 5, kill)
+    done.clear()
+    again = lm.train(run, size, data, rgd.ERM(), "element", path, 5, done.append)
+    assert done[0] == 10
+    assert again == whole
+
+
+def test_a_folder_of_other_settings_is_refused(lm, data, tmp_path):
+    size = small(lm)
+    arms = {"ERM": (rgd.ERM(), "element")}
+    lm.train_all([lm.Run("ERM", 0.003, 0)], size, data, arms, tmp_path)
+    with pytest.raises(SystemExit, match="other settings"):
+        lm.train_all([lm.Run("ERM", 0.003, 0)], size._replace(layers=2), data, arms, tmp_path)
+
+
+def test_two_processes_end_with_the_numbers_of_one(quick, tmp_path):
+    command, _, one = quick
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    two = finished([*launch, *command, "--resume", tmp_path / "runs"], timeout=240, cwd=tmp_path)
+    for mine, theirs in zip(table_of(two), table_of(one), strict=True):
+        numbers = [[float(x.rstrip("%")) for x in line.split()[-4:]] for line in (mine, theirs)]
+        # Sums in another order, and then the third digit after the point may round to another.
+        assert numbers[0] == pytest.approx(numbers[1], abs=0.11 if "%" in mine else 0.0011)
+    assert (tmp_path / "runs" / "results.jsonl").read_text().count("\n") == 7
+
+
+def test_tokens_give_back_their_text(lm):
+    texts = [b"def f(x):\n    return x + 1\n", "žluťoučký kůň\n".encode(), bytes(range(256))]
+    tokenizer = lm.Tokenizer(texts[:1], 300)
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert max(ids) < len(tokenizer.words)
+    assert len(tokenizer.encode(texts[0])) < len(texts[0])
+    with pytest.raises(ValueError, match="257"):
+        lm.Tokenizer(texts, 256)
+
+
+def test_the_standard_library_is_its_sources_without_tests(lm):
+    texts = lm.standard_library()
+    assert pathlib.Path(json.__file__).read_bytes() in texts
+    assert sum(map(len, texts)) > 5_000_000
+
+
+def test_training_validation_and_test_come_from_different_texts(lm):
+    texts = [bytes([65 + i]) * 400 for i in range(30)]
+    data = lm.corpus(texts, lm.Size(257, length=20, train_tokens=10**6, held_out_tokens=10**6))
+    seen = [set(part.flatten().tolist()) for part in data[:3]]
+    assert [len(part) for part in seen] == [24, 3, 3]
+    assert len(set.union(*seen)) == 30
+    with pytest.raises(ValueError, match="give more of it"):
+        lm.corpus([b"short"], lm.Size(257))
+
+
+def test_a_file_is_cut_at_lines(lm, tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_bytes(b"".join(b"%d\n" % i for i in range(1000)))
+    pieces = lm.pieces_of(path, 100)
+    assert b"".join(pieces) == path.read_bytes()
+    assert all(piece.endswith(b"\n") for piece in pieces)
+    assert len(pieces) > 20
+
+
+def test_the_model_sees_no_later_token(lm):
+    torch.manual_seed(0)
+    model = lm.GPT(small(lm))
+    ids = torch.randint(300, (2, 16))
+    later = ids.clone()
+    later[:, 9:] = (later[:, 9:] + 1) % 300
+    before, after = model(ids), model(later)
+    # Eight roundings of sums over 16 numbers.
+    torch.testing.assert_close(before[:, :9], after[:, :9], rtol=0, atol=128 * torch.finfo(torch.float32).eps)
+    assert (before[:, 9:] - after[:, 9:]).abs().amax() > 1e-3
+
+
+def test_the_evaluation_is_plain(lm, data):
+    torch.manual_seed(0)
+    model = lm.GPT(small(lm)).double()
+    found = lm.evaluate(model, data.test, batch=7)
+    logits = F.linear(model(data.test)[:, :-1], model.embedding.weight).float()
+    losses = F.cross_entropy(logits.transpose(1, 2), data.test[:, 1:], reduction="none").mean(1)
+    worst = losses.sort().values[-round(len(losses) / 10) :]
+    assert found["loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
+    assert found["worst tenth"] == pytest.approx(worst.mean().item(), rel=1e-6)
+    assert found["worst tenth"] > found["loss"]
+
+
+def test_the_objective_is_the_re_weighted_cross_entropy_of_the_next_token(lm, data):
+    torch.manual_seed(0)
+    pretraining = lm.Pretraining(small(lm), rgd.KL(5.0), "sample")
+    ids = data.train[:4]
+    logits = F.linear(pretraining.model(ids)[:, :-1], pretraining.model.embedding.weight)
+    expected = rgd.torch.cross_entropy(
+        logits.transpose(1, 2), ids[:, 1:], weighting=rgd.KL(5.0), per="sample"
+    )
+    torch.testing.assert_close(pretraining(ids), expected, rtol=300 * torch.finfo(torch.float32).eps, atol=0)
+    assert pretraining.criterion.linear is pretraining.model.embedding
+
+
+def test_the_rate_is_chosen_on_validation_whatever_the_test_says(lm):
+    def result(validation, loss):
+        ends = {"validation": validation, "loss": loss, "accuracy": 0.5, "worst tenth": loss + 1}
+        return {**ends, "curve": [[1, validation]]}
+
+    results = {
+        lm.Run("ERM", 0.1, 0): result(float("nan"), 1.0),
+        lm.Run("ERM", 0.2, 0): result(3.0, 5.0),
+        lm.Run("ERM", 0.2, 1): result(4.0, 6.0),
+        lm.Run("ERM", 0.3, 0): result(3.6, 2.0),
+    }
+    (row,) = lm.rows_of(results)
+    assert (row.learning_rate, row.validation, row.loss, row.worst) == (0.2, 3.5, 5.5, 6.5)
