@@ -333,6 +333,61 @@ def test_a_new_head_is_found(transformers):
     assert_same(gradients(loss, model), gradients(expected, model))
 
 
+class LowRank(nn.Module):
+    """A frozen layer and what is trained beside it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.down = nn.Linear(layer.in_features, 2, bias=False).to(layer.weight)
+        self.up = nn.Linear(2, layer.out_features, bias=False).to(layer.weight)
+
+    def forward(self, input):
+        return self.layer(input) + self.up(self.down(input))
+
+
+class Adapted(nn.Module):
+    """A model inside another, as adapters have it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = model.requires_grad_(False)
+        attention = model.model.layers[0].self_attn
+        attention.v_proj = LowRank(attention.v_proj)
+
+    def get_base_model(self):
+        return self.base_model
+
+    def forward(self, **inputs):
+        return self.base_model(**inputs)
+
+
+def test_adapters_beside_a_frozen_head_are_trained(transformers):
+    model, inputs = Adapted(make(transformers)).train(), batch()
+    expected = from_logits(model, inputs, tau=8.0)
+    with use_linear_rgd(model, tau=8.0):
+        outputs = model(**inputs)
+        assert outputs.logits is None
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert len(trained) == 2
+        assert_same(torch.autograd.grad(outputs.loss, trained), torch.autograd.grad(expected, trained))
+
+
+def test_hooks_of_accelerate_around_the_head_still_run(transformers):
+    from accelerate.hooks import ModelHook, add_hook_to_module  # noqa: PLC0415
+
+    class Doubled(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            return tuple(2 * arg for arg in args), kwargs
+
+    model, inputs = make(transformers).train(), batch()
+    add_hook_to_module(model.lm_head, Doubled())
+    expected = from_logits(model, inputs, tau=8.0)
+    with use_linear_rgd(model, tau=8.0):
+        loss = model(**inputs).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
 # --- the Trainer ---
 
 
