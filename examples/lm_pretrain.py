@@ -43,7 +43,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-LEARNING_RATES = (0.001, 0.003, 0.01)
+LEARNING_RATES = (0.0003, 0.001, 0.003, 0.01)
 
 
 class Size(NamedTuple):
@@ -346,7 +346,8 @@ def train_all(  # noqa: PLR0917
             if run in results:
                 bar.update(steps)
                 continue
-            checkpoint = None if folder is None else folder / f"run{number}.pt"
+            name = re.sub(r"[^\w.=-]+", "_", "_".join(map(str, run)))
+            checkpoint = None if folder is None else folder / f"{name}.pt"
             results[run] = train(run, size, data, *arms[run.arm], checkpoint, every, bar.update)
             if rank == 0 and finished is not None and checkpoint is not None:
                 with finished.open("a") as file:
@@ -467,7 +468,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
 
     data = corpus(standard_library() if options.data is None else pieces_of(options.data), size)
     arms = weightings(size.classes, options.tau, options.scale)
-    rates = options.rates[:1] if options.quick else options.rates
+    rates = (0.003,) if options.quick else options.rates
     runs = [Run(arm, rate, seed) for arm in arms for rate in rates for seed in range(options.seeds)]
     if first:
         parameters = sum(p.numel() for p in GPT(size).parameters())

@@ -93,14 +93,14 @@ def test_a_run_that_is_killed_and_started_again_ends_with_the_same_numbers(quick
     while time.monotonic() - started < 60 and process.poll() is None:
         # In the middle of the third training or later, with a checkpoint there.
         lines = results.read_text().count("\n") if results.exists() else 0
-        if lines >= 2 and list(results.parent.glob("run*.pt")):
+        if lines >= 2 and list(results.parent.glob("*.pt")):
             break
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert 2 <= results.read_text().count("\n") < 7
     assert table_of(finished(command)) == table_of(whole)
-    assert not list(results.parent.glob("run*.pt"))
+    assert not list(results.parent.glob("*.pt"))
 
 
 def test_a_training_goes_on_from_its_checkpoint_and_not_from_its_beginning(lm, data, tmp_path):
