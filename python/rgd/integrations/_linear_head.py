@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rgd.stats import WeightStats
-from rgd.torch._linear import Chunking
+from rgd.torch._linear_checks import Chunking
 from rgd.torch.backends._registry import autocasts
 from rgd.torch.linear import LinearRGDLoss
 from rgd.weightings import Weighting
