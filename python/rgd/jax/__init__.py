@@ -11,14 +11,23 @@ remembers gives and takes its state:
     objective, state = rgd.jax.reweighted_mean(losses, weighting, state=state)
 
 Everything is plain `jax.numpy`, but for the cross-entropy on a CPU, which is a Rust kernel where that is
-faster (`rgd.jax.cross_entropy`).
+faster (`rgd.jax.cross_entropy`). `rgd.jax.linear_cross_entropy` takes the inputs and the kernel of an output
+layer, and never makes all logits.
 """
 
 from rgd.jax import _pytrees  # pyright: ignore[reportUnusedImport] # noqa: F401 - registers the weightings
 from rgd.jax.cross_entropy import cross_entropy
 from rgd.jax.functional import reweighted_mean, sample_weights, value_and_grad, weight_stats
+from rgd.jax.linear import linear_cross_entropy
 
-__all__ = ["cross_entropy", "reweighted_mean", "sample_weights", "value_and_grad", "weight_stats"]
+__all__ = [
+    "cross_entropy",
+    "linear_cross_entropy",
+    "reweighted_mean",
+    "sample_weights",
+    "value_and_grad",
+    "weight_stats",
+]
 
 
 def __dir__() -> list[str]:

@@ -229,14 +229,37 @@ def pmax(value: jax.Array, axis_name: AxisName) -> jax.Array:
     return value if axis_name is None else lax.pmax(value, cast("Any", axis_name))
 
 
-def check_bound(axis_name: AxisName) -> None:
-    """Raise where `axis_name` names no mapped axis."""
+def mapped_axes(array: jax.Array) -> frozenset[Any]:
+    """The axes of `jax.shard_map` that an array varies over, by either of the names jax has had for them."""
+    aval: Any = jax.typeof(array)
+    if hasattr(aval, "vma"):
+        return frozenset(aval.vma)
+    return frozenset(getattr(getattr(aval, "manual_axis_type", None), "varying", ()))
+
+
+def vary(tree: Any, axes: frozenset[Any]) -> Any:
+    """The same arrays, varying over these axes of `jax.shard_map`; the transpose sums over those added."""
+
+    def one(array: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - mapped_axes(array), key=str))
+        if not missing:
+            return array
+        changed: Any = lax
+        if hasattr(lax, "pcast"):
+            return changed.pcast(array, missing, to="varying")
+        return changed.pvary(array, missing)
+
+    return jax.tree_util.tree_map(one, tree) if axes else tree
+
+
+def check_bound(axis_name: AxisName, argument: str = "axis_name") -> None:
+    """Raise where `axis_name`, given as `argument`, names no mapped axis."""
     try:
         psum(jnp.ones(()), axis_name)
     except NameError as error:
         raise ValueError(
-            f"axis_name={axis_name!r} is not bound here: call this inside a jax.shard_map, jax.pmap or "
-            "jax.vmap that maps over an axis of that name, or leave axis_name out"
+            f"{argument}={axis_name!r} is not bound here: call this inside a jax.shard_map, jax.pmap or "
+            f"jax.vmap that maps over an axis of that name, or leave {argument} out"
         ) from error
 
 
@@ -311,14 +334,14 @@ def _compiled(structure: Any, numbers: Any, vmapped: int, arrays: Any, *argument
 
 def gather(array: jax.Array, axis_name: AxisName) -> jax.Array:
     """The last axes of all devices, one after the other."""
-    for name in reversed(_names(axis_name)):
+    for name in reversed(names_of(axis_name)):
         array = lax.all_gather(array, name, axis=array.ndim - 1, tiled=True)
     return array
 
 
 def _own_part(array: jax.Array, count: int, axis_name: AxisName) -> jax.Array:
     """The `count` entries of the last axis that this device has given to `gather`."""
-    names = _names(axis_name)
+    names = names_of(axis_name)
     if not names:
         return array
     index: Any = 0
@@ -327,7 +350,8 @@ def _own_part(array: jax.Array, count: int, axis_name: AxisName) -> jax.Array:
     return lax.dynamic_slice_in_dim(array, index * count, count, axis=array.ndim - 1)
 
 
-def _names(axis_name: AxisName) -> tuple[Any, ...]:
+def names_of(axis_name: AxisName) -> tuple[Any, ...]:
+    """The names, as a tuple."""
     if axis_name is None:
         return ()
     return tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)

@@ -19,7 +19,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from rgd import _rgd
-from rgd.jax._batch import Losses, as_constants, pointwise_weights, weighted
+from rgd.jax._batch import Losses, as_constants, mapped_axes, pointwise_weights, weighted
 from rgd.jax._rows import IGNORED, adjusted, index_losses
 from rgd.weightings import Weighting
 from rgd.weightings._base import Kernel, holds_everywhere, kernel_of
@@ -60,7 +60,7 @@ def weighted_sum(
     Returns:
         The sum, in the accumulator's dtype.
     """
-    _register()
+    register()
     dtype = jnp.promote_types(logits.dtype, jnp.float32)
     weighting = as_constants(weighting, dtype)
     kind, numbers = cast("Kernel", kernel_of(weighting))
@@ -76,7 +76,8 @@ def weighted_sum(
 
 
 @functools.cache
-def _register() -> None:
+def register() -> None:
+    """Make the kernel known to XLA, once."""
     # XLA's CPU client is started first: it must not find a handler of ours at its start.
     jax.local_devices(backend="cpu")
     jax.ffi.register_ffi_target(TARGET, _rgd.xla_handler(), platform="cpu", api_version=1)
@@ -100,7 +101,7 @@ def _weighted_sum(  # noqa: PLR0917 - a custom derivative takes its arguments by
 @_weighted_sum.defjvp
 def _(options: Options, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
     logits, codes, added, settings, mass, norm, weighting = primals
-    losses, weights, gradient = _kernel(options, logits, codes, added, settings, weighting)
+    losses, weights, gradient = kernel(options, logits, codes, added, settings, weighting)
     value = _total(losses, weights, mass, norm)
     return value, jnp.sum(gradient.astype(value.dtype) * tangents[0].astype(value.dtype))
 
@@ -110,7 +111,7 @@ def _total(losses: jax.Array, weights: jax.Array, mass: jax.Array | None, norm: 
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _kernel(  # noqa: PLR0917
+def kernel(  # noqa: PLR0917
     options: Options,
     logits: jax.Array,
     codes: jax.Array,
@@ -119,7 +120,7 @@ def _kernel(  # noqa: PLR0917
     weighting: Weighting,
 ) -> Outputs:
     """Losses, weights and the gradient of `norm * p * w * l`."""
-    varying = tuple(frozenset[Any]().union(*map(_mapped_axes, (logits, codes, added, settings))))
+    varying = tuple(frozenset[Any]().union(*map(mapped_axes, (logits, codes, added, settings))))
 
     def rust(
         logits: jax.Array, codes: jax.Array, added: jax.Array, settings: jax.Array, weighting: Weighting
@@ -139,23 +140,15 @@ def _kernel(  # noqa: PLR0917
     return lax.platform_dependent(logits, codes, added, settings, weighting, cpu=rust, default=default)
 
 
-@_kernel.defjvp
+@kernel.defjvp
 def _(options: Options, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Outputs, Outputs]:
     logits, codes, added, settings, weighting = primals
-    outputs = _kernel(options, logits, codes, added, settings, weighting)
+    outputs = kernel(options, logits, codes, added, settings, weighting)
 
     def of_logits(logits: jax.Array) -> Outputs:
         return _in_jnp(options, logits, codes, added, settings, weighting)
 
     return outputs, jax.jvp(of_logits, (logits,), (tangents[0],))[1]
-
-
-def _mapped_axes(array: jax.Array) -> frozenset[Any]:
-    """The axes of `jax.shard_map` that an array varies over, by either of the names jax has had for them."""
-    aval: Any = jax.typeof(array)
-    if hasattr(aval, "vma"):
-        return frozenset(aval.vma)
-    return frozenset(getattr(getattr(aval, "manual_axis_type", None), "varying", ()))
 
 
 def _in_jnp(  # noqa: PLR0917

@@ -17,12 +17,11 @@ objective is `sum(m * sg(w) * l) / sum(m * c[y])` ("mean").
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, TypeAlias, overload
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 
 from rgd.jax import _ffi
@@ -34,18 +33,23 @@ from rgd.jax._batch import (
     as_mass,
     base_measure,
     check_bound,
-    is_known,
     psum,
     weighted,
-    weights_of,
 )
 from rgd.jax._rows import IGNORED, adjusted, encode, index_losses, probability_losses
+from rgd.jax._targets import (
+    Backend,
+    Per,
+    Reduction,
+    as_class_weight,
+    by_class,
+    check_options,
+    kernel_is_faster,
+    refuse_out_of_range,
+    target_weights,
+)
 from rgd.weightings import Weighting
 from rgd.weightings._base import kernel_of, require_state, resolve_weighting
-
-Reduction: TypeAlias = Literal["none", "mean", "sum"]
-Per: TypeAlias = Literal["element", "sample"]
-Backend: TypeAlias = Literal["jnp", "rust"]
 
 
 @overload
@@ -187,12 +191,7 @@ def cross_entropy(
         Menon, Jayasumana, Rawat, Jain, Veit, Kumar, "Long-tail learning via logit adjustment", ICLR 2021,
         arXiv 2007.07314, equation 10.
     """
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    if per not in ("element", "sample"):
-        raise ValueError(f"per must be 'element' or 'sample', got {per!r}")
-    if backend not in (None, "jnp", "rust"):
-        raise ValueError(f"backend must be 'jnp', 'rust' or None, got {backend!r}")
+    check_options(reduction, per, label_smoothing, backend)
     chosen = resolve_weighting(weighting, tau)
     require_state(chosen, state)
     check_bound(axis_name)
@@ -214,10 +213,10 @@ def cross_entropy(
     refusal = _no_kernel(problem, chosen, reduction, per, axis)
     if backend == "rust" and refusal:
         raise ValueError(f"backend='rust' cannot serve {refusal}: leave backend out")
-    if backend == "rust" or (backend is None and not refusal and _kernel_is_faster(problem.logits)):
+    if backend == "rust" or (backend is None and not refusal and kernel_is_faster(problem.logits.shape)):
         return _in_rust(problem, chosen, reduction, axis_name)
     losses = Losses(_losses_of(problem), problem.base, members, (), axis_name)
-    weights, new = _target_weights(losses, chosen, per, state)
+    weights, new = target_weights(losses, chosen, per, state)
     result = weighted(weights, losses)
     if reduction != "none":
         result = psum(jnp.sum(result), axis_name)
@@ -277,16 +276,14 @@ def _as_problem(
         raise TypeError(
             f"logits must be floating, got {logits.dtype}: convert them with logits.astype(jnp.float32)"
         )
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     given = logits.shape
     logits = jnp.moveaxis(logits, axis, -1)
     rows, classes = logits.shape[:-1], logits.shape[-1]
     if classes == 0:
         raise ValueError(f"logits must have at least one class, got shape {given}")
     dtype = jnp.promote_types(logits.dtype, jnp.float32)
-    class_weight = _class_weight(weight, classes, dtype)
-    adjustment = _by_class("logit_adjustment", logit_adjustment, classes, dtype)
+    class_weight = as_class_weight(weight, classes, dtype)
+    adjustment = by_class("logit_adjustment", logit_adjustment, classes, dtype)
     mask = as_mask(where, rows)
     mass = as_mass(sample_weight, rows if per == "element" else rows[:1], dtype, reduction)
     if mass is not None:
@@ -318,7 +315,7 @@ def _as_problem(
                 "convert one-hot labels with labels.astype(logits.dtype)"
             )
         raise ValueError(_label_shape(given, rows, values.shape, axis))
-    _refuse_out_of_range(values, classes, ignore_index, takes_part)
+    refuse_out_of_range(values, classes, ignore_index, takes_part)
     codes = encode(values, classes, ignore_index, takes_part)
     base = base_measure(codes != IGNORED, mass, dtype)
     return Problem(logits, codes, class_weight, label_smoothing, base, adjustment)
@@ -366,19 +363,6 @@ def _no_kernel(problem: Problem, weighting: Weighting, reduction: Reduction, per
 _KERNEL_DTYPES = (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16)
 
 
-def _kernel_is_faster(logits: jax.Array) -> bool:
-    """Whether the kernel is taken for logits of this size where nobody chose, by what the trace can see.
-
-    The number of cores is left out, so that one program gives the same numbers, and compiles to the same
-    code, on every host. XLA does not split a custom call over devices: where there are more than one, sharded
-    logits would be gathered. Logits that are needed again are copied first, and then float32 takes about as
-    long either way; in place, the kernel takes half of jnp's time or less (`benches/jax_cross_entropy.py`, on
-    two cores). Below this size the gain is small.
-    """
-    here = jax.default_backend() == "cpu" and jax.device_count() == 1
-    return here and logits.shape[-1] >= 512 and logits.size >= 1 << 22
-
-
 def _in_rust(problem: Problem, weighting: Weighting, reduction: Reduction, axis_name: AxisName) -> jax.Array:
     total = _ffi.weighted_sum(
         problem.logits,
@@ -390,64 +374,6 @@ def _in_rust(problem: Problem, weighting: Weighting, reduction: Reduction, axis_
         adjustment=problem.adjustment,
     )
     return psum(total, axis_name)
-
-
-def _target_weights(losses: Losses, weighting: Weighting, per: Per, state: Any) -> tuple[jax.Array, Any]:
-    """The weight of each target, which broadcasts to the losses, and the state after the batch."""
-    values, base = losses.values, losses.base
-    if values.ndim == 0:
-        one = [None if x is None else x[None] for x in (values, base, losses.groups)]
-        batch = losses._replace(values=values[None], base=one[1], groups=one[2], axes=(0,))
-        weights, new = weights_of(batch, weighting, state)
-        return weights[0], new
-    if per == "element":
-        return weights_of(losses._replace(axes=tuple(range(values.ndim))), weighting, state)
-    rest = tuple(range(1, values.ndim))
-    counted = (losses.ones != 0).astype(values.dtype)
-    means = jnp.sum(values, axis=rest) / jnp.maximum(jnp.sum(counted, axis=rest), 1)
-    # All targets of a sample that count have the same base measure.
-    base = None if base is None else jnp.max(base, axis=rest, initial=0)
-    batch = losses._replace(values=means, base=base, axes=(0,))
-    weights, new = weights_of(batch, weighting, state)
-    weights = jnp.expand_dims(weights, rest)
-    return jnp.where(losses.ones != 0, weights, 0), new
-
-
-def _class_weight(weight: ArrayLike | None, classes: int, dtype: Any) -> jax.Array | None:
-    if weight is None:
-        return None
-    if isinstance(weight, Weighting):
-        raise TypeError(f"weight takes class weights, got {weight!r}: name it weighting={weight!r}")
-    return _by_class("weight", weight, classes, dtype)
-
-
-def _by_class(name: str, given: ArrayLike | None, classes: int, dtype: Any) -> jax.Array | None:
-    """One number a class, checked, as constants of a dtype."""
-    if given is None:
-        return None
-    array = jnp.asarray(given)
-    if array.shape != (classes,):
-        raise ValueError(f"{name} must have one entry a class, shape {(classes,)}, got {array.shape}")
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(
-            f"{name} must be floating, got {array.dtype}: convert it with {name}.astype(jnp.float32)"
-        )
-    return lax.stop_gradient(array.astype(dtype))
-
-
-def _refuse_out_of_range(
-    labels: jax.Array | np.ndarray, classes: int, ignore_index: int, takes_part: jax.Array | None
-) -> None:
-    """Raise for a class index out of range, where its value is known."""
-    if not is_known(labels) or not is_known(takes_part):
-        return
-    known = np.asarray(labels)
-    outside = (known != ignore_index) & ((known < 0) | (known >= classes))
-    if takes_part is not None:
-        outside &= np.asarray(takes_part)
-    if outside.any():
-        position = tuple(int(i) for i in np.argwhere(outside)[0])
-        raise IndexError(f"label {known[position]} at {position} is out of range for {classes} classes")
 
 
 def _label_shape(given: tuple[int, ...], rows: tuple[int, ...], got: tuple[int, ...], axis: int) -> str:

@@ -1,0 +1,106 @@
+"""What the cross-entropy of logits and that of a linear layer share: options, targets, weights."""
+
+# The types of jax leave members partly unknown.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from rgd.jax._batch import Losses, is_known, weights_of
+from rgd.weightings import Weighting
+
+Reduction: TypeAlias = Literal["none", "mean", "sum"]
+Per: TypeAlias = Literal["element", "sample"]
+Backend: TypeAlias = Literal["jnp", "rust"]
+
+
+def check_options(reduction: Any, per: Any, label_smoothing: float, backend: Any) -> None:
+    """Raise for an option that is none of those there are."""
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if per not in ("element", "sample"):
+        raise ValueError(f"per must be 'element' or 'sample', got {per!r}")
+    if backend not in (None, "jnp", "rust"):
+        raise ValueError(f"backend must be 'jnp', 'rust' or None, got {backend!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+
+
+def as_class_weight(weight: ArrayLike | None, classes: int, dtype: Any) -> jax.Array | None:
+    """Class weights, checked, as constants."""
+    if weight is None:
+        return None
+    if isinstance(weight, Weighting):
+        raise TypeError(f"weight takes class weights, got {weight!r}: name it weighting={weight!r}")
+    return by_class("weight", weight, classes, dtype)
+
+
+def by_class(name: str, given: ArrayLike | None, classes: int, dtype: Any) -> jax.Array | None:
+    """One number a class, checked, as constants of a dtype."""
+    if given is None:
+        return None
+    array = jnp.asarray(given)
+    if array.shape != (classes,):
+        raise ValueError(f"{name} must have one entry a class, shape {(classes,)}, got {array.shape}")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must be floating, got {array.dtype}: convert it with {name}.astype(jnp.float32)"
+        )
+    return lax.stop_gradient(array.astype(dtype))
+
+
+def refuse_out_of_range(
+    labels: jax.Array | np.ndarray, classes: int, ignore_index: int, takes_part: jax.Array | None
+) -> None:
+    """Raise for a class index out of range, where its value is known."""
+    if not is_known(labels) or not is_known(takes_part):
+        return
+    known = np.asarray(labels)
+    outside = (known != ignore_index) & ((known < 0) | (known >= classes))
+    if takes_part is not None:
+        outside &= np.asarray(takes_part)
+    if outside.any():
+        position = tuple(int(i) for i in np.argwhere(outside)[0])
+        raise IndexError(f"label {known[position]} at {position} is out of range for {classes} classes")
+
+
+def target_weights(losses: Losses, weighting: Weighting, per: Per, state: Any) -> tuple[jax.Array, Any]:
+    """The weight of each target, which broadcasts to the losses, and the state after the batch."""
+    values, base = losses.values, losses.base
+    if values.ndim == 0:
+        one = [None if x is None else x[None] for x in (values, base, losses.groups)]
+        batch = losses._replace(values=values[None], base=one[1], groups=one[2], axes=(0,))
+        weights, new = weights_of(batch, weighting, state)
+        return weights[0], new
+    if per == "element":
+        return weights_of(losses._replace(axes=tuple(range(values.ndim))), weighting, state)
+    rest = tuple(range(1, values.ndim))
+    counted = (losses.ones != 0).astype(values.dtype)
+    means = jnp.sum(values, axis=rest) / jnp.maximum(jnp.sum(counted, axis=rest), 1)
+    # All targets of a sample that count have the same base measure.
+    base = None if base is None else jnp.max(base, axis=rest, initial=0)
+    batch = losses._replace(values=means, base=base, axes=(0,))
+    weights, new = weights_of(batch, weighting, state)
+    weights = jnp.expand_dims(weights, rest)
+    return jnp.where(losses.ones != 0, weights, 0), new
+
+
+def kernel_is_faster(shape: tuple[int, ...]) -> bool:
+    """Whether the kernel is taken for logits of this size where nobody chose, by what the trace can see.
+
+    The number of cores is left out, so that one program gives the same numbers, and compiles to the same
+    code, on every host. XLA does not split a custom call over devices: where there are more than one, sharded
+    logits would be gathered. Logits that are needed again are copied first, and then float32 takes about as
+    long either way; in place, the kernel takes half of jnp's time or less (`benches/jax_cross_entropy.py`, on
+    two cores). Below this size the gain is small.
+    """
+    here = jax.default_backend() == "cpu" and jax.device_count() == 1
+    return here and shape[-1] >= 512 and math.prod(shape) >= 1 << 22
