@@ -131,7 +131,7 @@ def kernel_numbers(kernel: Kernel | None, dtype: Any) -> tuple[str | None, list[
 
 
 def _over_devices(
-    plan: Plan, compute: Callable[..., jax.Array], operands: Operands, constants: Constants
+    plan: Plan, compute: Callable[..., Any], operands: Operands, constants: Constants
 ) -> jax.Array:
     axes: frozenset[Any] = frozenset()
     for leaf in jax.tree_util.tree_leaves((operands, constants)):
@@ -152,7 +152,8 @@ def _weighted_total(plan: Plan, operands: Operands, constants: Constants) -> jax
 def _weighted_total_forward(plan: Plan, operands: Operands, constants: Constants) -> tuple[jax.Array, Any]:
     wanted, operands, constants = _unwrapped(operands, constants)
     value, gradients = _value_and_gradients(plan, wanted, operands, constants)
-    return value, (gradients, _no_entries(operands))
+    any_counts = jnp.any(constants.rows.codes != IGNORED)
+    return value, (gradients, _no_entries(operands), any_counts)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -179,7 +180,9 @@ def _weighted_total_backward(plan: Plan, residuals: Any, cotangent: Any) -> tupl
     del plan
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
         return None, None
-    gradients, like = residuals
+    gradients, like, any_counts = residuals
+    # Where no row counts, "mean" divides by 0, and infinity times a gradient of 0 is NaN.
+    cotangent = jnp.where(any_counts, cotangent, 0)
     return Operands(
         *(
             None if g is None else (cotangent * g).astype(x.dtype)
@@ -218,7 +221,11 @@ _token_losses.defvjp(_token_losses_forward, _token_losses_backward, symbolic_zer
 def _unwrapped(operands: Operands, constants: Constants) -> tuple[Operands, Operands, Constants]:
     """Of which operands a gradient is wanted, as () or None, which a residual may hold; and the values."""
     wanted = Operands(*(None if x is None or not x.perturbed else () for x in operands))
-    return wanted, *jax.tree_util.tree_map(lambda x: x.value, (operands, constants))
+
+    def value(leaf: Any) -> Any:
+        return leaf.value
+
+    return wanted, *jax.tree_util.tree_map(value, (operands, constants))
 
 
 def _no_entries(operands: Operands) -> Operands:
@@ -232,11 +239,12 @@ def _compiled(function: Callable[..., Any], plan: Plan, wanted: Operands | None,
         hash(plan)
     except TypeError:  # a setting of the user's that cannot be a key of jax.jit's cache
         return function(plan, wanted, *arguments)
-    return _jitted(function, plan, wanted, *arguments)
+    return compiled_once(function, plan, wanted, *arguments)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _jitted(function: Callable[..., Any], plan: Plan, wanted: Operands | None, *arguments: Any) -> Any:
+def compiled_once(function: Callable[..., Any], plan: Plan, wanted: Operands | None, *arguments: Any) -> Any:
+    """`function(plan, wanted, *arguments)`, compiled once for each plan and shape."""
     return function(plan, wanted, *arguments)
 
 
@@ -373,14 +381,16 @@ def _gradient(  # noqa: PLR0917 - all of a chunk
     """The gradient over the logits of `factor` times the losses; 0 where a row does not count."""
     own, smooth, weight_sum = _shares(plan, rows, constants, logits.dtype)
     index, inside = position(rows.codes, constants.first_class, logits.shape[-1])
-    of_softmax = factor * (own + smooth * weight_sum) / exp_sum
+    counted = rows.codes != IGNORED
+    # Rows that fill up a chunk have no sum, and a quotient by 0 has no derivative.
+    of_softmax = factor * (own + smooth * weight_sum) / jnp.where(counted, exp_sum, 1)
     is_label = lax.broadcasted_iota(index.dtype, logits.shape, 1) == jnp.where(inside, index, -1)[:, None]
     gradient = jnp.exp(logits - largest[:, None]) * of_softmax[:, None]
     gradient = gradient - jnp.where(is_label, (factor * own)[:, None], 0)
     if plan.smoothing > 0:
         ones = jnp.ones((), logits.dtype) if constants.class_weight is None else constants.class_weight
         gradient = gradient - (factor * smooth)[:, None] * ones
-    return jnp.where((rows.codes != IGNORED)[:, None], gradient, 0)
+    return jnp.where(counted[:, None], gradient, 0)
 
 
 def _shares(

@@ -281,7 +281,10 @@ def linear_cross_entropy(
         return None if array is None else array.reshape(-1)
 
     rows = Rows(
-        *(flat(x) for x in (targets.codes, targets.base, own)), flat(targets.groups) if one_pass else None
+        codes=flat(targets.codes),
+        base=flat(targets.base),
+        own_weight=flat(own),
+        groups=flat(targets.groups) if one_pass else None,
     )
     constants = Constants(rows, class_weight, weight_sum, first, arrays if one_pass else [], numbers)
     if one_pass:
@@ -384,11 +387,12 @@ def _as_targets(
     codes = encode(values, classes, ignore_index, takes_part)
     members = as_groups(groups, of_units)
     if shift:
-        codes, mass = (None if x is None else jnp.roll(x, -1, axis=1) for x in (codes, mass))
-        codes = codes.at[:, -1:].set(IGNORED)
+        codes = jnp.roll(codes, -1, axis=1).at[:, -1:].set(IGNORED)
+        mass = None if mass is None else jnp.roll(mass, -1, axis=1)
         if members is not None and per == "element":
             members = jnp.roll(members, -1, axis=1)
-    base = base_measure(codes != IGNORED, mass, dtype)
+    counted = codes != IGNORED
+    base = counted.astype(dtype) if mass is None else jnp.where(counted, mass, 0)
     return Targets(codes, base, members)
 
 
