@@ -7,7 +7,7 @@ Contenders take turns; a figure is the median over the rounds of (time of rgd.ja
 the same round), with the smallest and largest, of the wall clock and of the processor time of all threads.
 
 Memory is what XLA plans beyond arguments and results ("temp"), and the growth of the peak (VmHWM) of a
-process of its own that compiles and runs the contender once: results count there, the arguments do not.
+process of its own as the contender runs once: results count there, arguments do not.
 """
 
 import argparse
@@ -83,9 +83,12 @@ def compiled(function, arguments):
     return jax.jit(jax.value_and_grad(function, argnums=(0, 1))).lower(*arguments).compile()
 
 
-def peak_bytes():
-    """The largest resident size of this process so far; None where /proc does not tell."""
+def peak_bytes(*, reset=False):
+    """The largest resident size of this process, since the last reset; None where /proc does not tell."""
     try:
+        if reset:
+            with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+                file.write("5")
         with open("/proc/self/status", encoding="ascii") as file:
             return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
     except OSError:
@@ -95,8 +98,9 @@ def peak_bytes():
 def print_growth(name, size, dtype, chunk_bytes):
     """What a process of its own does: run a contender once and print by how much the peak grew."""
     arguments = problem(size, dtype)
-    before = peak_bytes()
-    jax.block_until_ready(compiled(contenders(chunk_bytes)[name], arguments)(*arguments))
+    step = compiled(contenders(chunk_bytes)[name], arguments)
+    before = peak_bytes(reset=True)
+    jax.block_until_ready(step(*arguments))
     print(None if before is None else peak_bytes() - before)
 
 

@@ -11,7 +11,6 @@ jax = pytest.importorskip("jax")
 jnp = jax.numpy
 
 import rgd.jax as rj  # noqa: E402
-from rgd.jax import _chunks  # noqa: E402
 from x64 import enable_x64  # noqa: E402
 
 ROWS, WIDTH, CLASSES = 13, 5, 7
@@ -163,13 +162,21 @@ def test_forward_mode_alone_is_refused():
 
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=str)
-def test_calls_outside_of_jit_compile_once(options):
+def test_calls_outside_of_jit_compile_once(options, caplog):
     inputs, kernel, labels = layer()
+    inputs = jnp.concatenate([inputs, inputs])  # of a size that no other test has compiled for
+    labels = jnp.concatenate([labels, labels])
     step = jax.value_and_grad(lambda head: jnp.sum(chunked(inputs, head, labels, **options)))
-    step(kernel)
-    before = _chunks.compiled_once._cache_size()
-    step(kernel)
-    assert _chunks.compiled_once._cache_size() == before
+
+    def compilations():
+        caplog.clear()
+        with jax.log_compiles():
+            step(kernel)
+        started = [record.getMessage() for record in caplog.records]
+        return [text for text in started if text.startswith("Compiling") and "compiled_once" in text]
+
+    assert compilations()
+    assert not compilations()
 
 
 def test_a_schedule_of_settings_compiles_once():
