@@ -117,6 +117,7 @@ def test_every_member_gives_what_it_gives_for_the_logits(weighting):
 GROUPS = np.arange(ROWS) % 3
 MASS = np.array([1.0, 2.5, 0, 3, 1, 1, 1, 0, 0.5, 1, 2, 1, 1])
 CLASS_WEIGHT = np.linspace(0.5, 2.0, CLASSES)
+ADJUSTMENT = np.linspace(-1.0, 1.0, CLASSES)
 OPTIONS = [
     {},
     {"reduction": "sum", "tau": 0.3},
@@ -127,6 +128,8 @@ OPTIONS = [
     {"ignore_index": 3, "where": np.arange(ROWS) != 1, "label_smoothing": 0.2},
     {"logit_softcap": 1.5, "sample_weight": MASS, "label_smoothing": 0.1},
     {"logit_softcap": 1.5, "weighting": rgd.KLBall(0.2), "reduction": "sum"},
+    {"logit_adjustment": ADJUSTMENT, "weight": CLASS_WEIGHT, "label_smoothing": 0.2},
+    {"logit_adjustment": ADJUSTMENT, "logit_softcap": 1.5, "weighting": rgd.KLBall(0.2)},
     {"weighting": rgd.GroupDRO(3, 0.1), "groups": GROUPS, "state": rgd.GroupDRO(3, 0.1).init()},
     {
         "weighting": rgd.MovingAverage(rgd.KL(), 0.9),
@@ -152,6 +155,7 @@ def test_every_option_gives_what_it_gives_for_the_logits(options, chunk):
         {},
         {"label_smoothing": 0.2, "sample_weight": MASS, "weighting": rgd.KL(scale=-0.5)},
         {"logit_softcap": 1.5, "reduction": "sum", "weighting": rgd.ERM()},
+        {"logit_softcap": 1.5, "logit_adjustment": ADJUSTMENT},
     ],
     ids=lambda options: "-".join(options) or "default",
 )

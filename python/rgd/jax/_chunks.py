@@ -33,7 +33,7 @@ from jax import lax
 
 from rgd.jax import _ffi
 from rgd.jax._batch import Losses, mapped_axes, pmax, psum, vary, weighted, weights_of
-from rgd.jax._rows import IGNORED, OUT_OF_RANGE
+from rgd.jax._rows import IGNORED, OUT_OF_RANGE, adjusted
 from rgd.weightings import Weighting
 from rgd.weightings._base import Kernel
 
@@ -93,6 +93,7 @@ class Constants(NamedTuple):
         rows: What belongs to the rows.
         class_weight: Class weights of this device's classes, (C,), or None for ones.
         weight_sum: The sum of all class weights, or None for their number.
+        adjustment: What is added to the logits of this device's classes, (C,), or None for nothing.
         first_class: Where the classes are spread over devices, the first of this one; else None.
         arrays: The arrays of the weighting.
         numbers: The numbers of its Rust kernel.
@@ -101,6 +102,7 @@ class Constants(NamedTuple):
     rows: Rows
     class_weight: Any
     weight_sum: Any
+    adjustment: Any
     first_class: Any
     arrays: Any
     numbers: Any
@@ -263,12 +265,15 @@ def _one_pass(plan: Plan, wanted: Operands, operands: Operands, constants: Const
         if plan.kind is not None and differentiated:
             options = _ffi.Options(plan.kind, plan.smoothing)
             settings = _kernel_settings(plan, rows, constants)
-            losses, weights, gradient = _ffi.kernel(options, logits, rows.codes, settings, weighting)
+            nothing = jnp.zeros(0, settings.dtype)
+            added = nothing if constants.adjustment is None else constants.adjustment
+            losses, weights, gradient = _ffi.kernel(options, logits, rows.codes, added, settings, weighting)
         else:
-            losses, (largest, exp_sum) = _losses(plan, logits, rows, constants)
+            shifted = adjusted(logits, constants.adjustment)
+            losses, (largest, exp_sum) = _losses(plan, shifted, rows, constants)
             weights, _ = weights_of(Losses(losses, rows.base, rows.groups, (0,), None), weighting)
             factor = rows.base * jnp.where((weights == 0) & ~jnp.isnan(losses), 0, weights)
-            gradient = _gradient(plan, logits, rows, constants, largest, exp_sum, factor)
+            gradient = _gradient(plan, shifted, rows, constants, largest, exp_sum, factor)
         total = total + jnp.sum(weighted(weights, Losses(losses, rows.base, None, (), None)))
         sums, d_inputs = _products(plan, wanted, operands, sums, x, _through_cap(plan, logits, gradient))
         return (total, sums), d_inputs
@@ -284,7 +289,8 @@ def _losses_pass(plan: Plan, wanted: None, operands: Operands, constants: Consta
 
     def body(carry: None, part: tuple[jax.Array, Rows]) -> tuple[None, Any]:
         x, rows = _clean(*part)
-        losses, sums = _losses(plan, _logits(plan, operands, x), rows, constants)
+        logits = adjusted(_logits(plan, operands, x), constants.adjustment)
+        losses, sums = _losses(plan, logits, rows, constants)
         return carry, vary((_share(constants, losses), sums), mapped_axes(x))
 
     return _scan(plan, body, None, (operands.inputs, constants.rows))[1]
@@ -299,7 +305,8 @@ def _gradient_pass(  # noqa: PLR0917 - as `_compiled` gives them
         x, rows = _clean(*part[:2])
         (largest, exp_sum), factor = part[2:]
         logits = _logits(plan, operands, x)
-        gradient = _gradient(plan, logits, rows, constants, largest, exp_sum, factor)
+        shifted = adjusted(logits, constants.adjustment)
+        gradient = _gradient(plan, shifted, rows, constants, largest, exp_sum, factor)
         return _products(plan, wanted, operands, carry, x, _through_cap(plan, logits, gradient))
 
     parts = (operands.inputs, constants.rows, sums, cotangent)

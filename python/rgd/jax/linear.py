@@ -50,6 +50,7 @@ from rgd.jax._targets import (
     Per,
     Reduction,
     as_class_weight,
+    by_class,
     check_options,
     kernel_is_faster,
     refuse_out_of_range,
@@ -72,6 +73,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
+    logit_adjustment: ArrayLike | None = None,
     weighting: Weighting | None = None,
     tau: ArrayLike | None = None,
     per: Per = "element",
@@ -98,6 +100,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
+    logit_adjustment: ArrayLike | None = None,
     weighting: Weighting | None = None,
     tau: ArrayLike | None = None,
     per: Per = "element",
@@ -123,6 +126,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
+    logit_adjustment: ArrayLike | None = None,
     weighting: Weighting | None = None,
     tau: ArrayLike | None = None,
     per: Per = "element",
@@ -160,6 +164,7 @@ def linear_cross_entropy(
         ignore_index: The class index that counts for nothing.
         reduction: "none", "mean" or "sum".
         label_smoothing: Share of a target that is spread over all classes, in [0, 1].
+        logit_adjustment: Numbers added to the logits of each class, (C,), after a soft cap; constants.
         weighting: Turns losses into weights; `KL(tau=1.0)` if neither this nor `tau` is given. Its numbers
             may be traced; a traced number that is not allowed cannot raise, and makes the weights NaN.
         tau: Short for `weighting=rgd.KL(tau=tau)`.
@@ -181,9 +186,9 @@ def linear_cross_entropy(
             where inputs or kernel are, else float32.
         axis_name: Name or names of mapped axes over which the rows are spread, as in `rgd.jax.cross_entropy`.
         vocab_axis_name: Name of a mapped axis (`jax.shard_map`) over which the classes are spread: `kernel`
-            is (D, C/k), and `bias` and `weight` (C/k,), the slices in order; inputs and labels are the same
-            on all devices of that axis, and labels count through all slices. The gradient of the inputs is
-            then that of all classes.
+            is (D, C/k), and `bias`, `weight` and `logit_adjustment` (C/k,), the slices in order; inputs and
+            labels are the same on all devices of that axis, and labels count through all slices. The gradient
+            of the inputs is then that of all classes.
         backend: What computes the rows of a chunk in one pass, as in `rgd.jax.cross_entropy`: "jnp" is plain
             `jax.numpy`, "rust" a kernel on the CPU. "rust" serves pointwise weightings that have a kernel,
             without class weights and `vocab_axis_name`. By default the kernel is taken where it serves, JAX
@@ -237,10 +242,12 @@ def linear_cross_entropy(
         where=where,
         sample_weight=sample_weight,
         groups=groups,
+        reduction=reduction,
         per=per,
         shift=shift,
     )
     class_weight = as_class_weight(weight, own_classes, dtype)
+    adjustment = by_class("logit_adjustment", logit_adjustment, own_classes, dtype)
     first = None if vocab_axis_name is None else lax.axis_index(vocab_axis_name) * own_classes
     own = weight_sum = None
     if class_weight is not None:
@@ -286,7 +293,9 @@ def linear_cross_entropy(
         own_weight=flat(own),
         groups=flat(targets.groups) if one_pass else None,
     )
-    constants = Constants(rows, class_weight, weight_sum, first, arrays if one_pass else [], numbers)
+    constants = Constants(
+        rows, class_weight, weight_sum, adjustment, first, arrays if one_pass else [], numbers
+    )
     if one_pass:
         result = weighted_total(plan, operands, constants)
         allowed = holds_everywhere(constant)
@@ -362,6 +371,7 @@ def _as_targets(
     where: ArrayLike | None,
     sample_weight: ArrayLike | None,
     groups: ArrayLike | None,
+    reduction: Reduction,
     per: Per,
     shift: bool,
 ) -> Targets:
@@ -378,7 +388,7 @@ def _as_targets(
         )
     of_units = shape if per == "element" else shape[:1]
     mask = as_mask(where, shape)
-    mass = as_mass(sample_weight, of_units, dtype)
+    mass = as_mass(sample_weight, of_units, dtype, reduction)
     if mass is not None:
         mass = jnp.broadcast_to(mass.reshape(mass.shape + (1,) * (len(shape) - mass.ndim)), shape)
     base = base_measure(mask, mass, dtype)
