@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BENCH ?= $(wildcard benches/*.py)
+EVIDENCE := $(filter-out readme,$(basename $(notdir $(wildcard examples/evidence/*.py))))
 # How many processes run the Python tests; 0 for this one alone, as a debugger needs it.
 PYTEST_JOBS ?= 2
 
@@ -32,6 +33,14 @@ help: ## List the targets
 demo: $(VENV)/.built $(VENV)/.group-demo ## Train on long-tailed digits with CrossEntropyLoss and with RGDLoss, print the table, draw the picture
 	$(say) "running examples/longtail_digits.py (about two minutes on 2 cores)"
 	@$(python) examples/longtail_digits.py $(DEMO_ARGS)
+
+.PHONY: evidence
+evidence: $(VENV)/.built $(VENV)/.group-demo ## Run the programs of examples/evidence, or one: make evidence ROW=dial; QUICK=1 for a smoke test
+	@for row in $(or $(ROW),$(EVIDENCE)); do \
+	  printf '\n== %s\n' "$$row"; \
+	  $(python) "examples/evidence/$$row.py" $(if $(QUICK),--quick,--full) || exit 1; \
+	done
+	@$(if $(QUICK),,$(python) examples/evidence/readme.py)
 
 .PHONY: test
 test: $(VENV)/.built $(VENV)/.group-test ## Run the Rust tests, then the Python tests with README, notebook and doctests

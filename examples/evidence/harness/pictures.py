@@ -1,0 +1,67 @@
+"""The look of the pictures, and a heat map."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.results import Table
+
+INK, MUTED, GRID = "#1f2430", "#5d6675", "#e3e6eb"
+BLUE, ORANGE, GREY, GREEN, PURPLE = "#0072b2", "#d55e00", "#7a8699", "#009e73", "#cc79a7"
+
+
+def pyplot() -> Any:
+    """`matplotlib.pyplot` without a screen, in the style of the project's pictures."""
+    import matplotlib as mpl  # noqa: PLC0415
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    plt.rcParams.update({
+        "font.size": 10.5, "axes.edgecolor": GRID, "axes.labelcolor": MUTED, "text.color": INK,
+        "xtick.color": MUTED, "ytick.color": MUTED, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.axisbelow": True, "savefig.dpi": 130, "figure.constrained_layout.use": True,
+    })  # fmt: skip
+    return plt
+
+
+def save(figure: Any, path: pathlib.Path, table: Table) -> None:
+    """Writes a picture that names the statistics it was drawn from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Comment": f"table {table.fingerprint()}"})
+    pyplot().close(figure)
+
+
+def heat_map(
+    axes: Any,
+    values: npt.NDArray[np.float64],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    limit: float,
+    findings: npt.NDArray[np.bool_],
+    good_is_high: bool = True,
+    digits: int = 1,
+) -> None:
+    """Differences (rows, columns) from blue, better, over white, none, to orange, worse; findings in bold."""
+    from matplotlib.colors import LinearSegmentedColormap  # noqa: PLC0415
+
+    ends = (ORANGE, "#ffffff", BLUE)
+    colors = LinearSegmentedColormap.from_list("dial", ends if good_is_high else ends[::-1])
+    axes.imshow(values, cmap=colors, vmin=-limit, vmax=limit, aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        strong = abs(value) > 0.55 * limit
+        axes.text(
+            j, i, f"{value:+.{digits}f}", ha="center", va="center", fontsize=9.5,
+            color="white" if strong else INK, fontweight="bold" if findings[i, j] else "normal",
+        )  # fmt: skip
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)

@@ -1,0 +1,198 @@
+"""Results as CSV: what every run reached, and the statistics that follow from it.
+
+`<name>_runs.csv` holds a line for each setting, arm and seed. `<name>.csv` holds a line for each setting, arm
+and metric, and is computed from the first alone, so that anyone can check it without training. Both begin
+with the command, the versions and the time.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from harness.statistics import FINDING, Vector, compare, interval
+from harness.sweep import Chosen
+
+RUN_COLUMNS = ("setting", "arm", "baseline", "learning_rate", "weight_decay", "grid", "mean_weight", "seed")
+COLUMNS = (
+    "setting", "arm", "learning_rate", "weight_decay", "metric", "seeds", "mean", "half", "baseline",
+    "difference", "difference_half", "p", "finding",
+)  # fmt: skip
+
+
+class Result(NamedTuple):
+    """An arm in a setting, and the arm of the same setting that it is compared with, if any."""
+
+    setting: str
+    chosen: Chosen
+    baseline: str = ""
+    snapshot: int = -1
+
+
+class Line(NamedTuple):
+    """A metric of an arm in a setting: mean and half of the 95% interval, the difference to the baseline."""
+
+    setting: str
+    arm: str
+    learning_rate: float
+    weight_decay: float
+    metric: str
+    seeds: int
+    mean: float
+    half: float
+    baseline: str
+    difference: float
+    difference_half: float
+    p: float
+    finding: bool
+
+    def points(self) -> str:
+        """The difference in points of 1/100, for a sentence."""
+        return self.shown(100, ".1f")
+
+    def shown(self, factor: float = 1, form: str = ".3f") -> str:
+        """The difference and half of its interval, for a sentence; says so where it is no finding."""
+        text = f"{factor * self.difference:+{form}} ± {factor * self.difference_half:{form}}"
+        return text if self.finding else f"{text} (no finding)"
+
+
+class Table:
+    """The runs of a program, and their statistics, with the header of the file."""
+
+    def __init__(self, header: dict[str, str], metrics: Sequence[str], runs: list[dict[str, str]]) -> None:
+        self.header = header
+        self.metrics = tuple(metrics)
+        self.runs = runs
+        self.lines = self._summary()
+        self.header["comparisons"] = f"{self.comparisons}; a finding has p below {FINDING:g} in both tests"
+
+    @classmethod
+    def of(cls, header: dict[str, str], metrics: Sequence[str], results: Iterable[Result]) -> Table:
+        """The table of what was trained."""
+        runs: list[dict[str, str]] = []
+        for setting, chosen, baseline, snapshot in results:
+            for k, seed in enumerate(chosen.seeds):
+                outcome = chosen.outcomes[k][snapshot]
+                values = (
+                    setting, chosen.arm.name, baseline, f"{chosen.cell.learning_rate:g}",
+                    f"{chosen.cell.weight_decay:g}", chosen.grid, f"{outcome.mean_weight:.5g}", str(seed),
+                )  # fmt: skip
+                measured = {metric: f"{outcome.test[metric]:.7g}" for metric in metrics}
+                runs.append(dict(zip(RUN_COLUMNS, values, strict=True)) | measured)
+        return cls(header, metrics, runs)
+
+    @classmethod
+    def read(cls, path: pathlib.Path) -> Table:
+        """The table whose runs are in `<name>_runs.csv`; `path` is that of `<name>.csv`."""
+        header, text = split_header(runs_path(path))
+        runs = list(csv.DictReader(text))
+        metrics = [column for column in runs[0] if column not in RUN_COLUMNS]
+        return cls(header, metrics, runs)
+
+    @property
+    def comparisons(self) -> int:
+        """How many differences were tested."""
+        return sum(line.baseline != "" for line in self.lines)
+
+    def findings(self) -> list[Line]:
+        """The comparisons whose p is small enough."""
+        return [line for line in self.lines if line.finding]
+
+    def values(self, setting: str, arm: str, metric: str) -> Vector:
+        """A metric of each seed."""
+        found = [float(r[metric]) for r in self.runs if (r["setting"], r["arm"]) == (setting, arm)]
+        if not found:
+            raise KeyError(f"no runs of arm {arm!r} in setting {setting!r}")
+        return np.array(found)
+
+    def line(self, setting: str, arm: str, metric: str) -> Line:
+        """The statistics of one metric of one arm. `arm` may be the beginning of its name."""
+        for line in self.lines:
+            if (line.setting, line.metric) == (setting, metric) and line.arm == arm:
+                return line
+        for line in self.lines:
+            if (line.setting, line.metric) == (setting, metric) and line.arm.startswith(arm):
+                return line
+        raise KeyError(f"no line of arm {arm!r}, metric {metric!r} in setting {setting!r}")
+
+    def settings(self) -> list[str]:
+        """In the order of the file."""
+        return list(dict.fromkeys(run["setting"] for run in self.runs))
+
+    def arms(self, setting: str) -> list[str]:
+        """In the order of the file."""
+        return list(dict.fromkeys(run["arm"] for run in self.runs if run["setting"] == setting))
+
+    def _summary(self) -> list[Line]:
+        lines: list[Line] = []
+        firsts: dict[tuple[str, str], dict[str, str]] = {}
+        for run in self.runs:
+            firsts.setdefault((run["setting"], run["arm"]), run)
+        for (setting, arm), run in firsts.items():
+            for metric in self.metrics:
+                values = self.values(setting, arm, metric)
+                nan = float("nan")
+                difference = (nan, nan, nan, False)
+                if run["baseline"]:
+                    paired = compare(values, self.values(setting, run["baseline"], metric))
+                    difference = (*paired, paired.finding)
+                rate, decay = float(run["learning_rate"]), float(run["weight_decay"])
+                lines.append(
+                    Line(setting, arm, rate, decay, metric, len(values), *interval(values), run["baseline"],
+                         *difference)
+                )  # fmt: skip
+        return lines
+
+    def write(self, path: pathlib.Path) -> None:
+        """Writes `<name>.csv` and `<name>_runs.csv`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.summary_text())
+        rows = [[run[column] for column in (*RUN_COLUMNS, *self.metrics)] for run in self.runs]
+        runs_path(path).write_text(csv_text(self.header, (*RUN_COLUMNS, *self.metrics), rows))
+
+    def summary_text(self) -> str:
+        """The text of `<name>.csv`."""
+        return csv_text(self.header, COLUMNS, [[shown(value) for value in line] for line in self.lines])
+
+    def fingerprint(self) -> str:
+        """Of the statistics; pictures carry it, so that an old picture beside a new table is seen."""
+        rows = csv_text({}, COLUMNS, [[shown(value) for value in line] for line in self.lines])
+        return hashlib.sha256(rows.encode()).hexdigest()
+
+
+def shown(value: str | float | bool) -> str:
+    """Five digits; nothing for what is not there."""
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.5g}"  # noqa: PLR0124
+    return str(value)
+
+
+def csv_text(header: dict[str, str], columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lines of comment, then CSV."""
+    lines = [f"# {key}: {value}" for key, value in header.items()]
+    table = [",".join(quoted(value) for value in row) for row in (columns, *rows)]
+    return "\n".join([*lines, *table]) + "\n"
+
+
+def quoted(value: str) -> str:
+    """As CSV asks where a value holds a comma."""
+    return f'"{value}"' if "," in value else value
+
+
+def split_header(path: pathlib.Path) -> tuple[dict[str, str], list[str]]:
+    """The comments of a file as a dictionary, and its other lines."""
+    lines = path.read_text().splitlines()
+    comments = [line[2:].split(": ", 1) for line in lines if line.startswith("# ")]
+    return dict(comments), [line for line in lines if not line.startswith("# ")]
+
+
+def runs_path(path: pathlib.Path) -> pathlib.Path:
+    """`<name>_runs.csv` beside `<name>.csv`."""
+    return path.with_name(f"{path.stem}_runs.csv")

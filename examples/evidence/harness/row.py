@@ -1,0 +1,155 @@
+"""The command line that every program has, and what it does with the results."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import platform
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import rgd
+import torch
+from tqdm import tqdm
+
+from harness.arms import Arm
+from harness.problems import Problem
+from harness.results import Result, Table
+from harness.store import Store
+from harness.sweep import Chosen, Grid, sweep
+
+FOLDER = pathlib.Path(__file__).parents[1]
+SEEDS, QUICK_SEEDS = 12, 2
+FULL_GRID = Grid()
+QUICK_GRID = Grid((0.05, 0.2, 0.8), (0.0, 0.01), rate_factor=4.0, decay_factor=10.0)
+
+
+@dataclasses.dataclass
+class Session:
+    """How large a run of a program is, and where its finished trainings are."""
+
+    quick: bool
+    store: Store
+    progress: tqdm | None = None
+    seeds: int = SEEDS
+
+    def expect(self, arms: int, grid: Grid = FULL_GRID) -> None:
+        """Tells the progress bar how many arms there will be; what the grids grow by comes on top."""
+        if self.progress is not None:
+            self.progress.total = arms * self.seeds * len(self.grid(grid).cells())
+            self.progress.refresh()
+
+    def grid(self, full: Grid) -> Grid:
+        """The grid to begin with; a small one for a quick run."""
+        return QUICK_GRID if self.quick else full
+
+    def sweep(
+        self,
+        problem: Problem,
+        arm: Arm,
+        grid: Grid = FULL_GRID,
+        budget: int = 1,
+        snapshots: Sequence[int] = (),
+    ) -> Chosen:
+        """Tunes an arm: see `harness.sweep.sweep`."""
+        return sweep(
+            problem, arm, grid=self.grid(grid), seeds=self.seeds, store=self.store, budget=budget,
+            snapshots=snapshots, progress=self.progress,
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One program.
+
+    Args:
+        name: Of its files.
+        title: For the table of all programs.
+        metrics: What is reported. Each is compared, and each comparison counted.
+        run: Trains, and gives the results.
+        picture: Draws the table.
+        sentence: What came out, computed from the table.
+    """
+
+    name: str
+    title: str
+    metrics: tuple[str, ...]
+    run: Callable[[Session], list[Result]]
+    picture: Callable[[Table, pathlib.Path], None]
+    sentence: Callable[[Table], str]
+
+    @property
+    def path(self) -> pathlib.Path:
+        """The committed table."""
+        return FOLDER / "results" / f"{self.name}.csv"
+
+
+def main(row: Row, arguments: Sequence[str] | None = None) -> Table:
+    """Runs a program from the command line: trains, prints, writes the tables and the picture."""
+    parser = argparse.ArgumentParser(description=row.title)
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--full", action="store_true", help="the committed run")
+    size.add_argument("--quick", action="store_true", help="a smoke test: 2 seeds, few steps")
+    size.add_argument("--redraw", action="store_true", help="statistics and picture anew from the runs' CSV")
+    parser.add_argument("--output", type=pathlib.Path, help="folder for the tables and the picture")
+    parser.add_argument("--fresh", action="store_true", help="train again what an earlier run had finished")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    quick = "/quick" if options.quick else ""
+    folder = options.output or FOLDER / f"results{quick}"
+    path = folder / f"{row.name}.csv"
+    if options.redraw:
+        table = Table.read(path)
+    else:
+        cache = None if options.quick else FOLDER / ".cache" / f"{row.name}.jsonl"
+        if options.fresh and cache is not None:
+            cache.unlink(missing_ok=True)
+        store = Store(cache)
+        with tqdm(desc=row.name, unit="run", smoothing=0.05, mininterval=0.5) as progress:
+            session = Session(options.quick, store, progress, QUICK_SEEDS if options.quick else SEEDS)
+            results = row.run(session)
+        header = {
+            "command": f"python examples/evidence/{row.name}.py {'--quick' if options.quick else '--full'}",
+            "versions": versions(),
+            "time": f"{store.seconds():.0f} s of training on one core",
+        }
+        table = Table.of(header, row.metrics, results)
+    table.write(path)
+    print(text(table))
+    print(f"\n{row.sentence(table)}")
+    row.picture(table, path.with_suffix(".png"))
+    print(f"\nTable: {path}\nPicture: {path.with_suffix('.png')}")
+    return table
+
+
+def versions() -> str:
+    """What the numbers depend on."""
+    return (
+        f"rgd {rgd.__version__}, torch {torch.__version__}, numpy {np.__version__}, "
+        f"Python {platform.python_version()}"
+    )
+
+
+def text(table: Table) -> str:
+    """The table for a terminal: a block a setting, a line an arm, mean and difference of each metric."""
+    width = max(len(line.arm) for line in table.lines) + 2
+    lines: list[str] = []
+    for setting in table.settings():
+        lines += ["", setting, " " * width + "".join(f"{metric:>26}" for metric in table.metrics)]
+        for arm in table.arms(setting):
+            cells: list[str] = []
+            for metric in table.metrics:
+                line = table.line(setting, arm, metric)
+                scale = 100 if metric.endswith("accuracy") else 1
+                cell = f"{scale * line.mean:.4g}"
+                if line.baseline:
+                    star = "*" if line.finding else " "
+                    cell += f" ({scale * line.difference:+.3g} ± {scale * line.difference_half:.2g}){star}"
+                cells.append(f"{cell:>26}")
+            lines.append(f"{arm:<{width}}" + "".join(cells))
+    lines += [
+        "",
+        f"In brackets: the difference to the baseline. Comparisons: {table.header['comparisons']}: *",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,439 @@
+"""The evidence harness keeps the rules it promises, and what is committed follows from the runs."""
+
+import importlib
+import itertools
+import math
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+import rgd
+import torch
+from PIL import Image
+from rgd.torch import RGDLoss, sample_weights
+from scipy import stats
+from torch import nn
+
+FOLDER = pathlib.Path(__file__).parents[1] / "examples" / "evidence"
+sys.path.insert(0, str(FOLDER))
+
+import harness  # noqa: E402
+import harness.losses  # noqa: E402
+from harness import Arm, Cell, Grid, Store, statistics  # noqa: E402
+from harness.problems import Classification, Data, Part  # noqa: E402
+from harness.results import Result, Table  # noqa: E402
+from harness.train import Outcome  # noqa: E402
+
+# The package exports functions of the same names.
+train_module, sweep_module = sys.modules["harness.train"], sys.modules["harness.sweep"]
+readme = importlib.import_module("readme")
+ROWS = {row.name: row for row in readme.rows()}
+COMMITTED = {name: row for name, row in ROWS.items() if row.path.exists()}
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def doubles(seed, samples=(40, 20, 20)):
+    """Three parts of random float64 data of 6 columns and 3 classes."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for n in samples:
+        inputs = torch.randn(n, 6, generator=generator, dtype=torch.float64)
+        target = torch.randint(3, (n,), generator=generator)
+        parts.append(Part(inputs, target, torch.zeros(n, dtype=torch.int64)))
+    return Data(*parts)
+
+
+@pytest.fixture
+def small():
+    """A problem that trains in milliseconds, in float64."""
+    torch.set_default_dtype(torch.float64)
+    yield Classification("small", doubles, 6, 3, hidden=(5,), epochs=4, batch_size=8)
+    torch.set_default_dtype(torch.float32)
+
+
+def pretend(score):
+    """Trains nothing: `score(rate, decay)` is the accuracy on validation data, its opposite on test data."""
+
+    def trainer(problem, arm, seeds, cells, snapshots):
+        trainer.trained += [(seed, cell) for seed in seeds for cell in cells]
+        return {
+            (seed, cell): [Outcome({"accuracy": score(*cell)}, {"accuracy": -score(*cell)}, 1.0, 0.0)]
+            for seed in seeds
+            for cell in cells
+        }
+
+    trainer.trained = []
+    return trainer
+
+
+def peak(rate, decay):
+    """A score that is best at `rate` and `decay`, for a logarithmic grid."""
+    return lambda r, d: -abs(math.log(r / rate)) - abs(math.log((d + 1e-6) / (decay + 1e-6)))
+
+
+PRETENDED = Classification("pretended", doubles, 6, 3)
+
+
+def sweep(trainer, store=None, **options):
+    options = {"grid": Grid(), "seeds": 3, "store": store or Store()} | options
+    return harness.sweep(PRETENDED, Arm("arm"), trainer=trainer, **options)
+
+
+# --- the sweep ---
+
+
+def test_the_best_cell_inside_the_grid_is_taken_as_it_is():
+    trainer = pretend(peak(0.1, 0.004))
+    chosen = sweep(trainer)
+    assert chosen.cell == Cell(0.1, 0.004)
+    assert len(trainer.trained) == 3 * 16
+
+
+@pytest.mark.parametrize(
+    ("best", "why"),
+    [
+        ((1.6, 0.001), "learning rate above the grid"),
+        ((0.0125, 0.001), "learning rate below the grid"),
+        ((0.1, 0.256), "weight decay above the grid"),
+        ((1.6, 0.256), "both above the grid"),
+    ],
+)
+def test_the_grid_grows_until_the_best_cell_is_inside(best, why):
+    chosen = sweep(pretend(peak(*best)))
+    assert chosen.cell == Cell(*best), why
+    assert "widened" in chosen.grid
+
+
+def test_no_weight_decay_at_all_counts_as_inside():
+    trainer = pretend(peak(0.1, 0.0))
+    assert sweep(trainer).cell == Cell(0.1, 0.0)
+    assert len(trainer.trained) == 3 * 16
+
+
+def test_a_smallest_weight_decay_that_is_not_zero_counts_as_an_edge():
+    grid = Grid(weight_decays=(0.001, 0.004, 0.016))
+    assert sweep(pretend(peak(0.1, 0.001)), grid=grid).grid.endswith("0.00025 to 0.016, widened 1x")
+
+
+def test_a_best_cell_that_stays_at_the_edge_is_an_error_that_names_it():
+    with pytest.raises(harness.EdgeError, match=r"arm on pretended: the best cell.* at the edge after 3"):
+        sweep(pretend(lambda rate, decay: rate), most_widenings=3)
+
+
+def test_an_arm_all_of_whose_runs_diverge_is_an_error():
+    with pytest.raises(harness.EdgeError, match="diverged"):
+        sweep(pretend(lambda rate, decay: math.nan))
+
+
+def test_a_cell_in_which_one_seed_diverged_is_not_chosen():
+    score = peak(0.2, 0.0)
+    assert sweep(pretend(lambda r, d: math.nan if r == 0.2 else score(r, d))).cell.learning_rate != 0.2
+
+
+def test_only_new_cells_are_trained_when_the_grid_grows():
+    trainer = pretend(peak(1.6, 0.001))
+    sweep(trainer)
+    assert len(trainer.trained) == len(set(trainer.trained)) == 3 * 7 * 4
+
+
+def test_a_larger_budget_chooses_with_more_seeds_and_measures_the_same():
+    trainer = pretend(peak(0.1, 0.001))
+    chosen = sweep(trainer, budget=5)
+    assert {seed for seed, _ in trainer.trained} == set(range(15))
+    assert chosen.seeds == (0, 1, 2)
+    assert len(chosen.test("accuracy")) == 3
+
+
+def test_the_tuned_arm_is_chosen_on_validation_whatever_the_test_says():
+    worse, better = (
+        sweep(pretend(lambda r, d: 0.5 + peak(0.1, 0.001)(r, d))),
+        sweep(pretend(peak(0.1, 0.001))),
+    )
+    assert worse.score > better.score
+    assert worse.test("accuracy").mean() < better.test("accuracy").mean()
+    assert harness.tuned("tuned", [better, worse.renamed("first")], "accuracy").arm.name == "tuned (first)"
+
+
+def test_a_loss_is_chosen_by_its_smallest_value():
+    assert harness.problems.higher_is_better("worst_class_accuracy")
+    assert not harness.problems.higher_is_better("mean_loss")
+    runs = [[Outcome({"mean_loss": 2.0}, {}, 1.0, 0.0)]]
+    assert sweep_module.score(runs, "mean_loss", higher=False) == -2
+
+
+# --- finished runs ---
+
+
+def test_finished_runs_are_not_trained_again(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    first = sweep(pretend(peak(0.1, 0.001)), Store(path))
+    trainer = pretend(peak(0.1, 0.001))
+    second = sweep(trainer, Store(path))
+    assert trainer.trained == []
+    assert first == second
+
+
+def test_a_run_that_was_being_written_when_the_program_stopped_is_trained_again(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    sweep(pretend(peak(0.1, 0.001)), Store(path))
+    path.write_text(path.read_text()[:-20])
+    trainer = pretend(peak(0.1, 0.001))
+    sweep(trainer, Store(path))
+    assert len({cell for _, cell in trainer.trained}) == 1
+
+
+def test_another_weighting_loss_or_problem_is_another_run():
+    store, cell = Store(), Cell(0.1, 0.0)
+    problems = [PRETENDED, Classification("pretended", doubles, 6, 3, epochs=2)]
+    arms = [Arm("a"), Arm("a", rgd.KL(1.0)), Arm("a", rgd.KL(2.0)), Arm("a", cosine=True)]
+    arms += [Arm("a", loss=harness.losses.focal), Arm("a", class_weights=harness.losses.class_balanced)]
+    keys = {
+        store.key(problem, arm, seed, cell, ()) for problem in problems for arm in arms for seed in range(2)
+    }
+    assert len(keys) == 2 * len(arms) * 2
+    assert store.key(PRETENDED, Arm("a"), 0, cell, ()) == store.key(PRETENDED, Arm("b"), 0, cell, ())
+
+
+# --- training ---
+
+
+def alone(problem, arm, seed, cell):
+    """The same training with torch.nn, torch.optim and RGDLoss, one network at a time."""
+    data = problem.draw(seed)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    start = train_module.initial((6, 5, 3), [seed], 1)
+    with torch.no_grad():
+        for layer, weight, bias in zip(model[::2], start[::2], start[1::2], strict=True):
+            layer.weight.copy_(weight[0].T)
+            layer.bias.copy_(bias[0, 0])
+    weight = None
+    if arm.class_weights is not None:
+        weight = arm.class_weights(torch.bincount(data.train.target, minlength=3).double()[None])[0]
+    criterion = RGDLoss(weight, weighting=arm.weighting or rgd.ERM())
+    optimizer = torch.optim.SGD(model.parameters(), cell.learning_rate, 0.9, weight_decay=cell.weight_decay)
+    batches = train_module.orders([seed], len(data.train.target), 8, problem.epochs)[0]
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / len(batches))
+    )
+    for batch in batches:
+        optimizer.zero_grad()
+        criterion(model(data.train.inputs[batch]), data.train.target[batch]).backward()
+        optimizer.step()
+        schedule.step()
+    return model
+
+
+ARMS = [
+    Arm("plain"),
+    Arm("pointwise", rgd.KL(1.0)),
+    Arm("batch", rgd.CVaR(0.3)),
+    Arm("class weights", rgd.KL(2.0), class_weights=harness.losses.inverse_frequency),
+    Arm("remembers", rgd.MovingAverage(rgd.KL(1.0), 0.9)),
+]
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+def test_many_networks_at_once_learn_what_each_learns_alone(small, arm):
+    seeds, cells = (3, 7), [Cell(0.3, 0.0), Cell(0.1, 0.01)]
+    together = harness.train(small, arm, seeds, cells)
+    for seed in seeds:
+        for cell in cells:
+            data, model = small.draw(seed), alone(small, arm, seed, cell)
+            losses = small.losses(model(data.test.inputs), data.test.target)
+            # 20 steps in float64: rounding alone may tell the two apart.
+            assert together[seed, cell][-1].test["mean_loss"] == pytest.approx(
+                losses.mean().item(), rel=1e-10
+            )
+
+
+def test_arms_of_the_same_weights_reach_the_same_to_the_last_digit_whatever_else_is_trained(small):
+    cells = [Cell(0.1, 0.0), Cell(0.3, 0.01)]
+    plain = harness.train(small, Arm("plain"), (0, 1), cells)
+    zero = harness.train(small, Arm("s = 0", rgd.KL(math.inf, scale=0.0)), (1,), cells[1:])
+    first, second = plain[1, cells[1]][-1], zero[1, cells[1]][-1]
+    assert first.test == pytest.approx(second.test, rel=1e-12)
+
+
+def test_seeds_differ_in_initial_network_and_order_of_batches():
+    first, second = train_module.initial((4, 3), (0, 1), 1)[0]
+    assert not torch.equal(first, second)
+    first, second = train_module.orders((0, 1), 20, 5, 3)
+    assert not torch.equal(first, second)
+    assert all(len(set(epoch.flatten().tolist())) == 20 for epoch in first.view(3, 4, 5))
+
+
+def test_snapshots_measure_on_the_way(small):
+    outcomes = harness.train(small, Arm("plain"), (0,), [Cell(0.1, 0.0)], snapshots=(1, 10))
+    at_1, at_10, at_the_end = (o.test["mean_loss"] for o in outcomes[0, Cell(0.1, 0.0)])
+    assert len({at_1, at_10, at_the_end}) == 3
+
+
+def test_a_network_that_diverged_has_no_accuracy(small):
+    outcome = harness.train(small, Arm("plain"), (0,), [Cell(1e200, 0.1)])[0, Cell(1e200, 0.1)][-1]
+    assert math.isnan(outcome.validation["accuracy"])
+
+
+def test_temperature_scaling_undoes_a_temperature(small):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 4000, 3, generator=generator)
+    target = torch.distributions.Categorical(logits=logits[0]).sample()
+    part = Part(torch.zeros(4000, 6), target, torch.zeros_like(target))
+    spread, fitted = (small.metrics(k * logits, part, (k * logits, part)) for k in (4.0, 1.0))
+    assert spread["mean_loss"] > 1.2 * fitted["mean_loss"]
+    # Temperatures stand 15% apart, and the loss is flat at its lowest point.
+    assert spread["scaled_mean_loss"].item() == pytest.approx(fitted["mean_loss"].item(), rel=0.01)
+
+
+def test_splits_share_no_row_and_noise_spares_the_test_labels():
+    for problem in (harness.digits, harness.breast_cancer):
+        clean, noisy = problem(0.0).draw(4), problem(0.4).draw(4)
+        rows = [{x.numpy().tobytes() for x in part.inputs} for part in clean]
+        assert all(one.isdisjoint(other) for one, other in itertools.combinations(rows, 2))
+        for k, share in enumerate((0.4, 0.4, 0.0)):
+            assert torch.equal(clean[k].inputs, noisy[k].inputs)
+            changed = (clean[k].target != noisy[k].target).double().mean().item()
+            assert changed == pytest.approx(share, abs=1 / len(clean[k].target))
+
+
+# --- controls ---
+
+
+def test_mean_one_weights_are_the_weights_divided_by_their_mean():
+    losses = torch.tensor([0.1, 0.5, 3.0], dtype=torch.float64)
+    ours = sample_weights(losses, harness.mean_one(Arm("a", rgd.KL(1.0))).weighting)
+    assert torch.allclose(ours, sample_weights(losses, rgd.KL(1.0, normalize=True)), rtol=1e-14)
+
+
+def test_times_the_mean_weight_is_a_larger_step_and_a_weaker_decay(small):
+    control = harness.times_mean_weight(Arm("a", rgd.KL(1.0)), 2.0)
+    weighted = harness.train(small, control, (0,), [Cell(0.1, 0.02)])[0, Cell(0.1, 0.02)][-1]
+    plain = harness.train(small, Arm("plain"), (0,), [Cell(0.2, 0.01)])[0, Cell(0.2, 0.01)][-1]
+    assert weighted.mean_weight == 2
+    assert weighted.test == pytest.approx(plain.test, rel=1e-10)
+
+
+def test_the_opposite_sign_inverts_every_weight():
+    losses, arm = torch.tensor([0.1, 0.5, 3.0], dtype=torch.float64), Arm("a", rgd.KL(2.0))
+    product = sample_weights(losses, arm.weighting) * sample_weights(
+        losses, harness.opposite_sign(arm).weighting
+    )
+    assert torch.allclose(product, torch.ones(3, dtype=torch.float64), rtol=1e-14)
+
+
+def test_a_control_of_an_arm_without_weights_is_refused():
+    with pytest.raises(ValueError, match="plain has no weighting"):
+        harness.mean_one(Arm("plain"))
+    with pytest.raises(ValueError, match="KL's scale"):
+        harness.opposite_sign(Arm("cvar", rgd.CVaR(0.1)))
+
+
+# --- statistics ---
+
+
+def test_differences_are_taken_in_pairs_and_tested_as_scipy_does():
+    random = np.random.default_rng(0)
+    baseline = random.normal(size=12) * 10
+    values = baseline + random.normal(0.5, 1.0, size=12)
+    mean, half, p = statistics.compare(values, baseline)
+    expected = stats.ttest_rel(values, baseline)
+    low, high = expected.confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-9)
+    assert p == pytest.approx(max(expected.pvalue, stats.wilcoxon(values, baseline).pvalue), rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [5, 12, 30])
+def test_the_signed_rank_test_is_scipy_s_where_nothing_ties(n):
+    differences = np.random.default_rng(n).normal(0.4, 1, n)
+    assert statistics.signed_rank(differences) == pytest.approx(stats.wilcoxon(differences).pvalue, rel=1e-9)
+
+
+def test_the_signed_rank_test_counts_all_signs_where_differences_tie():
+    differences = np.array([1, 1, 2, 2, 3, -1, 1, 2, 0, 0], dtype=float)
+    every_sign = stats.PermutationMethod(n_resamples=10**6)
+    assert statistics.signed_rank(differences) == pytest.approx(
+        stats.wilcoxon(differences, method=every_sign).pvalue, rel=1e-9
+    )
+    assert statistics.signed_rank(np.ones(12)) == 2 / 2**12
+    assert statistics.signed_rank(np.zeros(12)) == 1
+
+
+def test_nothing_with_p_of_one_in_a_thousand_or_more_is_a_finding():
+    assert not statistics.Paired(1.0, 0.1, 0.001).finding
+    assert statistics.Paired(1.0, 0.1, 0.0009).finding
+    # Ten seeds that all agree, by however much, are no finding: no rank test can fall below .001 with them.
+    assert not statistics.compare(np.arange(10) / 100 + 5, np.zeros(10)).finding
+    assert statistics.compare(np.arange(12) / 100 + 5, np.zeros(12)).finding
+
+
+def test_values_that_are_no_pairs_are_refused():
+    with pytest.raises(ValueError, match="pairs of at least 2 seeds"):
+        statistics.compare(np.zeros(12), np.zeros(11))
+
+
+def test_the_bootstrap_takes_a_family_of_data_sets_as_one():
+    differences = np.repeat(np.random.default_rng(0).normal(size=8), 10)
+    families = [str(k // 10) for k in range(80)]
+    mean, low, high = statistics.bootstrap_over_families(differences, families)
+    _, alone_low, alone_high = statistics.bootstrap_over_families(differences, [str(k) for k in range(80)])
+    assert low < mean < high
+    # 80 independent sets would give an interval narrower by the root of 10, give or take the draws.
+    assert 2.5 < (high - low) / (alone_high - alone_low) < 4
+
+
+# --- tables ---
+
+
+def test_a_table_read_from_its_runs_is_the_table_that_was_written(tmp_path):
+    baseline, other = (
+        sweep(pretend(peak(0.1, d)), seeds=12).renamed(n) for n, d in (("a", 0.0), ("b, c", 0.001))
+    )
+    results = [Result("here", baseline), Result("here", other, "a")]
+    table = Table.of({"command": "x: y"}, ["accuracy"], results)
+    table.write(tmp_path / "t.csv")
+    again = Table.read(tmp_path / "t.csv")
+    assert (tmp_path / "t.csv").read_text() == again.summary_text()
+    assert again.header == table.header
+    assert again.comparisons == 1
+    assert again.line("here", "b", "accuracy").baseline == "a"
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_a_committed_table_follows_from_its_runs(name):
+    table = Table.read(COMMITTED[name].path)
+    assert COMMITTED[name].path.read_text() == table.summary_text()
+    assert table.header["command"] == f"python examples/evidence/{name}.py --full"
+    assert {"versions", "time", "comparisons"} <= set(table.header)
+    assert table.metrics == COMMITTED[name].metrics
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_a_committed_table_keeps_the_rules(name):
+    table = Table.read(COMMITTED[name].path)
+    assert min(line.seeds for line in table.lines) >= 12
+    assert all(line.p < statistics.FINDING for line in table.findings())
+    assert not any(math.isnan(line.mean) for line in table.lines)
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_a_committed_picture_was_drawn_from_the_committed_table(name):
+    with Image.open(COMMITTED[name].path.with_suffix(".png")) as picture:
+        assert picture.text["Comment"] == f"table {Table.read(COMMITTED[name].path).fingerprint()}"
+
+
+def test_the_readme_says_what_the_tables_say():
+    assert (FOLDER / "README.md").read_text() == readme.text()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_program_runs_quickly_from_end_to_end(name, tmp_path, capsys):
+    table = harness.main(ROWS[name], ["--quick", "--output", str(tmp_path)])
+    assert (tmp_path / f"{name}.csv").read_text() == table.summary_text()
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert ROWS[name].sentence(table) in capsys.readouterr().out
