@@ -201,6 +201,18 @@ def test_another_weighting_loss_or_problem_is_another_run():
     assert store.key(PRETENDED, Arm("a"), 0, cell, ()) == store.key(PRETENDED, Arm("b"), 0, cell, ())
 
 
+def test_changed_code_finds_no_old_runs_and_changed_comments_do(tmp_path):
+    program = tmp_path / "program.py"
+
+    def fingerprint(text):
+        program.write_text(text)
+        return sys.modules["harness.store"].fingerprint(program)
+
+    first = fingerprint('"""What."""\nstep = 1\n')
+    assert fingerprint('"""Why."""\n\nstep = 1  # a comment\n') == first
+    assert fingerprint('"""What."""\nstep = 2\n') != first
+
+
 # --- training ---
 
 

@@ -152,14 +152,15 @@ def picture(table: Table, path: pathlib.Path) -> None:
 
 
 def sentence(table: Table) -> str:
-    def points(arm: str) -> str:
-        return f"{arm} {table.line(setting(50), arm, 'balanced_accuracy').points()}"
+    def points(*arms: str) -> str:
+        lines = {arm: table.line(setting(50), arm, "balanced_accuracy") for arm in arms}
+        return ", ".join(f"{arm} {line.points()}" for arm, line in lines.items())
 
-    methods = ("class-balanced", "logit adjustment", "LDAM", "focal loss", RGD)
-    on_top = (f"{RGD} on logit adjustment", f"{RGD} on class-balanced")
     return (
-        "Balanced accuracy at factor 50, in points. "
-        f"Against cross-entropy: {', '.join(map(points, methods))}. Against what it stands on: {', '.join(map(points, on_top))}."
+        "Balanced accuracy at factor 50, in points. Against cross-entropy: "
+        f"{points('class-balanced', 'logit adjustment', 'LDAM', 'focal loss', RGD)}. "
+        "Against what it stands on: "
+        f"{points(f'{RGD} on logit adjustment', f'{RGD} on class-balanced')}."
     )
 
 

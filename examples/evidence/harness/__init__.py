@@ -18,7 +18,7 @@ from harness.row import Row, Session, main
 from harness.statistics import FINDING, Paired, compare, interval
 from harness.store import Store
 from harness.sweep import Chosen, EdgeError, Grid, sweep, tuned
-from harness.train import Cell, train
+from harness.train import Cell, Outcome, train
 
 __all__ = [
     "FINDING",
@@ -31,6 +31,7 @@ __all__ = [
     "EdgeError",
     "Grid",
     "MeanOne",
+    "Outcome",
     "Paired",
     "Part",
     "Problem",

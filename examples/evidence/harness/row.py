@@ -17,7 +17,8 @@ from harness.arms import Arm
 from harness.problems import Problem
 from harness.results import Result, Table
 from harness.store import Store
-from harness.sweep import Chosen, Grid, sweep
+from harness.sweep import Chosen, Grid, Trainer, sweep
+from harness.train import train
 
 FOLDER = pathlib.Path(__file__).parents[1]
 SEEDS, QUICK_SEEDS = 12, 2
@@ -44,18 +45,19 @@ class Session:
         """The grid to begin with; a small one for a quick run."""
         return QUICK_GRID if self.quick else full
 
-    def sweep(
+    def sweep(  # noqa: PLR0917
         self,
         problem: Problem,
         arm: Arm,
         grid: Grid = FULL_GRID,
         budget: int = 1,
         snapshots: Sequence[int] = (),
+        trainer: Trainer = train,
     ) -> Chosen:
         """Tunes an arm: see `harness.sweep.sweep`."""
         return sweep(
             problem, arm, grid=self.grid(grid), seeds=self.seeds, store=self.store, budget=budget,
-            snapshots=snapshots, progress=self.progress,
+            snapshots=snapshots, progress=self.progress, trainer=trainer,
         )  # fmt: skip
 
 
@@ -105,7 +107,7 @@ def main(row: Row, arguments: Sequence[str] | None = None) -> Table:
         cache = None if options.quick else FOLDER / ".cache" / f"{row.name}.jsonl"
         if options.fresh and cache is not None:
             cache.unlink(missing_ok=True)
-        store = Store(cache)
+        store = Store(cache, FOLDER / f"{row.name}.py")
         with tqdm(desc=row.name, unit="run", smoothing=0.05, mininterval=0.5) as progress:
             session = Session(options.quick, store, progress, QUICK_SEEDS if options.quick else SEEDS)
             results = row.run(session)

@@ -18,11 +18,13 @@ from harness.train import Cell, Outcome
 HERE = pathlib.Path(__file__).parent
 
 
-def fingerprint() -> str:
-    """Changes with the code that trains and with the versions that compute."""
+def fingerprint(program: pathlib.Path | None = None) -> str:
+    """Changes with the code that trains, the program's own too, and with the versions that compute."""
     code = [
         meaning((HERE / name).read_text()) for name in ("arms.py", "losses.py", "problems.py", "train.py")
     ]
+    if program is not None:
+        code.append(meaning(program.read_text()))
     return hashlib.sha256("\n".join([*code, rgd.__version__, torch.__version__]).encode()).hexdigest()
 
 
@@ -36,11 +38,14 @@ def meaning(source: str) -> str:
 
 
 class Store:
-    """Outcomes by problem, arm, cell and seed: one line of JSON each; kept in memory where `path` is None."""
+    """Outcomes by problem, arm, cell and seed: one line of JSON each; kept in memory where `path` is None.
 
-    def __init__(self, path: pathlib.Path | None = None) -> None:
+    Changed code, of the harness or of the program, finds no old outcomes.
+    """
+
+    def __init__(self, path: pathlib.Path | None = None, program: pathlib.Path | None = None) -> None:
         self.path = path
-        self.code = fingerprint()
+        self.code = fingerprint(program)
         self.outcomes: dict[str, list[Outcome]] = {}
         self.used: set[str] = set()
         if path is not None and path.exists():

@@ -122,7 +122,7 @@ def train(
     Returns:
         For each seed and cell the outcomes at the snapshots, in their order, and at the end.
     """
-    begin = time.perf_counter()
+    begin = time.process_time()
     data = stack([problem.draw(seed) for seed in seeds])
     copies, models = len(cells), len(seeds) * len(cells)
     parameters = initial((problem.features, *problem.hidden, problem.outputs), seeds, copies)
@@ -160,7 +160,7 @@ def train(
                 velocity.mul_(MOMENTUM).add_(torch.addcmul(gradient, decay, parameter))
                 parameter.addcmul_(speed, velocity, value=-1)
         if step + 1 in snapshots or step + 1 == steps:
-            share = (time.perf_counter() - begin) / models
+            share = (time.process_time() - begin) / models
             mean_weights = (weight_sum / (step + 1)).tolist()
             for s, seed in enumerate(seeds):
                 measured = measure(problem, parameters, data, s, copies, arm.cosine)
