@@ -1,5 +1,6 @@
 """The evidence harness keeps the rules it promises, and what is committed follows from the runs."""
 
+import functools
 import importlib
 import itertools
 import math
@@ -29,6 +30,7 @@ from harness.train import Outcome  # noqa: E402
 train_module, sweep_module = sys.modules["harness.train"], sys.modules["harness.sweep"]
 readme = importlib.import_module("readme")
 ROWS = {row.name: row for row in readme.rows()}
+read = functools.cache(lambda name: Table.read(ROWS[name].path))
 COMMITTED = {name: row for name, row in ROWS.items() if row.path.exists()}
 
 
@@ -166,6 +168,38 @@ def test_a_loss_is_chosen_by_its_smallest_value():
     assert not harness.problems.higher_is_better("mean_loss")
     runs = [[Outcome({"mean_loss": 2.0}, {}, 1.0, 0.0)]]
     assert sweep_module.score(runs, "mean_loss", higher=False) == -2
+
+
+def test_an_arm_that_nothing_tuned_is_marked(small):
+    chosen = harness.untuned(small, Arm("plain"), Cell(0.1, 0.0), seeds=2, store=Store())
+    assert chosen.grid == "NOT TUNED"
+    assert math.isnan(chosen.score)
+
+
+def test_logit_adjustment_and_balanced_softmax_are_one_loss():
+    generator = torch.Generator().manual_seed(0)
+    outputs = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
+    target = torch.randint(3, (2, 5), generator=generator)
+    counts = torch.tensor([[100.0, 10.0, 1.0], [3.0, 3.0, 3.0]], dtype=torch.float64)
+    adjusted, softmax = (
+        loss(outputs, target, counts)
+        for loss in (harness.losses.logit_adjusted, harness.losses.balanced_softmax)
+    )
+    # Some ten additions of numbers below 10.
+    assert torch.allclose(adjusted, softmax, rtol=0, atol=100 * torch.finfo(torch.float64).eps)
+    plain = harness.losses.cross_entropy(outputs, target)
+    assert torch.allclose(adjusted[1], plain[1], rtol=1e-14)
+    assert not torch.allclose(adjusted[0], plain[0])
+
+
+def test_class_weights_sum_to_the_classes_and_fall_with_the_count():
+    counts = torch.tensor([[100.0, 10.0, 1.0]], dtype=torch.float64)
+    for weights in (harness.losses.class_balanced(counts), harness.losses.inverse_frequency(counts)):
+        assert weights.sum().item() == pytest.approx(3)
+        assert (weights.diff() > 0).all()
+    assert torch.allclose(
+        harness.losses.inverse_frequency(counts) * counts, torch.full((1, 3), 3 / 1.11).double()
+    )
 
 
 # --- finished runs ---
@@ -418,7 +452,7 @@ def test_a_table_read_from_its_runs_is_the_table_that_was_written(tmp_path):
 
 @pytest.mark.parametrize("name", COMMITTED)
 def test_a_committed_table_follows_from_its_runs(name):
-    table = Table.read(COMMITTED[name].path)
+    table = read(name)
     assert COMMITTED[name].path.read_text() == table.summary_text()
     assert table.header["command"] == f"python examples/evidence/{name}.py --full"
     assert {"versions", "time", "comparisons"} <= set(table.header)
@@ -427,16 +461,17 @@ def test_a_committed_table_follows_from_its_runs(name):
 
 @pytest.mark.parametrize("name", COMMITTED)
 def test_a_committed_table_keeps_the_rules(name):
-    table = Table.read(COMMITTED[name].path)
+    table = read(name)
     assert min(line.seeds for line in table.lines) >= 12
     assert all(line.p < statistics.FINDING for line in table.findings())
     assert not any(math.isnan(line.mean) for line in table.lines)
+    assert all("NOT TUNED" in run["setting"] for run in table.runs if run["grid"] == "NOT TUNED")
 
 
 @pytest.mark.parametrize("name", COMMITTED)
 def test_a_committed_picture_was_drawn_from_the_committed_table(name):
     with Image.open(COMMITTED[name].path.with_suffix(".png")) as picture:
-        assert picture.text["Comment"] == f"table {Table.read(COMMITTED[name].path).fingerprint()}"
+        assert picture.text["Comment"] == f"table {read(name).fingerprint()}"
 
 
 def test_the_readme_says_what_the_tables_say():

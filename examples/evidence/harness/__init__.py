@@ -17,7 +17,7 @@ from harness.results import Result, Table
 from harness.row import Row, Session, main
 from harness.statistics import FINDING, Paired, compare, interval
 from harness.store import Store
-from harness.sweep import Chosen, EdgeError, Grid, sweep, tuned
+from harness.sweep import Chosen, EdgeError, Grid, sweep, tuned, untuned
 from harness.train import Cell, Outcome, train
 
 __all__ = [
@@ -52,4 +52,5 @@ __all__ = [
     "times_mean_weight",
     "train",
     "tuned",
+    "untuned",
 ]

@@ -62,12 +62,18 @@ class Line(NamedTuple):
 
 
 class Table:
-    """The runs of a program, and their statistics, with the header of the file."""
+    """The runs of a program, and their statistics, with the header of the file.
+
+    A metric that a problem does not have is left empty in its runs, and has no line.
+    """
 
     def __init__(self, header: dict[str, str], metrics: Sequence[str], runs: list[dict[str, str]]) -> None:
         self.header = header
         self.metrics = tuple(metrics)
         self.runs = runs
+        self.by_arm: dict[tuple[str, str], list[dict[str, str]]] = {}
+        for run in runs:
+            self.by_arm.setdefault((run["setting"], run["arm"]), []).append(run)
         self.lines = self._summary()
         self.header["comparisons"] = f"{self.comparisons}; a finding has p below {FINDING:g} in both tests"
 
@@ -82,7 +88,7 @@ class Table:
                     setting, chosen.arm.name, baseline, f"{chosen.cell.learning_rate:g}",
                     f"{chosen.cell.weight_decay:g}", chosen.grid, f"{outcome.mean_weight:.5g}", str(seed),
                 )  # fmt: skip
-                measured = {metric: f"{outcome.test[metric]:.7g}" for metric in metrics}
+                measured = {m: f"{outcome.test[m]:.7g}" if m in outcome.test else "" for m in metrics}
                 runs.append(dict(zip(RUN_COLUMNS, values, strict=True)) | measured)
         return cls(header, metrics, runs)
 
@@ -105,36 +111,38 @@ class Table:
 
     def values(self, setting: str, arm: str, metric: str) -> Vector:
         """A metric of each seed."""
-        found = [float(r[metric]) for r in self.runs if (r["setting"], r["arm"]) == (setting, arm)]
-        if not found:
+        runs = self.by_arm.get((setting, arm))
+        if runs is None:
             raise KeyError(f"no runs of arm {arm!r} in setting {setting!r}")
-        return np.array(found)
+        return np.array([float(run[metric]) for run in runs])
 
     def line(self, setting: str, arm: str, metric: str) -> Line:
         """The statistics of one metric of one arm. `arm` may be the beginning of its name."""
-        for line in self.lines:
-            if (line.setting, line.metric) == (setting, metric) and line.arm == arm:
+        lines = [line for line in self.lines if (line.setting, line.metric) == (setting, metric)]
+        for line in lines:
+            if line.arm == arm:
                 return line
-        for line in self.lines:
-            if (line.setting, line.metric) == (setting, metric) and line.arm.startswith(arm):
+        for line in lines:
+            if line.arm.startswith(arm):
                 return line
         raise KeyError(f"no line of arm {arm!r}, metric {metric!r} in setting {setting!r}")
 
+    def has(self, setting: str, metric: str) -> bool:
+        """Whether a metric was measured in a setting."""
+        return any((line.setting, line.metric) == (setting, metric) for line in self.lines)
+
     def settings(self) -> list[str]:
         """In the order of the file."""
-        return list(dict.fromkeys(run["setting"] for run in self.runs))
+        return list(dict.fromkeys(setting for setting, _ in self.by_arm))
 
     def arms(self, setting: str) -> list[str]:
         """In the order of the file."""
-        return list(dict.fromkeys(run["arm"] for run in self.runs if run["setting"] == setting))
+        return [arm for here, arm in self.by_arm if here == setting]
 
     def _summary(self) -> list[Line]:
         lines: list[Line] = []
-        firsts: dict[tuple[str, str], dict[str, str]] = {}
-        for run in self.runs:
-            firsts.setdefault((run["setting"], run["arm"]), run)
-        for (setting, arm), run in firsts.items():
-            for metric in self.metrics:
+        for (setting, arm), (run, *_) in self.by_arm.items():
+            for metric in (m for m in self.metrics if run[m]):
                 values = self.values(setting, arm, metric)
                 nan = float("nan")
                 difference = (nan, nan, nan, False)

@@ -138,10 +138,16 @@ def text(table: Table) -> str:
     width = max(len(line.arm) for line in table.lines) + 2
     lines: list[str] = []
     for setting in table.settings():
-        lines += ["", setting, " " * width + "".join(f"{metric:>26}" for metric in table.metrics)]
+        lines += [
+            "",
+            setting,
+            " " * width + "".join(f"{metric:>26}" for metric in table.metrics if table.has(setting, metric)),
+        ]
         for arm in table.arms(setting):
             cells: list[str] = []
             for metric in table.metrics:
+                if not table.has(setting, metric):
+                    continue
                 line = table.line(setting, arm, metric)
                 scale = 100 if metric.endswith("accuracy") else 1
                 cell = f"{scale * line.mean:.4g}"

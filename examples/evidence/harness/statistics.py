@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -36,6 +37,12 @@ def interval(values: Vector) -> tuple[float, float]:
     return float(np.mean(values)), float(half)
 
 
+@functools.cache
+def every_sign(n: int) -> Vector:
+    """All rows of n signs, (2^n, n)."""
+    return np.array(list(itertools.product((-1.0, 1.0), repeat=n)))
+
+
 def signed_rank(differences: Vector) -> float:
     """p of Wilcoxon's signed-rank test, two-sided, by counting all signs.
 
@@ -49,9 +56,8 @@ def signed_rank(differences: Vector) -> float:
     ranks = stats.rankdata(np.abs(nonzero))
     if n > MOST_EXACT:
         return float(stats.wilcoxon(nonzero).pvalue)
-    signs = np.array(list(itertools.product((-1, 1), repeat=n)))
     seen = abs(float(np.sign(nonzero) @ ranks))
-    return float(np.mean(np.abs(signs @ ranks) >= seen - 1e-9))
+    return float(np.mean(np.abs(every_sign(n) @ ranks) >= seen - 1e-9))
 
 
 def compare(values: Vector, baseline: Vector) -> Paired:

@@ -196,6 +196,18 @@ def score(runs: Sequence[list[Outcome]], metric: str, higher: bool) -> float:
     return mean if higher else -mean
 
 
+def untuned(
+    problem: Problem, arm: Arm, cell: Cell, *, seeds: int, store: Store, snapshots: Sequence[int] = ()
+) -> Chosen:
+    """An arm at a learning rate and weight decay that nothing chose, to show what tuning changes.
+
+    No evidence for an arm: tables mark it in the column `grid`.
+    """
+    found = run_cells(problem, arm, range(seeds), [cell], store, snapshots, train, None)
+    outcomes = tuple(tuple(found[s, cell]) for s in range(seeds))
+    return Chosen(problem.name, arm, cell, "NOT TUNED", math.nan, tuple(range(seeds)), outcomes)
+
+
 def tuned(name: str, candidates: Sequence[Chosen], select: str) -> Chosen:
     """The candidate with the best validation score, as an arm of its own.
 
