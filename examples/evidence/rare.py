@@ -156,6 +156,7 @@ def picture(table: Table, path: pathlib.Path) -> None:
             panel.set_xscale("log")
             panel.set_yscale("log")
             panel.set_xticks([float(step) for step in steps], steps)
+            panel.yaxis.set_major_formatter("{x:g}")
             panel.minorticks_off()
             panel.grid(axis="y", color="#e3e6eb")
         column[0].set_title(group, loc="left", fontsize=11)
