@@ -35,7 +35,7 @@ demo: $(VENV)/.built $(VENV)/.group-demo ## Train on long-tailed digits with Cro
 	@$(python) examples/longtail_digits.py $(DEMO_ARGS)
 
 .PHONY: evidence
-evidence: $(VENV)/.built $(VENV)/.group-demo ## Run the programs of examples/evidence, or one: make evidence ROW=dial; QUICK=1 for a smoke test
+evidence: $(VENV)/.built $(VENV)/.group-evidence ## Run the programs of examples/evidence, or one: make evidence ROW=dial; QUICK=1 for a smoke test
 	@for row in $(or $(ROW),$(EVIDENCE)); do \
 	  printf '\n== %s\n' "$$row"; \
 	  $(python) "examples/evidence/$$row.py" $(if $(QUICK),--quick,--full) || exit 1; \

@@ -3,6 +3,9 @@
 `<name>_runs.csv` holds a line for each setting, arm and seed. `<name>.csv` holds a line for each setting, arm
 and metric, and is computed from the first alone, so that anyone can check it without training. Both begin
 with the command, the versions and the time.
+
+Where a setting holds many data sets, a run stands for one of them, and its "seed" reads "family/data set":
+the column `seeds` counts data sets, and `statistics.compare_over_families` gives intervals and p.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from harness.statistics import FINDING, Vector, compare, interval
+from harness.statistics import FINDING, Vector, compare, compare_over_families, interval
 from harness.sweep import Chosen
 
 RUN_COLUMNS = ("setting", "arm", "baseline", "learning_rate", "weight_decay", "grid", "mean_weight", "seed")
@@ -116,6 +119,11 @@ class Table:
             raise KeyError(f"no runs of arm {arm!r} in setting {setting!r}")
         return np.array([float(run[metric]) for run in runs])
 
+    def families(self, setting: str, arm: str) -> list[str]:
+        """The family of each data set, where the runs stand for data sets; empty where they are seeds."""
+        seeds = [r["seed"] for r in self.runs if (r["setting"], r["arm"]) == (setting, arm)]
+        return [seed.partition("/")[0] for seed in seeds] if "/" in seeds[0] else []
+
     def line(self, setting: str, arm: str, metric: str) -> Line:
         """The statistics of one metric of one arm. `arm` may be the beginning of its name."""
         lines = [line for line in self.lines if (line.setting, line.metric) == (setting, metric)]
@@ -144,16 +152,40 @@ class Table:
         for (setting, arm), (run, *_) in self.by_arm.items():
             for metric in (m for m in self.metrics if run[m]):
                 values = self.values(setting, arm, metric)
+                families = self.families(setting, arm)
                 nan = float("nan")
                 difference = (nan, nan, nan, False)
                 if run["baseline"]:
-                    paired = compare(values, self.values(setting, run["baseline"], metric))
+                    baseline = self.values(setting, run["baseline"], metric)
+                    paired = (
+                        compare_over_families(values, baseline, families)
+                        if families
+                        else compare(values, baseline)
+                    )
                     difference = (*paired, paired.finding)
-                rate, decay = float(run["learning_rate"]), float(run["weight_decay"])
+                # Each data set has its own rate and decay: those are in its run.
+                rate, decay = (
+                    (nan, nan) if families else (float(run["learning_rate"]), float(run["weight_decay"]))
+                )
+                mean, half = (
+                    compare_over_families(values, np.zeros_like(values), families)[:2]
+                    if families
+                    else interval(values)
+                )
                 lines.append(
-                    Line(setting, arm, rate, decay, metric, len(values), *interval(values), run["baseline"],
-                         *difference)
-                )  # fmt: skip
+                    Line(
+                        setting,
+                        arm,
+                        rate,
+                        decay,
+                        metric,
+                        len(values),
+                        mean,
+                        half,
+                        run["baseline"],
+                        *difference,
+                    )
+                )
         return lines
 
     def write(self, path: pathlib.Path) -> None:

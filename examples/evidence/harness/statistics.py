@@ -86,6 +86,25 @@ def compare(values: Vector, baseline: Vector) -> Paired:
     return Paired(mean, half, max(t, signed_rank(differences)))
 
 
+def compare_over_families(values: Vector, baseline: Vector, families: Sequence[str]) -> Paired:
+    """The difference of two arms over data sets, some of which are versions of the same original.
+
+    Args:
+        values: A metric of one arm on each data set, (D,).
+        baseline: The same metric of the other arm on the same data sets.
+        families: The original of each data set.
+
+    Returns:
+        The mean difference over the data sets, half of its 95% interval by a bootstrap over the families, and
+        the larger p of the t test and of Wilcoxon's signed-rank test over the families' mean differences.
+    """
+    differences = values - baseline
+    mean, low, high = bootstrap_over_families(differences, families)
+    names = np.array(families)
+    of_family = np.array([differences[names == name].mean() for name in sorted(set(families))])
+    return Paired(mean, (high - low) / 2, compare(of_family, np.zeros_like(of_family)).p)
+
+
 def bootstrap_over_families(
     differences: Vector, families: Sequence[str], resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float, float]:

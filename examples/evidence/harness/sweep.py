@@ -40,6 +40,7 @@ class Grid(NamedTuple):
     weight_decays: tuple[float, ...] = (0.0, 0.001, 0.004, 0.016)
     rate_factor: float = 2.0
     decay_factor: float = 4.0
+    one_axis: bool = False  # where time forces it: the learning rate alone is tuned, the decay held
 
     def cells(self) -> list[Cell]:
         """Every pair."""
@@ -52,6 +53,8 @@ class Grid(NamedTuple):
             rates = (tidy(rates[0] / self.rate_factor), *rates)
         elif best.learning_rate == max(rates):
             rates = (*rates, tidy(rates[-1] * self.rate_factor))
+        if self.one_axis:
+            return self._replace(learning_rates=rates)
         if best.weight_decay == max(decays):
             last = decays[-1] * self.decay_factor
             decays = (*decays, tidy(last) if last > 0 else 1e-3)
@@ -61,6 +64,8 @@ class Grid(NamedTuple):
 
     def __str__(self) -> str:
         rates, decays = self.learning_rates, self.weight_decays
+        if self.one_axis:
+            return f"{len(rates)} rates {rates[0]:g} to {rates[-1]:g}; decay {decays[0]:g} not tuned"
         shown = [
             f"{len(axis)} {name} {axis[0]:g} to {axis[-1]:g}"
             for name, axis in (("rates", rates), ("decays", decays))
@@ -82,7 +87,7 @@ class Chosen:
     cell: Cell
     grid: str
     score: float
-    seeds: tuple[int, ...]
+    seeds: tuple[int | str, ...]  # or the data set, as "family/data set"
     outcomes: tuple[tuple[Outcome, ...], ...]  # of each seed, at each snapshot
 
     @property
