@@ -405,7 +405,7 @@ def picture(rows: Sequence[Row], path: pathlib.Path) -> None:
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
     figure, (curves, ends) = plt.subplots(
-        1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=(1.15, 1)
+        1, 2, figsize=(11, 5.4), layout="constrained", width_ratios=(1.15, 1)
     )
     base = rows[0]
     for place, row in enumerate(rows):
@@ -417,11 +417,11 @@ def picture(rows: Sequence[Row], path: pathlib.Path) -> None:
         ends.plot(row.worst - base.worst, place, "^", color=color)
     curves.set_xlabel("thousand tokens seen")
     curves.set_ylabel("plain validation loss, nats a token")
-    curves.legend(frameon=False, fontsize=9)
+    curves.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     ends.axvline(0, color="0.8", zorder=0)
     ends.set_yticks(range(len(rows)), [row.arm for row in rows], fontsize=9)
     ends.invert_yaxis()
-    ends.set_xlabel(f"difference to {base.arm}, nats: ● test loss, ▲ its worst tenth of sequences")
+    ends.set_xlabel(f"difference to {base.arm}, nats: ● test loss, ▲ worst tenth")
     for axes in (curves, ends):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
