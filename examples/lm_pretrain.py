@@ -43,7 +43,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-LEARNING_RATES = (0.0003, 0.001, 0.003, 0.01)
+LEARNING_RATES = (0.0003, 0.001, 0.003, 0.01, 0.03)
 
 
 class Size(NamedTuple):
@@ -55,7 +55,7 @@ class Size(NamedTuple):
     heads: int = 4
     length: int = 128
     batch: int = 16
-    train_tokens: int = 600_000
+    train_tokens: int = 300_000
     held_out_tokens: int = 50_000
 
 
@@ -389,6 +389,11 @@ def rows_of(results: dict[Run, dict[str, Any]]) -> list[Row]:
     return list(chosen.values())
 
 
+def at_the_edge(rows: Sequence[Row], rates: Sequence[float]) -> list[str]:
+    """The arms whose best rate ends the grid, so that a wider one might be better for them."""
+    return [row.arm for row in rows if len(rates) > 1 and row.learning_rate in (min(rates), max(rates))]
+
+
 def table(rows: Sequence[Row]) -> str:
     lines = [f"{'':<28} {'rate':>6} {'validation':>11} {'test loss':>10} {'accuracy':>9} {'worst tenth':>12}"]
     for r in rows:
@@ -484,6 +489,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         print(
             "loss, accuracy and the loss of the worst tenth of the sequences are of texts that chose nothing."
         )
+        for arm in at_the_edge(rows, options.rates):
+            print(f"\n{arm}: the best rate ends the grid; give wider --rates before you compare it.")
         picture(rows, options.output)
         print(f"\nPicture: {options.output}")
     if dist.is_initialized():

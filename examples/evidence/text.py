@@ -444,8 +444,8 @@ def sentence(table: Table) -> str:
         f"{shown(RGD, 'accuracy')} points, balanced {shown(RGD, 'balanced_accuracy')}, worst group of "
         f"classes {shown(RGD, 'worst_group_accuracy')}; mean loss {shown(RGD, 'mean_loss')}, worst tenth "
         f"{shown(RGD, 'worst_tenth')}, after temperature scaling {shown(RGD, 'scaled_worst_tenth')}. The "
-        f"control, cross-entropy times RGD's mean weight: mean loss {shown(CONTROL, 'mean_loss')}, worst tenth "
-        f"{shown(CONTROL, 'worst_tenth')}."
+        f"control, cross-entropy times RGD's mean weight: mean loss {shown(CONTROL, 'mean_loss')}, worst "
+        f"tenth {shown(CONTROL, 'worst_tenth')}."
     )
 
 
