@@ -30,9 +30,9 @@ help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: $(VENV)/.built $(VENV)/.group-demo ## Train on long-tailed digits with CrossEntropyLoss and with RGDLoss, print the table, draw the picture
-	$(say) "running examples/longtail_digits.py (about two minutes on 2 cores)"
-	@$(python) examples/longtail_digits.py $(DEMO_ARGS)
+demo: $(VENV)/.built $(VENV)/.group-demo ## Turn the dial: right and wrong labels, plain and re-weighted; print the table, draw the picture
+	$(say) "running examples/demo.py (about two minutes)"
+	@$(python) examples/demo.py $(DEMO_ARGS)
 
 .PHONY: evidence
 evidence: $(VENV)/.built $(VENV)/.group-evidence ## Run the programs of examples/evidence, or one: make evidence ROW=dial; QUICK=1 for a smoke test

@@ -18,7 +18,10 @@ What is compared, and how:
 - Three weight decays, because they decide the outcome: without any, the network fits every training image,
   all losses go to zero and all weights to one.
 
-Run it with `make demo`, or `python examples/longtail_digits.py --help`.
+Weight decay is fixed here, not tuned, and there it gains; tuned for each loss alike, re-weighting does not
+(`examples/evidence/imbalance.py`).
+
+Run `python examples/longtail_digits.py --help`.
 """
 
 from __future__ import annotations

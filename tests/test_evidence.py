@@ -474,8 +474,9 @@ def test_a_committed_picture_was_drawn_from_the_committed_table(name):
         assert picture.text["Comment"] == f"table {read(name).fingerprint()}"
 
 
-def test_the_readme_says_what_the_tables_say():
-    assert (FOLDER / "README.md").read_text() == readme.text()
+def test_the_pages_say_what_the_tables_say():
+    for page, text in readme.pages().items():
+        assert page.read_text() == text, page
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -57,6 +57,10 @@ def name(scale: float) -> str:
     return f"s = {scale:g}"
 
 
+def weighting(scale: float) -> rgd.Weighting | None:
+    return rgd.KL(math.inf, scale=scale) if scale else None
+
+
 def setting(data: str, noise: float) -> str:
     return f"{data}, {100 * noise:g}% wrong labels"
 
@@ -74,7 +78,7 @@ def run(session: Session) -> list[Result]:
                 DATA[data](noise, **({"epochs": 3} if session.quick else {})),
                 setting(data, noise),
             )
-            arms = {s: Arm(name(s), rgd.KL(math.inf, scale=s) if s else None) for s in SCALES}
+            arms = {s: Arm(name(s), weighting(s)) for s in SCALES}
             dial = {s: session.sweep(problem, arm, grid) for s, arm in arms.items()}
             results += [Result(here, chosen, "" if s == 0 else PLAIN) for s, chosen in dial.items()]
             plain = session.sweep(problem, Arm(PLAIN_BUDGET), grid, budget=1 if session.quick else len(TUNED))

@@ -1,14 +1,20 @@
-"""Writes the table of `README.md` from the committed results, each row's sentence computed from its CSV.
+"""Writes the tables of `README.md`, `docs/which.md` and the README of the project from the committed results.
 
-`make evidence` runs it after the programs. A test compares the file with what this gives.
+`make evidence` runs it after the programs. A test compares the files with what this gives.
 """
 
 from __future__ import annotations
 
 import importlib
 import pathlib
+import sys
+from typing import NamedTuple
 
 from harness import Row, Table
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import demo
 
 FOLDER = pathlib.Path(__file__).parent
 BEGIN, END = "<!-- results: written by readme.py -->\n", "<!-- end of results -->"
@@ -35,11 +41,148 @@ def results() -> str:
     return "\n".join(lines) + "\n"
 
 
-def text() -> str:
-    """The README with the table as it should be."""
-    before, rest = (FOLDER / "README.md").read_text().split(BEGIN)
-    return before + BEGIN + results() + END + rest.split(END)[1]
+class Case(NamedTuple):
+    """A line of `docs/which.md`."""
+
+    case: str
+    use: str
+    result: str
+    row: str
+
+
+def cases() -> list[Case]:
+    """What to use for what, each line with what was measured."""
+    done = [row for row in rows() if row.path.exists()]
+    tables = {row.name: Table.read(row.path) for row in done}
+    sentences = {row.name: row.sentence(tables[row.name]) for row in done}
+
+    def points(row: str, setting: str, arm: str, metric: str = "accuracy") -> str:
+        return tables[row].line(setting, arm, metric).points()
+
+    def nats(row: str, setting: str, arm: str, metric: str = "worst_tenth") -> str:
+        return tables[row].line(setting, arm, metric).shown(form=".2f")
+
+    noisy, some, clean = (f"digits, {noise}% wrong labels" for noise in (40, 20, 0))
+    rare = "digits, factor 50"
+    left_out = "all angles"
+    digits = "digits, chosen by mean loss"
+    sections = "Debian, 44 classes"
+    return [
+        Case(
+            "Wrong labels",
+            "`rgd.KL(scale=-0.7)`, or -0.5; not -1, which learns badly from scratch",
+            f"40% wrong: accuracy {points('dial', noisy, 's = -0.7')} points; none wrong: "
+            f"{points('dial', clean, 's = -0.7')}. The wrong way, s = 0.5: "
+            f"{points('dial', noisy, 's = 0.5')}",
+            "dial",
+        ),
+        Case(
+            "RGD where some labels may be wrong",
+            "the default clip, `tau=1`: it bounds what one sample can do",
+            f"20% wrong: accuracy {points('clip', some, 'tau = 1, s = 0.5')} points at tau = 1, "
+            f"{points('clip', some, 'tau = 3, s = 0.5')} at tau = 3, "
+            f"{points('clip', some, 'tau = inf, s = 0.5')} without a clip",
+            "clip",
+        ),
+        Case(
+            "Few samples of some classes",
+            "not a weighting: `RGDLoss(weighting=rgd.ERM(), logit_adjustment=...)` with "
+            "`rgd.log_prior(counts)`, or `weight=` from `rgd.class_balanced(counts)`",
+            "balanced accuracy: logit adjustment "
+            f"{points('imbalance', rare, 'logit adjustment', 'balanced_accuracy')} points, class-balanced "
+            f"{points('imbalance', rare, 'class-balanced', 'balanced_accuracy')}, RGD "
+            f"{points('imbalance', rare, 'RGD', 'balanced_accuracy')}",
+            "imbalance",
+        ),
+        Case(
+            "Known groups or domains",
+            "`rgd.GroupDRO(groups, step_size)`, and expect little",
+            f"an angle left out: GroupDRO {points('domains', left_out, 'GroupDRO')} points, RGD "
+            f"{points('domains', left_out, 'RGD')}",
+            "domains",
+        ),
+        Case(
+            "A tail that matters",
+            "temperature scaling; in training, `rgd.CVaR(0.5)` or `rgd.ChiSquareBall(0.1)`",
+            f"loss of the worst tenth, digits: CVaR(0.5) {nats('frontier', digits, 'CVaR(0.5)')}, "
+            f"ChiSquareBall(0.1) {nats('frontier', digits, 'ChiSquareBall(0.1)')}, RGD "
+            f"{nats('frontier', digits, 'KL(tau=1)')}; after temperature scaling CVaR(0.5) "
+            f"{nats('frontier', digits, 'CVaR(0.5)', 'scaled_worst_tenth')}",
+            "frontier",
+        ),
+        Case(
+            "Nothing special, clean labels",
+            "plain training, `rgd.ERM()`",
+            f"digits, s = 0.5: accuracy {points('dial', clean, 's = 0.5')} points; 43 tables of KEEL, RGD: "
+            f"{points('tabular', 'balanced sets', 'RGD, tau 1')}; a tiny vision transformer: "
+            f"{points('vit', 'digits, mixup', 'RGD, tau 1')}",
+            "tabular",
+        ),
+        Case(
+            "Fine-tuning a strong model",
+            "plain training; RGD is safe, and its gain is calibration",
+            f"a small BERT: accuracy {points('text', sections, 'RGD, tau 1')} points, worst tenth "
+            f"{nats('text', sections, 'RGD, tau 1')}, after temperature scaling "
+            f"{nats('text', sections, 'RGD, tau 1', 'scaled_worst_tenth')}",
+            "text",
+        ),
+        Case(
+            "Boosted trees",
+            "their own objective",
+            f"balanced sets: accuracy {points('trees', 'balanced sets', 'RGD, tau 1')} points",
+            "trees",
+        ),
+        Case(
+            "Meta-learning, few shots",
+            "plain MAML",
+            "error of test tasks, RGD: mean "
+            f"{nats('maml', 'sinusoids, 10 shots', 'RGD, tau 3', 'mean_loss')}, worst tenth "
+            f"{nats('maml', 'sinusoids, 10 shots', 'RGD, tau 3')}",
+            "maml",
+        ),
+        Case(
+            "Rare directions in regression",
+            "a tuned learning rate first",
+            sentences["rare"].partition(";")[0] + ".",
+            "rare",
+        ),
+        Case(
+            "Pre-training a language model",
+            "plain training with `linear_cross_entropy`; if weights, then by sequence",
+            "one seed of a small GPT, no finding: [the table](language_models.md#training-from-scratch)",
+            "",
+        ),
+    ]
+
+
+def decisions() -> str:
+    """The table of `docs/which.md`."""
+    lines = ["| you have | use | measured | row |", "|---|---|---|---|"]
+    for case in cases():
+        link = f"[{case.row}](../examples/evidence/{case.row}.py)" if case.row else "-"
+        lines.append(f"| {case.case} | {case.use} | {case.result} | {link} |")
+    return "\n".join(lines) + "\n"
+
+
+def between(page: pathlib.Path, begin: str, end: str, table: str) -> str:
+    """A page with another table between two marks."""
+    before, rest = page.read_text().split(begin)
+    return before + begin + table + end + rest.split(end)[1]
+
+
+def pages() -> dict[pathlib.Path, str]:
+    """The pages as they should be."""
+    root = FOLDER.parents[1]
+    which, front = root / "docs" / "which.md", root / "README.md"
+    dial = Table.read(FOLDER / "results" / "dial.csv")
+    begin, end = "<!-- table: written by examples/evidence/readme.py -->\n", "<!-- end of table -->"
+    return {
+        FOLDER / "README.md": between(FOLDER / "README.md", BEGIN, END, results()),
+        which: between(which, begin, end, decisions()),
+        front: between(front, begin, end, demo.markdown(dial)),
+    }
 
 
 if __name__ == "__main__":
-    (FOLDER / "README.md").write_text(text())
+    for page, text in pages().items():
+        page.write_text(text)
