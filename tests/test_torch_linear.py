@@ -7,7 +7,8 @@ import rgd
 import torch
 from family import BATCH_DEPENDENT, POINTWISE, label
 from linear_heads import B, C, Case, D, T, distance, same
-from rgd.torch import RGDLoss, backend, linear_cross_entropy
+from rgd.torch import RGDLoss, _steps, backend, linear_cross_entropy
+from rgd.torch.backends import composite
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -393,3 +394,16 @@ def test_no_tensor_of_all_logits_is_made():
                     case.chunked, weighting=weighting, reduction=reduction, chunk_bytes=8 * classes * 4
                 )
         assert 8 * classes <= max(largest) < rows * classes / 4
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.2, "weight": torch.linspace(0.5, 1.5, C)}], ids=str
+)
+def test_the_formula_of_a_chunk_gives_the_same_compiled(options, monkeypatch):
+    # On a GPU the gradient's formula is compiled; here on the CPU.
+    torch._dynamo.reset()
+    monkeypatch.setattr(
+        _steps, "_formula_for", lambda logits: torch.compile(composite.gradient, dynamic=False)
+    )
+    with backend("composite"):
+        same(Case(torch.float32), tolerance=1e-6, chunk_bytes=4 * C * 4, **options)

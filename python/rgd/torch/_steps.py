@@ -116,14 +116,18 @@ class ComposedStep(_Formula):
         )[0]
 
     def turn(self, logits: Tensor, target: Tensor, factors: Tensor) -> None:
-        formula = _compiled() if logits.is_cuda else composite.gradient
+        formula = _formula_for(logits)
         adjusted = logits if self._adjustment is None else composite.adjusted(logits, self._adjustment)
         logits.copy_(formula(adjusted, target, self._class_weight, factors, self._options))
 
 
+def _formula_for(logits: Tensor) -> Any:
+    """The formula of the gradient: as one kernel on a GPU, where torch can compile it."""
+    return _compiled() if logits.is_cuda else composite.gradient
+
+
 @functools.cache
 def _compiled() -> Any:
-    """The formula of the gradient as one kernel, where torch can compile it."""
     if importlib.util.find_spec("triton") is None:
         return composite.gradient
     return torch.compile(composite.gradient, dynamic=False)
