@@ -14,6 +14,7 @@ import torch
 from rgd import reference
 from rgd.torch import RGD, RGDLoss, backend, weight_stats
 from torch.nn import functional as F
+from x64 import enable_x64
 
 EPS = np.finfo(np.float64).eps
 
@@ -44,7 +45,7 @@ def test_every_front_gives_the_mean_loss_of_the_worst_tenth_of_the_mass(base, co
     tensors = [None if one is None else torch.from_numpy(one) for one in (losses, weights, p)]
     of_torch = weight_stats(tensors[0], tensors[1], sample_weight=tensors[2])
     assert of_torch.worst_tenth == pytest.approx(expected, **close)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         of_jax = jax.jit(rgd.jax.weight_stats)(losses, weights, sample_weight=p).worst_tenth
     assert float(of_jax) == pytest.approx(expected, **close)
 

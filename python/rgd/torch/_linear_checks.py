@@ -53,9 +53,10 @@ class Chunking(NamedTuple):
         dtype = self.accumulate_dtype
         if dtype is not None and dtype not in FLOATS:
             raise TypeError(f"accumulate_dtype must be a float dtype such as torch.float32, got {dtype!r}")
-        return self._replace(
-            logit_softcap=None if cap is None else float(cap), chunk_bytes=None if size is None else int(size)
-        )
+        return Chunking(
+            None if cap is None else float(cap), self.shift, None if size is None else int(size), dtype,
+            self.vocab_group,
+        )  # fmt: skip
 
 
 class Shard(NamedTuple):

@@ -49,18 +49,23 @@ class Record(NamedTuple):
     backend: str
     version: int | None = None
 
+    def changed(self, **changes: Any) -> Record:
+        """As `_replace`, which torch 2.8 does not compile."""
+        values: dict[str, Any] = {**dict(zip(_FIELDS, self, strict=True)), **changes}
+        return Record(**values)
+
     def with_copies(self) -> Record:
         """The record with copies of base measure and groups, which the caller may change in place."""
         if self.base is None and self.groups is None:
             return self
-        return self._replace(base=_copy(self.base), groups=_copy(self.groups))
+        return self.changed(base=_copy(self.base), groups=_copy(self.groups))
 
     def guarded(self) -> Record:
         """The record of losses and a mask of the caller: a copy of that, and word of changes of those."""
-        record = self._replace(counted=_copy(self.counted))
+        record = self.changed(counted=_copy(self.counted))
         if torch.compiler.is_compiling() or self.losses.is_inference():
-            return record._replace(losses=self.losses.clone())
-        return record._replace(version=self.losses._version)
+            return record.changed(losses=self.losses.clone())
+        return record.changed(version=self.losses._version)
 
     def check_unchanged(self) -> None:
         """Refuse losses of the caller that were changed in place since the call."""
@@ -194,6 +199,9 @@ def _over_processes(
     *totals, denominator, targets = reduce_sums([*sums, denominator, targets], device, group)
     largest = reduce_max(sums.largest, device, group)
     return WeightSums(int(totals[0]), *totals[1:])._replace(largest=largest), denominator, targets
+
+
+_FIELDS = Record._fields
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:

@@ -384,7 +384,7 @@ def in_ones(record: Record | None, base: Tensor | None, unit: float) -> Record |
         return record
     denominator = record.denominator
     wide = denominator.double() if isinstance(denominator, Tensor) else denominator
-    return record._replace(base=base, denominator=wide * unit)
+    return record.changed(base=base, denominator=wide * unit)
 
 
 def _weigher(
