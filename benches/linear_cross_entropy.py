@@ -1,7 +1,7 @@
 """Times the head of a language model, hidden states to gradients, against what a user has or would write.
 
 Run `make bench BENCH=benches/linear_cross_entropy.py`, or this file with `--json FILE`, `--threads N`,
-`--sizes N,D,C ...` or `--quick`. The ways A, B, C, ... take turns, A B C ... A B C ..., in one process, each
+`--sizes N,D,C ...`, `--dtypes ...` or `--quick`. The ways A, B, C, ... take turns, A B C ... A B C ..., in one process, each
 forward and backward with respect to hidden states and head. The table gives, for each, the median over the
 rounds of its time and of rgd's time over it (quartiles), and the peak of the process's memory above hidden
 states, head and targets, gradients included (Linux; `VmHWM`, in a process of its own).
@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 SIZES = [(2048, 256, 32000), (4096, 768, 50257), (1024, 2048, 128256)]
 QUICK = [(256, 64, 4000)]
-DTYPES = [torch.float32, torch.bfloat16]
 OURS = "rgd.torch.linear_cross_entropy"
 PRODUCTS = "three products alone"
 
@@ -199,6 +198,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the figures as JSON")
     parser.add_argument("--quick", action="store_true", help="a small size only")
     parser.add_argument("--sizes", nargs="+", metavar="N,D,C", help="other sizes than those of the file")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="dtypes to measure")
     parser.add_argument("--threads", type=int, help="torch's threads; by default torch's own choice")
     parser.add_argument("--rounds", type=int, default=5, help="how often the ways take turns")
     parser.add_argument("--peak", nargs=5, help=argparse.SUPPRESS)
@@ -222,7 +222,7 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     figures = []
     for size in sizes:
-        for dtype in tqdm(DTYPES, leave=False, desc=str(size)):
+        for dtype in tqdm([getattr(torch, d) for d in arguments.dtypes], leave=False, desc=str(size)):
             results = compare(size, dtype, arguments.rounds)
             name = str(dtype).removeprefix("torch.")
             print(f"\n(N, D, C) = {size}, {name}\n")
