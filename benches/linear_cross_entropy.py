@@ -1,10 +1,10 @@
 """Times the head of a language model, hidden states to gradients, against what a user has or would write.
 
 Run `make bench BENCH=benches/linear_cross_entropy.py`, or this file with `--json FILE`, `--threads N`,
-`--sizes N,D,C ...`, `--dtypes ...` or `--quick`. The ways A, B, C, ... take turns, A B C ... A B C ..., in one process, each
-forward and backward with respect to hidden states and head. The table gives, for each, the median over the
-rounds of its time and of rgd's time over it (quartiles), and the peak of the process's memory above hidden
-states, head and targets, gradients included (Linux; `VmHWM`, in a process of its own).
+`--sizes N,D,C ...`, `--dtypes NAME ...` or `--quick`. The ways take turns in one process, each forward and
+backward with respect to hidden states and head. The table gives, for each, the median over the rounds of its
+time and of rgd's time over it (quartiles), and the peak of the process's memory above hidden states, head and
+targets, gradients included (Linux; `VmHWM`, in a process of its own).
 """
 
 from __future__ import annotations
