@@ -111,7 +111,7 @@ def ways() -> dict[str, Head]:
     found["F.linear + nn.CrossEntropyLoss, unweighted"] = cross_entropy
     found["F.linear + plain-torch RGD"] = plain_rgd
     found["F.linear + RGDLoss"] = rgd_loss
-    # found["F.linear + RGDLoss(inplace=True)"] = rgd_loss_in_place
+    found["F.linear + RGDLoss(inplace=True)"] = rgd_loss_in_place
     return found
 
 
