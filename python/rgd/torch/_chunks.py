@@ -91,10 +91,19 @@ class Head(NamedTuple):
     step: Step
 
 
-def rows_of(chunk_bytes: int | None, classes: int, dtype: torch.dtype) -> int:
-    """How many rows of logits take `chunk_bytes`, None for the default; at least one."""
+def rows_of(
+    chunk_bytes: int | None, classes: int, features: int, dtype: torch.dtype, accumulate: torch.dtype
+) -> int:
+    """How many rows of logits take `chunk_bytes`, at least one.
+
+    None: 32 MiB, or an eighth of the head's gradient where that is more, since every chunk reads and writes
+    the whole of it; and at least 128 rows.
+    """
     row = max(1, classes * dtype.itemsize)
-    return max(_LEAST_ROWS, _DEFAULT_BYTES // row) if chunk_bytes is None else max(1, chunk_bytes // row)
+    if chunk_bytes is not None:
+        return max(1, chunk_bytes // row)
+    gradient = classes * features * accumulate.itemsize
+    return max(_LEAST_ROWS, max(_DEFAULT_BYTES, gradient // 8) // row)
 
 
 class _Chunk(NamedTuple):

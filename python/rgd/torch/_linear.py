@@ -221,15 +221,16 @@ class _Call:
         dtype = self.chunking.accumulate_dtype or accumulator(self.dtype)
         return Head(
             input.reshape(-1, input.shape[-1]), weight, bias, target, self.chunking.logit_softcap,
-            rows_of(self.chunking.chunk_bytes, widest, self.dtype), dtype, step,
+            rows_of(self.chunking.chunk_bytes, widest, weight.shape[1], self.dtype, dtype), dtype, step,
         )  # fmt: skip
 
     def arguments(self) -> tuple[Any, ...]:
         """The head as the arguments of an operator, which autograd sees."""
         input, weight = (one.to(self.dtype) for one in self.tensors[:2])
         bias = None if self.tensors[2] is None else self.tensors[2].to(self.dtype)
-        rows = rows_of(self.chunking.chunk_bytes, weight.shape[0], self.dtype)
         dtype = self.chunking.accumulate_dtype or self.accumulator
+        classes, features = weight.shape
+        rows = rows_of(self.chunking.chunk_bytes, classes, features, self.dtype, dtype)
         return (
             input.reshape(-1, input.shape[-1]), weight, bias,
             self.rows(self.target, self.options.ignore_index), self.class_weight, self.takes_part(),

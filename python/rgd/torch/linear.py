@@ -86,8 +86,8 @@ def linear_cross_entropy(
             model. `target`, `where`, `sample_weight` and `groups` keep the shape (B, T): an entry belongs to
             the target at its place, and the first of each sequence is not used. The input is not
             copied.
-        chunk_bytes: How many bytes the logits of a chunk may take; at least one row. None: 32 MiB, or what
-            128 rows take where that is more.
+        chunk_bytes: How many bytes the logits of a chunk may take; at least one row. None: 32 MiB, or an
+            eighth of the head's gradient or 128 rows where that is more.
         accumulate_dtype: The dtype that the gradients of the head are summed in over the chunks; None for
             float32, and float64 for float64.
         vocab_group: The processes of a tensor-parallel head. Each gives the same `input` and `target` and its
