@@ -96,10 +96,8 @@ class Tokenizer:
     _WORD = re.compile(rb" ?\w+| ?[^\w\s]+|\s+")
 
     def __init__(self, texts: Iterable[bytes], classes: int) -> None:
-        if classes < 257:
-            raise ValueError(
-                f"the vocabulary holds the 256 bytes and some words: give 257 or more, got {classes}"
-            )
+        if classes < 256:
+            raise ValueError(f"the vocabulary holds the 256 bytes: give 256 or more, got {classes}")
         counts = Counter(word for text in texts for word in self._WORD.findall(text))
         common = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))
         self.words = [bytes([byte]) for byte in range(256)] + common[: classes - 256]

@@ -153,8 +153,8 @@ def test_tokens_give_back_their_text(lm):
         assert tokenizer.decode(ids) == text
         assert max(ids) < len(tokenizer.words)
     assert len(tokenizer.encode(texts[0])) < len(texts[0])
-    with pytest.raises(ValueError, match="257"):
-        lm.Tokenizer(texts, 256)
+    with pytest.raises(ValueError, match="256"):
+        lm.Tokenizer(texts, 255)
 
 
 def test_the_standard_library_is_its_sources_without_tests(lm):

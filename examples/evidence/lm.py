@@ -1,0 +1,337 @@
+"""A language model trained from scratch: what re-weighting sequences does to the tail, and what it costs.
+
+Asked: how much does RGD lower the loss of the worst tenth of the sequences, how much does the mean loss rise
+for it, and how do both change with the length of the training?
+
+Data: the sources of Python's standard library as bytes, in sequences of 64, each seen once. A tenth of the
+files gives the sequences that choose, a tenth those that test, the others train; which ones is drawn anew for
+every seed. The text depends on the version of Python, which the header of the table names. `--data FILE`
+takes another text, which is cut into pieces of 64 KiB in place of files; tables go to
+`results/<name of the file>`.
+
+The network is that of `examples/lm_pretrain.py`, 119 thousand parameters: two layers of width 64, the head
+tied to the embedding, with `LinearRGDLoss(per="sample")`: a sequence is weighted by its mean loss.
+
+Arms: cross-entropy (`rgd.ERM()`); RGD (`rgd.KL(tau=3)`); the control cross-entropy times RGD's mean weight,
+but for the longest training; for the second length also RGD with weights of mean one, RGD with the opposite
+sign, and CVaR of half of the sequences.
+
+Protocol: trainings of 125, 250, 500 and 1000 steps of 16 sequences, each with a schedule of its own, a tenth
+of warm-up and a cosine down to a tenth; AdamW; the last step's network is measured, over 12 seeds. The
+learning rate is chosen for every arm and length by the mean validation loss, inside its grid. The weight
+decay is 0.1 on the matrices for all: no sequence is seen twice. "accuracy" is the share of bytes that are
+predicted right. "scaled" losses are after temperature scaling, by the temperature with the smallest
+validation loss.
+
+Run it with `make evidence ROW=lm`, or `python examples/evidence/lm.py --full`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import rgd
+import torch
+import torch.nn.functional as F
+from harness import (
+    Arm,
+    Cell,
+    Chosen,
+    Grid,
+    Outcome,
+    Result,
+    Row,
+    Session,
+    Table,
+    main,
+    mean_one,
+    opposite_sign,
+    sweep,
+    times_mean_weight,
+)
+from harness.pictures import BLUE, GREY, INK, MUTED, ORANGE, pyplot, save
+from harness.problems import worst_tenth
+from torch import Tensor
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from lm_pretrain import GPT, Pretraining, Size, pieces_of, rate_at, standard_library
+
+PLAIN, RGD, CONTROL = "cross-entropy", "RGD, tau 3", "plain x mean weight of RGD"
+METRICS = ("accuracy", "mean_loss", "worst_tenth", "scaled_mean_loss", "scaled_worst_tenth")
+LIBRARY = "standard library"
+MODEL = Size(classes=256, width=64, layers=2, heads=4, length=64, batch=16)
+QUICK_MODEL = MODEL._replace(width=16, layers=1, heads=2, length=16, batch=8)
+VALIDATION, TEST, WEIGHT_DECAY, BETAS = 256, 1024, 0.1, (0.9, 0.95)
+NEWTON_STEPS = 4
+# The learning rates to begin with, by the steps of training.
+GRIDS = {
+    steps: Grid(rates, (WEIGHT_DECAY,), one_axis=True)
+    for steps, rates in (
+        (125, (0.002, 0.004, 0.008)),
+        (250, (0.002, 0.004, 0.008)),
+        (500, (0.004, 0.008, 0.016)),
+        (1000, (0.004, 0.008, 0.016)),
+    )
+}
+QUICK_GRIDS = {
+    steps: Grid((0.003, 0.03, 0.3), (WEIGHT_DECAY,), rate_factor=10.0, one_axis=True) for steps in (4, 8, 12)
+}
+
+
+class Split(NamedTuple):
+    """Bytes (n, length) to train, to choose and to test, from different files."""
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Language:
+    """A text to learn in a number of steps, as `sweep` needs it."""
+
+    name: str
+    texts: Sequence[bytes]
+    model: Size
+    steps: int
+    held_out: tuple[int, int] = (VALIDATION, TEST)
+    select: str = "mean_loss"
+
+    def key(self) -> str:
+        size = sum(map(len, self.texts))
+        return f"{self.name} {len(self.texts)} {size} {self.model} {self.steps} {self.held_out}"
+
+    def draw(self, seed: int) -> Split:
+        """Sequences of one seed."""
+        random = np.random.default_rng([61, seed])
+        order = random.permutation(len(self.texts))
+        tenth = max(1, len(order) // 10)
+        files = np.split(order, [tenth, 2 * tenth])
+        numbers = (*self.held_out, self.steps * self.model.batch)
+        validation, test, train = (
+            self.sequences([self.texts[k] for k in some], number, random)
+            for some, number in zip(files, numbers, strict=True)
+        )
+        return Split(train, validation, test)
+
+    def sequences(self, texts: Sequence[bytes], number: int, random: np.random.Generator) -> Tensor:
+        """Some of the sequences of some files, no two of which overlap."""
+        length = self.model.length
+        whole = [np.frombuffer(t, np.uint8)[: len(t) // length * length].reshape(-1, length) for t in texts]
+        found = np.concatenate(whole) if whole else np.empty((0, length), np.uint8)
+        if len(found) < number:
+            raise ValueError(
+                f"{self.name} has {len(found)} sequences of {length} bytes for a part that needs {number}: "
+                "give a longer text"
+            )
+        return torch.tensor(random.permutation(found)[:number].astype(np.int64))
+
+
+def train(
+    problem: Language, arm: Arm, seeds: Sequence[int], cells: Sequence[Cell], snapshots: Sequence[int]
+) -> dict[tuple[int, Cell], list[Outcome]]:
+    """One model after the other, each sequence once; the last step is measured."""
+    if snapshots:
+        raise ValueError("lm's trainer measures the last step only")
+    outcomes: dict[tuple[int, Cell], list[Outcome]] = {}
+    for seed in seeds:
+        split = problem.draw(seed)
+        for cell in cells:
+            begin = time.process_time()
+            torch.manual_seed(1000 + seed)
+            training = Pretraining(problem.model, arm.weighting or rgd.ERM(), "sample")
+            weight_sum = 0.0
+            matrices = [p for p in training.parameters() if p.dim() > 1]
+            vectors = [p for p in training.parameters() if p.dim() <= 1]
+            optimizer = torch.optim.AdamW(
+                [{"params": matrices, "weight_decay": cell.weight_decay}, {"params": vectors}],
+                lr=cell.learning_rate, betas=BETAS, weight_decay=0.0,
+            )  # fmt: skip
+            schedule = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, functools.partial(rate_at, steps=problem.steps)
+            )
+            for batch in split.train.split(problem.model.batch):
+                optimizer.zero_grad()
+                training(batch).backward()
+                optimizer.step()
+                schedule.step()
+                weights = training.criterion.last_weights
+                weight_sum += 1.0 if weights is None else weights.mean().item()
+            validation, test = measure(training.model, split)
+            seconds = time.process_time() - begin
+            outcomes[seed, cell] = [Outcome(validation, test, weight_sum / problem.steps, seconds)]
+    return outcomes
+
+
+@torch.no_grad()
+def measure(model: GPT, split: Split) -> list[dict[str, float]]:
+    """Plain metrics on the sequences that choose and on those that test."""
+    logits = [F.linear(model(ids)[:, :-1], model.embedding.weight) for ids in (split.validation, split.test)]
+    scale = inverse_temperature(logits[0], split.validation[:, 1:])
+    return [metrics(own, ids[:, 1:], scale) for own, ids in zip(logits, split[1:], strict=True)]
+
+
+def metrics(logits: Tensor, target: Tensor, scale: float) -> dict[str, float]:
+    """Of logits (n, T, C) and bytes (n, T)."""
+    losses, scaled = (
+        F.cross_entropy((factor * logits).transpose(1, 2), target, reduction="none").double().mean(1)
+        for factor in (1.0, scale)
+    )
+    right = (logits.argmax(-1) == target).double().mean()
+    return {
+        "accuracy": right.item() if losses.isfinite().all() else float("nan"),
+        "mean_loss": losses.mean().item(),
+        "worst_tenth": worst_tenth(losses).item(),
+        "scaled_mean_loss": scaled.mean().item(),
+        "scaled_worst_tenth": worst_tenth(scaled).item(),
+    }
+
+
+def inverse_temperature(logits: Tensor, target: Tensor) -> float:
+    """The factor of the logits with the smallest mean loss, by Newton's method; the loss is convex in it."""
+    scale = 1.0
+    for _ in range(NEWTON_STEPS):
+        shares = (scale * logits).softmax(-1)
+        mean = (shares * logits).sum(-1)
+        slope = (mean - logits.gather(-1, target[..., None]).squeeze(-1)).mean().item()
+        curvature = ((shares * logits.square()).sum(-1) - mean.square()).mean().item()
+        scale -= slope / curvature if curvature > 0 else 0.0
+    return scale
+
+
+# --- the comparison ---
+
+
+def of_length(name: str, steps: int) -> str:
+    """The name of a setting."""
+    return f"{name}, {steps} steps"
+
+
+def run(session: Session, path: pathlib.Path | None = None) -> list[Result]:
+    texts = standard_library() if path is None else pieces_of(path)
+    name = LIBRARY if path is None else path.stem
+    model = QUICK_MODEL if session.quick else MODEL
+    held_out = (32, 64) if session.quick else (VALIDATION, TEST)
+    grids = QUICK_GRIDS if session.quick else GRIDS
+    last, second = max(grids), sorted(grids)[1]
+    weighted = Arm(RGD, rgd.KL(3.0))
+    further = [mean_one(weighted), opposite_sign(weighted), Arm("CVaR(0.5)", rgd.CVaR(0.5))]
+    session.expect(3 * len(grids) - 1 + len(further), grids[last])
+    results: list[Result] = []
+    for steps, grid in grids.items():
+        problem = Language(of_length(name, steps), texts, model, steps, held_out)
+
+        def best(arm: Arm, problem: Language = problem, grid: Grid = grid) -> Chosen:
+            return sweep(
+                problem, arm, grid=grid, seeds=session.seeds, store=session.store, trainer=train,
+                progress=session.progress,
+            )  # fmt: skip
+
+        plain, others = best(Arm(PLAIN)), [best(weighted)]
+        if steps < last:
+            others += [best(times_mean_weight(weighted, others[0].mean_weight)).renamed(CONTROL)]
+        if steps == second:
+            others += map(best, further)
+        results += [Result(problem.name, plain), *(Result(problem.name, c, PLAIN) for c in others)]
+    return results
+
+
+# --- what came out ---
+
+
+def steps_of(setting: str) -> int:
+    """How long a setting trains."""
+    return int(setting.rsplit(", ", 1)[1].removesuffix(" steps"))
+
+
+def picture(table: Table, path: pathlib.Path) -> None:
+    plt = pyplot()
+    settings = table.settings()
+    figure, (prices, arms) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(1.1, 1))
+    steps = [steps_of(setting) for setting in settings]
+    shown = {"worst_tenth": ("worst tenth of the sequences", BLUE), "mean_loss": ("mean", ORANGE)}
+    for metric, (label, color) in shown.items():
+        lines = [table.line(setting, RGD, metric) for setting in settings]
+        prices.errorbar(
+            steps, [line.difference for line in lines], yerr=[line.difference_half for line in lines],
+            fmt="o-", color=color, capsize=3, label=f"RGD: {label}",
+        )  # fmt: skip
+        controls = [table.line(setting, CONTROL, metric).difference for setting in settings[:-1]]
+        prices.plot(steps[:-1], controls, ":", color=color, label=f"x mean weight: {label}")
+    prices.axhline(0, color=MUTED, linewidth=0.8)
+    prices.set_xscale("log", base=2)
+    prices.set_xticks(steps, [str(one) for one in steps])
+    prices.minorticks_off()
+    prices.set_xlabel("steps of training, each a run of its own")
+    prices.set_ylabel("nats a byte, against cross-entropy")
+    prices.set_title("what RGD buys and what it costs", loc="left", fontsize=11)
+    prices.legend(frameon=False, fontsize=9)
+
+    middle = settings[1]
+    names = [arm for arm in table.arms(middle) if arm != PLAIN]
+    for k, arm in enumerate(names):
+        for offset, (metric, (_, color)) in zip((-0.12, 0.12), shown.items(), strict=True):
+            line = table.line(middle, arm, metric)
+            arms.errorbar(
+                line.difference, k + offset, xerr=line.difference_half, fmt="D" if line.finding else "o",
+                color=color if line.finding else GREY,
+            )  # fmt: skip
+    arms.axvline(0, color=MUTED, linewidth=0.8)
+    arms.set_yticks(range(len(names)), [name.removeprefix("plain ") for name in names], color=INK)
+    arms.invert_yaxis()
+    arms.set_xscale("symlog", linthresh=0.1)
+    arms.set_xlabel("nats a byte, against cross-entropy; grey: no finding")
+    arms.set_title(f"all arms after {steps_of(middle)} steps", loc="left", fontsize=11)
+    arms.tick_params(length=0)
+    name = settings[0].rsplit(", ", 1)[0]
+    figure.suptitle(
+        f"A small language model of bytes, {name}: difference and 95% interval, {table.lines[0].seeds} seeds",
+        x=0.012, ha="left", fontsize=12, fontweight="bold",
+    )  # fmt: skip
+    save(figure, path, table)
+
+
+def sentence(table: Table) -> str:
+    settings = table.settings()
+
+    def both(setting: str, arm: str) -> str:
+        tail, mean = (table.line(setting, arm, metric).shown() for metric in ("worst_tenth", "mean_loss"))
+        return f"worst tenth {tail}, mean {mean}"
+
+    lengths = "; ".join(f"{steps_of(setting)} steps: {both(setting, RGD)}" for setting in settings)
+    middle, last = settings[1], settings[-1]
+    scaled = table.line(last, RGD, "scaled_worst_tenth").shown()
+    further = [arm for arm in table.arms(middle) if arm not in {PLAIN, RGD}]
+    others = "; ".join(f"{arm}: {both(middle, arm)}" for arm in further)
+    return (
+        f"Losses in nats a byte, RGD (tau 3) over sequences against cross-entropy. {lengths} (worst tenth "
+        f"after temperature scaling {scaled}). Others after {steps_of(middle)} steps. {others}."
+    )
+
+
+ROW = Row("lm", "A language model, one pass", METRICS, run, picture, sentence)
+
+
+def command_line() -> None:
+    """The option of this program, before those that all have."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--data", type=pathlib.Path, help="a text file")
+    options, others = parser.parse_known_args()
+    if options.data is None:
+        main(ROW, others)
+        return
+    row = dataclasses.replace(ROW, run=functools.partial(run, path=options.data))
+    main(row, ["--output", str(ROW.path.parent / options.data.stem), *others])
+
+
+if __name__ == "__main__":
+    command_line()
