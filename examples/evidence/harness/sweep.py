@@ -120,6 +120,8 @@ def sweep(
     most_widenings: int = MOST_WIDENINGS,
     trainer: Trainer = train,
     progress: tqdm | None = None,
+    tuning_seeds: int | None = None,
+    one_by_one: bool = False,
 ) -> Chosen:
     """Tunes an arm on a problem, and gives what the chosen cell reached.
 
@@ -136,23 +138,31 @@ def sweep(
         most_widenings: How often the grid may grow.
         trainer: What trains.
         progress: A bar that shows which arm is trained.
+        tuning_seeds: How many of the seeds choose the cell, where a run takes minutes; None for all of them.
+        one_by_one: Whether the trainer gets one run at a time and each is kept as soon as it is finished.
 
     Raises:
         EdgeError: If the best cell is at the edge after `most_widenings`, or if in every cell a run diverged.
     """
-    everything = range(seeds * budget)
+    everything = range((seeds if tuning_seeds is None else tuning_seeds) * budget)
     higher = higher_is_better(problem.select)
     for widening in range(most_widenings + 1):
         cells = grid.cells()
-        found = run_cells(problem, arm, everything, cells, store, snapshots, trainer, progress)
+        found = run_cells(problem, arm, everything, cells, store, snapshots, trainer, progress, one_by_one)
         scores = {cell: score([found[s, cell] for s in everything], problem.select, higher) for cell in cells}
         best = max(cells, key=lambda cell: scores[cell])
         diverged = scores[best] == -math.inf
         # Where every cell diverged, the first stands for the best: the grid grows towards smaller steps.
         grown = grid.grown(cells[0] if diverged else best)
         if grown == grid:
+            if tuning_seeds is not None:
+                found = run_cells(
+                    problem, arm, range(seeds), [best], store, snapshots, trainer, progress, one_by_one
+                )
             outcomes = tuple(tuple(found[s, best]) for s in range(seeds))
             grown_by = f"{grid}, widened {widening}x" if widening else str(grid)
+            if tuning_seeds is not None:
+                grown_by += f", chosen by {tuning_seeds} seed{'s' * (tuning_seeds > 1)}"
             sign = 1 if higher else -1
             value = sign * scores[best]
             return Chosen(problem.name, arm, best, grown_by, value, tuple(range(seeds)), outcomes)
@@ -173,14 +183,19 @@ def run_cells(  # noqa: PLR0917
     snapshots: Sequence[int],
     trainer: Trainer,
     progress: tqdm | None,
+    one_by_one: bool = False,
 ) -> dict[tuple[int, Cell], list[Outcome]]:
     """The outcomes of every seed and cell; trains those that the store does not have, many at once."""
     found: dict[tuple[int, Cell], list[Outcome]] = {}
-    for begin in range(0, len(seeds), SEEDS_AT_ONCE):
-        some = seeds[begin : begin + SEEDS_AT_ONCE]
-        keys = {(s, c): store.key(problem, arm, s, c, snapshots) for s in some for c in cells}
+    together: list[tuple[Sequence[int], Sequence[Cell]]] = [
+        (seeds[begin : begin + SEEDS_AT_ONCE], cells) for begin in range(0, len(seeds), SEEDS_AT_ONCE)
+    ]
+    if one_by_one:
+        together = [([seed], [cell]) for cell in cells for seed in seeds]
+    for some, these in together:
+        keys = {(s, c): store.key(problem, arm, s, c, snapshots) for s in some for c in these}
         known = {run: store.get(key) for run, key in keys.items()}
-        missing = [c for c in cells if any(known[s, c] is None for s in some)]
+        missing = [c for c in these if any(known[s, c] is None for s in some)]
         if missing:
             if progress is not None:
                 progress.set_postfix_str(f"{problem.name}: {arm.name}")
@@ -202,13 +217,22 @@ def score(runs: Sequence[list[Outcome]], metric: str, higher: bool) -> float:
 
 
 def untuned(
-    problem: Problem, arm: Arm, cell: Cell, *, seeds: int, store: Store, snapshots: Sequence[int] = ()
+    problem: Problem,
+    arm: Arm,
+    cell: Cell,
+    *,
+    seeds: int,
+    store: Store,
+    snapshots: Sequence[int] = (),
+    trainer: Trainer = train,
+    progress: tqdm | None = None,
+    one_by_one: bool = False,
 ) -> Chosen:
     """An arm at a learning rate and weight decay that nothing chose, to show what tuning changes.
 
     No evidence for an arm: tables mark it in the column `grid`.
     """
-    found = run_cells(problem, arm, range(seeds), [cell], store, snapshots, train, None)
+    found = run_cells(problem, arm, range(seeds), [cell], store, snapshots, trainer, progress, one_by_one)
     outcomes = tuple(tuple(found[s, cell]) for s in range(seeds))
     return Chosen(problem.name, arm, cell, "NOT TUNED", math.nan, tuple(range(seeds)), outcomes)
 
