@@ -28,9 +28,7 @@ def language(texts, steps=3, held_out=(4, 8)):
 
 def library(files=20, sequences=40):
     """Files of which each has a byte of its own, and numbers its sequences."""
-    return [
-        b"".join(bytes([f, s, *range(SMALL.length - 2)]) for s in range(sequences)) for f in range(files)
-    ]
+    return [b"".join(bytes([f, s, *range(SMALL.length - 2)]) for s in range(sequences)) for f in range(files)]
 
 
 def test_what_trains_chooses_and_tests_is_from_different_files_and_seen_once():
@@ -95,6 +93,17 @@ def test_training_is_that_of_plain_torch_with_weights_on_the_sequences(weighting
     assert outcome.test["mean_loss"] != pytest.approx(other["mean_loss"], rel=close)
 
 
+def test_weights_by_byte_are_of_bytes_and_are_kept_apart_from_those_of_sequences():
+    problem, arms = language(library(), steps=3), (lm.ByByte("a", rgd.KL(6.0)), Arm("a", rgd.KL(6.0)))
+    cell = Cell(0.01, 0.1)
+    by_byte, by_sequence = (lm.train(problem, arm, [2], [cell], ())[2, cell][-1] for arm in arms)
+    assert by_byte.mean_weight != by_sequence.mean_weight
+    assert arms[0].key() != arms[1].key()
+    # The first step's losses of a fresh model are near log 256 for every byte, below the clip of 6.
+    one = lm.train(language(library(), steps=1), arms[0], [2], [cell], ())[2, cell][-1]
+    assert one.mean_weight == pytest.approx(math.exp(math.log(256) / 7), rel=0.01)
+
+
 def test_the_temperature_has_the_smallest_loss():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 5, 8, generator=generator, dtype=torch.float64)
@@ -128,5 +137,5 @@ def test_a_text_file_is_learnt_instead_of_the_library(tmp_path, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", arguments)
     lm.command_line()
     table = Table.read(tmp_path / "out" / "lm.csv")
-    assert table.settings() == [f"shakespeare, {steps} steps" for steps in lm.QUICK_GRIDS]
+    assert table.settings() == [f"shakespeare, {steps} steps" for steps in lm.QUICK_LENGTHS]
     assert "shakespeare, 8 steps" in capsys.readouterr().out

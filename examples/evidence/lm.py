@@ -12,11 +12,11 @@ takes another text, which is cut into pieces of 64 KiB in place of files; tables
 The network is that of `examples/lm_pretrain.py`, 119 thousand parameters: two layers of width 64, the head
 tied to the embedding, with `LinearRGDLoss(per="sample")`: a sequence is weighted by its mean loss.
 
-Arms: cross-entropy (`rgd.ERM()`); RGD (`rgd.KL(tau=3)`); the control cross-entropy times RGD's mean weight,
-but for the longest training; for the second length also RGD with weights of mean one, RGD with the opposite
-sign, and CVaR of half of the sequences.
+Arms: cross-entropy (`rgd.ERM()`); RGD (`rgd.KL(tau=3)`); RGD that weights every byte by its own loss; the
+control cross-entropy times RGD's mean weight; for the second length also RGD with weights of mean one, RGD
+with the opposite sign, and CVaR of half of the sequences.
 
-Protocol: trainings of 125, 250, 500 and 1000 steps of 16 sequences, each with a schedule of its own, a tenth
+Protocol: trainings of 125, 250 and 500 steps of 16 sequences, each with a schedule of its own, a tenth
 of warm-up and a cosine down to a tenth; AdamW; the last step's network is measured, over 12 seeds. The
 learning rate is chosen for every arm and length by the mean validation loss, inside its grid. The weight
 decay is 0.1 on the matrices for all: no sequence is seen twice. "accuracy" is the share of bytes that are
@@ -66,25 +66,26 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from lm_pretrain import GPT, Pretraining, Size, pieces_of, rate_at, standard_library
 
 PLAIN, RGD, CONTROL = "cross-entropy", "RGD, tau 3", "plain x mean weight of RGD"
+TOKENS = "RGD, tau 3, by byte"
 METRICS = ("accuracy", "mean_loss", "worst_tenth", "scaled_mean_loss", "scaled_worst_tenth")
 LIBRARY = "standard library"
 MODEL = Size(classes=256, width=64, layers=2, heads=4, length=64, batch=16)
 QUICK_MODEL = MODEL._replace(width=16, layers=1, heads=2, length=16, batch=8)
 VALIDATION, TEST, WEIGHT_DECAY, BETAS = 256, 1024, 0.1, (0.9, 0.95)
 NEWTON_STEPS = 4
-# The learning rates to begin with, by the steps of training.
-GRIDS = {
-    steps: Grid(rates, (WEIGHT_DECAY,), one_axis=True)
-    for steps, rates in (
-        (125, (0.002, 0.004, 0.008)),
-        (250, (0.002, 0.004, 0.008)),
-        (500, (0.004, 0.008, 0.016)),
-        (1000, (0.004, 0.008, 0.016)),
-    )
-}
-QUICK_GRIDS = {
-    steps: Grid((0.003, 0.03, 0.3), (WEIGHT_DECAY,), rate_factor=10.0, one_axis=True) for steps in (4, 8, 12)
-}
+LENGTHS, QUICK_LENGTHS = (125, 250, 500), (4, 8)
+GRID = Grid((0.002, 0.004, 0.008), (WEIGHT_DECAY,), one_axis=True)
+QUICK_GRID = Grid((0.003, 0.03, 0.3), (WEIGHT_DECAY,), rate_factor=10.0, one_axis=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByByte(Arm):
+    """An arm that weights every byte by its own loss, not every sequence by its mean loss."""
+
+    per = "element"
+
+    def key(self) -> str:
+        return f"{super().key()} {self.per}"
 
 
 class Split(NamedTuple):
@@ -148,7 +149,8 @@ def train(
         for cell in cells:
             begin = time.process_time()
             torch.manual_seed(1000 + seed)
-            training = Pretraining(problem.model, arm.weighting or rgd.ERM(), "sample")
+            per = getattr(arm, "per", "sample")
+            training = Pretraining(problem.model, arm.weighting or rgd.ERM(), per)
             weight_sum = 0.0
             matrices = [p for p in training.parameters() if p.dim() > 1]
             vectors = [p for p in training.parameters() if p.dim() <= 1]
@@ -221,26 +223,24 @@ def run(session: Session, path: pathlib.Path | None = None) -> list[Result]:
     name = LIBRARY if path is None else path.stem
     model = QUICK_MODEL if session.quick else MODEL
     held_out = (32, 64) if session.quick else (VALIDATION, TEST)
-    grids = QUICK_GRIDS if session.quick else GRIDS
-    last, second = max(grids), sorted(grids)[1]
-    weighted = Arm(RGD, rgd.KL(3.0))
+    lengths = QUICK_LENGTHS if session.quick else LENGTHS
+    grid = QUICK_GRID if session.quick else GRID
+    weighted, by_byte = Arm(RGD, rgd.KL(3.0)), ByByte(TOKENS, rgd.KL(3.0))
     further = [mean_one(weighted), opposite_sign(weighted), Arm("CVaR(0.5)", rgd.CVaR(0.5))]
-    session.expect(3 * len(grids) - 1 + len(further), grids[last])
+    session.expect(4 * len(lengths) + len(further), grid)
     results: list[Result] = []
-    for steps, grid in grids.items():
+    for steps in lengths:
         problem = Language(of_length(name, steps), texts, model, steps, held_out)
 
-        def best(arm: Arm, problem: Language = problem, grid: Grid = grid) -> Chosen:
+        def best(arm: Arm, problem: Language = problem) -> Chosen:
             return sweep(
                 problem, arm, grid=grid, seeds=session.seeds, store=session.store, trainer=train,
                 progress=session.progress,
             )  # fmt: skip
 
-        plain, others = best(Arm(PLAIN)), [best(weighted)]
-        if steps < last:
-            others += [best(times_mean_weight(weighted, others[0].mean_weight)).renamed(CONTROL)]
-        if steps == second:
-            others += map(best, further)
+        plain, chosen = best(Arm(PLAIN)), best(weighted)
+        control = best(times_mean_weight(weighted, chosen.mean_weight)).renamed(CONTROL)
+        others = [chosen, best(by_byte), control, *(map(best, further) if steps == lengths[1] else ())]
         results += [Result(problem.name, plain), *(Result(problem.name, c, PLAIN) for c in others)]
     return results
 
@@ -258,15 +258,15 @@ def picture(table: Table, path: pathlib.Path) -> None:
     settings = table.settings()
     figure, (prices, arms) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(1.1, 1))
     steps = [steps_of(setting) for setting in settings]
-    shown = {"worst_tenth": ("worst tenth of the sequences", BLUE), "mean_loss": ("mean", ORANGE)}
+    shown = {"worst_tenth": ("worst tenth", BLUE), "mean_loss": ("mean", ORANGE)}
+    styles = {RGD: ("o-", "by sequence"), TOKENS: ("s--", "by byte"), CONTROL: (".:", "x mean weight")}
     for metric, (label, color) in shown.items():
-        lines = [table.line(setting, RGD, metric) for setting in settings]
-        prices.errorbar(
-            steps, [line.difference for line in lines], yerr=[line.difference_half for line in lines],
-            fmt="o-", color=color, capsize=3, label=f"RGD: {label}",
-        )  # fmt: skip
-        controls = [table.line(setting, CONTROL, metric).difference for setting in settings[:-1]]
-        prices.plot(steps[:-1], controls, ":", color=color, label=f"x mean weight: {label}")
+        for arm, (style, how) in styles.items():
+            lines = [table.line(setting, arm, metric) for setting in settings]
+            prices.errorbar(
+                steps, [line.difference for line in lines], yerr=[line.difference_half for line in lines],
+                fmt=style, color=color, capsize=3, label=f"{how}: {label}",
+            )  # fmt: skip
     prices.axhline(0, color=MUTED, linewidth=0.8)
     prices.set_xscale("log", base=2)
     prices.set_xticks(steps, [str(one) for one in steps])
@@ -307,14 +307,17 @@ def sentence(table: Table) -> str:
         tail, mean = (table.line(setting, arm, metric).shown() for metric in ("worst_tenth", "mean_loss"))
         return f"worst tenth {tail}, mean {mean}"
 
-    lengths = "; ".join(f"{steps_of(setting)} steps: {both(setting, RGD)}" for setting in settings)
+    def lengths(arm: str) -> str:
+        return "; ".join(f"{steps_of(setting)} steps: {both(setting, arm)}" for setting in settings)
+
     middle, last = settings[1], settings[-1]
     scaled = table.line(last, RGD, "scaled_worst_tenth").shown()
-    further = [arm for arm in table.arms(middle) if arm not in {PLAIN, RGD}]
+    further = [arm for arm in table.arms(middle) if arm not in {PLAIN, RGD, TOKENS}]
     others = "; ".join(f"{arm}: {both(middle, arm)}" for arm in further)
     return (
-        f"Losses in nats a byte, RGD (tau 3) over sequences against cross-entropy. {lengths} (worst tenth "
-        f"after temperature scaling {scaled}). Others after {steps_of(middle)} steps. {others}."
+        f"Losses in nats a byte, against cross-entropy. RGD (tau 3) by sequence, {lengths(RGD)} (worst tenth "
+        f"after temperature scaling {scaled}). By byte, {lengths(TOKENS)}. Others after {steps_of(middle)} "
+        f"steps, {others}."
     )
 
 
