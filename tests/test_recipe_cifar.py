@@ -229,6 +229,8 @@ def test_an_arm_brings_the_one_it_is_compared_with():
     names = [arm.name for arm in cifar.chosen_arms(["RGD-on-logit-adjustment"], [0.5, -0.7])]
     assert names == ["ERM", "logit-adjustment", "RGD-on-logit-adjustment", "s=0.5", "s=-0.7"]
     assert [arm.name for arm in cifar.chosen_arms(["s=-0.7"], [-0.7])] == ["ERM", "s=-0.7"]
+    alone = cifar.chosen_arms(["RGD-on-logit-adjustment"], [0.5], alone=True)
+    assert [arm.name for arm in alone] == ["RGD-on-logit-adjustment", "s=0.5"]
 
 
 # --- training ---
@@ -405,6 +407,20 @@ def test_a_few_seeds_choose_the_cell_inside_the_grid_and_all_are_measured(folder
     assert len(of_erm) == len(set(of_erm)) == 2 * 15 + 3
 
 
+def test_arms_trained_alone_are_found_by_the_command_that_makes_the_table(folder, tmp_path, monkeypatch):
+    run, calls = outcomes(lambda cell, seed: 0.5 - 0.1 * abs(math.log(cell.learning_rate / 0.1)))
+    monkeypatch.setattr(cifar.Trainer, "run", run)
+    command = ["--data", str(folder), *SMALL, "--seeds", "2", "--decays", "0", "1e-3"]
+    command += ["--output", str(tmp_path)]
+    assert cifar.main([*command, "--only", "--arms", "RGD", "--scale", "0.5"]) is None
+    assert {name for name, _, _ in calls} == {"RGD", "s=0.5"}
+    assert not list(tmp_path.glob("*.csv"))
+    alone = len(calls)
+    table = cifar.main([*command, "--arms", "RGD", "--scale", "0.5"])
+    assert table.arms("CIFAR-10") == ["ERM", "RGD", "s=0.5"]
+    assert {name for name, _, _ in calls[alone:]} == {"ERM"}
+
+
 def test_a_best_rate_at_the_edge_is_an_error(folder, tmp_path, monkeypatch):
     run, _ = outcomes(lambda cell, _seed: cell.learning_rate)
     monkeypatch.setattr(cifar.Trainer, "run", run)
@@ -449,6 +465,7 @@ def test_a_stop_says_how_to_go_on(folder, tmp_path, monkeypatch):
         (["--seeds", "1"], "at least 2"),
         (["--tuning-seeds", "13"], "must be 1 to 12"),
         (["--validation", "1"], "between 0 and 1"),
+        (["--only"], "give one of them"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(options, message):

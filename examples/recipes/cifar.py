@@ -28,8 +28,8 @@ cell alone, and its table says NOT TUNED.
 
 Everything is written to `--output`. Finished runs are kept there and the run under way is saved after every
 epoch: the same command goes on where it was stopped, and one that only adds arms or seeds trains only those.
-Several processes may train different `--arms` into one folder, one on each GPU; the command with all arms
-then makes the table.
+For several GPUs, start a process on each with `--only` and other `--arms`, all into one folder; the command
+without `--only` then makes the table.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import rgd
@@ -128,9 +129,10 @@ BASELINES = {ERM: "", ON_TOP: ADJUSTED}
 FOR_ALL, FOR_RARE_CLASSES = (ERM, RGD, "s=-0.7"), (BALANCED, ADJUSTED, ON_TOP)
 
 
-def chosen_arms(names: Sequence[str], scales: Sequence[float]) -> list[CifarArm]:
-    """The arms in the order of `ARMS`, each with the arm it is compared with, and one for each scale."""
-    wanted = {ERM, *names, *(BASELINES[name] for name in names if name in BASELINES)}
+def chosen_arms(names: Sequence[str], scales: Sequence[float], alone: bool = False) -> list[CifarArm]:
+    """The arms, unless `alone` with those they are compared with, in the order of `ARMS`; then the scales."""
+    compared_with = () if alone else (ERM, *(BASELINES[name] for name in names if name in BASELINES))
+    wanted = {*names, *compared_with}
     arms = [arm for name, arm in ARMS.items() if name in wanted]
     more = [CifarArm(f"s={scale:g}", rgd.KL(scale=scale)) for scale in scales]
     return arms + [arm for arm in more if arm.name not in wanted]
@@ -250,73 +252,82 @@ class Trainer:
         """Trains a network, from its last finished epoch if it was begun before, and measures it."""
         begin = time.perf_counter()
         data = problem.draw(seed)
-        train = data.train
-        if len(train.target) < problem.batch_size:
+        if len(data.train.target) < problem.batch_size:
             raise ValueError(
-                f"--batch {problem.batch_size} is more than the {len(train.target)} training images"
+                f"--batch {problem.batch_size} is more than the {len(data.train.target)} training images"
             )
-        images, target = train.inputs.to(self.device), train.target.to(self.device)
-        scale, shift = (x.to(self.device) for x in normalisation(train.inputs))
+        normal = normalisation(data.train.inputs, self.device)
         torch.manual_seed(1000 + seed)
         model = ResNet(problem.depth, problem.outputs).to(self.device, memory_format=torch.channels_last)
-        criterion = arm.criterion(train.target.bincount(minlength=problem.outputs)).to(self.device)
+        criterion = arm.criterion(data.train.target.bincount(minlength=problem.outputs)).to(self.device)
         optimizer = torch.optim.SGD(
             model.parameters(), cell.learning_rate, MOMENTUM, weight_decay=cell.weight_decay
         )
-        batches = len(target) // problem.batch_size
-        steps = batches * problem.epochs
         path = self.folder / f"{self.store.key(problem, arm, seed, cell, ())[:20]}.pt"
-        epoch, weight_sum, seconds = self.resume(path, model, criterion, optimizer)
+        parts = {"model": model, "criterion": criterion, "optimizer": optimizer}
+        epoch, weight_sum, before = self.resume(path, parts)
+        train = Part(*(x.to(self.device) for x in data.train))
         name = f"{arm.name}, rate {cell.learning_rate:g}, decay {cell.weight_decay:g}, seed {seed}"
         bar = tqdm(total=problem.epochs, initial=epoch, desc=name, unit="epoch", leave=False, disable=None)
         with bar:
             while epoch < problem.epochs:
-                random = np.random.default_rng([62, seed, epoch])
-                order = torch.from_numpy(random.permutation(len(target))).to(self.device)
-                corners = torch.from_numpy(random.integers(0, 2 * PADDING + 1, (len(target), 2)))
-                flips = torch.from_numpy(random.random(len(target)) < 0.5)
-                corners, flips = corners.to(self.device), flips.to(self.device)
-                total = torch.zeros((), device=self.device)
-                for k in range(batches):
-                    rows = order[k * problem.batch_size : (k + 1) * problem.batch_size]
-                    batch = crop_and_flip((images[rows] - shift) * scale, corners[rows], flips[rows])
-                    logits = self.forward(model, batch, problem.precision)
-                    rate = cell.learning_rate * problem.speed(epoch * batches + k, steps)
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate
-                    optimizer.zero_grad()
-                    criterion(logits, target[rows]).backward()
-                    optimizer.step()
-                    weights = criterion.last_weights
-                    total += math.nan if weights is None else weights.mean()
-                weight_sum += total.item()
+                weight_sum += self.steps(problem, parts, cell, train, normal, seed, epoch)
                 epoch += 1
-                lasted = seconds + time.perf_counter() - begin
-                states = {"model": model, "criterion": criterion, "optimizer": optimizer}
-                kept = {part: x.state_dict() for part, x in states.items()}
-                write(kept | {"epoch": epoch, "weight_sum": weight_sum, "seconds": lasted}, path)
+                states = {part: x.state_dict() for part, x in parts.items()}
+                seconds = before + time.perf_counter() - begin
+                write(states | {"epoch": epoch, "weight_sum": weight_sum, "seconds": seconds}, path)
                 bar.update()
-        validation, test = (
-            self.outputs(model, part.inputs, (scale, shift), problem.precision) for part in data[1:]
-        )
+        validation, test = (self.outputs(model, part.inputs, normal, problem.precision) for part in data[1:])
         measured = (
             {m: v.item() for m, v in problem.metrics(out, part, (validation, data.validation)).items()}
             for out, part in zip((validation, test), data[1:], strict=True)
         )
-        outcome = Outcome(*measured, weight_sum / steps, seconds + time.perf_counter() - begin)
+        outcome = Outcome(*measured, weight_sum / problem.epochs, before + time.perf_counter() - begin)
         path.unlink()
         return outcome
 
-    def resume(
-        self, path: pathlib.Path, model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[int, float, float]:
-        """Finished epochs, the sum of the steps' mean weights, and seconds of a run; zeros for a new one."""
+    def steps(  # noqa: PLR0917
+        self,
+        problem: CifarProblem,
+        parts: dict[str, Any],
+        cell: Cell,
+        train: Part,
+        normal: tuple[Tensor, ...],
+        seed: int,
+        epoch: int,
+    ) -> float:
+        """The steps of one epoch; gives their mean weight. What does not fill a batch waits an epoch."""
+        model, criterion, optimizer = parts["model"], parts["criterion"], parts["optimizer"]
+        scale, shift = normal
+        samples, batch = len(train.target), problem.batch_size
+        batches = samples // batch
+        random = np.random.default_rng([62, seed, epoch])
+        drawn = (
+            random.permutation(samples),
+            random.integers(0, 2 * PADDING + 1, (samples, 2)),
+            random.random(samples) < 0.5,
+        )
+        order, corners, flips = (torch.from_numpy(x).to(self.device) for x in drawn)
+        total = torch.zeros((), device=self.device)
+        for k in range(batches):
+            rows = order[k * batch : (k + 1) * batch]
+            images = crop_and_flip((train.inputs[rows] - shift) * scale, corners[rows], flips[rows])
+            rate = cell.learning_rate * problem.speed(epoch * batches + k, batches * problem.epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad()
+            criterion(self.forward(model, images, problem.precision), train.target[rows]).backward()
+            optimizer.step()
+            total += criterion.last_weights.mean()
+        return total.item() / batches
+
+    def resume(self, path: pathlib.Path, parts: dict[str, Any]) -> tuple[int, float, float]:
+        """Finished epochs, the sum of their mean weights, and seconds of a run; zeros for a new one."""
         if not path.exists():
             return 0, 0.0, 0.0
         kept = torch.load(path, map_location=self.device, weights_only=True)
-        model.load_state_dict(kept["model"])
-        criterion.load_state_dict(kept["criterion"])
-        optimizer.load_state_dict(kept["optimizer"])
+        for name, part in parts.items():
+            part.load_state_dict(kept[name])
         return kept["epoch"], kept["weight_sum"], kept["seconds"]
 
     def forward(self, model: nn.Module, images: Tensor, precision: str) -> Tensor:
@@ -325,9 +336,7 @@ class Trainer:
             return model(images.contiguous(memory_format=torch.channels_last)).to(images.dtype)
 
     @torch.no_grad()
-    def outputs(
-        self, model: nn.Module, images: Tensor, normal: tuple[Tensor, Tensor], precision: str
-    ) -> Tensor:
+    def outputs(self, model: nn.Module, images: Tensor, normal: tuple[Tensor, ...], precision: str) -> Tensor:
         """Logits (1, n, C) of all images, on the CPU."""
         scale, shift = normal
         model.eval()
@@ -335,14 +344,14 @@ class Trainer:
         return torch.cat([self.forward(model, part, precision).cpu() for part in some])[None]
 
 
-def normalisation(images: Tensor) -> tuple[Tensor, Tensor]:
+def normalisation(images: Tensor, device: torch.device) -> tuple[Tensor, ...]:
     """One over the deviation, and the mean, of each channel of the training images, (1, 3, 1, 1)."""
     histograms = torch.stack([images[:, c].flatten().bincount(minlength=256) for c in range(3)]).double()
     shares, values = histograms / histograms.sum(1, keepdim=True), torch.arange(256).double()
     mean = shares @ values
     deviation = ((shares @ values.square()) - mean.square()).sqrt().clamp(min=1.0)
-    scale, shift = ((1 / deviation).view(1, 3, 1, 1), mean.view(1, 3, 1, 1))
-    return scale.to(torch.get_default_dtype()), shift.to(torch.get_default_dtype())
+    dtype = torch.get_default_dtype()
+    return tuple(x.to(dtype).view(1, 3, 1, 1).to(device) for x in (1 / deviation, mean))
 
 
 def write(content: dict[str, object], path: pathlib.Path) -> None:
@@ -381,6 +390,7 @@ def parser() -> argparse.ArgumentParser:
     add("--label-set", help="which labels of that file; worse_label for CIFAR-10, noisy_label for CIFAR-100")
     add("--imbalance", type=float, metavar="FACTOR", help="largest class over smallest, as in CIFAR-LT")
     add("--arms", nargs="+", choices=tuple(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}; {ERM} always")
+    add("--only", action="store_true", help="train the named arms alone and make no table")
     add("--scale", nargs="+", type=float, default=(), metavar="S", help="further arms rgd.KL(scale=S)")
     add(
         "--controls", action="store_true", help="RGD's weights over their mean, their mean, the opposite sign"
@@ -414,6 +424,8 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--imbalance must be above 1, got {options.imbalance:g}: leave it out for no imbalance"
         )
+    if options.only and not (options.arms or options.scale):
+        raise ValueError("--only trains the arms that --arms or --scale names: give one of them")
     if options.seeds < 2:
         raise ValueError(f"--seeds must be at least 2 for an interval, got {options.seeds}")
     if not 1 <= options.tuning_seeds <= options.seeds:
@@ -454,7 +466,9 @@ def prepared(options: argparse.Namespace, precision: str) -> CifarProblem:
 def compared(options: argparse.Namespace, problem: CifarProblem, trainer: Trainer) -> list[Result]:
     """Trains every arm, and says what each is compared with."""
     names = options.arms or (FOR_ALL + FOR_RARE_CLASSES if options.imbalance is not None else FOR_ALL)
-    arms = chosen_arms(names, options.scale)
+    if options.only:
+        names = options.arms or ()
+    arms = chosen_arms(names, options.scale, alone=options.only)
     grid = Grid(tuple(sorted(options.rates)), tuple(sorted(options.decays)))
     runs = options.seeds + (options.tuning_seeds * (len(grid.cells()) - 1) if options.untuned is None else 0)
     with tqdm(desc=problem.name, total=runs * len(arms), unit="run", disable=None) as progress:
@@ -490,8 +504,8 @@ def picture(table: Table, path: pathlib.Path) -> None:
     save(intervals(table, setting, arms, title), path, table)
 
 
-def main(arguments: Sequence[str] | None = None) -> Table:
-    """Reads, trains, prints, and writes the table and the picture."""
+def main(arguments: Sequence[str] | None = None) -> Table | None:
+    """Reads, trains, prints, and writes the table and the picture; None with `--only`."""
     options = parser().parse_args(arguments)
     check(options)
     device = options.device or found_device()
@@ -505,6 +519,9 @@ def main(arguments: Sequence[str] | None = None) -> Table:
         results = compared(options, problem, Trainer(store, folder, device))
     except KeyboardInterrupt:
         raise SystemExit("\nstopped: the same command goes on from the last finished epoch") from None
+    if options.only:
+        print("trained; the same command without --only makes the table")
+        return None
     given = sys.argv[1:] if arguments is None else arguments
     header = {
         "command": f"python examples/recipes/cifar.py {' '.join(given)}",
