@@ -380,12 +380,15 @@ def found_precision(device: torch.device) -> str:
 
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(
-        description="RGD and others on CIFAR-10 and CIFAR-100, with human label noise or long-tailed",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="RGD and others on CIFAR-10 and CIFAR-100, with human label noise or long-tailed"
     )
-    add = out.add_argument
+
+    def add(name: str, *, help: str, **settings: Any) -> None:
+        shown = settings.get("default") not in (None, ())
+        out.add_argument(name, help=f"{help} (default: %(default)s)" if shown else help, **settings)
+
     add("--data", type=pathlib.Path, required=True, help="where the folder of the python version is")
-    add("--dataset", choices=tuple(LAYOUTS), default="cifar10")
+    add("--dataset", choices=tuple(LAYOUTS), default="cifar10", help="which data set")
     add("--labels", type=pathlib.Path, help="CIFAR-10_human.pt or CIFAR-100_human.pt of CIFAR-N")
     add("--label-set", help="which labels of that file; worse_label for CIFAR-10, noisy_label for CIFAR-100")
     add("--imbalance", type=float, metavar="FACTOR", help="largest class over smallest, as in CIFAR-LT")
@@ -395,19 +398,33 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--controls", action="store_true", help="RGD's weights over their mean, their mean, the opposite sign"
     )
-    add("--seeds", type=int, default=12)
+    add("--seeds", type=int, default=12, help="that are measured")
     add("--tuning-seeds", type=int, default=2, help="how many of them choose rate and decay")
-    add("--rates", nargs="+", type=float, default=(0.05, 0.1, 0.2), help="learning rates to begin with")
-    add("--decays", nargs="+", type=float, default=(1e-4, 4e-4, 1.6e-3), help="weight decays to begin with")
+    add(
+        "--rates",
+        nargs="+",
+        type=float,
+        default=(0.05, 0.1, 0.2),
+        metavar="R",
+        help="learning rates to begin with",
+    )
+    add(
+        "--decays",
+        nargs="+",
+        type=float,
+        default=(1e-4, 4e-4, 1.6e-3),
+        metavar="D",
+        help="weight decays to begin with",
+    )
     add(
         "--untuned", nargs=2, type=float, metavar=("RATE", "DECAY"), help="one cell for all arms, no evidence"
     )
     add("--validation", type=float, default=0.1, help="share of each class that is held out to choose by")
     add("--depth", type=int, default=32, help="of the ResNet, 6 n + 2")
-    add("--epochs", type=int, default=200)
-    add("--batch", type=int, default=128)
+    add("--epochs", type=int, default=200, help="of training")
+    add("--batch", type=int, default=128, help="images a step")
     add("--warm-up", type=int, default=5, help="epochs")
-    add("--schedule", choices=("cosine", "step"), default="cosine")
+    add("--schedule", choices=("cosine", "step"), default="cosine", help="of the rate")
     add("--device", type=torch.device, help="the GPU if there is one, else the CPU")
     add("--precision", choices=("bfloat16", "float32"), help="bfloat16 where the GPU has it")
     add("--output", type=pathlib.Path, help="folder of runs, table and picture; runs/<setting> by default")

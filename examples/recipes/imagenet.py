@@ -376,11 +376,12 @@ def started(device: str | None) -> Process:
 
 
 def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
-        description="ImageNet with a network of timm, re-weighted or plain",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = out.add_argument
+    out = argparse.ArgumentParser(description="ImageNet with a network of timm, re-weighted or plain")
+
+    def add(name: str, *, help: str, **settings: Any) -> None:
+        shown = settings.get("default") not in (None, ())
+        out.add_argument(name, help=f"{help} (default: %(default)s)" if shown else help, **settings)
+
     add("--data", type=pathlib.Path, required=True, help="the folder of train/ and val/")
     add("--output", type=pathlib.Path, default=pathlib.Path("runs/imagenet"), help="logs and checkpoints")
     add("--weighting", nargs="+", choices=("none", "kl"), default=("kl",), help="none is plain training")
@@ -389,7 +390,7 @@ def parser() -> argparse.ArgumentParser:
     add("--normalize", action="store_true", help="divide the weights by their mean over the batch")
     add("--model", default="vit_small_patch16_224", help="any name of timm.list_models()")
     add("--image-size", type=int, help="side of the images, if not the model's own")
-    add("--epochs", type=int, default=90)
+    add("--epochs", type=int, default=90, help="of training")
     add("--batch", type=int, default=1024, help="images a step, of all processes together")
     add("--optimizer", default="adamw", help="any of timm's")
     add("--lr", type=float, default=1e-3, help="the largest learning rate")
@@ -400,9 +401,9 @@ def parser() -> argparse.ArgumentParser:
     add("--smoothing", type=float, default=0.0, help="label smoothing")
     add("--auto-augment", default="rand-m10-n2", help="timm's words for it; none for crops and flips alone")
     add("--drop-path", type=float, default=0.0, help="stochastic depth")
-    add("--clip-gradients", type=float, metavar="NORM")
+    add("--clip-gradients", type=float, metavar="NORM", help="to a norm; off if not given")
     add("--hold-out", type=float, default=0.01, help="share of the training images to choose settings by")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of network, order and augmentation")
     add("--workers", type=int, default=8, help="that read images, of each process")
     add("--save-every", type=int, default=1000, help="steps between checkpoints, beside the ends of epochs")
     add("--precision", choices=("bfloat16", "float32"), help="bfloat16 where the GPU has it")
