@@ -105,6 +105,24 @@ def test_each_weighting_is_trained_measured_and_not_trained_twice(folder, tmp_pa
     assert [(tmp_path / name / "last.pt").stat().st_mtime_ns for name in results] == written
 
 
+@pytest.fixture
+def _read_elsewhere(monkeypatch):
+    """Reading leaves the random state alone, as it does where worker processes read."""
+
+    def read(self, key):
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        item = real(self, key)
+        for restore, state in zip(
+            (random.setstate, np.random.set_state, torch.set_rng_state), states, strict=True
+        ):
+            restore(state)
+        return item
+
+    real = imagenet.Seeded.__getitem__
+    monkeypatch.setattr(imagenet.Seeded, "__getitem__", read)
+
+
+@pytest.mark.usefixtures("_read_elsewhere")
 def test_a_run_that_was_stopped_within_an_epoch_goes_on_to_the_same_numbers(folder, tmp_path, monkeypatch):
     command = options_of(
         folder, tmp_path / "whole", "--epochs", "2", "--save-every", "3", "--drop-path", "0.2"
