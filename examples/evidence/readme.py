@@ -67,6 +67,7 @@ def cases() -> list[Case]:
     left_out = "all angles"
     digits = "digits, chosen by mean loss"
     sections = "Debian, 44 classes"
+    sines, few_digits = "sinusoids, 10 shots", "digits, 5 ways, 1 shot"
     return [
         Case(
             "Wrong labels",
@@ -135,9 +136,11 @@ def cases() -> list[Case]:
         Case(
             "Meta-learning, few shots",
             "plain MAML",
-            "error of test tasks, RGD: mean "
-            f"{nats('maml', 'sinusoids, 10 shots', 'RGD, tau 3', 'mean_loss')}, worst tenth "
-            f"{nats('maml', 'sinusoids, 10 shots', 'RGD, tau 3')}",
+            "test tasks, RGD, tau = 3. Sinusoids: error, mean "
+            f"{nats('maml', sines, 'RGD, tau 3', 'mean_loss')}, worst tenth "
+            f"{nats('maml', sines, 'RGD, tau 3')}. "
+            f"Digits: accuracy {points('maml', few_digits, 'RGD, tau 3')} points, worst tenth of the tasks "
+            f"{points('maml', few_digits, 'RGD, tau 3', 'worst_tenth_accuracy')}",
             "maml",
         ),
         Case(

@@ -67,12 +67,13 @@ class Store:
         return self.outcomes.get(key)
 
     def add(self, new: Iterable[tuple[str, list[Outcome]]]) -> None:
-        """Keeps finished runs."""
+        """Keeps finished runs; those it has already, it has."""
         lines: list[str] = []
         for key, outcomes in new:
-            self.outcomes[key] = outcomes
             self.used.add(key)
-            lines.append(json.dumps([key, outcomes]) + "\n")
+            if key not in self.outcomes:
+                self.outcomes[key] = outcomes
+                lines.append(json.dumps([key, outcomes]) + "\n")
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
