@@ -72,6 +72,7 @@ class Row:
         run: Trains, and gives the results.
         picture: Draws the table.
         sentence: What came out, computed from the table.
+        options: Further options of the command that runs it.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Row:
     run: Callable[[Session], list[Result]]
     picture: Callable[[Table, pathlib.Path], None]
     sentence: Callable[[Table], str]
+    options: str = ""
 
     @property
     def path(self) -> pathlib.Path:
@@ -90,15 +92,16 @@ class Row:
 def main(row: Row, arguments: Sequence[str] | None = None) -> Table:
     """Runs a program from the command line: trains, prints, writes the tables and the picture."""
     parser = argparse.ArgumentParser(description=row.title)
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--full", action="store_true", help="the committed run")
-    size.add_argument("--quick", action="store_true", help="a smoke test: 2 seeds, few steps")
-    size.add_argument("--redraw", action="store_true", help="statistics and picture anew from the runs' CSV")
+    sizes = parser.add_mutually_exclusive_group(required=True)
+    sizes.add_argument("--full", action="store_true", help="the committed run")
+    sizes.add_argument("--quick", action="store_true", help="a smoke test: 2 seeds, few steps")
+    sizes.add_argument("--redraw", action="store_true", help="statistics and picture anew from the runs' CSV")
     parser.add_argument("--output", type=pathlib.Path, help="folder for the tables and the picture")
     parser.add_argument("--fresh", action="store_true", help="train again what an earlier run had finished")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     quick = "/quick" if options.quick else ""
+    size = "--quick" if options.quick else "--full"
     folder = options.output or FOLDER / f"results{quick}"
     path = folder / f"{row.name}.csv"
     if options.redraw:
@@ -112,7 +115,7 @@ def main(row: Row, arguments: Sequence[str] | None = None) -> Table:
             session = Session(options.quick, store, progress, QUICK_SEEDS if options.quick else SEEDS)
             results = row.run(session)
         header = {
-            "command": f"python examples/evidence/{row.name}.py {'--quick' if options.quick else '--full'}",
+            "command": f"python examples/evidence/{row.name}.py {size}{row.options}",
             "versions": versions(),
             "time": f"{store.seconds():.0f} s of training on one core",
         }

@@ -24,8 +24,26 @@ def fingerprint(program: pathlib.Path | None = None) -> str:
         meaning((HERE / name).read_text()) for name in ("arms.py", "losses.py", "problems.py", "train.py")
     ]
     if program is not None:
-        code.append(meaning(program.read_text()))
+        code += [meaning(path.read_text()) for path in own_code(program)]
     return hashlib.sha256("\n".join([*code, rgd.__version__, torch.__version__]).encode()).hexdigest()
+
+
+def own_code(program: pathlib.Path) -> list[pathlib.Path]:
+    """A program and what it imports from its folder, without the harness."""
+    found, unread = [program], [program]
+    while unread:
+        for node in ast.walk(ast.parse(unread.pop().read_text())):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module is not None and not node.level:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            for name in names:
+                path = program.parent.joinpath(*name.split(".")).with_suffix(".py")
+                if not name.startswith("harness") and path.exists() and path not in found:
+                    found.append(path)
+                    unread.append(path)
+    return sorted(found)
 
 
 def meaning(source: str) -> str:
