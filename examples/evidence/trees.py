@@ -2,28 +2,31 @@
 
 Asked: as in `tabular.py`, of boosted trees instead of a network, through `rgd.boosting`.
 
-Data: KEEL's sets of two classes, fetched and split as `tabular.py` does: the balanced ones of at most 1100
-rows, and of the imbalanced ones one version of each original, that with the most rows of the rare class.
+Data: KEEL's sets, fetched and split as `tabular.py` does: the balanced ones of at most 9 classes, for a round
+takes a tree a class, and more classes most of the time; and of the imbalanced ones one version of each
+original, that with the most rows of the rare class. Of larger sets 1100 rows are drawn.
 
-Arms: the logistic loss (`rgd.boosting.logistic` with every weight 1, the same code path); RGD (tau = 1); the
-control, the logistic loss times RGD's mean weight on that data set. No arm tunes tau.
+Arms: as in `tabular.py`. Plain training is the logistic loss, or for more than two classes the softmax
+cross-entropy, of `rgd.boosting` with every weight 1: the same code path. The tuned tau is compared with plain
+training that was given three times as many runs. A batch is all training rows, so mean-one weights have mean
+one over them.
 
-Protocol: three splits of each data set; 60 trees of at most 7 leaves, all of them used. The learning rate
-and, as `weight_decay` in the tables, LightGBM's `lambda_l2` are chosen for every arm on every data set by the
-mean validation accuracy, balanced accuracy for imbalanced sets, and lie inside their grid; among equals a
-ten-thousandth of the mean loss decides. A run in the table is a data set. Intervals and p are over the
-originals, as in `tabular.py`.
+Protocol: three splits of each data set; 30 rounds of trees of at most 7 leaves, a tree a class where there
+are more than two, all of them used. The learning rate and, as `weight_decay` in the tables, LightGBM's
+`lambda_l2` are chosen for every arm on every data set, and lie inside their grid: by the mean validation
+accuracy, balanced accuracy for imbalanced sets, and by the mean validation loss, as in `tabular.py`. A run in
+the table is a data set. Intervals and p are over the originals, as in `tabular.py`.
 
 Run it with `make evidence ROW=trees`, or `python examples/evidence/trees.py --full`. It needs `lightgbm`.
+`--openml` and `--tabarena` take data sets of OpenML, as in `tabular.py`; names become columns of 0 and 1.
 """
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import sys
-import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,25 +36,10 @@ import rgd
 import rgd.boosting
 import tabular
 import torch
-from harness import (
-    Arm,
-    Cell,
-    EdgeError,
-    Grid,
-    Outcome,
-    Problem,
-    Result,
-    Row,
-    Session,
-    Table,
-    main,
-    sweep,
-    times_mean_weight,
-)
+from harness import Arm, Cell, Grid, Outcome, Problem, Row, Table
 from harness.pictures import save
 
-PLAIN, RGD, CONTROL = tabular.PLAIN, tabular.RGD, tabular.CONTROL
-SPLITS, QUICK_SPLITS, TREES, LEAVES, MOST_ROWS, WIDENINGS = 3, 2, 60, 7, 1100, 10
+SPLITS, ROUNDS, LEAVES, MOST_ROWS, MOST_CLASSES = 3, 30, 7, 1100, 9
 
 
 def boost(
@@ -62,11 +50,17 @@ def boost(
 
     if snapshots:
         raise ValueError("all trees are used: there are no snapshots")
-    objective = rgd.boosting.logistic(weighting=arm.weighting or rgd.ERM())
+    weighting, classes = arm.weighting or rgd.ERM(), problem.outputs
+    objective = rgd.boosting.logistic(weighting) if classes == 2 else rgd.boosting.softmax(classes, weighting)
+    fixed = {
+        "num_leaves": LEAVES, "min_data_in_leaf": 5, "num_threads": 1, "verbosity": -1,
+        "num_class": 1 if classes == 2 else classes,
+    }  # fmt: skip
     outcomes: dict[tuple[int, Cell], list[Outcome]] = {}
     for seed in seeds:
         data = problem.draw(seed)
         labels = data.train.target.double().numpy()
+        rows = lightgbm.Dataset(data.train.inputs.numpy(), labels, params=fixed, free_raw_data=False)
         for cell in cells:
             begin, seen = time.process_time(), list[float]()
 
@@ -75,11 +69,10 @@ def boost(
                 return objective(margins, rows)
 
             settings = {
-                "objective": gradients, "learning_rate": cell.learning_rate, "lambda_l2": cell.weight_decay,
-                "num_leaves": LEAVES, "min_data_in_leaf": 5, "num_threads": 1, "verbosity": -1, "seed": seed,
+                **fixed, "objective": gradients, "learning_rate": cell.learning_rate,
+                "lambda_l2": cell.weight_decay, "seed": seed,
             }  # fmt: skip
-            rows = lightgbm.Dataset(data.train.inputs.numpy(), labels, params={"verbosity": -1})
-            model = lightgbm.train(settings, rows, TREES)
+            model = lightgbm.train(settings, rows, problem.epochs, keep_training_booster=True)
             outputs = [logits(model.predict(part.inputs.numpy(), raw_score=True)) for part in data[1:]]
             validation, test = (
                 {name: v.item() for name, v in problem.metrics(out, part, (outputs[0], data[1])).items()}
@@ -91,59 +84,28 @@ def boost(
 
 
 def logits(margins: Any) -> torch.Tensor:
-    """Outputs (1, n, 2) of two classes from margins (n,)."""
-    second = torch.tensor(margins).float()
-    return torch.stack([torch.zeros_like(second), second], 1)[None]
+    """Outputs (1, n, C) from margins (n, C), or (n,) of two classes."""
+    given = torch.tensor(margins).float()
+    return (torch.stack([torch.zeros_like(given), given], 1) if given.ndim == 1 else given)[None]
 
 
-def chosen_sets(folder: pathlib.Path, kind: str) -> list[pathlib.Path]:
-    """The files that are used: see the module's docstring."""
-    found: dict[str, tuple[int, pathlib.Path]] = {}
-    for path in tabular.chosen_sets(folder, kind):
-        counts = Counter(row[-1] for row in tabular.read(path))
-        if len(counts) == 2 and (kind == "imbalanced" or sum(counts.values()) <= MOST_ROWS):
-            candidate = (min(counts.values()), path)
-            name = tabular.original(path.stem, kind)
-            found[name] = max(found.get(name, candidate), candidate)
-    return [path for _, path in found.values()]
-
-
-def run(session: Session) -> list[Result]:
-    grid = Grid((0.03, 0.1, 0.3), (0.0, 1.0, 10.0), rate_factor=3.0, decay_factor=10.0)
-    options = {
-        "grid": grid, "store": session.store, "seeds": QUICK_SPLITS if session.quick else SPLITS,
-        "most_widenings": WIDENINGS, "progress": session.progress, "trainer": boost,
-    }  # fmt: skip
-    results: list[Result] = []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = tabular.pretended(pathlib.Path(temporary) / "keel") if session.quick else tabular.fetch()
-        for kind in tabular.CHOSEN_BY:
-            for path in chosen_sets(folder, kind):
-                task = tabular.problem(path, kind, steps=0)
-                try:
-                    plain = sweep(task, Arm(PLAIN), **options)
-                    weighted = sweep(task, Arm(RGD, rgd.KL(1.0)), **options)
-                    control = sweep(task, times_mean_weight(weighted.arm, weighted.mean_weight), **options)
-                except EdgeError as error:  # the set is left out for all arms
-                    print(f"left out: {error}", file=sys.stderr)
-                    continue
-                seed = f"{tabular.original(path.stem, kind)}/{path.stem}"
-                arms = (plain, PLAIN, ""), (weighted, RGD, PLAIN), (control, CONTROL, PLAIN)
-                for chosen, name, base in arms:
-                    results.append(Result(f"{kind} sets", tabular.averaged(chosen, name, seed), base))
-    return results
+TREES = tabular.Learner(
+    Grid((0.03, 0.1, 0.3), (0.0, 1.0, 10.0), rate_factor=3.0, decay_factor=10.0), SPLITS, boost, MOST_ROWS,
+    rounds=ROUNDS, versions=1, classes=MOST_CLASSES,
+)  # fmt: skip
 
 
 def picture(table: Table, path: pathlib.Path) -> None:
-    save(tabular.bars(table, "LightGBM on KEEL: RGD (tau 1) against the logistic loss"), path, table)
+    save(tabular.bars(table, "LightGBM: RGD (tau 1) against the plain loss"), path, table)
 
 
 def sentence(table: Table) -> str:
-    parts = [tabular.said(table, kind) for kind in tabular.CHOSEN_BY]
-    return f"LightGBM, RGD (tau 1) against the logistic loss. {'. '.join(parts)}."
+    parts = [tabular.said(table, *setting) for setting in tabular.settings(table)]
+    return f"LightGBM, RGD (tau 1) against the plain loss. {'. '.join(parts)}."
 
 
+run = functools.partial(tabular.run, learner=TREES)
 ROW = Row("trees", "Boosted trees on tables of KEEL", tabular.METRICS, run, picture, sentence)
 
 if __name__ == "__main__":
-    main(ROW)
+    tabular.command_line(ROW, TREES, sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Where the tables of `tabular.py` and `trees.py` come from: KEEL, and OpenML."""
