@@ -1,5 +1,6 @@
-"""The evidence programs on text and images read their data, train and compare as they say."""
+"""The grid, the lineup of arms and the evidence program on images do as they say."""
 
+import dataclasses
 import importlib
 import pathlib
 import sys
@@ -8,12 +9,16 @@ import numpy as np
 import pytest
 import rgd
 import torch
+from rgd.torch import sample_weights
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples" / "evidence"))
 
-from harness import Arm, Cell, Grid
+from harness import Arm, Cell, Grid, lineup
+from harness.results import Table
+from harness.sweep import Chosen
+from harness.train import Outcome
 
-text, vit = map(importlib.import_module, ("text", "vit"))
+tabular, trees, vit = map(importlib.import_module, ("tabular", "trees", "vit"))
 
 
 # --- the grid ---
@@ -25,110 +30,68 @@ def test_a_grid_of_one_axis_holds_the_decay():
     assert "not tuned" in str(grid)
 
 
-# --- text ---
+# --- the arms around RGD ---
 
 
-def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(rows) + "\n")
-    return path
+def test_every_arm_of_a_lineup_meets_plain_training_of_its_budget():
+    asked = []
 
+    def best(arm, budget):
+        asked.append((arm, budget))
+        score = {"RGD, tau 3": 0.9}.get(arm.name, 0.5)
+        outcome = Outcome({"accuracy": score}, {"accuracy": score}, 1.5, 0.0)
+        return Chosen("p", arm, Cell(0.1, 0.0), "", score, (0,), ((outcome,),))
 
-def test_one_package_of_each_source_is_taken_with_the_end_of_its_section():
-    blocks = [f"Package: p{k}\nSection: contrib/games\nDescription: game {k}\n more" for k in range(60)]
-    blocks += [
-        "Package: p0-data\nSource: p0 (1.2)\nSection: games\nDescription: again",
-        "Package: x\nSection: net",
+    results = lineup.lineup("here", best, (1.0, 3.0), "accuracy", [*lineup.CONTROLS])
+    assert [(r.chosen.arm.name, r.baseline) for r in results] == [
+        ("cross-entropy", ""),
+        ("cross-entropy, as many runs", ""),
+        ("RGD, tau 1", "cross-entropy"),
+        ("RGD, tau 3", "cross-entropy"),
+        ("RGD, tuned tau (RGD, tau 3)", "cross-entropy, as many runs"),
+        ("RGD, mean one", "cross-entropy"),
+        ("plain x mean weight of RGD", "cross-entropy"),
+        ("RGD, opposite sign", "cross-entropy"),
     ]
-    rows = text.debian("\n\n".join(blocks))
-    assert sorted(rows.first) == sorted(f"game {k}" for k in range(60))
-    assert set(rows.labels) == {"games"}
+    assert [budget for _, budget in asked] == [1, 2, 1, 1, 1, 1, 1]
+    # The runs of plain training are among those of its larger budget.
+    assert sum(budget for _, budget in asked) - 1 == lineup.sweeps((1.0, 3.0), [*lineup.CONTROLS])
+    losses = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    weights = [arm.weighting and sample_weights(losses, arm.weighting) for arm, _ in asked]
+    rgd_1 = np.exp([0.25, 0.5])
+    expected = [
+        None, None, rgd_1, np.exp([0.125, 0.5]), rgd_1 / rgd_1.mean(), [1.5, 1.5], 1 / rgd_1,
+    ]  # fmt: skip
+    for got, want in zip(weights, expected, strict=True):
+        assert (got is None) == (want is None)
+        assert got is None or got.tolist() == pytest.approx(list(want), rel=1e-14)
 
 
-HEADERS = {
-    "sst2": ("sentence\tlabel", "{a}\t{y}"),
-    "mrpc": ("Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "{y}\t1\t2\t{a}\t{b}"),
-    "qqp": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "0\t1\t2\t{a}\t{b}\t{y}"),
-    "mnli": ("index\tpromptID\tsentence1\tsentence2\tlabel1\tgold_label", "0\t1\t{a}\t{b}\t{y}\t{y}"),
-    "qnli": ("index\tquestion\tsentence\tlabel", "0\t{a}\t{b}\t{y}"),
-    "rte": ("index\tsentence1\tsentence2\tlabel", "0\t{a}\t{b}\t{y}"),
-    "wnli": ("index\tsentence1\tsentence2\tlabel", "0\t{a}\t{b}\t{y}"),
-    "cola": ("", "gj04\t{y}\t\t{a}"),
-}
+def test_a_lineup_is_told_by_its_first_and_last_tau_and_its_controls():
+    rng = np.random.default_rng(0)
 
+    def best(arm, budget):
+        values = rng.uniform(size=(12, 3))
+        outcomes = tuple((Outcome({}, dict(zip(metrics, v, strict=True)), 1.0, 0.0),) for v in values)
+        score = float(arm.name == "RGD, tau 2")
+        return Chosen("p", arm, Cell(0.1, 0.0), "", score, tuple(range(12)), outcomes)
 
-def glue_folder(folder, task, rows):
-    """Files in GLUE's layout: rows of two sentences and a label, all but the last 64 to train."""
-    header, form = HEADERS[task]
-    lines = [form.format(a=a, b=b, y=y) for a, b, y in rows]
-    dev = "dev_matched" if task == "mnli" else "dev"
-    for part, some in (("train", lines[:-64]), (dev, lines[-64:])):
-        write(folder / text.GLUE[task][0] / f"{part}.tsv", ([header] if header else []) + some)
-
-
-@pytest.mark.parametrize("task", text.GLUE)
-def test_the_files_of_glue_are_read(task, tmp_path):
-    rows = [(f'first "{k}', f"second {k}", str(k % 2)) for k in range(70)]
-    glue_folder(tmp_path, task, rows)
-    got = text.glue(tmp_path, task)
-    assert got.training == 6
-    second = [b if text.GLUE[task][2] else "" for _, b, _ in rows]
-    expected = list(zip([a for a, _, _ in rows], second, [y for _, _, y in rows], strict=True))
-    found = list(zip(got.first, got.second, got.labels, strict=True))
-    assert sorted(found[:6]) == sorted(expected[:6])
-    assert sorted(found[6:]) == sorted(expected[6:])
-
-
-def test_a_missing_file_of_glue_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"SST-2/train\.tsv"):
-        text.glue(tmp_path, "sst2")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return text.pretended(tmp_path_factory.mktemp("tiny"))
-
-
-def test_frozen_layers_and_top_layer_together_are_the_whole_network(tiny, tmp_path):
-    from transformers import BertConfig, BertModel  # noqa: PLC0415
-
-    torch.manual_seed(0)
-    # Larger weights than a fresh network's, with which a layer is hardly more than its residual.
-    config = BertConfig.from_pretrained(tiny[0], initializer_range=0.5)
-    whole = BertModel(config, add_pooling_layer=False).eval()
-    whole.save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_bytes((tiny[0] / "tokenizer.json").read_bytes())
-    bert, rows = text.load(tmp_path), text.debian(tiny[1])
-    data = text.corpus(text.Rows(rows.first[:8], rows.second[:8], rows.labels[:8]), bert, text.TOKENS)
-    with torch.no_grad():
-        for k in range(8):
-            ids = torch.tensor([bert.tokenizer.encode(rows.first[k]).ids])
-            out = whole(input_ids=ids, output_hidden_states=True)
-            below, expected = out.hidden_states[1], out.last_hidden_state[0, 0]
-            kept = data.features[k, : ids.shape[1]].float()
-            # Kept in float16: half a unit in the last place of numbers below 4.
-            assert torch.allclose(kept, below[0], rtol=0, atol=2 * torch.finfo(torch.float16).eps)
-            padded = torch.nn.functional.pad(below, (0, 0, 0, 3), value=9.0)
-            mask = torch.arange(padded.shape[1])[None] < ids.shape[1]
-            got = text.top_layer(bert.top, padded, mask, bert.heads)[0]
-            # Some hundred additions, and layer norms, of numbers of about 1.
-            assert torch.allclose(got, expected, rtol=0, atol=500 * torch.finfo(torch.float32).eps)
-            assert (got - below[0, 0]).abs().max() > 0.1
-
-
-def test_glue_trains_on_its_training_rows_and_tests_on_the_others(tiny, tmp_path):
-    glue_folder(tmp_path, "rte", [(f"word{k % 30}", f"word{k % 7}", str(k % 2)) for k in range(200)])
-    data = text.corpus(text.glue(tmp_path, "rte"), text.load(tiny[0]), text.GLUE_TOKENS)
-    drawn = text.draw(0, data, (64, 32, 64))
-    assert max(drawn.train.inputs.max(), drawn.validation.inputs.max()) < 136 <= drawn.test.inputs.min()
-    problem = text.Text(
-        "rte", lambda seed: text.draw(seed, data, (64, 32, 64)), 16, 2, (), 1, 32, corpus=data
+    metrics = ["accuracy", "mean_loss", "worst_tenth"]
+    results = lineup.lineup("here", best, (1.0, 2.0, 3.0), "accuracy", [lineup.CONTROL, lineup.OPPOSITE])
+    table = Table.of({}, metrics, results)
+    mean, tail = (
+        {arm: table.line("here", arm, m).shown() for arm in table.arms("here")} for m in metrics[1:]
     )
-    (outcome,) = text.fine_tune(problem, Arm("rgd", rgd.KL(1.0)), [0], [Cell(1e-3, 0.01)], ())[
-        0, Cell(1e-3, 0.01)
-    ]
-    assert 1 < outcome.mean_weight < np.e
-    assert np.isfinite(outcome.test["mean_loss"])
+    right = {arm: f"{table.line('here', arm, 'accuracy').points()} points" for arm in table.arms("here")}
+    times, opposite = "plain x mean weight of RGD", "RGD, opposite sign"
+    assert lineup.said(table, "here", {"accuracy": "right", "worst_tenth": "tail"}) == (
+        f"RGD, tau 1: right {right['RGD, tau 1']}, tail {tail['RGD, tau 1']}; "
+        f"RGD, tau 3: right {right['RGD, tau 3']}, tail {tail['RGD, tau 3']}; "
+        f"tuned tau, against as many runs: right {right['RGD, tuned tau (RGD, tau 2)']}; "
+        f"controls of RGD, tau 1, mean loss and worst tenth: x mean weight {mean[times]} and {tail[times]}, "
+        f"opposite sign {mean[opposite]} and {tail[opposite]}"
+    )
+    assert [*lineup.labels(table)][:4] == ["RGD, tau 1", "RGD, tau 2", "RGD, tau 3", "RGD, tuned tau"]
 
 
 # --- images ---
@@ -150,6 +113,33 @@ def test_models_that_train_at_once_do_not_touch_each_other(images):
         alone[1, cells[1]][0].test["mean_loss"], eps
     )
     assert together[0, cells[1]][0].test["mean_loss"] != together[1, cells[1]][0].test["mean_loss"]
+
+
+def test_without_mixup_images_are_trained_as_they_are(images):
+    plain = dataclasses.replace(images, mixup=0.0)
+    assert plain.key() != images.key()
+    assert plain.shares(0, 3).tolist() == [1, 1, 1]
+    mixed = images.shares(0, 1000)
+    # The shares of Beta(0.2, 0.2): mean 1/2, variance 1/(4 (2 a + 1)); six standard errors.
+    variance = 1 / (4 * (2 * vit.MIXUP + 1))
+    assert mixed.mean() == pytest.approx(0.5, abs=6 * np.sqrt(variance / 1000))
+    assert mixed.var() == pytest.approx(variance, rel=0.2)
+    losses = [
+        vit.train(p, Arm("plain"), [0], [Cell(0.01, 0.0)], ())[0, Cell(0.01, 0.0)][0].test["mean_loss"]
+        for p in (plain, images)
+    ]
+    assert losses[0] != losses[1]
+
+
+def test_a_forward_pass_in_bfloat16_gives_nearly_the_same(images):
+    cell = Cell(0.01, 0.0)
+    half, full = (
+        vit.train(p, Arm("plain"), [0], [cell], ())[0, cell][0].test["mean_loss"]
+        for p in (dataclasses.replace(images, bf16=True), images)
+    )
+    assert half != full
+    # Early on the logits are about 1, and so is what rounding them to 8 bits changes of the loss, in 1/128.
+    assert half == pytest.approx(full, rel=torch.finfo(torch.bfloat16).eps)
 
 
 def test_weights_see_the_mixed_losses(images):

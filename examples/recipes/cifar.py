@@ -517,8 +517,9 @@ def picture(table: Table, path: pathlib.Path) -> None:
     arms = {a: a if line.baseline == ERM else f"{a}, against {line.baseline}" for a, line in lines.items()}
     arms.pop(ERM)
     marks = "grey: no finding" + (", NOT TUNED" if "NOT TUNED" in table.runs[0]["grid"] else "")
-    title = f"{setting}: difference to {ERM}, {table.lines[0].seeds} seeds; {marks}"
-    save(intervals(table, setting, arms, title), path, table)
+    title = f"Difference to {ERM}, {table.lines[0].seeds} seeds; {marks}"
+    words = {metric: metric.replace("_", " ") for metric in METRICS}
+    save(intervals(table, arms, words, title), path, table)
 
 
 def main(arguments: Sequence[str] | None = None) -> Table | None:

@@ -67,29 +67,35 @@ def heat_map(
         spine.set_visible(False)
 
 
-def intervals(table: Table, setting: str, arms: dict[str, str], title: str) -> Any:
-    """A figure with a panel a metric: differences to the baseline with 95% intervals; grey: no finding.
+def intervals(table: Table, arms: dict[str, str], metrics: dict[str, str], title: str) -> Any:
+    """Differences to the baseline with 95% intervals: a line of panels a setting, a panel a metric.
+
+    Blue is better, orange worse, grey no finding.
 
     Args:
         table: What to draw.
-        setting: Of the table.
         arms: The arms, from top to bottom, and what to call them.
+        metrics: From left to right, and what to call them; the unit is added.
         title: Of the figure.
     """
-    size = (2.4 * len(table.metrics), 1.3 + 0.5 * len(arms))
-    figure, axes = pyplot().subplots(1, len(table.metrics), figsize=size, sharey=True, squeeze=False)
-    for panel, metric in zip(axes[0], table.metrics, strict=True):
-        factor, unit = (100, "points") if metric.endswith("accuracy") else (1, "nats")
-        panel.axvline(0, color=MUTED, linewidth=0.8)
-        for k, arm in enumerate(arms):
-            line = table.line(setting, arm, metric)
-            better = (line.difference > 0) == metric.endswith("accuracy")
-            color = (BLUE if better else ORANGE) if line.finding else GREY
-            x, half = factor * line.difference, factor * line.difference_half
-            panel.errorbar([x], [-k], xerr=[half], fmt="o", color=color)
-        panel.set_yticks(range(0, -len(arms), -1), list(arms.values()))
-        panel.set_ylim(0.6 - len(arms), 0.6)
-        panel.set_title(f"{metric.replace('_', ' ')}, {unit}", loc="left", fontsize=9)
-        panel.tick_params(length=0)
+    plt, settings = pyplot(), table.settings()
+    size = (1.9 + 2.2 * len(metrics), 0.6 + len(settings) * (0.9 + 0.27 * len(arms)))
+    figure, axes = plt.subplots(len(settings), len(metrics), figsize=size, sharey=True, squeeze=False)
+    for setting, panels in zip(settings, axes, strict=True):
+        for panel, (metric, word) in zip(panels, metrics.items(), strict=True):
+            factor, unit = (100, "points") if metric.endswith("accuracy") else (1, "nats")
+            panel.axvline(0, color=MUTED, linewidth=0.8)
+            for k, arm in enumerate(arms):
+                line = table.line(setting, arm, metric)
+                better = (line.difference > 0) == metric.endswith("accuracy")
+                color = (BLUE if better else ORANGE) if line.finding else GREY
+                x, half = factor * line.difference, factor * line.difference_half
+                panel.errorbar([x], [-k], xerr=[half], fmt="o", markersize=5, color=color)
+            panel.set_yticks(range(0, -len(arms), -1), list(arms.values()))
+            panel.set_ylim(0.6 - len(arms), 0.6)
+            panel.locator_params(axis="x", nbins=4)
+            panel.set_xlabel(f"{word}, {unit}", fontsize=9.5)
+            panel.tick_params(length=0)
+        panels[0].set_title(setting, loc="left", fontsize=10.5, fontweight="bold")
     figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold")
     return figure
