@@ -6,7 +6,9 @@ test samples, once learning rate and weight decay are tuned for each?
 Arms: plain training, and the members in `ARMS`. Each is compared with plain training. Control: plain training
 tuned for the tail, for every arm is shown twice: its learning rate and weight decay are those with the best
 validation mean loss, or those with the best validation loss of the worst tenth. RGD's weights divided by
-their mean, and plain training times RGD's mean weight, are among the arms.
+their mean, and plain training times RGD's mean weight, are among the arms; on the digits also the
+superquantile of the package sqwash (Laguel et al., 2021), which is CVaR under another name. What a step costs
+with each member is in `docs/which.md`, by `benches/weightings.py`.
 
 Protocol: scikit-learn's digits (500 training, 300 validation, 997 test images), cross-entropy; and diabetes
 (200, 100, 142 rows of 10 numbers), squared error of the standardised target. A multilayer perceptron with 64
@@ -14,14 +16,18 @@ hidden units, SGD with momentum 0.9, batches of 32, a cosine schedule over 30 ep
 is measured. Learning rate and weight decay are chosen for every arm by the mean over 12 seeds, and lie inside
 their grid. "scaled_" is after temperature scaling on the validation data, digits only.
 
-Run it with `make evidence ROW=frontier`, or `python examples/evidence/frontier.py --full`.
+Run it with `make evidence ROW=frontier`, or `python examples/evidence/frontier.py --full`. It needs `sqwash`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import pathlib
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import rgd
@@ -41,8 +47,10 @@ from harness import (
     main,
 )
 from harness.arms import mean_one, times_mean_weight
-from harness.pictures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, pyplot, save
+from harness.losses import cross_entropy
+from harness.pictures import BLUE, GREEN, GREY, INK, MUTED, ORANGE, PURPLE, pyplot, save
 from sklearn.datasets import load_diabetes
+from torch import Tensor
 
 PLAIN, RGD = "plain", "KL(tau=1)"
 ARMS: dict[str, rgd.Weighting] = {
@@ -61,9 +69,10 @@ ARMS: dict[str, rgd.Weighting] = {
     "MidrangeKL(0.5)": rgd.MidrangeKL(0.5),
     "Trimmed(KL(tau=1), 0.05)": rgd.Trimmed(rgd.KL(1.0), 0.05),
 }
+PEER = "superquantile(0.5) of sqwash"
 FAMILIES = {
     "KL(": BLUE, "KLBall": GREEN, "ChiSquare": PURPLE, "CVaR": ORANGE, "Focal": "#e69f00",
-    "Midrange": "#56b4e9", "Trimmed": INK,
+    "Midrange": "#56b4e9", "Trimmed": INK, "superquantile": ORANGE,
 }  # fmt: skip
 CHOSEN_BY = {"mean_loss": "chosen by mean loss", "worst_tenth": "chosen by the worst tenth"}
 
@@ -88,11 +97,32 @@ def problems(quick: bool) -> dict[str, Classification | Regression]:
     return found
 
 
+def reduced(losses: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """Losses (M, B) times the weights whose mean has the gradient of a peer's reduction of each row (B,)."""
+    rows = losses.detach().requires_grad_()
+    reductions = torch.stack([reduce(row) for row in rows])
+    (weights,) = torch.autograd.grad(reductions.sum(), rows)
+    return losses.shape[1] * weights * losses
+
+
+def sqwash() -> Any:
+    """The package, whose import warns of its own docstrings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module("sqwash")
+
+
+def superquantile(outputs: Tensor, target: Tensor, counts: Tensor) -> Tensor:
+    """Cross-entropy (M, B) weighted by sqwash's superquantile of the worst half."""
+    del counts
+    return reduced(cross_entropy(outputs, target), lambda row: sqwash().reduce_superquantile(row, 0.5))
+
+
 def run(session: Session) -> list[Result]:
     grid = Grid((0.05, 0.1, 0.2, 0.4), (0.0, 0.001, 0.004, 0.016))
     small = Grid((0.00625, 0.0125, 0.025, 0.05), (0.0, 0.004, 0.016, 0.064))
     arms = {k: v for k, v in ARMS.items() if not session.quick or k in (RGD, "CVaR(0.5)", "KLBall(0.1)")}
-    session.expect(len(problems(session.quick)) * (len(arms) + 3), grid)
+    session.expect(len(problems(session.quick)) * (len(arms) + 3) + 1, grid)
     results: list[Result] = []
     for data, problem in problems(session.quick).items():
         for select, how in CHOSEN_BY.items():
@@ -106,33 +136,63 @@ def run(session: Session) -> list[Result]:
                 if name == RGD:
                     for control in (mean_one(arm), times_mean_weight(arm, chosen.mean_weight)):
                         results.append(Result(here, session.sweep(task, control, begin), PLAIN))
+            if data == "digits":
+                peer = Arm(PEER, loss=superquantile)
+                results.append(Result(here, session.sweep(task, peer, begin), PLAIN))
     return results
+
+
+def color_of(arm: str) -> str:
+    """The color of an arm's family."""
+    return next((color for start, color in FAMILIES.items() if arm.startswith(start)), GREY)
+
+
+def frontier(panel: Any, table: Table, setting: str) -> None:
+    """Every arm as a point, mean loss against the worst tenth; full are those that no other beats in both."""
+    names = table.arms(setting)
+    points = [
+        [table.line(setting, arm, metric).mean for metric in ("mean_loss", "worst_tenth")] for arm in names
+    ]
+    unbeaten: list[str] = []
+    for arm, (mean, tail) in zip(names, points, strict=True):
+        beaten = any(m <= mean and t <= tail and (m, t) != (mean, tail) for m, t in points)
+        unbeaten += [] if beaten else [arm]
+        style = {"marker": "s", "color": INK} if arm == PLAIN else {"marker": "o", "color": color_of(arm)}
+        panel.plot(mean, tail, linestyle="", markersize=6, alpha=0.3 if beaten else 1, **style)
+        if arm == PLAIN:
+            panel.annotate(arm, (mean, tail), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    listed = "\n".join(["beaten in both by no other:", *unbeaten])
+    panel.text(0.98, 0.97, listed, transform=panel.transAxes, ha="right", va="top", fontsize=8, color=MUTED)
+    panel.set_title(f"{setting}:\nmean loss (across), worst tenth (up)", loc="left", fontsize=10)
+    panel.grid(color="#e3e6eb")
+    panel.tick_params(length=0)
+    panel.margins(x=0.15, y=0.35)
 
 
 def picture(table: Table, path: pathlib.Path) -> None:
     plt = pyplot()
-    settings, arms = table.settings(), [arm for arm in table.arms(table.settings()[0]) if arm != PLAIN]
+    settings = table.settings()
+    arms = list(dict.fromkeys(arm for setting in settings for arm in table.arms(setting) if arm != PLAIN))
     panels = {"mean_loss": "mean loss", "worst_tenth": "worst tenth"}
-    figure, axes = plt.subplots(
-        2, len(settings), figsize=(1.6 + 3.4 * len(settings), 9), squeeze=False, sharey=True
-    )
-    for column, setting in zip(axes.T, settings, strict=True):
-        for panel, (metric, label) in zip(column, panels.items(), strict=True):
+    figure, axes = plt.subplots(3, len(settings), figsize=(1.6 + 3.4 * len(settings), 13), squeeze=False)
+    for number, (column, setting) in enumerate(zip(axes.T, settings, strict=True)):
+        frontier(column[0], table, setting)
+        for panel, (metric, label) in zip(column[1:], panels.items(), strict=True):
             panel.axvline(0, color=GREY, linewidth=1)
-            for k, arm in enumerate(arms):
+            for arm in table.arms(setting)[1:]:
                 line = table.line(setting, arm, metric)
-                color = next((c for start, c in FAMILIES.items() if arm.startswith(start)), GREY)
                 panel.errorbar(
-                    line.difference, -k, xerr=line.difference_half, fmt="D" if line.finding else "o",
-                    color=color, markersize=5, elinewidth=1,
+                    line.difference, -arms.index(arm), xerr=line.difference_half,
+                    fmt="D" if line.finding else "o", color=color_of(arm), markersize=5, elinewidth=1,
                 )  # fmt: skip
-            panel.set_title(f"{setting}:\n{label}", loc="left", fontsize=10)
+            panel.set_title(f"{setting}:\n{label}, difference to plain", loc="left", fontsize=10)
             panel.grid(axis="x", color="#e3e6eb")
             panel.tick_params(length=0)
-            panel.set_yticks([-k for k in range(len(arms))], arms)
+            panel.set_yticks([-k for k in range(len(arms))], arms if number == 0 else [])
+            panel.set_ylim(-len(arms) + 0.4, 0.6)
     figure.suptitle(
-        f"Test loss, difference to plain training: {table.lines[0].seeds} seeds, 95% intervals; "
-        "left is better; diamond: p < .001; before temperature scaling",
+        f"Test loss: {table.lines[0].seeds} seeds, 95% intervals; left and down is better; "
+        "diamond: p < .001; before temperature scaling",
         x=0.012, ha="left", fontsize=12, fontweight="bold",
     )  # fmt: skip
     save(figure, path, table)

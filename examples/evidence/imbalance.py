@@ -1,7 +1,7 @@
 """Class imbalance: does re-weighting by loss help rare classes, alone or on top of the methods made for them?
 
-Asked: with few images of some digits, which method gives the best balanced accuracy and the best worst class,
-and what does RGD add to each?
+Asked: with few samples of some classes, which method gives the best balanced accuracy and the best worst
+class, and what does RGD add to each?
 
 Arms: cross-entropy; focal loss; class-balanced weights; logit adjustment, of which the balanced softmax is
 the same loss in other words; LDAM; RGD (`rgd.KL(tau=1)`); and RGD on top of each, which is compared with what
@@ -9,14 +9,17 @@ it stands on. The others are compared with cross-entropy. Controls: RGD with wei
 cross-entropy times RGD's mean weight, and RGD with the opposite sign. All are in `harness/losses.py` with
 their papers, but the weights, which are rgd's.
 
-Protocol: scikit-learn's digits. The most frequent digit has 110 training images, the others fewer, in
-geometric steps, down to 110 divided by the imbalance factor, and 1 at least. Which digit is rare is drawn
-anew for each seed. Validation (20 images a digit) and test (40 a digit) are balanced, for every factor. A
-multilayer perceptron with 64 hidden units, some 400 steps of SGD with momentum 0.9 and a cosine schedule,
-batches of 32; the last step's network is measured. Learning rate and weight decay are chosen for every arm by
-the mean validation accuracy over 12 seeds, and lie inside their grid. At factor 1 class-balanced weights and
-logit adjustment are cross-entropy itself, and are left out. "worst_group_accuracy" is the smallest accuracy
-of the three most frequent, the four middle and the three rarest digits.
+Data: scikit-learn's digits, and MNIST-1D (Greydanus & Kobak, ICML 2024), ten kinds of noisy curves of 40
+numbers, which the package `mnist1d` makes. The most frequent class has 110 training samples (MNIST-1D: 340),
+the others fewer, in geometric steps, down to that number divided by the imbalance factor, and 1 at least.
+Which class is rare is drawn anew for each seed. Validation (20 samples a class; 60) and test (40; 100) are
+balanced, for every factor.
+
+Protocol: a multilayer perceptron with 64 hidden units, some 400 steps (MNIST-1D: 800) of SGD with momentum
+0.9 and a cosine schedule, batches of 32; the last step's network is measured. Learning rate and weight decay
+are chosen for every arm by the mean validation accuracy over 12 seeds, and lie inside their grid. At factor 1
+class-balanced weights and logit adjustment are cross-entropy itself, and are left out. "worst_group_accuracy"
+is the smallest accuracy of the three most frequent, the four middle and the three rarest classes.
 
 Run it with `make evidence ROW=imbalance`, or `python examples/evidence/imbalance.py --full`.
 """
@@ -26,8 +29,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import rgd
 import torch
 from harness import Arm, Classification, Data, Grid, Part, Result, Row, Session, Table, main
@@ -36,8 +42,7 @@ from harness.losses import class_balanced, focal, ldam, logit_adjusted
 from harness.pictures import BLUE, GREEN, GREY, PURPLE, pyplot, save
 from harness.problems import load
 
-FACTORS = (1, 10, 50, 200)
-CLASSES, LARGEST, VALIDATION, TEST, STEPS, BATCH = 10, 110, 20, 40, 400, 32
+CLASSES, BATCH = 10, 32
 METRICS = ("balanced_accuracy", "worst_class_accuracy", "worst_group_accuracy", "mean_loss")
 PLAIN, RGD = "cross-entropy", "RGD"
 BASES = {
@@ -50,25 +55,55 @@ BASES = {
 NEEDS_IMBALANCE = ("class-balanced", "logit adjustment")
 
 
-def setting(factor: float) -> str:
-    return f"digits, factor {factor:g}"
+class Source(NamedTuple):
+    """Where samples come from, and how many of them."""
+
+    name: str
+    load: Callable[[], tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]]
+    factors: tuple[float, ...]
+    largest: int  # training samples of the most frequent class
+    validation: int  # samples of each class
+    test: int
+    steps: int
+
+    def setting(self, factor: float) -> str:
+        """What the tables call it."""
+        return f"{self.name}, factor {factor:g}"
+
+    def class_sizes(self, factor: float) -> list[int]:
+        """Training samples of the most frequent class first."""
+        return [max(1, round(self.largest * factor ** (-k / (CLASSES - 1)))) for k in range(CLASSES)]
 
 
-def class_sizes(factor: float) -> list[int]:
-    """Training images of the most frequent class first."""
-    return [max(1, round(LARGEST * factor ** (-k / (CLASSES - 1)))) for k in range(CLASSES)]
+@functools.cache
+def mnist1d() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Inputs (5000, 40) and classes (5000,)."""
+    try:
+        from mnist1d.data import make_dataset  # noqa: PLC0415
+    except ImportError:
+        raise SystemExit("imbalance.py needs the package mnist1d: run `pip install mnist1d`") from None
+    made = make_dataset()
+    inputs, target = (np.concatenate([made[name], made[f"{name}_test"]]) for name in ("x", "y"))
+    return inputs, target.astype(np.int64)
 
 
-def draw(seed: int, factor: float) -> Data:
-    """Long-tailed training data, balanced validation and test data; groups say how frequent a digit is."""
-    inputs, target = load("digits")
+SOURCES = (
+    Source("digits", functools.partial(load, "digits"), (1, 10, 50, 200), 110, 20, 40, 400),
+    Source("MNIST-1D", mnist1d, (10, 50, 200), 340, 60, 100, 800),
+)
+
+
+def draw(seed: int, source: Source, factor: float) -> Data:
+    """Long-tailed training data, balanced validation and test data; groups say how frequent a class is."""
+    inputs, target = source.load()
     random = np.random.default_rng([21, seed])
     parts: list[list[np.ndarray]] = [[], [], []]
     group_of = np.zeros(CLASSES, np.int64)
-    for rank, (digit, size) in enumerate(zip(random.permutation(CLASSES), class_sizes(factor), strict=True)):
-        rows = random.permutation(np.flatnonzero(target == digit))
-        test, validation, rest = np.split(rows, [TEST, TEST + VALIDATION])
-        group_of[digit] = (rank > 2) + (rank > 6)
+    sizes = source.class_sizes(factor)
+    for rank, (label, size) in enumerate(zip(random.permutation(CLASSES), sizes, strict=True)):
+        rows = random.permutation(np.flatnonzero(target == label))
+        test, validation, rest = np.split(rows, [source.test, source.test + source.validation])
+        group_of[label] = (rank > 2) + (rank > 6)
         for part, chosen in zip(parts, (rest[:size], validation, test), strict=True):
             part.append(chosen)
     return Data(
@@ -83,21 +118,23 @@ def draw(seed: int, factor: float) -> Data:
     )
 
 
-def problem(factor: float, quick: bool) -> Classification:
-    """About `STEPS` steps, whatever the number of images."""
-    epochs = round((20 if quick else STEPS) / (sum(class_sizes(factor)) // BATCH))
+def problem(source: Source, factor: float, quick: bool) -> Classification:
+    """About `source.steps` steps, whatever the number of samples."""
+    epochs = round((20 if quick else source.steps) / (sum(source.class_sizes(factor)) // BATCH))
     return Classification(
-        setting(factor), functools.partial(draw, factor=factor), 64, CLASSES, epochs=epochs, batch_size=BATCH
-    )
+        source.setting(factor), functools.partial(draw, source=source, factor=factor),
+        source.load()[0].shape[1], CLASSES, epochs=max(1, epochs), batch_size=BATCH,
+    )  # fmt: skip
 
 
 def run(session: Session) -> list[Result]:
     grid = Grid((0.05, 0.1, 0.2, 0.4), (0.0, 0.001, 0.004, 0.016))
-    factors = (50,) if session.quick else FACTORS
-    session.expect(len(factors) * (2 * len(BASES) + 3) - 4, grid)
+    settings = [(source, f) for source in SOURCES for f in ((50,) if session.quick else source.factors)]
+    left_out = 2 * len(NEEDS_IMBALANCE) * sum(factor == 1 for _, factor in settings)
+    session.expect(len(settings) * (2 * len(BASES) + 3) - left_out, grid)
     results: list[Result] = []
-    for factor in factors:
-        task, here = problem(factor, session.quick), setting(factor)
+    for source, factor in settings:
+        task, here = problem(source, factor, session.quick), source.setting(factor)
         for base, arm in BASES.items():
             if factor == 1 and base in NEEDS_IMBALANCE:
                 continue
@@ -119,49 +156,53 @@ def run(session: Session) -> list[Result]:
 def picture(table: Table, path: pathlib.Path) -> None:
     plt = pyplot()
     colors = dict(zip(BASES, (GREY, PURPLE, BLUE, GREEN, "#56b4e9"), strict=True))
-    factors = [f for f in FACTORS if setting(f) in table.settings()]
     panels = {
         "balanced_accuracy": "balanced accuracy, %",
         "worst_class_accuracy": "accuracy of the worst class, %",
     }
-    figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.6))
-    for panel, (metric, label) in zip(axes, panels.items(), strict=True):
-        for k, (base, color) in enumerate(colors.items()):
-            for arm, style, fill in (
-                (base, "-", color),
-                (RGD if base == PLAIN else f"{RGD} on {base}", ":", "white"),
-            ):
-                here = [x for x, f in enumerate(factors) if arm in table.arms(setting(f))]
-                lines = [table.line(setting(factors[x]), arm, metric) for x in here]
-                panel.errorbar(
-                    [x + 0.05 * (k - 2) for x in here], [100 * line.mean for line in lines],
-                    [100 * line.half for line in lines], color=color, linestyle=style, marker="o",
-                    markersize=5.5, markerfacecolor=fill, linewidth=1.4, elinewidth=1, label=arm,
-                )  # fmt: skip
-        panel.set_xticks(range(len(factors)), [str(f) for f in factors])
-        panel.set_xlabel("imbalance factor")
-        panel.set_title(label, loc="left", fontsize=11)
-        panel.grid(axis="y", color="#e3e6eb")
-        panel.tick_params(length=0)
-    axes[0].legend(frameon=False, fontsize=8.5, loc="lower left")
+    figure, axes = plt.subplots(len(SOURCES), 2, figsize=(11.5, 4.3 * len(SOURCES)))
+    for row, source in zip(axes, SOURCES, strict=True):
+        factors = [f for f in source.factors if source.setting(f) in table.settings()]
+        settings = [source.setting(f) for f in factors]
+        for panel, (metric, label) in zip(row, panels.items(), strict=True):
+            for k, (base, color) in enumerate(colors.items()):
+                for arm, style, fill in (
+                    (base, "-", color),
+                    (RGD if base == PLAIN else f"{RGD} on {base}", ":", "white"),
+                ):
+                    here = [x for x, setting in enumerate(settings) if arm in table.arms(setting)]
+                    lines = [table.line(settings[x], arm, metric) for x in here]
+                    panel.errorbar(
+                        [x + 0.05 * (k - 2) for x in here], [100 * line.mean for line in lines],
+                        [100 * line.half for line in lines], color=color, linestyle=style, marker="o",
+                        markersize=5.5, markerfacecolor=fill, linewidth=1.4, elinewidth=1, label=arm,
+                    )  # fmt: skip
+            panel.set_xticks(range(len(factors)), [f"{f:g}" for f in factors])
+            panel.set_xlabel("imbalance factor")
+            panel.set_title(f"{source.name}: {label}", loc="left", fontsize=11)
+            panel.grid(axis="y", color="#e3e6eb")
+            panel.tick_params(length=0)
+    axes[0, 0].legend(frameon=False, fontsize=8.5, loc="lower left")
     figure.suptitle(
-        f"Long-tailed digits: mean and 95% interval over {table.lines[0].seeds} seeds; dotted: RGD on top",
+        f"Long-tailed classes: mean and 95% interval over {table.lines[0].seeds} seeds; dotted: RGD on top",
         x=0.012, ha="left", fontsize=12, fontweight="bold",
     )  # fmt: skip
     save(figure, path, table)
 
 
 def sentence(table: Table) -> str:
-    def points(*arms: str) -> str:
-        lines = {arm: table.line(setting(50), arm, "balanced_accuracy") for arm in arms}
+    def points(source: Source, *arms: str) -> str:
+        lines = {arm: table.line(source.setting(50), arm, "balanced_accuracy") for arm in arms}
         return ", ".join(f"{arm} {line.points()}" for arm, line in lines.items())
 
-    return (
-        "Balanced accuracy at factor 50, in points. Against cross-entropy: "
-        f"{points('class-balanced', 'logit adjustment', 'LDAM', 'focal loss', RGD)}. "
-        "Against what it stands on: "
-        f"{points(f'{RGD} on logit adjustment', f'{RGD} on class-balanced')}."
-    )
+    parts = [
+        f"{source.name}, against cross-entropy: "
+        f"{points(source, 'class-balanced', 'logit adjustment', 'LDAM', 'focal loss', RGD)}; "
+        "against what it stands on: "
+        f"{points(source, f'{RGD} on logit adjustment', f'{RGD} on class-balanced')}"
+        for source in SOURCES
+    ]
+    return f"Balanced accuracy at factor 50, in points. {'. '.join(parts)}."
 
 
 ROW = Row("imbalance", "Class imbalance", METRICS, run, picture, sentence)

@@ -256,7 +256,7 @@ def steps_of(setting: str) -> int:
 def picture(table: Table, path: pathlib.Path) -> None:
     plt = pyplot()
     settings = table.settings()
-    figure, (prices, arms) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(1.1, 1))
+    figure, (prices, arms) = plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=(1.1, 1))
     steps = [steps_of(setting) for setting in settings]
     shown = {"worst_tenth": ("worst tenth", BLUE), "mean_loss": ("mean", ORANGE)}
     styles = {RGD: ("o-", "by sequence"), TOKENS: ("s--", "by byte"), CONTROL: (".:", "x mean weight")}
@@ -274,7 +274,7 @@ def picture(table: Table, path: pathlib.Path) -> None:
     prices.set_xlabel("steps of training, each a run of its own")
     prices.set_ylabel("nats a byte, against cross-entropy")
     prices.set_title("what RGD buys and what it costs", loc="left", fontsize=11)
-    prices.legend(frameon=False, fontsize=9)
+    prices.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
 
     middle = settings[1]
     names = [arm for arm in table.arms(middle) if arm != PLAIN]
@@ -288,7 +288,6 @@ def picture(table: Table, path: pathlib.Path) -> None:
     arms.axvline(0, color=MUTED, linewidth=0.8)
     arms.set_yticks(range(len(names)), [name.removeprefix("plain ") for name in names], color=INK)
     arms.invert_yaxis()
-    arms.set_xscale("symlog", linthresh=0.1)
     arms.set_xlabel("nats a byte, against cross-entropy; grey: no finding")
     arms.set_title(f"all arms after {steps_of(middle)} steps", loc="left", fontsize=11)
     arms.tick_params(length=0)

@@ -88,7 +88,7 @@ from sources.rows import Source, encode, split
 TAUS = (0.5, 1.0, 3.0)
 SPLITS, QUICK_SPLITS, WIDENINGS = 4, 2, 10
 STEPS, QUICK_STEPS, QUICK_ROUNDS, BATCH = 200, 20, 10, 32
-MOST_ROWS, MOST_VERSIONS, MOST_CLASSES = 6000, 5, 100
+MOST_ROWS, MOST_VERSIONS = 6000, 5
 PLAIN, PLAIN_BUDGET, RGD, RGD_3, TUNED, MEAN_ONE, CONTROL = (
     "cross-entropy", "cross-entropy, as many runs", "RGD, tau 1", "RGD, tau 3", "RGD, tuned tau",
     "RGD, tau 1, mean one", "plain x mean weight of RGD",
@@ -142,7 +142,6 @@ class Learner:
         steps: Of training, about.
         rounds: Passes over the training rows, instead of `steps`.
         versions: At most as many data sets of an original of KEEL are taken.
-        classes: KEEL's sets of more classes are left out.
     """
 
     grid: Grid
@@ -152,7 +151,6 @@ class Learner:
     steps: int = STEPS
     rounds: int = 0
     versions: int = MOST_VERSIONS
-    classes: int = MOST_CLASSES
 
     def quick(self) -> Learner:
         """The same for a smoke test."""
@@ -238,7 +236,7 @@ def run(session: Session, learner: Learner = NETWORK) -> list[Result]:
     """KEEL's sets; small ones made up for a quick run."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = keel.pretended(pathlib.Path(temporary) / "keel") if session.quick else keel.fetch()
-        sources = keel.sources(folder, learner.versions, learner.classes)
+        sources = keel.sources(folder, learner.versions)
         return compare_on(sources, len(sources), session, learner.quick() if session.quick else learner)
 
 

@@ -2,9 +2,8 @@
 
 Asked: as in `tabular.py`, of boosted trees instead of a network, through `rgd.boosting`.
 
-Data: KEEL's sets, fetched and split as `tabular.py` does: the balanced ones of at most 9 classes, for a round
-takes a tree a class, and more classes most of the time; and of the imbalanced ones one version of each
-original, that with the most rows of the rare class. Of larger sets 1100 rows are drawn.
+Data: KEEL's sets, fetched and split as `tabular.py` does: the balanced ones, and of the imbalanced ones one
+version of each original, that with the most rows of the rare class. Of larger sets 1100 rows are drawn.
 
 Arms: as in `tabular.py`. Plain training is the logistic loss, or for more than two classes the softmax
 cross-entropy, of `rgd.boosting` with every weight 1: the same code path. The tuned tau is compared with plain
@@ -39,7 +38,7 @@ import torch
 from harness import Arm, Cell, Grid, Outcome, Problem, Row, Table
 from harness.pictures import save
 
-SPLITS, ROUNDS, LEAVES, MOST_ROWS, MOST_CLASSES = 3, 30, 7, 1100, 9
+SPLITS, ROUNDS, LEAVES, MOST_ROWS = 3, 30, 7, 1100
 
 
 def boost(
@@ -91,7 +90,7 @@ def logits(margins: Any) -> torch.Tensor:
 
 TREES = tabular.Learner(
     Grid((0.03, 0.1, 0.3), (0.0, 1.0, 10.0), rate_factor=3.0, decay_factor=10.0), SPLITS, boost, MOST_ROWS,
-    rounds=ROUNDS, versions=1, classes=MOST_CLASSES,
+    rounds=ROUNDS, versions=1,
 )  # fmt: skip
 
 

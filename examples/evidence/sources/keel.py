@@ -87,24 +87,23 @@ def original(name: str, kind: str) -> str:
     return re.split("[0-9_-]", name, maxsplit=1)[0] if kind == "imbalanced" else name
 
 
-def chosen_sets(folder: pathlib.Path, kind: str, most_versions: int, most_classes: int) -> list[pathlib.Path]:
-    """The files with enough rows of each class and not too many classes.
+def chosen_sets(folder: pathlib.Path, kind: str, most_versions: int) -> list[pathlib.Path]:
+    """The files with enough rows of each class.
 
     Of each original at most `most_versions` are taken, those with the most rows of the rare class.
     """
     versions: dict[str, list[tuple[int, pathlib.Path]]] = defaultdict(list)
     for path in sorted((folder / kind).glob("*.dat")):
-        counts = Counter(row[-1] for row in read(path))
-        rarest = min(counts.values())
-        if rarest >= LEAST_OF_A_CLASS and len(counts) <= most_classes:
+        rarest = min(Counter(row[-1] for row in read(path)).values())
+        if rarest >= LEAST_OF_A_CLASS:
             versions[original(path.stem, kind)].append((-rarest, path))
     return sorted(path for found in versions.values() for _, path in sorted(found)[:most_versions])
 
 
-def sources(folder: pathlib.Path, most_versions: int, most_classes: int) -> list[Source]:
+def sources(folder: pathlib.Path, most_versions: int) -> list[Source]:
     """The data sets that are used: see `chosen_sets`."""
     return [
         Source(kind, original(path.stem, kind), path.stem, functools.partial(rows, path))
         for kind in KINDS
-        for path in chosen_sets(folder, kind, most_versions, most_classes)
+        for path in chosen_sets(folder, kind, most_versions)
     ]
