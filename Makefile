@@ -36,10 +36,11 @@ demo: $(VENV)/.built $(VENV)/.group-demo ## Turn the dial: right and wrong label
 
 .PHONY: evidence
 evidence: $(VENV)/.built $(VENV)/.group-evidence ## Run the programs of examples/evidence, or one: make evidence ROW=dial; QUICK=1 for a smoke test
-	@for row in $(or $(ROW),$(EVIDENCE)); do \
+	@failed=; for row in $(or $(ROW),$(EVIDENCE)); do \
 	  printf '\n== %s\n' "$$row"; \
-	  $(python) "examples/evidence/$$row.py" $(if $(QUICK),--quick,--full) || exit 1; \
-	done
+	  $(python) "examples/evidence/$$row.py" $(if $(QUICK),--quick,--full) || failed="$$failed $$row"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
 	@$(if $(QUICK),,$(python) examples/evidence/readme.py)
 
 .PHONY: test

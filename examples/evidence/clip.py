@@ -33,7 +33,7 @@ NOISES = (0.0, 0.2)
 DEFAULT = (1.0, 0.5)
 TUNED = ((1.0, 0.5), (3.0, 0.25), (3.0, 0.5))
 PLAIN, PLAIN_BUDGET = "plain", "plain, as many runs"
-METRICS = ("accuracy", "mean_loss", "worst_tenth", "scaled_mean_loss")
+METRICS = ("accuracy", "mean_loss", "worst_tenth", "scaled_mean_loss", "scaled_worst_tenth")
 
 
 def name(tau: float, scale: float) -> str:

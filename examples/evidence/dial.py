@@ -50,7 +50,14 @@ TUNED = (-0.7, 0.0, 0.5)
 CONTROLLED_SCALES, CONTROLLED_NOISES = (-0.7, 0.5), (0.0, 0.4)
 DATA = {"digits": digits, "breast cancer": breast_cancer}
 PLAIN, PLAIN_BUDGET = "s = 0", "s = 0, as many runs"
-METRICS = ("accuracy", "worst_class_accuracy", "mean_loss", "worst_tenth", "scaled_mean_loss")
+METRICS = (
+    "accuracy",
+    "worst_class_accuracy",
+    "mean_loss",
+    "worst_tenth",
+    "scaled_mean_loss",
+    "scaled_worst_tenth",
+)
 
 
 def name(scale: float) -> str:

@@ -3,9 +3,9 @@
 Asked: which members of rgd lie on the frontier of mean test loss against the loss of the worst tenth of the
 test samples, once learning rate and weight decay are tuned for each?
 
-Arms: plain training, and the members in `ARMS`. Each is compared with plain training. Control: plain training
-tuned for the tail, for every arm is shown twice: its learning rate and weight decay are those with the best
-validation mean loss, or those with the best validation loss of the worst tenth. RGD's weights divided by
+Arms: plain training, and the members in `ARMS`, each compared with plain training. Every arm is shown twice,
+plain training too: with the learning rate and weight decay of the best validation mean loss, and with those
+of the best validation loss of the worst tenth. RGD's weights divided by
 their mean, and plain training times RGD's mean weight, are among the arms; on the digits also the
 superquantile of the package sqwash (Laguel et al., 2021), which is CVaR under another name. What a step costs
 with each member is in `docs/which.md`, by `benches/weightings.py`.
@@ -25,6 +25,7 @@ import dataclasses
 import importlib
 import math
 import pathlib
+import textwrap
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +49,7 @@ from harness import (
 )
 from harness.arms import mean_one, times_mean_weight
 from harness.losses import cross_entropy
-from harness.pictures import BLUE, GREEN, GREY, INK, MUTED, ORANGE, PURPLE, pyplot, save
+from harness.pictures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, pyplot, save
 from sklearn.datasets import load_diabetes
 from torch import Tensor
 
@@ -161,12 +162,12 @@ def frontier(panel: Any, table: Table, setting: str) -> None:
         panel.plot(mean, tail, linestyle="", markersize=6, alpha=0.3 if beaten else 1, **style)
         if arm == PLAIN:
             panel.annotate(arm, (mean, tail), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    listed = "\n".join(["beaten in both by no other:", *unbeaten])
-    panel.text(0.98, 0.97, listed, transform=panel.transAxes, ha="right", va="top", fontsize=8, color=MUTED)
+    listed = textwrap.fill(f"beaten in both by no other: {'; '.join(unbeaten)}", 46)
+    panel.set_xlabel(listed, loc="left", fontsize=8)
     panel.set_title(f"{setting}:\nmean loss (across), worst tenth (up)", loc="left", fontsize=10)
     panel.grid(color="#e3e6eb")
     panel.tick_params(length=0)
-    panel.margins(x=0.15, y=0.35)
+    panel.margins(x=0.15)
 
 
 def picture(table: Table, path: pathlib.Path) -> None:

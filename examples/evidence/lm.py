@@ -57,7 +57,7 @@ from harness import (
     sweep,
     times_mean_weight,
 )
-from harness.pictures import BLUE, GREY, INK, MUTED, ORANGE, pyplot, save
+from harness.pictures import BLUE, INK, MUTED, ORANGE, pyplot, save
 from harness.problems import worst_tenth
 from torch import Tensor
 
@@ -282,13 +282,13 @@ def picture(table: Table, path: pathlib.Path) -> None:
         for offset, (metric, (_, color)) in zip((-0.12, 0.12), shown.items(), strict=True):
             line = table.line(middle, arm, metric)
             arms.errorbar(
-                line.difference, k + offset, xerr=line.difference_half, fmt="D" if line.finding else "o",
-                color=color if line.finding else GREY,
+                line.difference, k + offset, xerr=line.difference_half, fmt="o", color=color,
+                markerfacecolor=color if line.finding else "white",
             )  # fmt: skip
     arms.axvline(0, color=MUTED, linewidth=0.8)
     arms.set_yticks(range(len(names)), [name.removeprefix("plain ") for name in names], color=INK)
     arms.invert_yaxis()
-    arms.set_xlabel("nats a byte, against cross-entropy; grey: no finding")
+    arms.set_xlabel("nats a byte, against cross-entropy\nblue: worst tenth, orange: mean; full: a finding")
     arms.set_title(f"all arms after {steps_of(middle)} steps", loc="left", fontsize=11)
     arms.tick_params(length=0)
     name = settings[0].rsplit(", ", 1)[0]

@@ -155,7 +155,7 @@ def picture(table: Table, path: pathlib.Path) -> None:
                 )  # fmt: skip
             panel.set_xscale("log")
             panel.set_yscale("log")
-            panel.set_xticks([float(step) for step in steps], steps)
+            panel.set_xticks([float(step) for step in steps[::2]], steps[::2])
             panel.yaxis.set_major_formatter("{x:g}")
             panel.minorticks_off()
             panel.grid(axis="y", color="#e3e6eb")
@@ -163,7 +163,7 @@ def picture(table: Table, path: pathlib.Path) -> None:
         column[1].set_xlabel("step")
     axes[0, 0].set_ylabel("squared error, frequent directions")
     axes[1, 0].set_ylabel("squared error, rare directions")
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.suptitle(
         f"Rare directions: mean and 95% interval over {table.lines[0].seeds} seeds", x=0.012, ha="left",
         fontsize=12, fontweight="bold",
@@ -182,7 +182,10 @@ def sentence(table: Table) -> str:
     for group in SETTINGS:
         here = f"{group}, step {LAST}"
         if here in table.settings():
-            ratios = f"RGD {ratio(here, RGD)}, with mean-one weights {ratio(here, f'{RGD}, mean one')}"
+            ratios = (
+                f"RGD {ratio(here, RGD)}, with mean-one weights {ratio(here, f'{RGD}, mean one')}, opposite "
+                f"sign {ratio(here, f'{RGD}, opposite sign')}"
+            )
             parts.append(f"{group.replace('NOT TUNED', 'one rate for all, NOT TUNED')}: {ratios}")
     return (
         f"Squared error in rare directions after {LAST} steps as a multiple of plain training's. "

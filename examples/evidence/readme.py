@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from harness import Row, Table
+from harness import FINDING, Row, Table
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
@@ -29,16 +31,28 @@ def rows() -> list[Row]:
 def results() -> str:
     """The table."""
     lines = ["| row | command | result |", "|---|---|---|"]
+    tables: list[Table] = []
     for row in rows():
         if row.path.exists():
             table = Table.read(row.path)
+            tables.append(table)
             found = f"{len(table.findings())} of {table.comparisons} comparisons are findings."
             links = f"[table](results/{row.name}.csv), [picture](results/{row.name}.png)"
             lines.append(
                 f"| [{row.title}]({row.name}.py) | `make evidence ROW={row.name}` "
                 f"| {row.sentence(table)} {found} {links} |"
             )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n\n" + totals(tables)
+
+
+def totals(tables: Sequence[Table]) -> str:
+    """How many comparisons all rows made."""
+    comparisons = sum(table.comparisons for table in tables)
+    findings = sum(len(table.findings()) for table in tables)
+    return (
+        f"All rows together made {comparisons} comparisons; {findings} are findings, and about "
+        f"{comparisons * FINDING:.0f} would be by chance alone.\n"
+    )
 
 
 class Case(NamedTuple):
@@ -54,7 +68,6 @@ def cases() -> list[Case]:
     """What to use for what, each line with what was measured."""
     done = [row for row in rows() if row.path.exists()]
     tables = {row.name: Table.read(row.path) for row in done}
-    sentences = {row.name: row.sentence(tables[row.name]) for row in done}
 
     def points(row: str, setting: str, arm: str, metric: str = "accuracy") -> str:
         return tables[row].line(setting, arm, metric).points()
@@ -80,31 +93,42 @@ def cases() -> list[Case]:
         tail, mean = (tables["lm"].line(setting, arm, m).shown() for m in ("worst_tenth", "mean_loss"))
         return f"worst tenth {tail}, mean {mean}"
 
+    def of_frontier(setting: str) -> str:
+        arms = {"CVaR(0.5)": "CVaR(0.5)", "ChiSquareBall(0.1)": "ChiSquareBall(0.1)", "RGD": "KL(tau=1)"}
+        return ", ".join(f"{name} {nats('frontier', setting, arm)}" for name, arm in arms.items())
+
+    def of_rare(group: str, arm: str) -> str:
+        line = tables["rare"].line(f"{group}, step 500", arm, "log_rare_loss")
+        return f"{math.exp(line.difference):.2f}" + ("" if line.finding else " (no finding)")
+
+    cancer = "breast cancer, 40% wrong labels"
     noisy, some, clean = (f"digits, {noise}% wrong labels" for noise in (40, 20, 0))
     left_out = "all angles"
-    digits = "digits, chosen by mean loss"
     sines, few_digits = "sinusoids, 10 shots", "digits, 5 ways, 1 shot"
     return [
         Case(
             "Wrong labels",
             "`rgd.KL(scale=-0.7)`, or -0.5; not -1, which learns badly from scratch",
-            f"40% wrong: accuracy {points('dial', noisy, 's = -0.7')} points; none wrong: "
-            f"{points('dial', clean, 's = -0.7')}. The wrong way, s = 0.5: "
-            f"{points('dial', noisy, 's = 0.5')}",
+            f"digits, 40% wrong: accuracy {points('dial', noisy, 's = -0.7')} points (the wrong way, "
+            f"s = 0.5: {points('dial', noisy, 's = 0.5')}; s = -1: {points('dial', noisy, 's = -1')}); none "
+            f"wrong: {points('dial', clean, 's = -0.7')}, and the worst tenth "
+            f"{nats('dial', clean, 's = -0.7')}. Breast cancer, 40% wrong: "
+            f"{points('dial', cancer, 's = -0.7')}",
             "dial",
         ),
         Case(
             "RGD where some labels may be wrong",
             "the default clip, `tau=1`: it bounds what one sample can do",
-            f"20% wrong: accuracy {points('clip', some, 'tau = 1, s = 0.5')} points at tau = 1, "
-            f"{points('clip', some, 'tau = 3, s = 0.5')} at tau = 3, "
-            f"{points('clip', some, 'tau = inf, s = 0.5')} without a clip",
+            f"20% wrong, all at s = 0.5: accuracy {points('clip', some, 'tau = 1, s = 0.5')} points at "
+            f"tau = 1, {points('clip', some, 'tau = 3, s = 0.5')} at tau = 3, "
+            f"{points('clip', some, 'tau = inf, s = 0.5')} without a clip; `RGDLoss(tau=3)`, s = 0.25: "
+            f"{points('clip', some, 'tau = 3, s = 0.25')}",
             "clip",
         ),
         Case(
             "Few samples of some classes",
             "not a weighting: `RGDLoss(weighting=rgd.ERM(), logit_adjustment=...)` with "
-            "`rgd.log_prior(counts)`, or `weight=` from `rgd.class_balanced(counts)`",
+            "`rgd.log_prior(counts)`, or `weight=` from `rgd.class_balanced(counts, beta=0.999)`",
             f"balanced accuracy, digits: {of_imbalance('digits, factor 50')}; MNIST-1D: "
             f"{of_imbalance('MNIST-1D, factor 50')}",
             "imbalance",
@@ -112,28 +136,33 @@ def cases() -> list[Case]:
         Case(
             "Known groups or domains",
             "`rgd.GroupDRO(groups, step_size)`, and expect little",
-            f"an angle left out: GroupDRO {points('domains', left_out, 'GroupDRO')} points, RGD "
-            f"{points('domains', left_out, 'RGD')}",
+            f"an angle left out: GroupDRO {points('domains', left_out, 'GroupDRO')} points, worst angle "
+            f"{points('domains', left_out, 'GroupDRO', 'worst_angle_accuracy')}; RGD "
+            f"{points('domains', left_out, 'RGD')}, worst tenth {nats('domains', left_out, 'RGD')}, its "
+            f"opposite {nats('domains', left_out, 'RGD, opposite sign')}",
             "domains",
         ),
         Case(
             "A tail that matters",
-            "temperature scaling; in training, `rgd.CVaR(0.5)` or `rgd.ChiSquareBall(0.1)`",
-            f"loss of the worst tenth, digits: CVaR(0.5) {nats('frontier', digits, 'CVaR(0.5)')}, "
-            f"ChiSquareBall(0.1) {nats('frontier', digits, 'ChiSquareBall(0.1)')}, RGD "
-            f"{nats('frontier', digits, 'KL(tau=1)')}; after temperature scaling CVaR(0.5) "
-            f"{nats('frontier', digits, 'CVaR(0.5)', 'scaled_worst_tenth')}",
+            "first choose learning rate and weight decay by the worst tenth of the validation losses; "
+            "`rgd.CVaR(0.5)` or `rgd.ChiSquareBall(0.1)` reached that tail on digits at a lower mean loss",
+            "loss of the worst tenth. Digits, rates chosen by the mean: "
+            f"{of_frontier('digits, chosen by mean loss')}; chosen by the worst tenth: "
+            f"{of_frontier('digits, chosen by the worst tenth')} (mean loss, CVaR(0.5): "
+            f"{nats('frontier', 'digits, chosen by the worst tenth', 'CVaR(0.5)', 'mean_loss')}). Diabetes: "
+            f"{of_frontier('diabetes, chosen by mean loss')}. A language model, CVaR(0.5): "
+            f"{of_language(250, 'CVaR(0.5)')}",
             "frontier",
         ),
         Case(
             "Nothing special, clean labels",
             "plain training, `rgd.ERM()`",
-            f"digits, s = 0.5: accuracy {points('dial', clean, 's = 0.5')} points; 43 tables of KEEL, RGD: "
-            f"{points('tabular', 'balanced sets', 'RGD, tau 1')}, mean loss where it chooses the rate "
-            f"{mean_loss('tabular')}; a tiny vision transformer, RGD: "
+            f"digits, s = 0.5 without a clip: accuracy {points('dial', clean, 's = 0.5')} points; 43 tables "
+            f"of KEEL, RGD: {points('tabular', 'balanced sets', 'RGD, tau 1')}, mean loss, chosen by mean "
+            f"loss, {mean_loss('tabular')}; a tiny vision transformer, RGD: "
             f"{points('vit', 'digits, no mixup', 'RGD, tau 1')}, with mixup "
             f"{points('vit', 'digits, mixup', 'RGD, tau 1')}",
-            "tabular",
+            "dial tabular vit",
         ),
         Case(
             "Fine-tuning a strong model",
@@ -149,8 +178,8 @@ def cases() -> list[Case]:
         Case(
             "Boosted trees",
             "their own objective",
-            f"tables of KEEL: accuracy {points('trees', 'balanced sets', 'RGD, tau 1')} points, mean loss "
-            f"where it chooses the rate {mean_loss('trees')}",
+            f"tables of KEEL: accuracy {points('trees', 'balanced sets', 'RGD, tau 1')} points, mean loss, "
+            f"chosen by mean loss, {mean_loss('trees')}",
             "trees",
         ),
         Case(
@@ -165,15 +194,21 @@ def cases() -> list[Case]:
         ),
         Case(
             "Rare directions in regression",
-            "a tuned learning rate first",
-            sentences["rare"].partition(";")[0] + ".",
+            "a tuned learning rate first; with outliers, a negative scale",
+            "squared error after 500 steps over plain training's: RGD "
+            f"{of_rare('noise 0.1', 'RGD, tau 1')}; with 5% outliers RGD "
+            f"{of_rare('noise 0.1, 5% outliers', 'RGD, tau 1')}, opposite sign "
+            f"{of_rare('noise 0.1, 5% outliers', 'RGD, tau 1, opposite sign')}; at one rate that was not "
+            f"tuned, RGD {of_rare('noise 0.1, NOT TUNED', 'RGD, tau 1')}, with mean-one weights "
+            f"{of_rare('noise 0.1, NOT TUNED', 'RGD, tau 1, mean one')}, plain x mean weight "
+            f"{of_rare('noise 0.1, NOT TUNED', 'plain x mean weight')}",
             "rare",
         ),
         Case(
             "Pre-training a language model",
             "plain training, with `linear_cross_entropy`",
-            "nats a byte after 500 steps, RGD (tau 3) by sequence: "
-            f"{of_language(500, 'RGD, tau 3')}; by byte: {of_language(500, 'RGD, tau 3, by byte')}",
+            'nats a byte after 500 steps, RGD (tau 3), `per="sample"`: '
+            f'{of_language(500, "RGD, tau 3")}; `per="element"`: {of_language(500, "RGD, tau 3, by byte")}',
             "lm",
         ),
     ]
@@ -183,7 +218,7 @@ def decisions() -> str:
     """The table of `docs/which.md`."""
     lines = ["| you have | use | measured | row |", "|---|---|---|---|"]
     for case in cases():
-        link = f"[{case.row}](../examples/evidence/{case.row}.py)" if case.row else "-"
+        link = ", ".join(f"[{name}](../examples/evidence/{name}.py)" for name in case.row.split())
         lines.append(f"| {case.case} | {case.use} | {case.result} | {link} |")
     return "\n".join(lines) + "\n"
 

@@ -329,12 +329,10 @@ def said(table: Table, setting: str, accuracy: str) -> str:
             shown.append(f"{name} {line.points() if right else typical(line, values)}")
         return ", ".join(shown)
 
-    three, dial, one = {"with tau 3": RGD_3}, {"with tuned tau": TUNED}, {"with mean-one weights": MEAN_ONE}
+    dial = {"with tuned tau": TUNED}
     if not how:
-        return f"{begin}: {right}, {others(accuracy, three | dial | one)}; {mean}; {tail}"
-    control, cooled = {"plain training x mean weight": CONTROL}, {"after temperature scaling": RGD_3}
-    tail += f", {others('worst_tenth', three)}, and that {others('scaled_worst_tenth', cooled)}"
-    return f"{begin}: {mean}, {others('mean_loss', dial | one | control)}; {scaled}; {tail}; {right}"
+        return f"{begin}: {right}, {others(accuracy, dial)}; {tail}"
+    return f"{begin}: {mean}, {others('mean_loss', dial)}; {scaled}; {tail}"
 
 
 def sentence(table: Table) -> str:
