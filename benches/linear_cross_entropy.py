@@ -10,8 +10,6 @@ targets, gradients included (Linux; `VmHWM`, in a process of its own).
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from rgd.torch import RGDLoss, linear_cross_entropy
 from torch import Tensor, nn
+from torch_step import machine, write
 from tqdm import tqdm
 
 SIZES = [(2048, 256, 32000), (4096, 768, 50257), (1024, 2048, 128256)]
@@ -151,16 +150,6 @@ def inputs(size: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tens
     return hidden, head, torch.randint(0, classes, (n,))
 
 
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def compare(size: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> dict[str, Result]:
     """All ways in turn at one size."""
     hidden, head, target = inputs(size, dtype)
@@ -213,13 +202,7 @@ def main() -> None:
     if arguments.sizes:
         sizes = [tuple(int(part) for part in size.split(",")) for size in arguments.sizes]
 
-    machine = {
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
     figures = []
     for size in sizes:
         for dtype in tqdm([getattr(torch, d) for d in arguments.dtypes], leave=False, desc=str(size)):
@@ -234,7 +217,7 @@ def main() -> None:
                 print(f"| {way} | {result.seconds:.3f} | {ratio} | {megabytes} |", flush=True)
                 figures.append({"size": size, "dtype": name, "way": way, **result._asdict()})
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps({"machine": machine, "figures": figures}, indent=1) + "\n")
+        write(arguments.json, figures)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,21 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def machine() -> dict[str, object]:
+    """What the figures were measured with."""
+    return {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write(path: str, figures: list[dict[str, object]]) -> None:
+    """The figures as JSON, with the machine."""
+    Path(path).write_text(json.dumps({"machine": machine(), "figures": figures}, indent=1) + "\n")
+
+
 def step(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Callable[[], None]:
     """One forward and backward; the gradient's memory is fresh each time, as in training."""
 
@@ -126,13 +141,7 @@ def main() -> None:
         rows.append((size, dtype, [compare(ours, peer, budget) for peer in peers]))
     progress.close()
 
-    machine = {
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
     print("time of the peer over the time of RGDLoss: median of pairwise ratios (quartiles)\n")
     print("| logits | dtype | RGDLoss, ms | " + " | ".join(PEERS) + " |")
     print("|---|---|---|" + "---|" * len(PEERS))
@@ -146,7 +155,7 @@ def main() -> None:
             for size, dtype, ratios in rows
             for peer, ratio in zip(PEERS, ratios, strict=True)
         ]
-        Path(arguments.json).write_text(json.dumps({"machine": machine, "figures": figures}, indent=1) + "\n")
+        write(arguments.json, figures)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import platform
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import rgd
 import torch
 import torch.nn.functional as F
 from rgd.torch import RGDLoss
 from torch import Tensor, nn
-from torch_step import compare, plain_rgd, processor, step
+from torch_step import compare, machine, plain_rgd, step, write
 from tqdm import tqdm
 
 SIZES = [(128, 10), (512, 100), (1024, 1000)]
@@ -79,13 +76,7 @@ def main() -> None:
                 progress.update()
             found.append((name, ratios))
 
-    machine = {
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
     print("time over that of nn.CrossEntropyLoss, float32 logits: median of pairwise ratios (quartiles)\n")
     print("| loss | " + " | ".join(str(size) for size in SIZES) + " |")
     print("|---|" + "---|" * len(SIZES))
@@ -98,7 +89,7 @@ def main() -> None:
             for name, ratios in found
             for size, ratio in zip(SIZES, ratios, strict=True)
         ]
-        Path(arguments.json).write_text(json.dumps({"machine": machine, "figures": figures}, indent=1) + "\n")
+        write(arguments.json, figures)
 
 
 if __name__ == "__main__":
