@@ -23,14 +23,7 @@ from harness.results import Table  # noqa: E402
 
 cifar, files = (importlib.import_module(name) for name in ("cifar", "cifar_files"))
 SMALL = ("--depth", "8", "--epochs", "2", "--warm-up", "1", "--batch", "32", "--device", "cpu")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pickled(content):

@@ -50,6 +50,7 @@ import rgd
 import torch
 import torch.nn.functional as F
 from cifar_files import LAYOUTS, Cifar, held, human_labels, long_tail, read, split
+from common import Parser, found_precision, write
 from rgd.torch import RGDLoss
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -354,14 +355,6 @@ def normalisation(images: Tensor, device: torch.device) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype).view(1, 3, 1, 1).to(device) for x in (1 / deviation, mean))
 
 
-def write(content: dict[str, object], path: pathlib.Path) -> None:
-    """Saves so that a program that is stopped meanwhile leaves the older file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save(content, temporary)
-    temporary.replace(path)
-
-
 # --- the command ---
 
 
@@ -372,20 +365,11 @@ def found_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def found_precision(device: torch.device) -> str:
-    """bfloat16 where a GPU computes in it."""
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if fast else "float32"
-
-
 def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
+    out = Parser(
         description="RGD and others on CIFAR-10 and CIFAR-100, with human label noise or long-tailed"
     )
-
-    def add(name: str, *, help: str, **settings: Any) -> None:
-        shown = settings.get("default") not in (None, ())
-        out.add_argument(name, help=f"{help} (default: %(default)s)" if shown else help, **settings)
+    add = out.add
 
     add("--data", type=pathlib.Path, required=True, help="where the folder of the python version is")
     add("--dataset", choices=tuple(LAYOUTS), default="cifar10", help="which data set")

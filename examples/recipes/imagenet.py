@@ -50,6 +50,7 @@ import rgd
 import timm
 import torch
 import torch.distributed as dist
+from common import Parser, found_precision, write
 from rgd.torch import RGDLoss
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.data.dataset import ImageDataset
@@ -315,11 +316,8 @@ def save(
     path: pathlib.Path, settings: dict[str, Any], parts: dict[str, Any], step: int, log: list[dict[str, Any]]
 ) -> None:
     """Writes checkpoint and log; a program that is stopped meanwhile leaves the older checkpoint."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
     states = {name: part.state_dict() for name, part in parts.items()}
-    torch.save({"settings": settings, "step": step, "log": log} | states, temporary)
-    temporary.replace(path)
+    write({"settings": settings, "step": step, "log": log} | states, path)
     path.with_name("log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
 
 
@@ -376,11 +374,8 @@ def started(device: str | None) -> Process:
 
 
 def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(description="ImageNet with a network of timm, re-weighted or plain")
-
-    def add(name: str, *, help: str, **settings: Any) -> None:
-        shown = settings.get("default") not in (None, ())
-        out.add_argument(name, help=f"{help} (default: %(default)s)" if shown else help, **settings)
+    out = Parser(description="ImageNet with a network of timm, re-weighted or plain")
+    add = out.add
 
     add("--data", type=pathlib.Path, required=True, help="the folder of train/ and val/")
     add("--output", type=pathlib.Path, default=pathlib.Path("runs/imagenet"), help="logs and checkpoints")
@@ -429,9 +424,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     options = parser().parse_args(arguments)
     process = started(options.device)
     check(options, process)
-    if options.precision is None:
-        fast = process.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        options.precision = "bfloat16" if fast else "float32"
+    options.precision = options.precision or found_precision(process.device)
     known = timm.get_pretrained_cfg(options.model)
     config = resolve_data_config(
         {"img_size": options.image_size} if options.image_size else {},

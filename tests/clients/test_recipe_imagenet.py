@@ -27,7 +27,10 @@ sys.path.insert(0, str(RECIPE.parent))
 
 imagenet = importlib.import_module("imagenet")
 # timm's ImageDataset leaves the files that it opens to be closed when they are collected.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 ALONE = imagenet.Process(0, 1, torch.device("cpu"))
 CLASSES, TRAIN, VALIDATION, BATCH = 4, 12, 5, 8
 SMALL = (
@@ -35,14 +38,6 @@ SMALL = (
     *("--device", "cpu", "--warm-up", "1", "--hold-out", "0.17", "--cutmix", "1"),
 )
 STEPS = (CLASSES * TRAIN - 8) // BATCH
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
