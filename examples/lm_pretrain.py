@@ -222,6 +222,14 @@ def weightings(
     return arms
 
 
+def optimizer_of(model: nn.Module, learning_rate: float, weight_decay: float = 0.1) -> torch.optim.Optimizer:
+    """AdamW, with weight decay on the matrices alone."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
+
+
 def rate_at(step: int, steps: int) -> float:
     """The share of the learning rate at a step: a tenth of the steps up, a cosine down to a tenth."""
     warmup = max(1, steps // 10)
@@ -274,10 +282,7 @@ def train(  # noqa: PLR0917
     torch.manual_seed(run.seed)
     pretraining = Pretraining(size, weighting, per).to(device)
     wrapped = DistributedDataParallel(pretraining) if ranks > 1 else pretraining
-    matrices = [p for p in pretraining.parameters() if p.dim() > 1]
-    vectors = [p for p in pretraining.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=run.learning_rate, betas=(0.9, 0.95))
+    optimizer = optimizer_of(pretraining, run.learning_rate)
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(run.seed))
     batches = order[: len(order) - len(order) % size.batch].view(-1, size.batch)
     validation, test = data.validation.to(device), data.test.to(device)

@@ -32,13 +32,7 @@ readme = importlib.import_module("readme")
 ROWS = {row.name: row for row in readme.rows()}
 read = functools.cache(lambda name: Table.read(ROWS[name].path))
 COMMITTED = {name: row for name, row in ROWS.items() if row.path.exists()}
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def doubles(seed, samples=(40, 20, 20)):

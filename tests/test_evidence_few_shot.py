@@ -20,10 +20,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples" / "evidenc
 from harness import Arm, Cell, Store, few_shot, meta
 from harness.few_shot import Classes, Parts, Tasks
 from harness.problems import load
+from harness.sweep import run_cells
 from harness.train import Outcome
 
 maml = importlib.import_module("maml")
 EPS = torch.finfo(torch.float64).eps
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -31,13 +33,6 @@ def _double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def generator(seed=0):
@@ -319,7 +314,7 @@ def test_a_network_that_diverged_has_no_accuracy():
     assert scores["accuracy"].isnan()
 
 
-def test_each_network_is_kept_when_it_is_done(tmp_path, monkeypatch):
+def test_each_network_is_kept_when_it_is_done(tmp_path):
     path, trained = tmp_path / "runs.jsonl", []
 
     def train(problem, arm, seeds, cells, snapshots):
@@ -328,17 +323,17 @@ def test_each_network_is_kept_when_it_is_done(tmp_path, monkeypatch):
         trained.append((*seeds, *cells))
         return {(seeds[0], cells[0]): [Outcome({}, {}, 1.0, 1.0)]}
 
-    monkeypatch.setattr(meta, "meta_train", train)
+    def run(store):
+        return run_cells(problem, arm, [0, 1], cells, store, (), train, None, one_by_one=True)
+
     cells = [Cell(0.1, 0.0), Cell(0.2, 0.0)]
     problem, arm = maml.FewShot(), Arm("plain")
     with pytest.raises(KeyboardInterrupt):
-        meta.one_by_one(Store(path))(problem, arm, [0, 1], cells, ())
+        run(Store(path))
     assert len(path.read_text().splitlines()) == 2
     first, trained = trained, []
-    store = Store(path)
-    outcomes = meta.one_by_one(store)(problem, arm, [0, 1], cells, ())
+    run(Store(path))
     assert first + trained == [(seed, cell) for seed in (0, 1) for cell in cells]
-    store.add((store.key(problem, arm, *run, ()), found) for run, found in outcomes.items())
     keys = [json.loads(line)[0] for line in path.read_text().splitlines()]
     assert len(keys) == len(set(keys)) == 4, "no run is written twice"
 
@@ -437,6 +432,9 @@ def test_a_folder_is_learnt_from_end_to_end(kind, request, tmp_path, capsys):
     assert all(math.isfinite(line.mean) for line in table.lines)
     assert {line.metric for line in table.lines} == set(maml.METRICS)
     assert (tmp_path / "maml.png").exists()
+    first_order = " --first-order" if kind == "mini-imagenet" else ""
+    command = f"maml.py --quick --{kind} {folder.name} --ways 4 --shots 2{first_order}"
+    assert table.header["command"] == f"python examples/evidence/{command}"
     assert f"{setting}: accuracy on test tasks" in capsys.readouterr().out
 
 

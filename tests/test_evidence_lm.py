@@ -15,7 +15,7 @@ from scipy import optimize
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples" / "evidence"))
 
-from harness import Arm, Cell
+from harness import Cell
 from harness.results import Table
 
 lm = importlib.import_module("lm")
@@ -55,10 +55,10 @@ def test_a_text_that_is_too_short_is_refused_with_its_size():
         language([bytes(2 * SMALL.length)] * 3, held_out=(1, 1)).draw(0)
 
 
-def plain_training(problem, seed, rate, weighting, dtype=torch.float32):
+def plain_training(problem, seed, rate, weighting):
     """The same by torch alone: logits, losses, weights."""
     torch.manual_seed(1000 + seed)
-    model = lm.Pretraining(problem.model, rgd.ERM(), "sample").model.to(dtype)
+    model = lm.Pretraining(problem.model, rgd.ERM(), "sample").model
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -82,7 +82,9 @@ def plain_training(problem, seed, rate, weighting, dtype=torch.float32):
 @pytest.mark.parametrize("weighting", [None, rgd.KL(6.0), rgd.CVaR(0.5)], ids=str)
 def test_training_is_that_of_plain_torch_with_weights_on_the_sequences(weighting):
     problem = language(library(), steps=3)
-    outcome = lm.train(problem, Arm("arm", weighting), [2], [Cell(0.01, 0.1)], ())[2, Cell(0.01, 0.1)][-1]
+    outcome = lm.train(problem, lm.LanguageArm("arm", weighting), [2], [Cell(0.01, 0.1)], ())[
+        2, Cell(0.01, 0.1)
+    ][-1]
     expected, mean_weight = plain_training(problem, 2, 0.01, weighting)
     other, _ = plain_training(problem, 2, 0.01, rgd.KL(math.inf, scale=-1.0))
     # Float32 rounds each of the sums of 3 steps; what another weighting reaches is far outside of it.
@@ -94,7 +96,8 @@ def test_training_is_that_of_plain_torch_with_weights_on_the_sequences(weighting
 
 
 def test_weights_by_byte_are_of_bytes_and_are_kept_apart_from_those_of_sequences():
-    problem, arms = language(library(), steps=3), (lm.ByByte("a", rgd.KL(6.0)), Arm("a", rgd.KL(6.0)))
+    problem = language(library(), steps=3)
+    arms = [lm.LanguageArm("a", rgd.KL(6.0), per=per) for per in ("element", "sample")]
     cell = Cell(0.01, 0.1)
     by_byte, by_sequence = (lm.train(problem, arm, [2], [cell], ())[2, cell][-1] for arm in arms)
     assert by_byte.mean_weight != by_sequence.mean_weight
@@ -137,5 +140,6 @@ def test_a_text_file_is_learnt_instead_of_the_library(tmp_path, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", arguments)
     lm.command_line()
     table = Table.read(tmp_path / "out" / "lm.csv")
+    assert table.header["command"] == "python examples/evidence/lm.py --quick --data shakespeare.txt"
     assert table.settings() == [f"shakespeare, {steps} steps" for steps in lm.QUICK_LENGTHS]
     assert "shakespeare, 8 steps" in capsys.readouterr().out

@@ -26,13 +26,7 @@ from sources.rows import Rows, Source, encode, split
 
 tabular, trees = map(importlib.import_module, ("tabular", "trees"))
 NAN = float("nan")
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- data sets as units ---

@@ -194,3 +194,16 @@ def test_glue_trains_on_its_training_rows_and_tests_on_the_others(tiny, tmp_path
     ]
     assert 1 < outcome.mean_weight < np.e
     assert np.isfinite(outcome.test["mean_loss"])
+
+
+def test_a_task_of_glue_has_a_command_and_a_folder_of_its_own_unless_another_is_named(monkeypatch):
+    seen = []
+    monkeypatch.setattr(text, "main", lambda row, arguments: seen.append((row, arguments)))
+    text.command_line(["--task", "rte", "--folder", "x", "--full"])
+    text.command_line(["--task", "rte", "--folder", "x", "--quick", "--output", "y"])
+    (full, arguments), (_, quick) = seen
+    assert full.options == " --task rte"
+    assert full.run.keywords == {"task": "rte", "folder": pathlib.Path("x")}
+    assert pathlib.Path(arguments[1]).parts[-2:] == ("results", "rte")
+    assert pathlib.Path(quick[1]).parts[-3:] == ("results", "quick", "rte")
+    assert quick[-2:] == ["--output", "y"], "what the user names comes last, and wins"

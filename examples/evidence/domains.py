@@ -21,7 +21,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
 
 import numpy as np
 import rgd
@@ -146,10 +145,8 @@ def sentence(table: Table) -> str:
     plain = table.line(ALL, PLAIN, "accuracy")
     arms = ("GroupDRO", "CVaR(0.3)", RGD, f"{RGD}, opposite sign")
 
-    def shown(metric: str, arms: Sequence[str] = arms) -> str:
-        lines = {arm: table.line(ALL, arm, metric) for arm in arms}
-        accuracy = metric.endswith("accuracy")
-        return ", ".join(f"{arm} {x.points() if accuracy else x.shown()}" for arm, x in lines.items())
+    def shown(metric: str) -> str:
+        return ", ".join(f"{arm} {table.line(ALL, arm, metric).said()}" for arm in arms)
 
     return (
         "On the angle left out, against ERM. Accuracy, mean of the angles, in points "

@@ -5,10 +5,10 @@ test samples, once learning rate and weight decay are tuned for each?
 
 Arms: plain training, and the members in `ARMS`, each compared with plain training. Every arm is shown twice,
 plain training too: with the learning rate and weight decay of the best validation mean loss, and with those
-of the best validation loss of the worst tenth. RGD's weights divided by
-their mean, and plain training times RGD's mean weight, are among the arms; on the digits also the
-superquantile of the package sqwash (Laguel et al., 2021), which is CVaR under another name. What a step costs
-with each member is in `docs/which.md`, by `benches/weightings.py`.
+of the best validation loss of the worst tenth. RGD's weights divided by their mean, and plain training times
+RGD's mean weight, are among the arms; on the digits also the superquantile of the package sqwash (Laguel et
+al., 2021), which is CVaR under another name. What a step costs with each member is in `docs/which.md`, by
+`benches/weightings.py`.
 
 Protocol: scikit-learn's digits (500 training, 300 validation, 997 test images), cross-entropy; and diabetes
 (200, 100, 142 rows of 10 numbers), squared error of the standardised target. A multilayer perceptron with 64
@@ -22,6 +22,7 @@ Run it with `make evidence ROW=frontier`, or `python examples/evidence/frontier.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import math
 import pathlib
@@ -106,6 +107,7 @@ def reduced(losses: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
     return losses.shape[1] * weights * losses
 
 
+@functools.cache
 def sqwash() -> Any:
     """The package, whose import warns of its own docstrings."""
     with warnings.catch_warnings():
@@ -116,7 +118,8 @@ def sqwash() -> Any:
 def superquantile(outputs: Tensor, target: Tensor, counts: Tensor) -> Tensor:
     """Cross-entropy (M, B) weighted by sqwash's superquantile of the worst half."""
     del counts
-    return reduced(cross_entropy(outputs, target), lambda row: sqwash().reduce_superquantile(row, 0.5))
+    reduce = sqwash().reduce_superquantile
+    return reduced(cross_entropy(outputs, target), lambda row: reduce(row, 0.5))
 
 
 def run(session: Session) -> list[Result]:

@@ -6,8 +6,8 @@ class, and what does RGD add to each?
 Arms: cross-entropy; focal loss; class-balanced weights; logit adjustment, of which the balanced softmax is
 the same loss in other words; LDAM; RGD (`rgd.KL(tau=1)`); and RGD on top of each, which is compared with what
 it stands on. The others are compared with cross-entropy. Controls: RGD with weights divided by their mean,
-cross-entropy times RGD's mean weight, and RGD with the opposite sign. RGD's weights are
-rgd's; the other methods are in `harness/losses.py` with their papers, class-balanced weights with beta 0.999
+cross-entropy times RGD's mean weight, and RGD with the opposite sign. RGD's weights are rgd's; the other
+methods are in `harness/losses.py` with their papers, class-balanced weights with beta 0.999
 (`rgd.class_balanced(counts, beta=0.999)`).
 
 Data: scikit-learn's digits, and MNIST-1D (Greydanus & Kobak, ICML 2024), ten kinds of noisy curves of 40

@@ -44,7 +44,6 @@ import torch.nn.functional as F
 from harness import (
     Arm,
     Cell,
-    Chosen,
     Grid,
     Outcome,
     Result,
@@ -54,7 +53,7 @@ from harness import (
     main,
     mean_one,
     opposite_sign,
-    sweep,
+    recipe,
     times_mean_weight,
 )
 from harness.pictures import BLUE, INK, MUTED, ORANGE, pyplot, save
@@ -63,7 +62,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from lm_pretrain import GPT, Pretraining, Size, pieces_of, rate_at, standard_library
+from lm_pretrain import GPT, Pretraining, Size, optimizer_of, pieces_of, rate_at, standard_library
 
 PLAIN, RGD, CONTROL = "cross-entropy", "RGD, tau 3", "plain x mean weight of RGD"
 TOKENS = "RGD, tau 3, by byte"
@@ -71,18 +70,20 @@ METRICS = ("accuracy", "mean_loss", "worst_tenth", "scaled_mean_loss", "scaled_w
 LIBRARY = "standard library"
 MODEL = Size(classes=256, width=64, layers=2, heads=4, length=64, batch=16)
 QUICK_MODEL = MODEL._replace(width=16, layers=1, heads=2, length=16, batch=8)
-VALIDATION, TEST, WEIGHT_DECAY, BETAS = 256, 1024, 0.1, (0.9, 0.95)
+VALIDATION, TEST, WEIGHT_DECAY = 256, 1024, 0.1
 NEWTON_STEPS = 4
 LENGTHS, QUICK_LENGTHS = (125, 250, 500), (4, 8)
-GRID = Grid((0.002, 0.004, 0.008), (WEIGHT_DECAY,), one_axis=True)
-QUICK_GRID = Grid((0.003, 0.03, 0.3), (WEIGHT_DECAY,), rate_factor=10.0, one_axis=True)
+GRIDS = {
+    "grid": Grid((0.002, 0.004, 0.008), (WEIGHT_DECAY,), one_axis=True),
+    "quick": Grid((0.003, 0.03, 0.3), (WEIGHT_DECAY,), rate_factor=10.0, one_axis=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class ByByte(Arm):
-    """An arm that weights every byte by its own loss, not every sequence by its mean loss."""
+class LanguageArm(Arm):
+    """An arm that weights every sequence by its mean loss, or with `per="element"` every byte by its own."""
 
-    per = "element"
+    per: str = "sample"
 
     def key(self) -> str:
         return f"{super().key()} {self.per}"
@@ -138,7 +139,7 @@ class Language:
 
 
 def train(
-    problem: Language, arm: Arm, seeds: Sequence[int], cells: Sequence[Cell], snapshots: Sequence[int]
+    problem: Language, arm: LanguageArm, seeds: Sequence[int], cells: Sequence[Cell], snapshots: Sequence[int]
 ) -> dict[tuple[int, Cell], list[Outcome]]:
     """One model after the other, each sequence once; the last step is measured."""
     if snapshots:
@@ -149,15 +150,9 @@ def train(
         for cell in cells:
             begin = time.process_time()
             torch.manual_seed(1000 + seed)
-            per = getattr(arm, "per", "sample")
-            training = Pretraining(problem.model, arm.weighting or rgd.ERM(), per)
+            training = Pretraining(problem.model, arm.weighting or rgd.ERM(), arm.per)
             weight_sum = 0.0
-            matrices = [p for p in training.parameters() if p.dim() > 1]
-            vectors = [p for p in training.parameters() if p.dim() <= 1]
-            optimizer = torch.optim.AdamW(
-                [{"params": matrices, "weight_decay": cell.weight_decay}, {"params": vectors}],
-                lr=cell.learning_rate, betas=BETAS, weight_decay=0.0,
-            )  # fmt: skip
+            optimizer = optimizer_of(training, cell.learning_rate, cell.weight_decay)
             schedule = torch.optim.lr_scheduler.LambdaLR(
                 optimizer, functools.partial(rate_at, steps=problem.steps)
             )
@@ -224,21 +219,14 @@ def run(session: Session, path: pathlib.Path | None = None) -> list[Result]:
     model = QUICK_MODEL if session.quick else MODEL
     held_out = (32, 64) if session.quick else (VALIDATION, TEST)
     lengths = QUICK_LENGTHS if session.quick else LENGTHS
-    grid = QUICK_GRID if session.quick else GRID
-    weighted, by_byte = Arm(RGD, rgd.KL(3.0)), ByByte(TOKENS, rgd.KL(3.0))
-    further = [mean_one(weighted), opposite_sign(weighted), Arm("CVaR(0.5)", rgd.CVaR(0.5))]
-    session.expect(4 * len(lengths) + len(further), grid)
+    weighted, by_byte = LanguageArm(RGD, rgd.KL(3.0)), LanguageArm(TOKENS, rgd.KL(3.0), per="element")
+    further = [mean_one(weighted), opposite_sign(weighted), LanguageArm("CVaR(0.5)", rgd.CVaR(0.5))]
+    session.expect(4 * len(lengths) + len(further), **GRIDS)
     results: list[Result] = []
     for steps in lengths:
         problem = Language(of_length(name, steps), texts, model, steps, held_out)
-
-        def best(arm: Arm, problem: Language = problem) -> Chosen:
-            return sweep(
-                problem, arm, grid=grid, seeds=session.seeds, store=session.store, trainer=train,
-                progress=session.progress,
-            )  # fmt: skip
-
-        plain, chosen = best(Arm(PLAIN)), best(weighted)
+        best = functools.partial(session.sweep, problem, trainer=train, **GRIDS)
+        plain, chosen = best(LanguageArm(PLAIN)), best(weighted)
         control = best(times_mean_weight(weighted, chosen.mean_weight)).renamed(CONTROL)
         others = [chosen, best(by_byte), control, *(map(best, further) if steps == lengths[1] else ())]
         results += [Result(problem.name, plain), *(Result(problem.name, c, PLAIN) for c in others)]
@@ -320,19 +308,22 @@ def sentence(table: Table) -> str:
     )
 
 
-ROW = Row("lm", "A language model, one pass", METRICS, run, picture, sentence)
-
-
-def command_line() -> None:
-    """The option of this program, before those that all have."""
+def own_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--data", type=pathlib.Path, help="a text file")
-    options, others = parser.parse_known_args()
+    return parser
+
+
+ROW = Row("lm", "A language model, one pass", METRICS, run, picture, sentence, own_options)
+
+
+def command_line(arguments: Sequence[str] | None = None) -> Table:
+    """Runs the program as the command line says."""
+    options, others = own_options().parse_known_args(arguments)
     if options.data is None:
-        main(ROW, others)
-        return
-    row = dataclasses.replace(ROW, run=functools.partial(run, path=options.data))
-    main(row, ["--output", str(ROW.path.parent / options.data.stem), *others])
+        return main(ROW, others)
+    other = functools.partial(run, path=options.data)
+    return main(*recipe(ROW, other, options.data.stem, f"--data {options.data.name}", others))
 
 
 if __name__ == "__main__":

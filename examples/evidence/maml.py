@@ -57,11 +57,12 @@ from typing import NamedTuple
 
 import rgd
 import torch
-from harness import Arm, Chosen, Grid, Result, Row, Session, Table, few_shot, main, sweep, tuned
+from harness import Arm, Grid, Result, Row, Session, Table, few_shot, main, recipe, tuned
 from harness.arms import mean_one, opposite_sign, times_mean_weight
 from harness.few_shot import Parts, Tasks, draw_tasks
-from harness.meta import TRAIN, Draw, MetaProblem, meta_train, one_by_one
-from harness.pictures import BLUE, GREY, MUTED, ORANGE, pyplot, save
+from harness.meta import TRAIN, Draw, MetaProblem, meta_train
+from harness.pictures import differences, pyplot, save
+from harness.problems import higher_is_better
 from harness.train import initial
 from torch import Tensor
 
@@ -73,8 +74,10 @@ GRIDS = {
     HERE: Grid((0.0025, 0.005, 0.01, 0.02), (0.0, 1e-4, 1e-3), decay_factor=10.0),
     DIGITS: Grid((0.0015, 0.003, 0.006), (0.0, 0.01, 0.1), decay_factor=10.0),
 }
-GRID_IMAGES = Grid((0.0005, 0.001, 0.002), (0.0,), one_axis=True)
-GRID_QUICK = Grid((1e-4, 1e-2, 1.0), (0.0,), rate_factor=10.0, one_axis=True)
+GRIDS_OF_IMAGES = {
+    "grid": Grid((0.0005, 0.001, 0.002), (0.0,), one_axis=True),
+    "quick": Grid((1e-4, 1e-2, 1.0), (0.0,), rate_factor=10.0, one_axis=True),
+}
 
 
 def network(parameters: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -225,15 +228,8 @@ def images(name: str, folder: pathlib.Path, options: Options, quick: bool) -> Fe
 
 def run_images(session: Session, name: str, folder: pathlib.Path, options: Options) -> list[Result]:
     problem = images(name, folder, options, session.quick)
-    grid = GRID_QUICK if session.quick else GRID_IMAGES
-
-    def best(arm: Arm) -> Chosen:
-        return sweep(
-            problem, arm, grid=grid, seeds=session.seeds, store=session.store, progress=session.progress,
-            trainer=one_by_one(session.store),
-        )  # fmt: skip
-
-    session.expect(3, grid)
+    best = functools.partial(session.sweep, problem, trainer=meta_train, one_by_one=True, **GRIDS_OF_IMAGES)
+    session.expect(3, **GRIDS_OF_IMAGES)
     plain, weighted = best(Arm(PLAIN)), best(Arm(RGD, rgd.KL(3.0)))
     control = best(times_mean_weight(weighted.arm, weighted.mean_weight))
     return [Result(problem.name, plain), *(Result(problem.name, c, PLAIN) for c in (weighted, control))]
@@ -254,14 +250,8 @@ def picture(table: Table, path: pathlib.Path) -> None:
     for panels, (setting, metrics) in zip(axes, rows, strict=True):
         arms = [a for a in table.arms(setting) if table.line(setting, a, metrics[0]).baseline]
         for panel, metric, where in zip(panels, metrics, ("mean", "worst tenth"), strict=True):
-            accurate = metric.endswith("accuracy")
-            panel.axvline(0, color=MUTED, linewidth=0.8)
-            for k, arm in enumerate(arms):
-                line = table.line(setting, arm, metric)
-                color = (BLUE if (line.difference > 0) == accurate else ORANGE) if line.finding else GREY
-                factor = 100 if accurate else 1
-                x, half = factor * line.difference, factor * line.difference_half
-                panel.errorbar([x], [-k], xerr=[half], fmt="o", color=color)
+            accurate = higher_is_better(metric)
+            differences(panel, [table.line(setting, arm, metric) for arm in arms])
             unit = "points" if accurate else "squared error" if setting == HERE else "nats"
             kind = "accuracy" if accurate else "error" if setting == HERE else "loss"
             panel.set_title(f"{setting}: {kind}, {where}", loc="left", fontsize=10)
@@ -314,9 +304,6 @@ def of_setting(table: Table, setting: str) -> str:
     return f"{title}: {begin}. {'; '.join(map(shown, arms))}."
 
 
-ROW = Row("maml", "Meta-learning (MAML)", METRICS, run, picture, sentence)
-
-
 def positive(text: str) -> int:
     """A whole number from 1 on."""
     if not text.isdecimal() or int(text) < 1:
@@ -324,8 +311,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def command_line(arguments: Sequence[str] | None = None) -> Table:
-    """The options of the real data, before those that all programs have."""
+def own_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     data = parser.add_mutually_exclusive_group()
     for name in ("omniglot", "mini-imagenet"):
@@ -334,16 +320,24 @@ def command_line(arguments: Sequence[str] | None = None) -> Table:
     parser.add_argument("--shots", type=positive, default=1, help="images of each class to adapt to")
     parser.add_argument("--steps", type=positive, help="meta-steps")
     parser.add_argument("--first-order", action="store_true", help="no second derivatives: less memory")
-    chosen, others = parser.parse_known_args(arguments)
+    return parser
+
+
+ROW = Row("maml", "Meta-learning (MAML)", METRICS, run, picture, sentence, own_options)
+
+
+def command_line(arguments: Sequence[str] | None = None) -> Table:
+    """Runs the program as the command line says."""
+    chosen, others = own_options().parse_known_args(arguments)
     given = {"omniglot": chosen.omniglot, "mini-imagenet": chosen.mini_imagenet}
     options = Options(chosen.ways, chosen.shots, chosen.steps, chosen.first_order)
     for name, folder in given.items():
         if folder is not None:
-            results = ROW.path.parent / ("quick" if "--quick" in others else "") / name
-            row = dataclasses.replace(
-                ROW, run=functools.partial(run_images, name=name, folder=folder, options=options)
-            )
-            return main(row, ["--output", str(results), *others])
+            shown = f"--{name} {folder.name} --ways {chosen.ways} --shots {chosen.shots}"
+            shown += f" --steps {chosen.steps}" if chosen.steps else ""
+            shown += " --first-order" if chosen.first_order else ""
+            other = functools.partial(run_images, name=name, folder=folder, options=options)
+            return main(*recipe(ROW, other, name, shown, others))
     if options != Options():
         raise SystemExit("--ways, --shots, --steps and --first-order go with --omniglot or --mini-imagenet")
     return main(ROW, others)

@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import pathlib
 import sys
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from harness import FINDING, Row, Table
+from harness.problems import higher_is_better
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
@@ -28,29 +29,27 @@ def rows() -> list[Row]:
     return [importlib.import_module(name).ROW for name in names]
 
 
+@functools.cache
+def tables() -> dict[str, Table]:
+    """The committed table of every program, by its name."""
+    return {row.name: Table.read(row.path) for row in rows() if row.path.exists()}
+
+
 def results() -> str:
     """The table."""
     lines = ["| row | command | result |", "|---|---|---|"]
-    tables: list[Table] = []
-    for row in rows():
-        if row.path.exists():
-            table = Table.read(row.path)
-            tables.append(table)
-            found = f"{len(table.findings())} of {table.comparisons} comparisons are findings."
-            links = f"[table](results/{row.name}.csv), [picture](results/{row.name}.png)"
-            lines.append(
-                f"| [{row.title}]({row.name}.py) | `make evidence ROW={row.name}` "
-                f"| {row.sentence(table)} {found} {links} |"
-            )
-    return "\n".join(lines) + "\n\n" + totals(tables)
-
-
-def totals(tables: Sequence[Table]) -> str:
-    """How many comparisons all rows made."""
-    comparisons = sum(table.comparisons for table in tables)
-    findings = sum(len(table.findings()) for table in tables)
-    return (
-        f"All rows together made {comparisons} comparisons; {findings} are findings, and about "
+    comparisons = findings = 0
+    for row in (row for row in rows() if row.name in tables()):
+        table = tables()[row.name]
+        comparisons, findings = comparisons + table.comparisons, findings + len(table.findings())
+        found = f"{len(table.findings())} of {table.comparisons} comparisons are findings."
+        links = f"[table](results/{row.name}.csv), [picture](results/{row.name}.png)"
+        lines.append(
+            f"| [{row.title}]({row.name}.py) | `make evidence ROW={row.name}` "
+            f"| {row.sentence(table)} {found} {links} |"
+        )
+    return "\n".join(lines) + (
+        f"\n\nAll rows together made {comparisons} comparisons; {findings} are findings, and about "
         f"{comparisons * FINDING:.0f} would be by chance alone.\n"
     )
 
@@ -66,20 +65,18 @@ class Case(NamedTuple):
 
 def cases() -> list[Case]:
     """What to use for what, each line with what was measured."""
-    done = [row for row in rows() if row.path.exists()]
-    tables = {row.name: Table.read(row.path) for row in done}
 
     def points(row: str, setting: str, arm: str, metric: str = "accuracy") -> str:
-        return tables[row].line(setting, arm, metric).points()
+        return tables()[row].line(setting, arm, metric).points()
 
     def nats(row: str, setting: str, arm: str, metric: str = "worst_tenth") -> str:
-        return tables[row].line(setting, arm, metric).shown(form=".2f")
+        return tables()[row].line(setting, arm, metric).shown(form=".2f")
 
     def mean_loss(row: str) -> str:
-        return tables[row].line("balanced sets, chosen by mean loss", "RGD, tau 1", "mean_loss").shown()
+        return tables()[row].line("balanced sets, chosen by mean loss", "RGD, tau 1", "mean_loss").shown()
 
     def both(arm: str, metric: str = "accuracy") -> str:
-        shown = points if metric.endswith("accuracy") else nats
+        shown = points if higher_is_better(metric) else nats
         settings = ("Debian, 44 classes", "Docstrings, 46 classes")
         return " and ".join(shown("text", setting, arm, metric) for setting in settings)
 
@@ -90,7 +87,7 @@ def cases() -> list[Case]:
 
     def of_language(steps: int, arm: str) -> str:
         setting = f"standard library, {steps} steps"
-        tail, mean = (tables["lm"].line(setting, arm, m).shown() for m in ("worst_tenth", "mean_loss"))
+        tail, mean = (tables()["lm"].line(setting, arm, m).shown() for m in ("worst_tenth", "mean_loss"))
         return f"worst tenth {tail}, mean {mean}"
 
     def of_frontier(setting: str) -> str:
@@ -98,7 +95,7 @@ def cases() -> list[Case]:
         return ", ".join(f"{name} {nats('frontier', setting, arm)}" for name, arm in arms.items())
 
     def of_rare(group: str, arm: str) -> str:
-        line = tables["rare"].line(f"{group}, step 500", arm, "log_rare_loss")
+        line = tables()["rare"].line(f"{group}, step 500", arm, "log_rare_loss")
         return f"{math.exp(line.difference):.2f}" + ("" if line.finding else " (no finding)")
 
     cancer = "breast cancer, 40% wrong labels"
@@ -233,12 +230,11 @@ def pages() -> dict[pathlib.Path, str]:
     """The pages as they should be."""
     root = FOLDER.parents[1]
     which, front = root / "docs" / "which.md", root / "README.md"
-    dial = Table.read(FOLDER / "results" / "dial.csv")
     begin, end = "<!-- table: written by examples/evidence/readme.py -->\n", "<!-- end of table -->"
     return {
         FOLDER / "README.md": between(FOLDER / "README.md", BEGIN, END, results()),
         which: between(which, begin, end, decisions()),
-        front: between(front, begin, end, demo.markdown(dial)),
+        front: between(front, begin, end, demo.markdown(tables()["dial"])),
     }
 
 

@@ -73,6 +73,7 @@ from harness import (
     Table,
     main,
     mean_one,
+    recipe,
     sweep,
     times_mean_weight,
     train,
@@ -321,18 +322,10 @@ def said(table: Table, setting: str, accuracy: str) -> str:
     right = counted(table, setting, accuracy)
     mean, scaled, tail = (counted(table, setting, loss) for loss in LOSSES)
 
-    def others(metric: str, arms: dict[str, str]) -> str:
-        shown: list[str] = []
-        for name, arm in arms.items():
-            line, values = table.line(setting, arm, metric), differences(table, setting, arm, metric)
-            right = metric.endswith("accuracy")
-            shown.append(f"{name} {line.points() if right else typical(line, values)}")
-        return ", ".join(shown)
-
-    dial = {"with tuned tau": TUNED}
     if not how:
-        return f"{begin}: {right}, {others(accuracy, dial)}; {tail}"
-    return f"{begin}: {mean}, {others('mean_loss', dial)}; {scaled}; {tail}"
+        return f"{begin}: {right}, with tuned tau {table.line(setting, TUNED, accuracy).points()}; {tail}"
+    line, values = table.line(setting, TUNED, "mean_loss"), differences(table, setting, TUNED, "mean_loss")
+    return f"{begin}: {mean}, with tuned tau {typical(line, values)}; {scaled}; {tail}"
 
 
 def sentence(table: Table) -> str:
@@ -340,17 +333,23 @@ def sentence(table: Table) -> str:
     return f"A small network, RGD (tau 1) against cross-entropy. {parts}."
 
 
-ROW = Row("tabular", "Tables of KEEL", METRICS, run, picture, sentence)
-
-
-def command_line(row: Row, learner: Learner, arguments: Sequence[str]) -> Table:
-    """The options of OpenML, before those that all programs have."""
+def own_options() -> argparse.ArgumentParser:
+    """The options of OpenML."""
     parser = argparse.ArgumentParser(add_help=False)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--openml", type=int, nargs="+", metavar="ID", help="data sets of OpenML")
     which.add_argument("--tabarena", action="store_true", help="the classification sets of TabArena-v0.1")
     parser.add_argument("--folder", type=pathlib.Path, help="where scikit-learn keeps what it fetched")
     parser.add_argument("--most-rows", type=int, help="draw as many rows of a larger set")
+    return parser
+
+
+ROW = Row("tabular", "Tables of KEEL", METRICS, run, picture, sentence, own_options)
+
+
+def command_line(row: Row, learner: Learner, arguments: Sequence[str]) -> Table:
+    """Runs a program as the command line says."""
+    parser = own_options()
     options, others = parser.parse_known_args(arguments)
     ids = list(openml.TABARENA) if options.tabarena else options.openml
     if ids is None:
@@ -361,13 +360,11 @@ def command_line(row: Row, learner: Learner, arguments: Sequence[str]) -> Table:
         parser.error(f"--most-rows must be at least 20, got {options.most_rows}")
     learner = dataclasses.replace(learner, most_rows=options.most_rows or learner.most_rows)
     folder = options.folder or keel.CACHE.parent
-    recipe = " --tabarena" if options.tabarena else " --openml " + " ".join(map(str, ids))
+    shown = "--tabarena" if options.tabarena else "--openml " + " ".join(map(str, ids))
     if options.most_rows:
-        recipe += f" --most-rows {options.most_rows}"
-    row = dataclasses.replace(
-        row, run=functools.partial(run_openml, learner=learner, ids=ids, folder=folder), options=recipe
-    )
-    return main(row, ["--output", str(ROW.path.parent / "openml"), *others])
+        shown += f" --most-rows {options.most_rows}"
+    other = functools.partial(run_openml, learner=learner, ids=ids, folder=folder)
+    return main(*recipe(row, other, "openml", shown, others))
 
 
 if __name__ == "__main__":

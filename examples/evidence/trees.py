@@ -104,7 +104,9 @@ def sentence(table: Table) -> str:
 
 
 run = functools.partial(tabular.run, learner=TREES)
-ROW = Row("trees", "Boosted trees on tables of KEEL", tabular.METRICS, run, picture, sentence)
+ROW = Row(
+    "trees", "Boosted trees on tables of KEEL", tabular.METRICS, run, picture, sentence, tabular.own_options
+)
 
 if __name__ == "__main__":
     tabular.command_line(ROW, TREES, sys.argv[1:])

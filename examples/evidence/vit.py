@@ -39,7 +39,6 @@ import torch.nn.functional as F
 from harness import (
     Arm,
     Cell,
-    Chosen,
     Classification,
     Grid,
     Outcome,
@@ -51,16 +50,19 @@ from harness import (
     Table,
     digits,
     main,
-    sweep,
+    recipe,
 )
-from harness.lineup import labels, lineup, said, sweeps
-from harness.pictures import intervals, save
+from harness.lineup import draw_lineup, lineup, said, sweeps
 from harness.problems import stack
 from harness.train import Weigher, orders
 from torch import Tensor, nn
 from torch.func import functional_call
 
 TAUS = (1.0, 3.0)
+GRIDS = {
+    "grid": Grid((4e-3, 8e-3, 1.6e-2), (0.0, 0.1)),
+    "quick": Grid((1e-3, 1e-2, 1e-1), (0.0,), rate_factor=10.0, one_axis=True),
+}
 METRICS = (
     "accuracy",
     "worst_class_accuracy",
@@ -204,23 +206,14 @@ def train(
 def run(session: Session, bf16: bool = False) -> list[Result]:
     base = digits(epochs=4 if session.quick else EPOCHS)
     taus, mixtures = (TAUS[:1], (MIXUP,)) if session.quick else (TAUS, (MIXUP, 0.0))
-    rates, decays = ((1e-3, 1e-2, 1e-1), (0.0,)) if session.quick else ((4e-3, 8e-3, 1.6e-2), (0.0, 0.1))
-    grid = Grid(rates, decays, rate_factor=10.0 if session.quick else 2.0, one_axis=session.quick)
-    if session.progress is not None:
-        session.progress.total = len(mixtures) * sweeps(taus) * session.seeds * len(grid.cells())
+    session.expect(len(mixtures) * sweeps(taus), **GRIDS)
     results: list[Result] = []
     for mixup in mixtures:
         problem = Mixed(
             "digits, mixup" if mixup else "digits, no mixup", base.draw, base.features, base.outputs,
             epochs=base.epochs, batch_size=BATCH, bf16=bf16, mixup=mixup,
         )  # fmt: skip
-
-        def best(arm: Arm, budget: int, problem: Mixed = problem) -> Chosen:
-            return sweep(
-                problem, arm, grid=grid, seeds=session.seeds, store=session.store, budget=budget,
-                trainer=train, progress=session.progress,
-            )  # fmt: skip
-
+        best = functools.partial(session.sweep, problem, trainer=train, **GRIDS)
         results += lineup(problem.name, best, taus, problem.select)
     return results
 
@@ -232,11 +225,7 @@ def picture(table: Table, path: pathlib.Path) -> None:
         "worst_tenth": "worst tenth",
         "scaled_worst_tenth": "worst tenth, scaled",
     }
-    title = (
-        f"Tiny ViT, difference to cross-entropy, {table.lines[0].seeds} seeds; "
-        "blue: better, orange: worse, grey: no finding"
-    )
-    save(intervals(table, labels(table), words, title), path, table)
+    draw_lineup("Tiny ViT", table, words, path)
 
 
 def sentence(table: Table) -> str:
@@ -252,19 +241,21 @@ def sentence(table: Table) -> str:
     return f"A tiny vision transformer, against cross-entropy. {' '.join(settings)}"
 
 
-ROW = Row("vit", "A tiny vision transformer", METRICS, run, picture, sentence)
-
-
-def command_line() -> None:
-    """The option of this program, before those that all have."""
+def own_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--bf16", action="store_true", help="the forward pass in bfloat16")
-    options, others = parser.parse_known_args()
-    if options.bf16:
-        row = dataclasses.replace(ROW, run=functools.partial(run, bf16=True))
-        main(row, ["--output", str(ROW.path.parent / "bf16"), *others])
-        return
-    main(ROW, others)
+    return parser
+
+
+ROW = Row("vit", "A tiny vision transformer", METRICS, run, picture, sentence, own_options)
+
+
+def command_line(arguments: Sequence[str] | None = None) -> Table:
+    """Runs the program as the command line says."""
+    options, others = own_options().parse_known_args(arguments)
+    if not options.bf16:
+        return main(ROW, others)
+    return main(*recipe(ROW, functools.partial(run, bf16=True), "bf16", "--bf16", others))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ The rules of a fair comparison are code here, so that a program cannot forget on
 from harness.arms import Arm, Constant, MeanOne, mean_one, opposite_sign, times_mean_weight
 from harness.problems import Classification, Data, Part, Problem, Regression, breast_cancer, digits
 from harness.results import Result, Table
-from harness.row import Row, Session, main
+from harness.row import Row, Session, main, recipe
 from harness.statistics import FINDING, Paired, compare, interval
 from harness.store import Store
 from harness.sweep import Chosen, EdgeError, Grid, sweep, tuned, untuned
@@ -48,6 +48,7 @@ __all__ = [
     "main",
     "mean_one",
     "opposite_sign",
+    "recipe",
     "sweep",
     "times_mean_weight",
     "train",

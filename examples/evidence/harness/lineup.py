@@ -7,11 +7,14 @@ cross-entropy times its mean weight, and the opposite sign.
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Callable, Sequence
 
 import rgd
 
 from harness.arms import Arm, mean_one, opposite_sign, times_mean_weight
+from harness.pictures import intervals, save
+from harness.problems import higher_is_better
 from harness.results import Result, Table
 from harness.sweep import Chosen, tuned
 
@@ -28,7 +31,7 @@ def name(tau: float) -> str:
 
 def lineup(
     setting: str,
-    best: Callable[[Arm, int], Chosen],
+    best: Callable[..., Chosen],
     taus: Sequence[float],
     select: str,
     controls: Sequence[str] = tuple(CONTROLS),
@@ -37,13 +40,14 @@ def lineup(
 
     Args:
         setting: What the table calls it.
-        best: Tunes an arm, with a budget.
+        best: Tunes an arm, with a `budget`, as `Session.sweep` does for a problem.
         taus: The clipping factors; the controls are those of the first.
         select: The metric that validation chooses tau by.
         controls: Which of `CONTROLS`.
     """
-    plain, budget = best(Arm(PLAIN), 1), best(Arm(PLAIN), len(taus)).renamed(PLAIN_BUDGET)
-    weighted = [best(Arm(name(tau), rgd.KL(tau)), 1) for tau in taus]
+    plain = best(Arm(PLAIN), budget=1)
+    budget = best(Arm(PLAIN), budget=len(taus)).renamed(PLAIN_BUDGET)
+    weighted = [best(Arm(name(tau), rgd.KL(tau)), budget=1) for tau in taus]
     first = weighted[0]
     arms = {
         MEAN_ONE: mean_one(first.arm),
@@ -55,7 +59,7 @@ def lineup(
         Result(setting, budget),
         *(Result(setting, chosen, PLAIN) for chosen in weighted),
         Result(setting, tuned(TUNED, weighted, select), PLAIN_BUDGET),
-        *(Result(setting, best(arms[control], 1).renamed(control), PLAIN) for control in controls),
+        *(Result(setting, best(arms[control], budget=1).renamed(control), PLAIN) for control in controls),
     ]
 
 
@@ -81,6 +85,15 @@ def labels(table: Table) -> dict[str, str]:
     return {arm: arm for arm in rgds} | {arm: f"control: {word}" for arm, word in controls_of(table).items()}
 
 
+def draw_lineup(what: str, table: Table, metrics: dict[str, str], path: pathlib.Path) -> None:
+    """The picture of a program: `pictures.intervals` of `metrics` for all arms that are compared."""
+    title = (
+        f"{what}, difference to cross-entropy, {table.lines[0].seeds} seeds; "
+        "blue: better, orange: worse, grey: no finding"
+    )
+    save(intervals(table, labels(table), metrics, title), path, table)
+
+
 def said(table: Table, setting: str, metrics: dict[str, str]) -> str:
     """What came out in a setting, for a sentence: RGD with the first and the last tau, the others in short.
 
@@ -92,8 +105,7 @@ def said(table: Table, setting: str, metrics: dict[str, str]) -> str:
     """
 
     def shown(arm: str, metric: str) -> str:
-        line = table.line(setting, arm, metric)
-        return f"{line.points()} points" if metric.endswith("accuracy") else line.shown()
+        return f"{table.line(setting, arm, metric).said()}{' points' * higher_is_better(metric)}"
 
     first, *_, last = taus_of(table) * 2
     parts = [

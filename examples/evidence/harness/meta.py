@@ -8,10 +8,7 @@ weight that the arm gives to l_t.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import itertools
 import math
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 
@@ -22,13 +19,10 @@ from tqdm import trange
 from harness.arms import Arm
 from harness.few_shot import Tasks
 from harness.problems import worst_tenth
-from harness.store import Store, meaning
 from harness.train import Cell, Outcome, Weigher
 
 TRAIN, VALIDATION, TEST = range(3)
 LONG = 2000  # meta-steps from which on they have a progress bar of their own
-SOURCES = [pathlib.Path(__file__).with_name(name) for name in ("few_shot.py", "meta.py")]
-CODE = hashlib.sha256("".join(meaning(path.read_text()) for path in SOURCES).encode()).hexdigest()
 NOT_IN_KEY = ("parts", "at_once", "device")
 
 # Tasks, given the part and how many.
@@ -52,9 +46,8 @@ class MetaProblem:
     select: str = "mean_loss"
 
     def key(self) -> str:
-        """What decides the result of a run, as text; the code of this file too."""
-        fields = [getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NOT_IN_KEY]
-        return f"{fields} {CODE}"
+        """What decides the result of a run, as text."""
+        return str([getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NOT_IN_KEY])
 
     def drawer(self, seed: int) -> Draw:
         """Gives the tasks of a seed, validation and test tasks first."""
@@ -159,26 +152,3 @@ def measure(problem: MetaProblem, parameters: Sequence[Tensor], tasks: Tasks) ->
         metrics["accuracy"] = scores["accuracy"].mean(1)
         metrics["worst_tenth_accuracy"] = -worst_tenth(-scores["accuracy"])
     return {name: values.tolist() for name, values in metrics.items()}
-
-
-def one_by_one(store: Store) -> Callable[..., dict[tuple[int, Cell], list[Outcome]]]:
-    """`meta_train`, one network after the other, each kept in the store when it is done."""
-
-    def trainer(
-        problem: MetaProblem,
-        arm: Arm,
-        seeds: Sequence[int],
-        cells: Sequence[Cell],
-        snapshots: Sequence[int] = (),
-    ) -> dict[tuple[int, Cell], list[Outcome]]:
-        outcomes: dict[tuple[int, Cell], list[Outcome]] = {}
-        for seed, cell in itertools.product(seeds, cells):
-            key = store.key(problem, arm, seed, cell, snapshots)
-            found = store.get(key)
-            if found is None:
-                found = meta_train(problem, arm, [seed], [cell], snapshots)[seed, cell]
-                store.add([(key, found)])
-            outcomes[seed, cell] = found
-        return outcomes
-
-    return trainer

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from harness.results import Table
+from harness.problems import higher_is_better
+from harness.results import Line, Table
 
 INK, MUTED, GRID = "#1f2430", "#5d6675", "#e3e6eb"
 BLUE, ORANGE, GREY, GREEN, PURPLE = "#0072b2", "#d55e00", "#7a8699", "#009e73", "#cc79a7"
@@ -67,10 +68,21 @@ def heat_map(
         spine.set_visible(False)
 
 
-def intervals(table: Table, arms: dict[str, str], metrics: dict[str, str], title: str) -> Any:
-    """Differences to the baseline with 95% intervals: a line of panels a setting, a panel a metric.
+def differences(panel: Any, lines: Sequence[Line], **style: Any) -> None:
+    """Differences to the baseline with 95% intervals, one below the other; accuracies in points.
 
     Blue is better, orange worse, grey no finding.
+    """
+    panel.axvline(0, color=MUTED, linewidth=0.8)
+    for k, line in enumerate(lines):
+        high = higher_is_better(line.metric)
+        color = (BLUE if (line.difference > 0) == high else ORANGE) if line.finding else GREY
+        x, half = (100 if high else 1) * np.array([line.difference, line.difference_half])
+        panel.errorbar([x], [-k], xerr=[half], fmt="o", color=color, **style)
+
+
+def intervals(table: Table, arms: dict[str, str], metrics: dict[str, str], title: str) -> Any:
+    """A figure of `differences`: a line of panels a setting, a panel a metric.
 
     Args:
         table: What to draw.
@@ -83,14 +95,8 @@ def intervals(table: Table, arms: dict[str, str], metrics: dict[str, str], title
     figure, axes = plt.subplots(len(settings), len(metrics), figsize=size, sharey=True, squeeze=False)
     for setting, panels in zip(settings, axes, strict=True):
         for panel, (metric, word) in zip(panels, metrics.items(), strict=True):
-            factor, unit = (100, "points") if metric.endswith("accuracy") else (1, "nats")
-            panel.axvline(0, color=MUTED, linewidth=0.8)
-            for k, arm in enumerate(arms):
-                line = table.line(setting, arm, metric)
-                better = (line.difference > 0) == metric.endswith("accuracy")
-                color = (BLUE if better else ORANGE) if line.finding else GREY
-                x, half = factor * line.difference, factor * line.difference_half
-                panel.errorbar([x], [-k], xerr=[half], fmt="o", markersize=5, color=color)
+            differences(panel, [table.line(setting, arm, metric) for arm in arms], markersize=5)
+            unit = "points" if higher_is_better(metric) else "nats"
             panel.set_yticks(range(0, -len(arms), -1), list(arms.values()))
             panel.set_ylim(0.6 - len(arms), 0.6)
             panel.locator_params(axis="x", nbins=4)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from harness.problems import higher_is_better
 from harness.statistics import FINDING, Vector, compare, compare_over_families, interval
 from harness.sweep import Chosen
 
@@ -62,6 +63,10 @@ class Line(NamedTuple):
         """The difference and half of its interval, for a sentence; says so where it is no finding."""
         text = f"{factor * self.difference:+{form}} ± {factor * self.difference_half:{form}}"
         return text if self.finding else f"{text} (no finding)"
+
+    def said(self) -> str:
+        """The difference in the unit of its metric: points for an accuracy."""
+        return self.points() if higher_is_better(self.metric) else self.shown()
 
 
 class Table:

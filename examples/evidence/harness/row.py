@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from harness.arms import Arm
-from harness.problems import Problem
+from harness.problems import Problem, higher_is_better
 from harness.results import Result, Table
 from harness.store import Store
 from harness.sweep import Chosen, Grid, Trainer, sweep
@@ -35,15 +35,15 @@ class Session:
     progress: tqdm | None = None
     seeds: int = SEEDS
 
-    def expect(self, arms: int, grid: Grid = FULL_GRID) -> None:
+    def expect(self, arms: int, grid: Grid = FULL_GRID, quick: Grid = QUICK_GRID) -> None:
         """Tells the progress bar how many arms there will be; what the grids grow by comes on top."""
         if self.progress is not None:
-            self.progress.total = arms * self.seeds * len(self.grid(grid).cells())
+            self.progress.total = arms * self.seeds * len(self.grid(grid, quick).cells())
             self.progress.refresh()
 
-    def grid(self, full: Grid) -> Grid:
+    def grid(self, full: Grid, quick: Grid = QUICK_GRID) -> Grid:
         """The grid to begin with; a small one for a quick run."""
-        return QUICK_GRID if self.quick else full
+        return quick if self.quick else full
 
     def sweep(  # noqa: PLR0917
         self,
@@ -53,11 +53,14 @@ class Session:
         budget: int = 1,
         snapshots: Sequence[int] = (),
         trainer: Trainer = train,
+        *,
+        quick: Grid = QUICK_GRID,
+        one_by_one: bool = False,
     ) -> Chosen:
-        """Tunes an arm: see `harness.sweep.sweep`."""
+        """Tunes an arm: see `harness.sweep.sweep`. A quick run begins with the grid `quick`."""
         return sweep(
-            problem, arm, grid=self.grid(grid), seeds=self.seeds, store=self.store, budget=budget,
-            snapshots=snapshots, progress=self.progress, trainer=trainer,
+            problem, arm, grid=self.grid(grid, quick), seeds=self.seeds, store=self.store, budget=budget,
+            snapshots=snapshots, progress=self.progress, trainer=trainer, one_by_one=one_by_one,
         )  # fmt: skip
 
 
@@ -72,7 +75,8 @@ class Row:
         run: Trains, and gives the results.
         picture: Draws the table.
         sentence: What came out, computed from the table.
-        options: Further options of the command that runs it.
+        parser: Makes the parser of the program's own options, those of its recipes; None where it has none.
+        options: Those that were given, for the command in the table.
     """
 
     name: str
@@ -81,6 +85,7 @@ class Row:
     run: Callable[[Session], list[Result]]
     picture: Callable[[Table, pathlib.Path], None]
     sentence: Callable[[Table], str]
+    parser: Callable[[], argparse.ArgumentParser] | None = None
     options: str = ""
 
     @property
@@ -89,9 +94,26 @@ class Row:
         return FOLDER / "results" / f"{self.name}.csv"
 
 
+def recipe(
+    row: Row, run: Callable[[Session], list[Result]], folder: str, options: str, others: Sequence[str]
+) -> tuple[Row, list[str]]:
+    """What `main` takes to run a program on other data or with another setting.
+
+    Args:
+        row: The program.
+        run: What it does instead.
+        folder: Of the results, within `results`; `--output` names another.
+        options: The program's own options that were given, as the table's command shows them.
+        others: The arguments that are left for `main`.
+    """
+    results = FOLDER / "results" / ("quick" if "--quick" in others else "") / folder
+    return dataclasses.replace(row, run=run, options=f" {options}"), ["--output", str(results), *others]
+
+
 def main(row: Row, arguments: Sequence[str] | None = None) -> Table:
     """Runs a program from the command line: trains, prints, writes the tables and the picture."""
-    parser = argparse.ArgumentParser(description=row.title)
+    own = [] if row.parser is None else [row.parser()]
+    parser = argparse.ArgumentParser(description=row.title, parents=own)
     sizes = parser.add_mutually_exclusive_group(required=True)
     sizes.add_argument("--full", action="store_true", help="the committed run")
     sizes.add_argument("--quick", action="store_true", help="a smoke test: 2 seeds, few steps")
@@ -152,7 +174,7 @@ def text(table: Table) -> str:
                 if not table.has(setting, metric):
                     continue
                 line = table.line(setting, arm, metric)
-                scale = 100 if metric.endswith("accuracy") else 1
+                scale = 100 if higher_is_better(metric) else 1
                 cell = f"{scale * line.mean:.4g}"
                 if line.baseline:
                     star = "*" if line.finding else " "

