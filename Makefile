@@ -66,7 +66,7 @@ test-clients: ## Run the tests of the clients of docs/clients.md, in an environm
 .PHONY: pytest-clients
 pytest-clients: $(VENV)/.built $(VENV)/.group-clients
 	$(say) "pytest of the clients"
-	@KERAS_BACKEND=torch $(python) -m pytest tests/clients tests/test_transformers.py tests/test_transformers_trainer.py tests/test_lightning.py $(PYTEST_ARGS)
+	@KERAS_BACKEND=torch $(python) -m pytest tests/clients $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.group-test $(VENV)/.group-lint | rust ## Check format, lints and types of both languages
@@ -90,7 +90,7 @@ wheel: $(VENV)/.tools | rust ## Build the abi3 wheel into dist/ and try it in a 
 	@rm -f dist/rgd-*.whl
 	@$(python) -m maturin build --release --out dist --interpreter $(python)
 	$(say) "trying the wheel in a throw-away environment"
-	@$(python) tests/smoke_wheel.py dist/rgd-*.whl
+	@$(python) tests/package/smoke_wheel.py dist/rgd-*.whl
 
 .PHONY: bench
 bench: $(VENV)/.built $(VENV)/.group-test ## Run the programs in benches/, or one: make bench BENCH=benches/...

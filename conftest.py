@@ -1,6 +1,11 @@
-"""Modules of the package that need a client that is not installed here are left out of the doctests."""
+"""Settings that all tests share. Doctests of modules whose client is not installed are left out."""
 
 import importlib.util
+import itertools
+import os
+
+import pytest
+from hypothesis import settings
 
 NEEDS = {
     "python/rgd/integrations/trl.py": "trl",
@@ -9,3 +14,50 @@ NEEDS = {
     "python/rgd/sklearn.py": "sklearn",
 }
 collect_ignore = [path for path, client in NEEDS.items() if importlib.util.find_spec(client) is None]
+
+settings.register_profile("rgd", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("rgd")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes share the cores; tests that are about threads set their number themselves. This stands
+    # before torch is imported, which reads it then.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def one_thread():
+    """Torch with one thread: models this small gain nothing from more, and the programs set it themselves."""
+    import torch  # noqa: PLC0415
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def workers():
+    """Three processes that stay alive for a whole module."""
+    from workers import Workers  # noqa: PLC0415 - starts torch
+
+    workers = Workers()
+    yield workers
+    for inbox in workers.inboxes:
+        inbox.put(None)
+    for process in workers.processes:
+        process.join(5)
+    workers.stop()
+
+
+@pytest.fixture
+def run(workers, tmp_path):
+    """Runs a function of a rank and a size in a new process group of some of the workers."""
+    number = itertools.count()
+
+    def run(size, function, *arguments):
+        if not workers.processes[0].is_alive():
+            workers.__init__()
+        # A store for each group: in one used again, a rank may find where the last group listened.
+        return workers.run(size, str(tmp_path / f"store-{next(number)}"), function, *arguments)
+
+    return run

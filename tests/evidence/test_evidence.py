@@ -16,7 +16,7 @@ from rgd.torch import RGDLoss, sample_weights
 from scipy import stats
 from torch import nn
 
-FOLDER = pathlib.Path(__file__).parents[1] / "examples" / "evidence"
+FOLDER = pathlib.Path(__file__).parents[2] / "examples" / "evidence"
 sys.path.insert(0, str(FOLDER))
 
 import harness  # noqa: E402

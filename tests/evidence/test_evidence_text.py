@@ -9,7 +9,7 @@ import pytest
 import rgd
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples" / "evidence"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples" / "evidence"))
 
 from harness import Arm, Cell
 

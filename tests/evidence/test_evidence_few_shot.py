@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples" / "evidence"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples" / "evidence"))
 
 from harness import Arm, Cell, Store, few_shot, meta
 from harness.few_shot import Classes, Parts, Tasks

@@ -338,7 +338,7 @@ def test_a_used_loss_is_copied_pickled_and_moved():
 
 
 def test_the_code_of_the_page_on_backends_runs_and_prints_what_it_says(capsys):
-    page = (pathlib.Path(__file__).parents[1] / "docs" / "backends.md").read_text(encoding="utf-8")
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "backends.md").read_text(encoding="utf-8")
     for code in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
         exec(code, {})
         said = [line.split("# ")[1] for line in code.splitlines() if line.startswith("print")]

@@ -1,6 +1,6 @@
 """Install a built wheel into a throw-away environment with no Rust on its PATH, and try it there.
 
-    python tests/smoke_wheel.py dist/rgd-*.whl
+    python tests/package/smoke_wheel.py dist/rgd-*.whl
 
 Not a test module of pytest: `make wheel` runs it. Only the wheel's dependencies, NumPy and array-api-compat,
 are installed beside it; where the interpreter that runs this has torch, `rgd.torch` is tried with that copy.
@@ -81,5 +81,5 @@ def without_rust(environment: dict[str, str], first: pathlib.Path) -> dict[str, 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python tests/smoke_wheel.py WHEEL (one)")
+        sys.exit("usage: python tests/package/smoke_wheel.py WHEEL (one)")
     main(pathlib.Path(sys.argv[1]).resolve())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brought it")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 README = (ROOT / "README.md").read_text()
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from rgd.torch import sample_weights
 from scipy import optimize
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples" / "evidence"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples" / "evidence"))
 
 from harness import Cell
 from harness.results import Table

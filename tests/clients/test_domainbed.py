@@ -185,7 +185,7 @@ def test_a_weighting_and_a_tau_at_once_are_refused():
     ],
 )
 def test_the_classes_of_the_page_train(title, base, names):
-    page = (pathlib.Path(__file__).parents[1] / "docs" / "boosting.md").read_text(encoding="utf-8")
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "boosting.md").read_text(encoding="utf-8")
     (code,) = re.findall(rf"^## {title}$.*?^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     namespace = {"ERM": base, "__name__": "page"}
     exec(code, namespace)

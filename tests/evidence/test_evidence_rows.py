@@ -11,7 +11,7 @@ import rgd
 import torch
 from rgd.torch import sample_weights
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples" / "evidence"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples" / "evidence"))
 
 from harness import Arm, Cell, Grid, lineup
 from harness.results import Table

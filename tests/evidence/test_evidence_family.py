@@ -10,7 +10,7 @@ import rgd
 import torch
 from rgd.torch import sample_weights
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples" / "evidence"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples" / "evidence"))
 
 from harness.losses import cross_entropy
 

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 TIMEOUT = 60
 STEPS = 3
 POINTWISE = rgd.KL(1.0)

@@ -14,7 +14,7 @@ import rgd
 import torch
 import torch.nn.functional as F
 
-FOLDER = pathlib.Path(__file__).parents[1] / "examples" / "recipes"
+FOLDER = pathlib.Path(__file__).parents[2] / "examples" / "recipes"
 sys.path.insert(0, str(FOLDER))
 sys.path.insert(0, str(FOLDER.parent / "evidence"))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("jax")
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.parametrize(

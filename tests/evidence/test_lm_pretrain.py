@@ -14,7 +14,7 @@ import rgd
 import torch
 from torch.nn import functional as F
 
-EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "lm_pretrain.py"
+EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "lm_pretrain.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 

@@ -289,7 +289,7 @@ def test_in_jax_over_four_devices():
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.path.dirname(__file__),
+        "PYTHONPATH": os.pathsep.join(sys.path),
     }
     command = [sys.executable, "-c", "import test_own_weighting; test_own_weighting.sharded()"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)

@@ -15,7 +15,7 @@ import rgd
 import torch
 from scipy import stats
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples" / "evidence"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples" / "evidence"))
 
 import harness
 from harness import Arm, Cell, Grid, Session, Store, statistics

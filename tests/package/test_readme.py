@@ -14,7 +14,7 @@ import torch
 from rgd.torch import RGDLoss, sample_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 PATHS = {path.name: path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
 PAGES = {name: path.read_text(encoding="utf-8") for name, path in PATHS.items()}
 README = PAGES["README.md"]

@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted((ROOT / "python" / "rgd").rglob("*.py"))
 # Sections of Google's style, whose text is indented too. doctest runs what stands in an example.
 SECTION = re.compile(r"(Args|Attributes|Example|Examples|Note|Raises|References|Returns|Shape|Yields):")
