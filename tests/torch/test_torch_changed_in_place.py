@@ -133,6 +133,7 @@ def test_statistics_of_a_base_do_not_follow_its_masks_and_refuse_changed_losses(
     losses.add_(1)
     with pytest.raises(RuntimeError, match="changed in place since the call"):
         criterion.stats()
+    criterion.evaluate = "weighted"
     with torch.inference_mode():
         losses = torch.rand(6, 5)
         criterion(losses)

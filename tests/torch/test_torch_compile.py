@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from rgd import KL, KLBall
+from rgd import KL, KLBall, MovingAverage
 from rgd.torch import RGDLoss, backend, cross_entropy, reweighted_mean, sample_weights
 from rgd.torch._weigher import Plan
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -212,13 +212,24 @@ def test_transforms_within_a_compiled_function_work():
 
 
 def test_a_compiled_call_runs_without_grad():
-    criterion = RGDLoss()
+    criterion = RGDLoss(evaluate="weighted")
     compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
     logits, target = batch(6, 5)
     expected = criterion(logits, target).detach()
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             torch.testing.assert_close(compiled(logits, target).clone(), expected, rtol=0, atol=0)
+
+
+def test_a_compiled_call_without_grad_is_plain_whatever_the_mode_of_the_module():
+    criterion = RGDLoss(weighting=MovingAverage(KL(scale=-3.0), decay=0.5))
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    logits, target = batch(6, 5)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            expected = torch.nn.functional.cross_entropy(logits, target)
+            torch.testing.assert_close(compiled(logits, target).clone(), expected)
+    assert int(criterion.state_dict()["weighting_state.updates"]) == 0
 
 
 def test_bad_input_is_refused_in_a_compiled_call_too():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import rgd
 import torch
-from rgd.torch import RGD, RGDLoss, backend, cross_entropy
+from rgd.torch import RGD, LinearRGDLoss, RGDLoss, backend, cross_entropy, reweighted_mean, sample_weights
 from torch import nn
 from torch.nn import functional as F
 
@@ -57,6 +57,100 @@ def test_an_evaluation_counts_sample_weights_and_leaves_state_and_statistics():
     assert criterion.state_dict() == before
     with_base = RGDLoss(base=lambda values: values).eval()
     torch.testing.assert_close(with_base(losses), losses.mean())
+
+
+def dense(**settings):
+    return RGDLoss(**settings), (LOGITS.clone().requires_grad_(), TARGET)
+
+
+def with_a_base(**settings):
+    base = nn.CrossEntropyLoss(reduction="none")
+    return RGDLoss(base=base, **settings), (LOGITS.clone().requires_grad_(), TARGET)
+
+
+def linear(**settings):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LinearRGDLoss(4, 4, **settings), (LOGITS.clone().requires_grad_(), TARGET)
+
+
+KINDS = [dense, with_a_base, linear]
+AVERAGE = rgd.MovingAverage(rgd.KL(scale=-3.0), decay=0.9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_call_with_gradients_off_is_an_evaluation_whatever_the_mode_of_the_module(kind, mode, training):
+    criterion, given = kind(weighting=AVERAGE)
+    plain, _ = kind(weighting=rgd.ERM())
+    criterion.reset_stats()
+    criterion(*given)
+    criterion.train(training)
+    before, stats = copy.deepcopy(criterion.state_dict()), criterion.stats()
+    with mode():
+        evaluated = criterion(given[0] * 2, given[1]).clone()
+    torch.testing.assert_close(evaluated, plain(given[0] * 2, given[1]).detach())
+    assert criterion.stats() == stats
+    assert criterion.stats(total=True).count == 8
+    torch.testing.assert_close(criterion.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_that_keeps_its_weights_in_evaluation_trains_without_gradients_and_moves_no_state(kind):
+    criterion, given = kind(weighting=AVERAGE, evaluate="weighted")
+    expected = criterion(*given).detach()
+    criterion.reset_parameters()
+    before = copy.deepcopy(criterion.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(criterion(*given), expected)
+    torch.testing.assert_close(criterion.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_inside_the_forward_of_a_function_trains_though_gradients_are_off_there(kind):
+    criterion, given = kind(weighting=AVERAGE)
+
+    class Chunked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits):
+            return criterion(logits, given[1])
+
+        @staticmethod
+        def backward(ctx, above):
+            return None
+
+    weighted = kind(weighting=AVERAGE)[0](*given).detach()
+    torch.testing.assert_close(Chunked.apply(given[0]).detach(), weighted)
+    assert int(criterion.weighting_state.updates) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+def test_a_call_under_forward_mode_differentiation_is_weighted_with_gradients_off_too():
+    criterion = RGDLoss()
+    weighted = criterion(LOGITS, TARGET)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(LOGITS, torch.ones_like(LOGITS))
+        value = torch.autograd.forward_ad.unpack_dual(criterion(dual, TARGET)).primal
+    torch.testing.assert_close(value, weighted)
+
+
+def test_functions_weight_as_told_with_gradients_off():
+    losses = F.cross_entropy(LOGITS, TARGET, reduction="none")
+    optimizer = RGD(torch.optim.SGD([torch.zeros(1)], lr=0.1), AVERAGE)
+    before = copy.deepcopy(optimizer.weighting_state.state_dict())
+    calls = [
+        lambda: sample_weights(losses),
+        lambda: reweighted_mean(losses),
+        lambda: cross_entropy(LOGITS, TARGET),
+        lambda: optimizer.objective(losses),
+    ]
+    for call in calls:
+        with torch.no_grad():
+            off = call()
+        torch.testing.assert_close(optimizer.weighting_state.state_dict(), before, rtol=0, atol=0)
+        torch.testing.assert_close(call(), off)
+    assert int(optimizer.weighting_state.updates) == 1
 
 
 def test_a_base_with_parameters_that_need_a_gradient_is_trained_in_eval_mode():

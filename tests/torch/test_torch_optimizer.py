@@ -346,6 +346,17 @@ def test_a_step_before_backward_that_would_be_lost_is_refused():
         optimizer.step()
 
 
+def test_a_step_after_which_the_gradients_were_cleared_is_as_idle_as_torchs():
+    model = make_model()
+    optimizer = sgd(model)
+    optimizer.backward(per_sample(model, *next(batches())))
+    optimizer.step()
+    optimizer.zero_grad()
+    before = parameters_of(model)
+    optimizer.step()
+    assert all(map(torch.equal, before, parameters_of(model)))
+
+
 def test_losses_of_another_graph_are_refused_at_the_step():
     optimizer, other = sgd(make_model(0)), make_model(1)
     optimizer.backward(per_sample(other, *next(batches())))

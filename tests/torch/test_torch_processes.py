@@ -1,13 +1,15 @@
 """Forks, workers and threads: the pool survives them all."""
 
+import concurrent.futures
 import subprocess
 import sys
 import textwrap
 import threading
 
 import pytest
+import rgd
 import torch
-from rgd.torch import cross_entropy
+from rgd.torch import RGDLoss, backend, cross_entropy
 
 LOGITS = torch.randn(400, 500, generator=torch.Generator().manual_seed(0))
 TARGET = torch.arange(400) % 500
@@ -92,3 +94,75 @@ def test_many_python_threads_get_the_right_result():
     finally:
         sys.setswitchinterval(interval)
     assert not wrong
+
+
+@pytest.fixture
+def switching_often():
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def in_threads(function, calls=50, threads=8):
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(lambda: [function() for _ in range(calls)]) for _ in range(threads)]:
+            done.result()
+    return calls * threads
+
+
+@pytest.mark.usefixtures("switching_often")
+def test_totals_and_state_of_a_shared_module_count_every_call_of_every_thread():
+    criterion = RGDLoss(weighting=rgd.MovingAverage(rgd.KL(), decay=0.9), warn=True)
+    criterion.reset_stats()
+    logits, target = torch.randn(5, 3), torch.arange(5) % 3
+    calls = in_threads(lambda: criterion(logits, target))
+    assert criterion.stats(total=True).count == 5 * calls
+    assert int(criterion.weighting_state.updates) == calls
+    assert criterion._advisor.calls == calls
+
+
+@pytest.mark.usefixtures("switching_often")
+def test_blocks_of_backends_that_overlap_leave_the_default_choice_behind():
+    def block():
+        with backend("composite"):
+            cross_entropy(LOGITS[:2], TARGET[:2])
+
+    in_threads(block, calls=20)
+    first, second = backend("composite"), backend("rust")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with backend() as ran:
+        value()
+    second.__exit__(None, None, None)
+    with backend() as after:
+        value()
+        torch.vmap(cross_entropy)(LOGITS[:2].view(2, 1, -1), TARGET[:2].view(2, 1))
+    assert (ran, after) == (["rust"], ["rust", "composite"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+def test_a_child_forked_while_another_thread_holds_the_lock_of_the_states_can_use_them():
+    run_alone("""
+        import os, threading, rgd
+        from rgd.torch import RGDLoss, _state
+        criterion = RGDLoss(weighting=rgd.MovingAverage(rgd.KL(), 0.9))
+        held, free = threading.Event(), threading.Event()
+        def hold():
+            with _state.one_at_a_time():
+                held.set()
+                free.wait()
+        thread = threading.Thread(target=hold)
+        thread.start()
+        held.wait()
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)
+            criterion(logits, target)
+            os._exit(0)
+        code = os.waitpid(child, 0)[1]
+        free.set()
+        thread.join()
+        print("same" if code == 0 else code)
+    """)

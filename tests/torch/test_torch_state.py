@@ -520,3 +520,120 @@ def test_a_distributed_checkpoint_resumes_with_the_weighting_s_state_beside_it(t
     states = (one.weighting_state.state_dict() for one in (optimizer, resumed))
     assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in states), strict=True))
     assert RGD(torch.optim.SGD(model.parameters())).weighting_state is None
+
+
+# --- all or nothing ---
+
+
+def stateful_optimizer():
+    parameter = torch.zeros(3, requires_grad=True)
+    return parameter, RGD(torch.optim.SGD([parameter], lr=0.1), rgd.MovingAverage(rgd.KL(), decay=0.5))
+
+
+class Boom(Exception):
+    pass
+
+
+def test_a_backward_that_is_refused_or_fails_leaves_the_optimizer_as_it_was():
+    parameter, optimizer = stateful_optimizer()
+    optimizer.backward(parameter + torch.tensor([0.0, 1.0, 2.0]))
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    failing = parameter + torch.tensor([3.0, 1.0, 2.0])
+
+    def fail(_gradient):
+        raise Boom
+
+    failing.register_hook(fail)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        optimizer.backward(torch.ones(3))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="does not require grad"):
+        optimizer.backward(parameter + 1.0)
+    with pytest.raises(Boom):
+        optimizer.backward(failing)
+    with pytest.raises(ValueError, match="shape"):
+        optimizer.backward(parameter + 1.0, sample_weight=torch.ones(2))
+    torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
+    parameter.grad = None
+    optimizer.step()  # no objective waits for its gradient
+
+
+@pytest.mark.parametrize("wrong", ["weighting", "optimizer"])
+def test_a_checkpoint_that_does_not_fit_changes_nothing_of_an_optimizer(wrong):
+    parameter, optimizer = stateful_optimizer()
+    optimizer.backward(parameter + torch.tensor([0.0, 1.0, 2.0]))
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    saved = copy.deepcopy(before)
+    saved["weighting_state"]["updates"] += 5
+    saved["param_groups"][0]["lr"] = 7.0
+    if wrong == "weighting":
+        saved["weighting_state"] = {"shares": torch.ones(2)}
+    else:
+        saved["param_groups"] = saved["param_groups"] * 2
+    with pytest.raises((RuntimeError, ValueError)):
+        optimizer.load_state_dict(saved)
+    torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("other", [rgd.GroupDRO(2, 0.1), rgd.GroupDRO(3, 0.1)])
+def test_the_state_of_another_weighting_is_refused_also_where_the_loading_is_not_strict(strict, other):
+    mine = rgd.GroupDRO(2, 0.1) if other.groups == 3 else rgd.MovingAverage(rgd.KL(), 0.5)
+    criterion = RGDLoss(weighting=mine)
+    before = copy.deepcopy(criterion.state_dict())
+    with pytest.raises(RuntimeError, match=r"weighting_state holds the state of another weighting"):
+        criterion.load_state_dict(RGDLoss(weighting=other).state_dict(), strict=strict)
+    torch.testing.assert_close(criterion.state_dict(), before, rtol=0, atol=0)
+    criterion.load_state_dict(RGDLoss().state_dict(), strict=False)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        criterion.load_state_dict(RGDLoss().state_dict())
+
+
+def moved_by_rank(rank, size):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    model.add_module("criterion", RGDLoss(weighting=rgd.MovingAverage(rgd.KL(), decay=0.5), sync=False))
+
+    class WithLoss(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x, target):
+            return self.model.criterion(self.model[0](x), target)
+
+    torch.manual_seed(0)
+    parallel = torch.nn.parallel.DistributedDataParallel(WithLoss(), broadcast_buffers=True)
+    alone = RGDLoss(weighting=rgd.MovingAverage(rgd.KL(), decay=0.5), sync=False)
+    for step in range(3):
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(10 * rank + step)) * (rank + 1)
+        alone(model[0](x), torch.arange(4) % 3)
+        parallel(x, torch.arange(4) % 3)
+    saved = parallel.module.state_dict()
+    resumed = WithLoss()
+    resumed.load_state_dict(saved)
+    names = ["log_mean", "updates"]
+    return (
+        [float(saved[f"model.criterion.weighting_state.{name}"]) for name in names],
+        [float(alone.state_dict()[f"weighting_state.{name}"]) for name in names],
+        [float(getattr(model.criterion.weighting_state, name)) for name in names],
+    )
+
+
+def test_without_sync_each_process_keeps_a_state_of_its_own_inside_ddp(run):
+    outcomes = run(2, moved_by_rank)
+    for saved, alone, _ in outcomes:
+        assert saved == pytest.approx(alone, rel=1e-6)
+    assert outcomes[0][0] != outcomes[1][0]
+
+
+def test_a_state_of_a_process_of_its_own_moves_and_resumes_as_any():
+    criterion = RGDLoss(weighting=rgd.MovingAverage(rgd.KL(), decay=0.5), sync=False)
+    criterion(torch.eye(3), torch.arange(3))
+    assert not list(criterion.buffers())
+    other = RGDLoss(weighting=rgd.MovingAverage(rgd.KL(), decay=0.5), sync=False)
+    other.load_state_dict(criterion.state_dict())
+    torch.testing.assert_close(
+        copy.deepcopy(other).half().state_dict(), criterion.state_dict(), rtol=0, atol=0
+    )
+    assert criterion.to("meta").weighting_state.log_mean.is_meta

@@ -314,6 +314,14 @@ BROKEN = [
         altered(Remembering, step=lambda *given: (given[1].losses, {**given[2], "means": np.ones(1)})),
         r"changes the structure of its state: .*'means': \(2,\)}, step .*'means': \(1,\)}",
     ),
+    (
+        altered(
+            Remembering,
+            init=lambda self: {"mean": 0},
+            step=lambda self, batch, state: (1 + 0 * batch.losses, {"mean": 0.5 * state["mean"] + 0.5}),
+        ),
+        r"would lose its state: Broken.init begins with an integer, .* begin with .* such as 0\.0",
+    ),
     (altered(Remembering, step=lambda self, batch, state: 1 / 0), "raised ZeroDivisionError: .* in step"),
     (altered(Remembering, step=writing), "writes to the state that step is given"),
 ]

@@ -13,7 +13,7 @@ import numpy as np
 
 from rgd.testing._subject import SIZE, SLACK, Subject, named, same, structure
 from rgd.weightings import Batch, Weighting
-from rgd.weightings._base import map_state
+from rgd.weightings._base import check_new_state, map_state
 
 
 def _check_value(subject: Subject) -> None:
@@ -57,6 +57,10 @@ def _check_state(subject: Subject) -> None:
         subject.fail(
             f"changes the structure of its state: init() gives {structure(first)}, step {structure(new)}"
         )
+    try:
+        check_new_state(type(weighting).__name__, state, map_state(np.asarray, new))
+    except TypeError as error:
+        subject.fail(f"would lose its state: {error}")
     if not (same(first, kept) and same(state, map_state(np.asarray, kept))):
         subject.fail("writes to the state that step is given: return a new one")
 

@@ -19,6 +19,7 @@ from rgd.torch._checks import (
 from rgd.torch._chunks import Gradients, Head, Wanted, gradients_of, in_one_pass, losses_of, rows_of
 from rgd.torch._distributed import Sync
 from rgd.torch._linear_checks import Chunking, Shard, check_head, check_targets
+from rgd.torch._modes import graph_is_kept, is_exporting
 from rgd.torch._record import Record
 from rgd.torch._steps import ComposedStep, RustStep, VocabStep
 from rgd.torch._weigher import Plan, Weigher
@@ -28,10 +29,8 @@ from rgd.torch.backends._registry import (
     autocasts,
     choose,
     in_transform,
-    is_exporting,
     plain_and_eager,
 )
-from rgd.torch.backends.rust import graph_is_kept
 from rgd.torch.functional import base_of, classify, in_ones
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rgd.torch._chunks import Gradients, Head, Wanted, gradients_of, in_one_pass, losses_of
+from rgd.torch._ops import register_fake
 from rgd.torch._steps import ComposedStep, RustStep
 from rgd.torch._weigher import KernelPlan, Weigher
 from rgd.torch.backends._options import Options, accumulator
@@ -85,7 +86,7 @@ def _(*given: Any) -> tuple[Tensor, ...]:
     return objective.to(losses.dtype), losses, weights, *_or_empty(found, given)
 
 
-@_library.register_fake("rgd::linear_one_pass")
+@register_fake("rgd::linear_one_pass")
 def _(*given: Any) -> tuple[Tensor, ...]:
     losses = _fake_losses(given)
     return (
@@ -100,7 +101,7 @@ def _(*given: Any) -> Tensor:
     return losses_of(*_head(given))
 
 
-@_library.register_fake("rgd::linear_losses")
+@register_fake("rgd::linear_losses")
 def _(*given: Any) -> Tensor:
     return _fake_losses(given)
 
@@ -111,7 +112,7 @@ def _(*given: Any) -> Tensor:
     return factors * losses.masked_fill((factors == 0) & ~losses.isnan(), 0)
 
 
-@_library.register_fake("rgd::linear_products")
+@register_fake("rgd::linear_products")
 def _(*given: Any) -> Tensor:
     return _fake_losses(given)
 
@@ -124,7 +125,7 @@ def _(*given: Any) -> tuple[Tensor, ...]:
     return _or_empty(found, given)
 
 
-@_library.register_fake("rgd::linear_gradients")
+@register_fake("rgd::linear_gradients")
 def _(*given: Any) -> tuple[Tensor, ...]:
     return _fake_gradients(given, given[_INPUTS : _INPUTS + 3])
 

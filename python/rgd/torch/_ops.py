@@ -6,6 +6,7 @@ changes a number compiles nothing again, and a new kernel changes no schema.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -32,6 +33,29 @@ sample_weights: Any = torch.ops.rgd.sample_weights.default
 cross_entropy: Any = torch.ops.rgd.cross_entropy.default
 cross_entropy_losses: Any = torch.ops.rgd.cross_entropy_losses.default
 cross_entropy_gradient: Any = torch.ops.rgd.cross_entropy_gradient.default
+
+
+def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register what an operator returns where it is only traced, which needs no memory.
+
+    A call that mixes tensors of the meta device with others ends there too, and would return memory that
+    nobody has written to.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*given: Any, **named: Any) -> Any:
+            devices = {str(one.device) for one in (*given, *named.values()) if isinstance(one, Tensor)}
+            if "meta" in devices and len(devices) > 1:
+                raise RuntimeError(
+                    f"{name} got tensors on {', '.join(sorted(devices))}, and one on the meta device has no "
+                    "memory: move all of them to one device"
+                )
+            return function(*given, **named)
+
+        _library.register_fake(name)(checked)
+        return function
+
+    return register
 
 
 def _kernels() -> Any:
@@ -63,7 +87,7 @@ def _(losses: Tensor, kind: str, numbers: Tensor) -> Tensor:
     return _kernels().fill_weights(losses.detach(), kind, _floats(numbers))
 
 
-@_library.register_fake("rgd::sample_weights")
+@register_fake("rgd::sample_weights")
 def _(losses: Tensor, kind: str, numbers: Tensor) -> Tensor:
     return losses.new_empty(losses.shape, dtype=accumulator(losses.dtype))
 
@@ -92,7 +116,7 @@ def _(  # noqa: PLR0917
     return objective, losses, weights, grad, logits.new_full((), denominator, dtype=torch.float64)
 
 
-@_library.register_fake("rgd::cross_entropy")
+@register_fake("rgd::cross_entropy")
 def _(  # noqa: PLR0917
     logits: Tensor,
     target: Tensor,
@@ -125,7 +149,7 @@ def _(  # noqa: PLR0917
     return _kernels().fill_losses(logits, target, class_weight, ignore_index, label_smoothing, adjustment)
 
 
-@_library.register_fake("rgd::cross_entropy_losses")
+@register_fake("rgd::cross_entropy_losses")
 def _(  # noqa: PLR0917
     logits: Tensor,
     target: Tensor,
@@ -160,7 +184,7 @@ def _(  # noqa: PLR0917
     return objective, grad, logits.new_full((), denominator, dtype=torch.float64)
 
 
-@_library.register_fake("rgd::cross_entropy_gradient")
+@register_fake("rgd::cross_entropy_gradient")
 def _(  # noqa: PLR0917
     logits: Tensor,
     target: Tensor,

@@ -11,6 +11,7 @@ from torch import Tensor
 from rgd.stats import WeightStats, WeightSums, clip_of, stats_from_sums
 from rgd.torch._distributed import reduce_max, reduce_sums
 from rgd.torch._record import Record
+from rgd.torch._state import is_first_pass, one_at_a_time
 from rgd.weightings import Weighting
 
 # Where a sum is a maximum; the last number is the denominator.
@@ -31,6 +32,10 @@ class Totals:
 
     def add(self, record: Record, weighting: Weighting) -> None:
         """Add the sums of a call."""
+        with one_at_a_time():
+            self._add(record, weighting)
+
+    def _add(self, record: Record, weighting: Weighting) -> None:
         units, clip, denominator = record.units(), clip_of(weighting), record.denominator
         if units.are_on_the_host() and not isinstance(denominator, Tensor):
             self._numbers = _merged(self._numbers, [*units.sums(clip), denominator])
@@ -39,12 +44,12 @@ class Totals:
         if not isinstance(denominator, Tensor):
             denominator = sums.new_full((), denominator)
         sums = torch.cat([sums, denominator.to(sums).reshape(1)])
-        if self._sums is not None:
-            before = self._sums.to(sums.device)
-            largest = torch.maximum(before[_LARGEST], sums[_LARGEST])
-            sums = before + sums
-            sums[_LARGEST] = largest
-        self._sums = sums
+        before = torch.zeros_like(sums) if self._sums is None else self._sums.to(sums.device)
+        both = before + sums
+        both[_LARGEST] = torch.maximum(before[_LARGEST], sums[_LARGEST])
+        if torch.compiler.is_compiling():  # a checkpoint around the graph runs it again in backward
+            both = torch.where(is_first_pass(sums), both, before)
+        self._sums = both
 
     def reset(self) -> None:
         """Set all sums to zero."""
@@ -80,6 +85,10 @@ class Advisor:
 
     def look(self, record: Record, weighting: Weighting) -> None:
         """Count a call, and look at its statistics if it is one of those."""
+        with one_at_a_time():
+            self._look(record, weighting)
+
+    def _look(self, record: Record, weighting: Weighting) -> None:
         self.calls += 1
         if self.has_warned or self.calls & (self.calls - 1):
             return

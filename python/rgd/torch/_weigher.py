@@ -1,32 +1,27 @@
-"""A weighting made ready for torch: its kernel, its numbers as data, its state; and its part in one call."""
+"""A weighting made ready for torch: its kernel and its numbers as data; and its part in one call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rgd.torch._distributed import Sync
-from rgd.weightings import KL, Weighting
-from rgd.weightings._base import (
-    Kernel,
-    fields,
-    kernel_of,
-    map_numbers,
-    map_state,
-    numbers_of,
-    require_state,
-)
+from rgd.torch._state import Memory, WeightingState, functional_state
+from rgd.weightings import KL, Batch, Weighting
+from rgd.weightings._base import Kernel, fields, kernel_of, map_numbers, numbers_of, weigh
+
+__all__ = ["KernelPlan", "Plan", "Weigher", "WeightingState", "functional_state", "same_but_for_numbers"]
 
 
 class Plan:
     """A weighting, and what a call needs of it, computed once.
 
     A compiled graph must not be compiled again when a schedule changes a number. So it reads the numbers from
-    tensors, `numbers` and those in `live`, which stay the same objects as long as only numbers change.
+    tensors, `numbers` and those in `live`, which stay the same objects as long as only numbers change. They
+    are on the CPU whatever the default device is, with a copy on each device that was prepared.
 
     Attributes:
         weighting: As given, its numbers Python floats.
@@ -46,11 +41,12 @@ class Plan:
         self.stateful = weighting.stateful
         self._numbers: Tensor | None = None
         self._live: Weighting | None = None
+        self._live_on: dict[str, Weighting] = {}
 
     @property
     def numbers(self) -> Tensor | None:
         if self._numbers is None and self.kernel is not None:
-            self._numbers = torch.tensor(self.kernel[1], dtype=torch.float64)
+            self._numbers = _as_tensor(self.kernel[1])
         return self._numbers
 
     @property
@@ -59,14 +55,19 @@ class Plan:
             self._live = map_numbers(self.weighting, _as_tensor)
         return self._live
 
-    @property
-    def in_graphs(self) -> Weighting:
-        """The weighting that a compiled graph reads: `live`, where the plan was prepared for one."""
-        return self.weighting if self._live is None else self._live
+    def in_graphs(self, device: torch.device) -> Weighting:
+        """The weighting that a compiled graph reads: `live`, or its copy on a device that was prepared."""
+        if self._live is None:
+            return self.weighting
+        return self._live_on.get(str(device), self._live)
 
-    def prepare(self) -> Plan:
-        """Make the tensors now, outside of any compiled graph."""
+    def prepare(self, device: torch.device | None = None) -> Plan:
+        """Make the tensors now, outside of any compiled graph; those on a device too."""
         _ = self.numbers, self.live
+        if device is not None and device.type not in ("cpu", "meta") and str(device) not in self._live_on:
+            self._live_on[str(device)] = map_numbers(
+                self.weighting, lambda number: _as_tensor(number, device)
+            )
         return self
 
     def replaced(self, weighting: Weighting) -> Plan:
@@ -76,9 +77,10 @@ class Plan:
             return new.prepare()
         with torch.no_grad():
             if self.numbers is not None and new.kernel is not None:
-                self.numbers.copy_(torch.tensor(new.kernel[1], dtype=torch.float64))
-            _copy_numbers(weighting, self.live)
-        new._numbers, new._live = self._numbers, self._live
+                self.numbers.copy_(_as_tensor(new.kernel[1]))
+            for live in (self.live, *self._live_on.values()):
+                _copy_numbers(weighting, live)
+        new._numbers, new._live, new._live_on = self._numbers, self._live, self._live_on
         return new
 
 
@@ -96,8 +98,8 @@ class Weigher:
     Attributes:
         plan: The weighting, made ready.
         groups: The group of each weight's unit, integers of the units' shape, or None.
-        state: The state before the call and, once `composite.weigh` has run, after it; None where none is
-            kept.
+        state: The state before the call and, once `weigh` has run, after it; or the `Memory` of a module,
+            which moves it; None for a weighting that keeps none.
         group: The processes that share the batch, or None.
         unit: What the base measure of the call is measured in.
     """
@@ -114,88 +116,29 @@ class Weigher:
         alone = sync is None or (plan.pointwise and not plan.stateful)
         self.group = None if alone else sync.group()  # pyright: ignore[reportOptionalMemberAccess]
 
+    def weigh(self, batch: Batch, given: tuple[Tensor, ...], compiling: bool) -> Tensor:
+        """The weights of a batch by the weighting's formula.
+
+        Args:
+            batch: The losses, those of other processes included.
+            given: The vectors of this process that the weights depend on.
+            compiling: Whether the call is recorded in a compiled graph.
+        """
+        weighting = self.plan.in_graphs(batch.losses.device) if compiling else self.plan.weighting
+        if isinstance(self.state, Memory):
+            return self.state.weigh(weighting, batch, given)
+        weights, self.state = weigh(weighting, batch, self.state)
+        return weights
+
     def kernel_serves(self, base: Tensor | None) -> bool:
         """Whether the Rust kernel of the weighting computes the weights of this call."""
         plan = self.plan
         return plan.kind is not None and self.group is None and (base is None or plan.pointwise)
 
 
-class WeightingState(nn.Module):
-    """The state of a weighting as buffers: in checkpoints, moved with the module, broadcast by DDP.
-
-    Buffers exist from construction. They stay as wide as they are under `.half()` and `.bfloat16()`.
-
-    Args:
-        weighting: The weighting whose `init()` gives the first state.
-    """
-
-    def __init__(self, weighting: Weighting) -> None:
-        super().__init__()
-        state = weighting.init()
-        self._names = _named(state)
-
-        def register(name: str, leaf: Any) -> None:
-            array: Any = np.array(leaf)
-            value: Any = torch.as_tensor(array)
-            narrow = value.is_floating_point() and value.dtype.itemsize < 4
-            self.register_buffer(name, value.float() if narrow else value)
-
-        map_state(register, self._names, state)
-
-    def read(self, device: torch.device) -> Any:
-        """The state, its leaves copies of the buffers on a device."""
-        # Copies: autograd or a caller may keep them, and the buffers are written to.
-
-        def copied(name: str) -> Any:
-            return getattr(self, name).to(device, copy=True)
-
-        return map_state(copied, self._names)
-
-    @torch.no_grad()
-    def write(self, state: Any) -> None:
-        """Take over the state after a batch."""
-
-        def put(name: str, value: Any) -> None:
-            # Not copy_: compiled by torch 2.8, it leaves a 0-d buffer as it was.
-            getattr(self, name)[...] = value
-
-        map_state(put, self._names, state)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightingState:
-        before = dict(self.named_buffers())
-        apply: Any = cast("Any", super())._apply
-
-        def in_float32(buffer: Tensor) -> Tensor:
-            return fn(buffer.float() if buffer.is_floating_point() else buffer)
-
-        try:
-            apply(fn, recurse)
-        except TypeError:  # a device without float64
-            apply(in_float32, recurse)
-        for name, buffer in before.items():
-            moved = getattr(self, name)
-            if moved.is_floating_point() and moved.dtype.itemsize < 4:
-                setattr(self, name, buffer.to(moved.device))
-        return self
-
-
-def functional_state(weighting: Weighting, state: Any, device: torch.device) -> Any:
-    """The state given to a function, checked, as tensors."""
-    require_state(weighting, state)
-    if state is None:
-        return None
-
-    def as_tensor(leaf: Any) -> Tensor:
-        # A Python float is as wide here as in a buffer of `WeightingState`, on devices that have float64.
-        tensor = torch.as_tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else None)
-        narrow = device.type == "mps" and tensor.dtype is torch.float64
-        return (tensor.float() if narrow else tensor).to(device)
-
-    return map_state(as_tensor, state)
-
-
-def _as_tensor(number: float) -> Tensor:
-    return torch.tensor(float(number), dtype=torch.float64)
+def _as_tensor(numbers: Any, device: torch.device | str = "cpu") -> Tensor:
+    narrow = torch.device(device).type == "mps"
+    return torch.tensor(numbers, dtype=torch.float32 if narrow else torch.float64, device=device)
 
 
 def _copy_numbers(source: Weighting, live: Weighting) -> None:
@@ -223,33 +166,3 @@ def same_but_for_numbers(one: Any, other: Any) -> bool:
         elif a is not b and not bool(np.array_equal(a, b)):
             return False
     return True
-
-
-def _named(state: Any) -> Any:
-    """A state with a name for a buffer in the place of each leaf: its path, made fit for an attribute.
-
-    Raises:
-        ValueError: If two leaves would have one name.
-    """
-    paths: list[str] = []
-
-    def named(part: Any, path: str) -> Any:
-        if isinstance(part, dict):
-            items = cast("dict[Any, Any]", part).items()
-            return {key: named(inner, f"{path}_{key}" if path else str(key)) for key, inner in items}
-        if isinstance(part, (tuple, list)):
-            sequence: Any = cast("Any", part)
-            inner = [named(each, f"{path or 'state'}_{i}") for i, each in enumerate(sequence)]
-            return type(sequence)(*inner) if hasattr(sequence, "_fields") else type(sequence)(inner)
-        name = (path or "state").replace(".", "_")
-        # An attribute that every module has must stay what it is.
-        name = f"{name}_" if hasattr(_MODULE, name) or name == "_names" else name
-        if name in paths:
-            raise ValueError(f"two numbers of the state would be the buffer {name!r}: rename a key of init()")
-        paths.append(name)
-        return name
-
-    return named(state, "")
-
-
-_MODULE = nn.Module()

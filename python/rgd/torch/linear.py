@@ -339,13 +339,13 @@ class LinearRGDLoss(RGDLoss):
         plan, state, sync = self._part_of(input, weight)
         plain = plan is not self._plan
         options = Options(self.ignore_index, self.label_smoothing, self.reduction, self.per)
-        before = None if state is None else self._read(state, input)
-        objective, record, after = classify_linear(
+        memory = None if state is None else self._memory(state)
+        objective, record, _ = classify_linear(
             input, weight, bias, target, self.weight, options, self._chunking, plan, sync,
-            where, sample_weight, None if plain else groups, before, self.logit_adjustment,
+            where, sample_weight, None if plain else groups, memory, self.logit_adjustment,
         )  # fmt: skip
         if not plain:
-            self._keep(record, state, after)
+            self._keep(record)
         return objective
 
     def extra_repr(self) -> str:

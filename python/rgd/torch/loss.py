@@ -24,11 +24,13 @@ from rgd.torch._checks import (
     check_losses,
 )
 from rgd.torch._distributed import Sync
+from rgd.torch._modes import evaluates, is_exporting, recomputes
 from rgd.torch._record import Record
+from rgd.torch._state import Memory, WeightingState
 from rgd.torch._totals import Advisor, Totals
-from rgd.torch._weigher import Plan, Weigher, WeightingState
+from rgd.torch._weigher import Plan, Weigher
 from rgd.torch.backends._options import Options
-from rgd.torch.backends._registry import in_transform, is_exporting
+from rgd.torch.backends._registry import in_transform
 from rgd.torch.functional import classify, weighted
 from rgd.weightings import ERM, Weighting
 from rgd.weightings._base import fields, resolve_weighting
@@ -58,9 +60,11 @@ class RGDLoss(nn.Module):
         logit_adjustment: Numbers `a`, shape (C,), constants: the loss is that of `input + a`, in training and
             in evaluation; kept in the state dict. `rgd.log_prior` makes them of class counts, for a rare
             class. Predictions come from the logits without it.
-        evaluate: "plain" for the unweighted loss where nothing is trained: in eval mode, on losses that need
-            no gradient. Such a call asks no other process, updates no state and leaves nothing for `stats`.
-            Class weights, reduction and `sample_weight` count as in training. "weighted" keeps the weights.
+        evaluate: "plain" for the unweighted loss where nothing is trained: under `torch.no_grad()` or
+            inference mode, whatever the mode of the module, and in eval mode on losses that need no gradient.
+            Such a call asks no other process, updates no state and leaves nothing for `stats`. Class weights,
+            reduction and `sample_weight` count as in training. "weighted" keeps the weights: for training
+            without gradients. It updates no state there either.
         inplace: True to let the gradient take the place of the logits, as in `cross_entropy`.
         warn: Whether to warn, once, where the statistics of a call in training mode say that re-weighting
             cannot matter: all losses are above the clip, or near zero. It looks at the calls 1, 2, 4, 8 and
@@ -157,8 +161,8 @@ class RGDLoss(nn.Module):
         self.inplace = check_flag("inplace", inplace)
         self._plan: Plan
         self.weighting_state: WeightingState | None = None
-        self.weighting = resolve_weighting(weighting, tau)
         self._sync = Sync(process_group, sync)
+        self.weighting = resolve_weighting(weighting, tau)
         self._record: Record | None = None
         self._totals: Totals | None = None
         self._advisor = Advisor() if warn else None
@@ -177,7 +181,7 @@ class RGDLoss(nn.Module):
         plan: Plan | None = self.__dict__.get("_plan")
         weighting = resolve_weighting(weighting)
         self.weighting_state = state_for(
-            weighting, None if plan is None else plan.weighting, self.weighting_state
+            weighting, None if plan is None else plan.weighting, self.weighting_state, shared=self._sync.sync
         )
         plan = Plan(weighting).prepare() if plan is None else plan.replaced(weighting)
         object.__setattr__(self, "_plan", plan)
@@ -245,53 +249,60 @@ class RGDLoss(nn.Module):
             losses = check_losses(self.base(*given, **kwargs), "what base returns", hint)
         plan, state, sync = self._part_of(losses)
         groups = None if plan is _PLAIN else groups
-        before = None if state is None else self._read(state, losses)
+        memory = None if state is None else self._memory(state)
         if self.base is None:
             options = Options(self.ignore_index, self.label_smoothing, self.reduction, self.per, self.inplace)
-            objective, record, after = classify(
+            objective, record, _ = classify(
                 losses, cast("Tensor", target), self.weight, options, plan, sync,
-                where, sample_weight, groups, before, self.logit_adjustment,
+                where, sample_weight, groups, memory, self.logit_adjustment,
             )  # fmt: skip
         else:
             groups = check_groups(groups, losses.shape, losses.device, self.per)
-            weigher = Weigher(plan, groups, before, sync)
+            weigher = Weigher(plan, groups, memory, sync)
             objective, record = weighted(losses, weigher, self.reduction, self.per, where, sample_weight)
-            record, after = None if record is None else record.guarded(), weigher.state
+            record = None if record is None else record.guarded()
         if plan is not _PLAIN:
-            self._keep(record, state, after)
+            self._keep(record)
         return objective
 
     def _part_of(self, *trained: Tensor | None) -> tuple[Plan, WeightingState | None, Sync]:
         """Weighting, state and sharing of a call; none of them in an evaluation, which trains nothing."""
-        if not self.training and self.evaluate == "plain":
-            needs = (isinstance(one, Tensor) and one.requires_grad for one in trained)
-            if not (torch.is_grad_enabled() and any(needs)):
+        if self.evaluate == "plain":
+            if evaluates():
                 return _PLAIN, None, _ALONE
+            if not self.training:
+                needs = (isinstance(one, Tensor) and one.requires_grad for one in trained)
+                if not (torch.is_grad_enabled() and any(needs)):
+                    return _PLAIN, None, _ALONE
         return self._plan, self.weighting_state, self._sync
 
-    def _keep(self, record: Record | None, state: WeightingState | None, after: Any) -> None:
-        """Keep what a call leaves behind: its record, and in training the state."""
+    def _keep(self, record: Record | None) -> None:
+        """Keep what a call leaves behind: its record, and in training its part of the totals."""
+        if recomputes():  # the call that is repeated has left it behind
+            return
         if record is not None:
             record = record.with_copies()
-        if state is not None and self.training:
-            state.write(after)
         # An exported program has no side effects.
         if record is not None or not is_exporting():
             object.__setattr__(self, "_record", record)  # nn.Module's own costs ten times as much
-        if record is not None and self.training:
+        if record is not None and self._trains():
             if self._totals is not None:
                 self._totals.add(record, self.weighting)
             if self._advisor is not None and not torch.compiler.is_compiling():
                 self._advisor.look(record, self.weighting)
 
-    def _read(self, state: WeightingState, input: Tensor) -> Any:
+    def _trains(self) -> bool:
+        """Whether a weighted call moves the state and counts in the totals."""
+        return self.training and not evaluates()
+
+    def _memory(self, state: WeightingState) -> Memory:
         if in_transform():
             raise RuntimeError(
                 f"{type(self.weighting).__name__} remembers earlier batches, and a module cannot keep what "
                 "is computed under a torch.func transform: use rgd.torch.cross_entropy or reweighted_mean "
                 "with state="
             )
-        return state.read(input.device)
+        return Memory(state, self._trains())
 
     @property
     def last_weights(self) -> Tensor | None:
@@ -359,6 +370,18 @@ class RGDLoss(nn.Module):
             self._totals = Totals()
         self._totals.reset()
 
+    def reset_parameters(self) -> None:
+        """Let a weighting that remembers begin anew, with the state before its first batch."""
+        if self.weighting_state is not None:
+            self.weighting_state.reset_parameters()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RGDLoss:
+        apply: Any = cast("Any", super())._apply
+        apply(fn, recurse)
+        with torch.no_grad():
+            self._plan.prepare(fn(torch.empty(0, dtype=torch.uint8, device="cpu")).device)
+        return self
+
     def extra_repr(self) -> str:
         """The settings, for `repr`."""
         settings = [f"weighting={self.weighting}"]
@@ -376,16 +399,15 @@ class RGDLoss(nn.Module):
 
 
 def state_for(
-    weighting: Weighting, before: Weighting | None, state: WeightingState | None
+    weighting: Weighting, before: Weighting | None, state: WeightingState | None, *, shared: bool = True
 ) -> WeightingState | None:
     """The state of a weighting that takes the place of another: kept where both are of one class."""
     if not weighting.stateful:
         return None
+    fresh = WeightingState(weighting, shared=shared)
     if state is not None and before is not None and _of_one_class(before, weighting):
-        fresh = WeightingState(weighting)
-        if {n: b.shape for n, b in fresh.named_buffers()} == {n: b.shape for n, b in state.named_buffers()}:
-            return state
-    return WeightingState(weighting)
+        return state if state.fits(fresh) else fresh
+    return fresh
 
 
 def _of_one_class(one: Weighting, other: Weighting) -> bool:

@@ -7,6 +7,7 @@ step is the wrapped optimizer's own, and so are its parameter groups, its state 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Callable
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from rgd.torch._checks import check_groups, check_losses
 from rgd.torch._distributed import Sync
+from rgd.torch._modes import evaluates, recomputes
+from rgd.torch._state import Memory, WeightingState
 from rgd.torch._totals import Advisor
-from rgd.torch._weigher import Plan, Weigher, WeightingState
+from rgd.torch._weigher import Plan, Weigher
 from rgd.torch.functional import weighted
 from rgd.torch.loss import state_for, tau_of, with_tau
 from rgd.weightings import Weighting
@@ -199,15 +202,14 @@ class RGD(torch.optim.Optimizer):
             tensor(1.6487, grad_fn=...)
         """
         check_losses(losses)
-        state = self._now.state
-        before = None if state is None else state.to(losses.device).read(losses.device)
+        state, trains = self._now.state, not evaluates()
+        memory = None if state is None else Memory(state.to(losses.device), trains)
         members = check_groups(groups, losses.shape, losses.device, "element")
-        weigher = Weigher(self._now.plan, members, before, self._sync)
+        weigher = Weigher(self._now.plan, members, memory, self._sync)
         objective, record = weighted(losses, weigher, "mean", "element", where, sample_weight)
-        if self._advisor is not None and record is not None and not torch.compiler.is_compiling():
+        looks = trains and not torch.compiler.is_compiling() and not recomputes()
+        if self._advisor is not None and record is not None and looks:
             self._advisor.look(record, self.weighting)
-        if state is not None and torch.is_grad_enabled():
-            state.write(weigher.state)
         self._now.awaits_gradient = objective.requires_grad
         self._now.was_asked = True
         return objective
@@ -241,13 +243,24 @@ class RGD(torch.optim.Optimizer):
             TypeError: If `losses` is not a float tensor.
             ValueError: If `losses` is a scalar.
         """
-        objective = self.objective(losses, where=where, sample_weight=sample_weight, groups=groups)
-        if not objective.requires_grad:
+        if isinstance(losses, Tensor) and not (losses.requires_grad and torch.is_grad_enabled()):  # pyright: ignore[reportUnnecessaryIsInstance]
+            check_losses(losses)
             raise RuntimeError(
                 "losses does not require grad, so there is nothing to call backward on: compute it from the "
                 "parameters, outside of torch.no_grad() and without detach()"
             )
-        torch.autograd.backward(objective, retain_graph=retain_graph, create_graph=create_graph)
+        now, state = self._now, self._now.state
+        before = None if state is None else state.read(losses.device)
+        awaited, asked = now.awaits_gradient, now.was_asked
+        try:
+            objective = self.objective(losses, where=where, sample_weight=sample_weight, groups=groups)
+            torch.autograd.backward(objective, retain_graph=retain_graph, create_graph=create_graph)
+        except BaseException:
+            # A batch whose gradient failed has not been seen.
+            if state is not None:
+                state.write(before)
+            now.awaits_gradient, now.was_asked = awaited, asked
+            raise
         return objective.detach()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -362,10 +375,12 @@ class RGD(torch.optim.Optimizer):
         Raises:
             RuntimeError: If it holds the state of another weighting than this wrapper's.
         """
-        remembered = state_dict.get("weighting_state")
-        if remembered is not None and self._now.state is not None:
-            self._now.state.load_state_dict(remembered)
+        remembered, state = state_dict.get("weighting_state"), self._now.state
+        if remembered is not None and state is not None:
+            copy.deepcopy(state).load_state_dict(remembered)  # raises, before anything is changed
         self.optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "weighting_state"})
+        if remembered is not None and state is not None:
+            state.load_state_dict(remembered)
 
     def __getattr__(self, name: str) -> Any:
         # Reached only for what is not found here. `optimizer` itself is missing while a copy is being made.

@@ -7,6 +7,7 @@ import functools
 import inspect
 import math
 import numbers
+import operator
 import sys
 import types
 import typing
@@ -295,7 +296,7 @@ def weigh(weighting: Weighting, batch: Batch, state: Any = None) -> tuple[Any, A
                 f"{name}.step must return the weights and the new state, as in return weights, state"
             )
         weights, new = cast("Any", result)
-        _check_new_state(name, state, new)
+        check_new_state(name, state, new)
         usable = (batch.count > 0) & ~batch.any(~xp.isfinite(batch.losses))
 
         def keep(before: Any, after: Any) -> Any:
@@ -310,25 +311,60 @@ def weigh(weighting: Weighting, batch: Batch, state: Any = None) -> tuple[Any, A
     return batch.only(weights), state
 
 
-def _check_new_state(name: str, old: Any, new: Any) -> None:
-    """Refuse a state of another structure, or with numbers of other shapes, than before."""
-    if isinstance(old, dict):
-        keys = set(cast("dict[Any, Any]", old))
-        fits = isinstance(new, dict) and set(cast("dict[Any, Any]", new)) == keys
-        parts: Any = [(old[key], new[key]) for key in keys] if fits else []
-    elif isinstance(old, (tuple, list)):
-        fits = isinstance(new, (tuple, list)) and len(cast("Any", new)) == len(cast("Any", old))
-        parts = list(zip(cast("Any", old), cast("Any", new), strict=True)) if fits else []
-    else:
-        fits = not isinstance(new, (dict, tuple, list)) and getattr(new, "shape", ()) == old.shape
-        parts = []
-    if not fits:
-        raise ValueError(
-            f"{name}.step must return a state of the structure and shapes that init() has, got {_brief(new)} "
-            f"in the place of {_brief(old)}"
+def check_new_state(name: str, old: Any, new: Any) -> None:
+    """Refuse a state of another structure, shapes or kind of number than before."""
+    misfit = _misfit(old, new, lambda before, after: after <= before)
+    if misfit is None:
+        return
+    before, after = misfit
+    if _shape_of(before) == _shape_of(after) and not _has_parts(after):
+        raise TypeError(
+            f"{name}.init begins with {_kind_of(before)}, and {name}.step returns {_kind_of(after)} in its "
+            "place, which would be cut: begin with a number of that kind in init(), such as 0.0"
         )
+    raise ValueError(
+        f"{name}.step must return a state of the structure and shapes that init() has, got {_brief(after)} "
+        f"in the place of {_brief(before)}"
+    )
+
+
+def _misfit(old: Any, new: Any, ranks_fit: Callable[[int, int], bool]) -> tuple[Any, Any] | None:
+    """The first part of a state whose place another cannot take, and that other; None where all fit."""
+    if isinstance(old, dict):
+        keys = cast("dict[Any, Any]", old).keys()
+        if not isinstance(new, dict) or cast("dict[Any, Any]", new).keys() != keys:
+            return cast("Any", (old, new))
+        parts: Any = [(old[key], new[key]) for key in keys]
+    elif isinstance(old, (tuple, list)):
+        if not isinstance(new, (tuple, list)) or len(cast("Any", new)) != len(cast("Any", old)):
+            return cast("Any", (old, new))
+        parts = list(zip(cast("Any", old), cast("Any", new), strict=True))
+    else:
+        fits = not _has_parts(new) and _shape_of(new) == _shape_of(old) and ranks_fit(_rank(old), _rank(new))
+        return None if fits else (old, new)
     for before, after in parts:
-        _check_new_state(name, before, after)
+        found = _misfit(before, after, ranks_fit)
+        if found is not None:
+            return found
+    return None
+
+
+def _has_parts(state: Any) -> bool:
+    return isinstance(state, (dict, tuple, list))
+
+
+def _shape_of(leaf: Any) -> tuple[int, ...]:
+    return tuple(getattr(leaf, "shape", ()))
+
+
+def _rank(leaf: Any) -> int:
+    """0 for a truth value, 1 for an integer, 2 for a real number: a leaf of a lower rank would cut it."""
+    return ("truth values", "an integer", "a real number").index(_kind_of(leaf))
+
+
+def _kind_of(leaf: Any) -> str:
+    dtype = str(getattr(leaf, "dtype", type(leaf).__name__))
+    return "truth values" if "bool" in dtype else "an integer" if "int" in dtype else "a real number"
 
 
 def _brief(state: Any) -> str:
@@ -339,17 +375,34 @@ def _brief(state: Any) -> str:
     return f"shape {tuple(getattr(state, 'shape', ()))}"
 
 
-def require_state(weighting: Weighting, state: Any) -> None:
-    """Refuse a call without the state that a weighting needs, or with one that it does not."""
+def require_state(weighting: Weighting, state: Any, *, readable: bool = True) -> None:
+    """Refuse a call without the state that a weighting needs, with one that it does not, or with another's.
+
+    Args:
+        weighting: The weighting.
+        state: What the caller gave.
+        readable: Whether shapes and kinds can be compared now, and not in a graph that is being compiled.
+    """
+    name = type(weighting).__name__
     if weighting.stateful and state is None:
-        name = type(weighting).__name__
         raise ValueError(
             f"{name} remembers earlier batches: start with state = weighting.init(), pass state=state, and "
             "keep the state that comes back: result, state = ...(..., state=state). "
             "rgd.torch.RGDLoss and RGD keep it themselves"
         )
-    if state is not None and not weighting.stateful:
-        raise ValueError(f"{type(weighting).__name__} keeps no state: leave state out")
+    if state is None:
+        return
+    if not weighting.stateful:
+        raise ValueError(f"{name} keeps no state: leave state out")
+    misfit = _misfit(weighting.init(), state, operator.eq) if readable else None
+    if misfit is not None:
+        expected, given = misfit
+        what = _brief(expected), _brief(given)
+        what = what if what[0] != what[1] else (_kind_of(expected), _kind_of(given))
+        raise ValueError(
+            f"state is not one of {name}: begin with state = weighting.init() and pass on what the last call "
+            f"returned; expected {what[0]}, got {what[1]}"
+        )
 
 
 def map_state(function: Callable[..., Any], *states: Any) -> Any:

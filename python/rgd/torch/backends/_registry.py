@@ -8,12 +8,15 @@ three methods of `Backend`, and a call of `register`.
 from __future__ import annotations
 
 import os
+import threading
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from rgd.torch._modes import is_exporting
 
 if TYPE_CHECKING:
     from rgd.torch._record import Record
@@ -89,10 +92,33 @@ class _State:
     """An object, not a class of variables: torch 2.8 compiles those once and for all."""
 
     def __init__(self) -> None:
-        self.forced = _check(os.environ.get(ENVIRONMENT) or None, f"the environment variable {ENVIRONMENT}")
+        self._environment = _check(
+            os.environ.get(ENVIRONMENT) or None, f"the environment variable {ENVIRONMENT}"
+        )
+        self._blocks: list[tuple[str | None, list[str]]] = []
+        self.forced = self._environment
         self.ran: list[str] | None = None
 
+    def enter(self, block: tuple[str | None, list[str]]) -> None:
+        """Let a block hold; blocks of several threads may overlap."""
+        with _lock:
+            self._blocks.append(block)
+            self._settle()
 
+    def leave(self, block: tuple[str | None, list[str]]) -> None:
+        """End a block, wherever it stands among those that hold."""
+        with _lock:
+            self._blocks = [one for one in self._blocks if one is not block]
+            self._settle()
+
+    def _settle(self) -> None:
+        # A block without a name only watches: what an outer one or the environment asked for still holds.
+        named = [name for name, _ in self._blocks if name is not None]
+        self.forced = named[-1] if named else self._environment
+        self.ran = self._blocks[-1][1] if self._blocks else None
+
+
+_lock = threading.Lock()
 _state = _State()
 
 
@@ -158,16 +184,14 @@ class backend:  # noqa: N801 - used as a function
         self._name = _check(name, "backend")
 
     def __enter__(self) -> list[str]:
-        self._outer = (_state.forced, _state.ran)
-        ran: list[str] = []
-        # Without a name the block only watches: what an outer block or the environment asked for still holds.
-        _state.forced, _state.ran = self._name or _state.forced, ran
-        return ran
+        self._block: tuple[str | None, list[str]] = (self._name, [])
+        _state.enter(self._block)
+        return self._block[1]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _state.forced, _state.ran = self._outer
+        _state.leave(self._block)
 
 
 def must_forget() -> bool:
@@ -224,16 +248,6 @@ def served_in_graphs(tensors: tuple[Tensor | None, ...]) -> bool:
 def values_can_be_read(tensor: Tensor) -> bool:
     """Whether the values of a tensor may be looked at without waiting for a device or ending a trace."""
     return not torch.compiler.is_compiling() and served_in_eager_mode((tensor,))
-
-
-def is_exporting() -> bool:
-    """Whether `torch.export` is tracing."""
-    return _compiler._is_exporting_flag if _HAS_EXPORTING_FLAG else torch.compiler.is_exporting()
-
-
-# The flag itself where there is one: torch 2.8 traces `is_exporting` as True in any compiled graph.
-_compiler: Any = torch.compiler
-_HAS_EXPORTING_FLAG = hasattr(_compiler, "_is_exporting_flag")
 
 
 def why_not_plain(tensors: tuple[Tensor | None, ...]) -> str:

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rgd.torch._distributed import gather
+from rgd.torch._modes import is_exporting
 from rgd.torch._record import Record
 from rgd.torch._weigher import Weigher
 from rgd.torch.backends._in_place import Overwritten
 from rgd.torch.backends._options import Options, accumulator, wide
-from rgd.torch.backends._registry import is_exporting, must_forget, register, values_can_be_read
+from rgd.torch.backends._registry import must_forget, register, values_can_be_read
 from rgd.weightings import Batch
-from rgd.weightings._base import weigh as weigh_batch
 
 NAME = "composite"
 
@@ -83,6 +83,7 @@ def weigh(losses: Tensor, base: Tensor | None, weigher: Weigher) -> Tensor:
     flat = losses.detach().reshape(-1).to(dtype)
     mass = None if base is None else base.detach().reshape(-1).to(dtype)
     groups = None if weigher.groups is None else weigher.groups.reshape(-1)
+    given = tuple(one for one in (flat, mass, groups) if one is not None)
     own = slice(0, flat.shape[0])
     if weigher.group is not None:
         # Other processes may have another unit.
@@ -95,9 +96,8 @@ def weigh(losses: Tensor, base: Tensor | None, weigher: Weigher) -> Tensor:
         return losses.detach().to(accumulator(losses.dtype))
     exporting = torch.compiler.is_compiling() and is_exporting()
     in_graph = torch.compiler.is_compiling() and not exporting
-    weighting = weigher.plan.in_graphs if in_graph else weigher.plan.weighting
     batch = Batch(flat, mass, groups, xp=xp, concrete=values_can_be_read(flat), any_size=exporting)
-    weights, weigher.state = weigh_batch(weighting, batch, weigher.state)
+    weights = weigher.weigh(batch, given, in_graph)
     return weights[own].reshape(losses.shape).to(accumulator(losses.dtype))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rgd import _rgd
 from rgd.torch import _ops
+from rgd.torch._modes import graph_is_kept, saved_tensors_hooks
 from rgd.torch._record import Record
 from rgd.torch._weigher import Weigher
 from rgd.torch.backends import composite
@@ -33,10 +34,6 @@ from rgd.torch.backends._registry import (
 from rgd.weightings._base import Kernel
 
 NAME = "rust"
-
-_internals: Any = torch._C  # pyright: ignore[reportPrivateUsage]
-graph_is_kept = _internals._autograd._get_current_graph_task_keep_graph
-_saved_tensors_hooks = _internals._autograd._top_saved_tensors_default_hooks
 
 
 class Rust:
@@ -136,7 +133,7 @@ class _Objective(torch.autograd.Function):
     ) -> Tensor:
         # To read saved tensors is an error where one was changed in place since. The gradient is kept apart,
         # so that only a second derivative reads them. Hooks offload or drop what is saved: they get it all.
-        hooked = _saved_tensors_hooks(False) is not None
+        hooked = saved_tensors_hooks(False) is not None
         saved = filled.grad if hooked else None
         ctx.save_for_backward(saved, logits, target, class_weight, base, filled.weights, adjustment)
         ctx.grad = None if hooked else filled.grad
