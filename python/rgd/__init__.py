@@ -1,6 +1,27 @@
-"""Loss-based re-weighting for NumPy and any CPU array of DLPack: weights, the re-weighted mean, statistics.
+"""Weight each sample by its own loss: a dial from wrong labels to the tail, for PyTorch, JAX and NumPy.
 
-`rgd.torch` and `rgd.jax` are the same for PyTorch and JAX, with gradients. This module imports neither.
+Where to begin:
+
+- `rgd.torch`: `RGDLoss` in place of `nn.CrossEntropyLoss`, `RGD` around any optimizer, and functions.
+- `rgd.jax`: the same as pure functions; `rgd.optax` for optimizers.
+- `rgd` itself: `sample_weights`, `reweighted_mean` and `weight_stats` for NumPy arrays and any CPU array of
+  DLPack, without gradients.
+
+The weightings, which every part takes:
+
+- `KL`: `exp(scale * min(loss, tau))`, the dial; a negative scale resists wrong labels.
+- `ERM`: all weights are 1, plain training.
+- `CVaR`: the worst share of the batch.
+- `KLBall`, `ChiSquare`, `ChiSquareBall`, `MidrangeKL`: other worst cases.
+- `Focal`: less weight for what is predicted well.
+- `Trimmed`: leaves out the largest losses.
+- `GroupDRO`: the worst of known groups.
+- `MovingAverage`: weights over their running mean.
+- `Pointwise`: a function of yours; a subclass of `Weighting` for more.
+
+`help(rgd.KL)` and the like tell each one's formula. `log_prior` and `class_balanced` serve rare classes. The
+modules `torch`, `jax`, `optax`, `boosting`, `sklearn`, `plot`, `testing` and `integrations` are imported
+when they are first used.
 
 Example:
     >>> import numpy as np, rgd
@@ -12,6 +33,8 @@ References:
     Kumar, Majmundar, Nagaraj, Suggala, "Stochastic Re-weighted Gradient Descent via Distributionally Robust
     Optimization", TMLR 2024, arXiv 2306.09222.
 """
+
+from typing import Any
 
 # First: it refuses an interpreter that NumPy would refuse in words of its own.
 from rgd import _main_interpreter  # noqa: F401  # pyright: ignore[reportUnusedImport]
@@ -86,7 +109,9 @@ def __dir__() -> list[str]:
     return sorted([*__all__, "__version__", *_MODULES.intersection(globals())])
 
 
-def __getattr__(name: str) -> str:
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return _imported(name)
     if name != "__version__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import metadata  # noqa: PLC0415
@@ -97,3 +122,21 @@ def __getattr__(name: str) -> str:
         version = "0+unknown"
     globals()["__version__"] = version
     return version
+
+
+def _imported(name: str) -> Any:
+    """A public module, imported now.
+
+    Raises:
+        AttributeError: If a library that it needs is not installed.
+    """
+    import importlib  # noqa: PLC0415
+
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == __name__:
+            raise
+        raise AttributeError(
+            f"rgd.{name} needs {error.name}, which is not installed: pip install {error.name}"
+        ) from error

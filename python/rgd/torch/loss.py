@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import numbers
 from collections.abc import Callable
 from typing import Any, cast
@@ -36,13 +37,31 @@ from rgd.weightings import ERM, Weighting
 from rgd.weightings._base import fields, resolve_weighting
 
 
+class _Signature:
+    """The signature of a class, which `__new__` would hide; that of an instance is the one of its call."""
+
+    def __get__(self, instance: Any, owner: Any) -> inspect.Signature:
+        if instance is not None:
+            raise AttributeError("__signature__")
+        of_init = inspect.signature(owner.__init__)
+        return of_init.replace(parameters=list(of_init.parameters.values())[1:])
+
+
 class RGDLoss(nn.Module):
-    """Cross-entropy, or any per-sample loss, re-weighted towards hard samples.
+    """Cross-entropy, or any per-sample loss, in which each sample is weighted by its own loss.
 
     A drop-in for `nn.CrossEntropyLoss`.
 
-    Each sample's loss `l_i` is multiplied by `w_i = exp(min(l_i, tau) / (tau + 1))`, a constant to
-    autograd, and the products are reduced as `nn.CrossEntropyLoss` reduces losses.
+    Each sample's loss `l_i` is multiplied by a weight `w_i`, a constant to autograd, and the products are
+    reduced as `nn.CrossEntropyLoss` reduces losses. The weighting is a dial, `w_i = exp(scale * min(l_i,
+    tau))`:
+
+    - `RGDLoss(weighting=rgd.KL(scale=-0.7))` resists wrong labels: a sample of large loss weighs less;
+    - `RGDLoss(weighting=rgd.ERM())` is plain training, `nn.CrossEntropyLoss`;
+    - `RGDLoss(tau=3.0)` trains harder on what is hard: `scale` is `1 / (tau + 1)` (the paper's RGD, and with
+      `tau=1.0` the default).
+
+    Any other member of `rgd`, such as `rgd.CVaR(0.1)`, or a weighting of your own takes its place.
 
     Args:
         weight: Class weights, shape (C,); kept in the state dict, as in `nn.CrossEntropyLoss`.
@@ -51,7 +70,7 @@ class RGDLoss(nn.Module):
         label_smoothing: In [0, 1].
         tau: Short for `weighting=KL(tau)`.
         weighting: What turns losses into weights, a member of `rgd` or a subclass of `rgd.Weighting` of your
-            own; `KL(tau=1.0)` if neither it nor `tau` is given.
+            own; `KL(tau=1.0)` if neither it nor `tau` is given. `rgd.KL(scale=...)` sets the dial.
         base: The per-sample loss to re-weight instead of cross-entropy: a callable whose result has at
             least one axis, such as `nn.BCEWithLogitsLoss(reduction="none")`. It takes its own settings, so
             `weight`, `ignore_index`, `label_smoothing` and `logit_adjustment` must be left alone.
@@ -101,6 +120,7 @@ class RGDLoss(nn.Module):
     # TorchScript compiles properties, and reads annotations of a class but not those in its methods.
     __jit_unused_properties__ = ("weighting", "tau", "backend", "last_weights")
     __jit_ignored_attributes__ = ("tau",)  # it raises where the weighting has none
+    __signature__ = _Signature()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> RGDLoss:
         """Without `base`, an instance of `nn.CrossEntropyLoss` too: some trainers ask for that class."""
@@ -194,6 +214,12 @@ class RGDLoss(nn.Module):
     @tau.setter
     def tau(self, tau: float) -> None:
         self.weighting = with_tau(self.weighting, tau)
+
+    def __getattr__(self, name: str) -> Any:
+        # A property that raises AttributeError ends here. A module would say that there is no such name.
+        if name == "tau":
+            return tau_of(self.weighting)
+        return super().__getattr__(name)
 
     @property
     def backend(self) -> str | None:
@@ -392,6 +418,11 @@ class RGDLoss(nn.Module):
         settings += ["inplace=True"] if self.inplace else []
         return ", ".join(settings)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if type(self) in (RGDLoss, _RGDCrossEntropyLoss):
+            return _blank, (type(self) is RGDLoss,), self.__getstate__()
+        return super().__reduce_ex__(protocol)
+
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what calls have left behind."""
         advisor = None if self._advisor is None else Advisor()
@@ -429,15 +460,29 @@ class _RGDCrossEntropyLoss(RGDLoss, nn.CrossEntropyLoss):
     # TorchScript ignores only what is in the class itself.
     tau = RGDLoss.tau  # pyright: ignore[reportIncompatibleMethodOverride]
 
-    def _get_name(self) -> str:
-        return "RGDLoss"
+
+# It goes by the name that it was made by.
+_RGDCrossEntropyLoss.__name__ = _RGDCrossEntropyLoss.__qualname__ = "RGDLoss"
+_RGDCrossEntropyLoss.__doc__ = RGDLoss.__doc__
+
+
+def _blank(has_base: bool) -> RGDLoss:
+    """An instance without attributes, for a copy or a pickle to fill."""
+    return nn.Module.__new__(RGDLoss if has_base else _RGDCrossEntropyLoss)
+
+
+class NoTauError(AttributeError, TypeError):
+    """A weighting without a clipping factor: for `hasattr` an AttributeError, and a TypeError as before."""
 
 
 def tau_of(weighting: Weighting) -> float:
-    """The clipping factor of a weighting."""
+    """The clipping factor of a weighting.
+
+    Raises:
+        NoTauError: If it has none.
+    """
     if not hasattr(weighting, "tau"):
-        # Not an AttributeError, which modules and optimizers take for a name to look up elsewhere.
-        raise TypeError(f"{weighting} has no tau: set weighting=..., as in weighting=rgd.KL(tau=1.0)")
+        raise NoTauError(f"{weighting} has no tau: set weighting=..., as in weighting=rgd.KL(tau=1.0)")
     return cast("Any", weighting).tau
 
 

@@ -384,8 +384,10 @@ class RGD(torch.optim.Optimizer):
 
     def __getattr__(self, name: str) -> Any:
         # Reached only for what is not found here. `optimizer` itself is missing while a copy is being made.
-        if name == "optimizer":
+        if name in ("optimizer", "_now"):
             raise AttributeError(name)
+        if name == "tau":  # a property that raises AttributeError ends here
+            return tau_of(self.weighting)
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
