@@ -27,7 +27,7 @@ from rgd.weightings._base import resolve_weighting
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["heaviest_samples", "weight_curve", "weight_history"]
+__all__ = ["heaviest_samples", "largest_losses", "weight_curve", "weight_history"]
 
 _INK, _MUTED, _GRID, _ACCENT, _PALE = "#1f2430", "#5d6675", "#e3e6eb", "#d55e00", "#c9d3e0"
 
@@ -180,9 +180,10 @@ def heaviest_samples(
     images: Any = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """The samples of a batch that weigh most, the heaviest on top: look here for rare cases and wrong labels.
+    """The samples of a batch that weigh most, the heaviest on top.
 
-    Among samples of one weight, clipped ones for instance, the larger loss comes first.
+    Among samples of one weight, clipped ones for instance, the larger loss comes first. With a negative scale
+    the heaviest samples are those of the smallest losses: to look for wrong labels, use `largest_losses`.
 
     Args:
         losses: Losses of the batch, shape (N,).
@@ -210,45 +211,140 @@ def heaviest_samples(
         >>> [label.get_text() for label in ax.get_yticklabels()]
         ['b', 'c']
     """
-    weighting = resolve_weighting(weighting, tau)
-    values = _numbers("losses", losses)
-    if values.ndim != 1 or not values.size:
-        raise ValueError(f"losses must have shape (N,), one loss a sample, got {values.shape}")
-    if count < 1:
-        raise ValueError(f"count must be a positive integer, got {count}")
-    if names is not None and len(names) != len(values):
-        raise ValueError(f"names must hold one string for each of {len(values)} samples, got {len(names)}")
-    pictures = None if images is None else _array(images)
-    if pictures is not None and (len(pictures) != len(values) or pictures.ndim not in (3, 4)):
-        raise ValueError(
-            f"images must have shape (N, H, W) or (N, 3, H, W) with N = {len(values)}, got {pictures.shape}"
-        )
-    weights = _weights(values, weighting, groups, state)
+    ranked = _Ranked(
+        losses, resolve_weighting(weighting, tau), groups=groups, state=state, count=count, names=names,
+        images=images,
+    )  # fmt: skip
+    weights, values = ranked.weights, ranked.losses
     chosen = np.lexsort((-values, -weights))[:count]
-    rows = np.arange(len(chosen))
-    axes = _axes(ax, height=max(2.4, 0.9 + 0.36 * len(chosen)))
-    clipped = values[chosen] > weighting.clip
-    axes.barh(rows, weights[chosen], height=0.68, color=[_ACCENT if c else _PALE for c in clipped], zorder=2)
-    finite = weights[chosen][np.isfinite(weights[chosen])]
-    largest = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
-    for row, sample, is_clipped in zip(rows, chosen, clipped, strict=True):
-        note = f"loss {values[sample]:.3g}" + (", clipped" if is_clipped else "")
-        axes.annotate(
-            note, (weights[sample], row), (5, 0), textcoords="offset points", va="center", fontsize=9,
-            color=_MUTED,
-        )  # fmt: skip
+    clipped = values > ranked.weighting.clip
+    notes = [f"loss {values[i]:.3g}" + (", clipped" if clipped[i] else "") for i in chosen]
+    axes = ranked.draw(chosen, weights, notes, clipped, ax)
     axes.axvline(1.0, color=_MUTED, linewidth=0.9, linestyle=(0, (1, 2)), zorder=3)
-    axes.set_xlim(0, 1.4 * largest)
-    axes.set_ylim(len(chosen) - 0.5, -0.5)
-    axes.set_yticks(rows, [f"sample {i}" if names is None else names[i] for i in chosen])
-    if pictures is not None:
-        _thumbnails(axes, pictures[chosen], rows)
-    _style(axes, "weight", "", f"The {len(chosen)} heaviest of {len(values)} samples", str(weighting))
+    title = f"The {len(chosen)} heaviest of {len(values)} samples"
+    _style(axes, "weight", "", title, str(ranked.weighting))
+    axes.grid(visible=False, axis="y")
+    return axes
+
+
+def largest_losses(
+    losses: Any,
+    weighting: Weighting | None = None,
+    *,
+    tau: float | None = None,
+    groups: Any = None,
+    state: Any = None,
+    count: int = 10,
+    names: Sequence[str] | None = None,
+    images: Any = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """The samples of a batch that the model fits worst, the largest loss on top: look here for wrong labels.
+
+    They come in this order whatever the weighting is; the weight of each stands beside its bar.
+
+    Args:
+        losses: As for `heaviest_samples`.
+        weighting: As for `heaviest_samples`.
+        tau: As for `heaviest_samples`.
+        groups: As for `heaviest_samples`.
+        state: As for `heaviest_samples`.
+        count: As for `heaviest_samples`.
+        names: As for `heaviest_samples`.
+        images: As for `heaviest_samples`.
+        ax: As for `heaviest_samples`.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError, TypeError, ValueError: As `heaviest_samples`.
+
+    Example:
+        >>> import matplotlib; matplotlib.use("agg")
+        >>> import rgd
+        >>> ax = largest_losses([0.1, 3.0, 0.5], rgd.KL(scale=-0.7), names=["a", "b", "c"], count=2)
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['b', 'c']
+    """
+    ranked = _Ranked(
+        losses, resolve_weighting(weighting, tau), groups=groups, state=state, count=count, names=names,
+        images=images,
+    )  # fmt: skip
+    values = ranked.losses
+    chosen = np.argsort(-values, kind="stable")[:count]
+    notes = [f"weight {ranked.weights[i]:.3g}" for i in chosen]
+    axes = ranked.draw(chosen, values, notes, values > ranked.weighting.clip, ax)
+    title = f"The {len(chosen)} largest losses of {len(values)} samples"
+    _style(axes, "loss", "", title, str(ranked.weighting))
     axes.grid(visible=False, axis="y")
     return axes
 
 
 # --- what the pictures share ---
+
+
+class _Ranked:
+    """Samples to be drawn one below the other: what was given, checked, and the weights."""
+
+    def __init__(
+        self,
+        losses: Any,
+        weighting: Weighting,
+        *,
+        groups: Any,
+        state: Any,
+        count: int,
+        names: Sequence[str] | None,
+        images: Any,
+    ) -> None:
+        values = _numbers("losses", losses)
+        if values.ndim != 1 or not values.size:
+            raise ValueError(f"losses must have shape (N,), one loss a sample, got {values.shape}")
+        if count < 1:
+            raise ValueError(f"count must be a positive integer, got {count}")
+        if names is not None and len(names) != len(values):
+            raise ValueError(
+                f"names must hold one string for each of {len(values)} samples, got {len(names)}"
+            )
+        pictures = None if images is None else _array(images)
+        if pictures is not None and (len(pictures) != len(values) or pictures.ndim not in (3, 4)):
+            raise ValueError(
+                f"images must have shape (N, H, W) or (N, 3, H, W) with N = {len(values)}, got "
+                f"{pictures.shape}"
+            )
+        self.losses = values
+        self.weighting = weighting
+        self.weights = _weights(values, weighting, groups, state)
+        self.names = names
+        self.pictures = pictures
+
+    def draw(
+        self,
+        chosen: npt.NDArray[np.intp],
+        lengths: npt.NDArray[np.float64],
+        notes: list[str],
+        marked: npt.NDArray[np.bool_],
+        ax: Axes | None,
+    ) -> Any:
+        """A bar for each of the chosen samples, with a note, its name and its picture."""
+        rows = np.arange(len(chosen))
+        axes = _axes(ax, height=max(2.4, 0.9 + 0.36 * len(chosen)))
+        colors = [_ACCENT if m else _PALE for m in marked[chosen]]
+        axes.barh(rows, lengths[chosen], height=0.68, color=colors, zorder=2)
+        finite = lengths[chosen][np.isfinite(lengths[chosen])]
+        largest = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+        for row, sample, note in zip(rows, chosen, notes, strict=True):
+            axes.annotate(
+                note, (lengths[sample], row), (5, 0), textcoords="offset points", va="center", fontsize=9,
+                color=_MUTED,
+            )  # fmt: skip
+        axes.set_xlim(0, 1.4 * largest)
+        axes.set_ylim(len(chosen) - 0.5, -0.5)
+        axes.set_yticks(rows, [f"sample {i}" if self.names is None else self.names[i] for i in chosen])
+        if self.pictures is not None:
+            _thumbnails(axes, self.pictures[chosen], rows)
+        return axes
 
 
 def _weights(

@@ -126,7 +126,7 @@ class WeightStats:
         if self.count >= 20 and share < 0.1:
             return [
                 f"Most of the weight lies on few samples: {self.effective_sample_size:.1f} of {self.count} "
-                "count in effect. If those are wrong labels or outliers (rgd.plot.heaviest_samples shows "
+                "count in effect. If those are wrong labels or outliers (rgd.plot.largest_losses shows "
                 "them), use a smaller tau, rgd.Trimmed, or a negative scale."
             ]
         return []

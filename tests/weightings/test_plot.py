@@ -263,6 +263,25 @@ def test_the_heaviest_samples_come_first_and_larger_losses_before_smaller(tmp_pa
     assert drawn(ax, tmp_path)
 
 
+@pytest.mark.parametrize("weighting", [rgd.KL(scale=-0.7), rgd.KL(), rgd.CVaR(0.4)], ids=str)
+def test_the_largest_losses_come_first_whatever_the_weighting(weighting, tmp_path):
+    losses = np.array([0.1, 5.0, 0.7, 9.0, 0.2])
+    ax = plot.largest_losses(losses, weighting, count=3)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["sample 3", "sample 1", "sample 2"]
+    assert [patch.get_width() for patch in ax.patches] == [9.0, 5.0, 0.7]
+    weights = sample_weights(losses, weighting)
+    assert [text.get_text() for text in ax.texts][:3] == [f"weight {weights[i]:.3g}" for i in (3, 1, 2)]
+    assert drawn(ax, tmp_path)
+
+
+def test_advice_names_the_picture_that_shows_suspects():
+    losses = np.array([8.0] + [0.0] * 39)
+    stats = rgd.weight_stats(losses, sample_weights(losses, rgd.CVaR(0.025)))
+    (sentence,) = stats.advice()
+    assert "rgd.plot.largest_losses" in sentence
+    assert hasattr(plot, "largest_losses")
+
+
 @pytest.mark.parametrize("library", [np.asarray, torch.as_tensor])
 @pytest.mark.parametrize("shape", [(6, 8, 8), (6, 3, 8, 8)])
 def test_pictures_stand_beside_the_heaviest_samples(shape, library, tmp_path):
@@ -294,6 +313,8 @@ def test_fewer_samples_than_asked_for_are_all_shown():
 def test_bad_input_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         plot.heaviest_samples(**{"losses": batch(4), **settings})
+    with pytest.raises(ValueError, match=message):
+        plot.largest_losses(**{"losses": batch(4), **settings})
 
 
 @pytest.mark.parametrize(
