@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numbers
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,10 @@ class DtypeError(TypeError, RuntimeError):
 
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGERS = (
+    torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
 REDUCTIONS = ("none", "mean", "sum")
 UNITS = ("element", "sample")
 EVALUATIONS = ("plain", "weighted")
@@ -53,6 +57,13 @@ def check_dense(name: str, tensor: Tensor) -> None:
         raise DtypeError(f"{name} has layout {tensor.layout}, expected torch.strided: call .to_dense() on it")
 
 
+def no_tensor(name: str, value: Any) -> str:
+    """What to say of an argument that is no tensor: an array or a list has only to be converted."""
+    kind = type(value).__name__
+    there = isinstance(value, (list, tuple, numbers.Number)) or hasattr(cast("Any", value), "__array__")
+    return f"{name} must be a torch.Tensor, got {kind}" + (f": pass torch.as_tensor({name})" if there else "")
+
+
 def refuse_dtype(name: str, tensor: Tensor, expected: str) -> NoReturn:
     """Refuse a dtype, with the conversion: `expected` completes "must"."""
     fix = ".real" if tensor.is_complex() else ".dequantize()" if tensor.is_quantized else ".float()"
@@ -62,7 +73,11 @@ def refuse_dtype(name: str, tensor: Tensor, expected: str) -> NoReturn:
 def check_losses(losses: Any, name: str = "losses", hint: str = "") -> Tensor:
     """Refuse what is no tensor of per-sample losses; `name` and `hint` are for the message."""
     if not isinstance(losses, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(losses).__name__}{hint}")
+        raise TypeError(
+            f"{name} must be a torch.Tensor, got {type(losses).__name__}{hint}"
+            if hint
+            else no_tensor(name, losses)
+        )
     check_dense(name, losses)
     if losses.dtype not in FLOATS:
         refuse_dtype(name, losses, "be float32, float64, float16 or bfloat16")
@@ -109,10 +124,7 @@ def check_base(sample_weight: Any, losses_shape: torch.Size, device: torch.devic
     if sample_weight is None:
         return None
     if not isinstance(sample_weight, Tensor):
-        raise TypeError(
-            f"sample_weight must be a torch.Tensor, got {type(sample_weight).__name__}: pass "
-            "torch.as_tensor(sample_weight)"
-        )
+        raise TypeError(no_tensor("sample_weight", sample_weight))
     check_dense("sample_weight", sample_weight)
     if sample_weight.dtype not in (*FLOATS, *INTEGERS):
         refuse_dtype("sample_weight", sample_weight, "hold numbers")
@@ -154,9 +166,10 @@ def check_groups(groups: Any, losses_shape: torch.Size, device: torch.device, pe
         return None
     if isinstance(groups, Tensor):
         check_dense("groups", groups)
-    if not isinstance(groups, Tensor) or groups.dtype not in INTEGERS:
-        got = groups.dtype if isinstance(groups, Tensor) else type(groups).__name__
-        raise TypeError(f"groups must be a torch.Tensor of integers, got {got}")
+    if not isinstance(groups, Tensor):
+        raise TypeError(no_tensor("groups", groups))
+    if groups.dtype not in INTEGERS:
+        raise TypeError(f"groups must be a torch.Tensor of integers, got {groups.dtype}: call groups.long()")
     return by_unit("groups", groups, losses_shape, device, per).to(torch.int64)
 
 
@@ -194,10 +207,10 @@ def check_label_smoothing(label_smoothing: Any) -> float:
     return float(label_smoothing)
 
 
-def check_class_weight(weight: Any) -> None:
-    """Refuse a class weight that is no vector of floats."""
+def check_class_weight(weight: Any) -> Tensor | None:
+    """Class weights as a tensor, from one or from an array of NumPy, such as `rgd.class_balanced` returns."""
     if weight is None:
-        return
+        return None
     if isinstance(weight, numbers.Real):
         raise TypeError(
             f"weight must be a torch.Tensor of one weight a class, got the number {weight!r}: did you mean "
@@ -205,24 +218,31 @@ def check_class_weight(weight: Any) -> None:
         )
     if isinstance(weight, Weighting):
         raise TypeError(f"weight takes class weights, got {weight}: name it, weighting={weight}")
+    weight = _of_classes(weight)
     if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a torch.Tensor of one weight a class, got {type(weight).__name__}")
+        raise TypeError(no_tensor("weight", weight))
     check_dense("weight", weight)
     if weight.dtype not in FLOATS:
         refuse_dtype("weight", weight, "hold one float a class")
     if weight.dim() != 1:
         raise ValueError(f"weight must be a vector of one float a class, got shape {tuple(weight.shape)}")
+    return weight
 
 
-def check_logit_adjustment(adjustment: Any, logits: Tensor | None = None) -> None:
-    """Refuse a logit adjustment that is no vector of floats, or does not fit logits that were checked."""
+def _of_classes(values: Any) -> Any:
+    """Numbers of the classes: an array of floats as a tensor on the CPU, anything else as it is."""
+    if isinstance(values, np.ndarray) and type(values) is np.ndarray and values.dtype.kind == "f":
+        return torch.tensor(values, dtype=torch.get_default_dtype(), device="cpu")
+    return values
+
+
+def check_logit_adjustment(adjustment: Any, logits: Tensor | None = None) -> Tensor | None:
+    """A logit adjustment as a tensor, one that fits the logits; from an array too, as of `rgd.log_prior`."""
     if adjustment is None:
-        return
+        return None
+    adjustment = _of_classes(adjustment)
     if not isinstance(adjustment, Tensor):
-        raise TypeError(
-            "logit_adjustment must be a torch.Tensor of one number a class, got "
-            f"{type(adjustment).__name__}: pass torch.as_tensor(logit_adjustment)"
-        )
+        raise TypeError(no_tensor("logit_adjustment", adjustment))
     check_dense("logit_adjustment", adjustment)
     if adjustment.dim() != 1 or adjustment.dtype not in FLOATS:
         raise ValueError(
@@ -230,7 +250,7 @@ def check_logit_adjustment(adjustment: Any, logits: Tensor | None = None) -> Non
             f"{tuple(adjustment.shape)} and {adjustment.dtype}"
         )
     if logits is None:
-        return
+        return adjustment
     classes = logits.shape[1 if logits.dim() > 1 else 0]
     if adjustment.shape[0] != classes:
         raise MismatchError(
@@ -242,17 +262,22 @@ def check_logit_adjustment(adjustment: Any, logits: Tensor | None = None) -> Non
             f"input is on {logits.device} and logit_adjustment on {adjustment.device}: move both to one "
             "device"
         )
+    return adjustment
 
 
 def check_classification(logits: Any, target: Any, weight: Tensor | None, ignore_index: int = -100) -> None:
     """Refuse logits, target and class weight that do not fit each other."""
-    if not isinstance(logits, Tensor) or not isinstance(target, Tensor):
-        wrong = "input" if not isinstance(logits, Tensor) else "target"
-        raise TypeError(
-            f"{wrong} must be a torch.Tensor, got {type(target if wrong == 'target' else logits).__name__}"
-        )
+    if not isinstance(logits, Tensor):
+        raise TypeError(no_tensor("input", logits))
+    if not isinstance(target, Tensor):
+        raise TypeError(no_tensor("target", target))
     check_dense("input", logits)
     check_dense("target", target)
+    if target.is_floating_point() and logits.dtype in (*INTEGERS, torch.bool):
+        raise DtypeError(
+            f"input holds {logits.dtype} and target {target.dtype}, so they look swapped: the logits come "
+            "first, loss(logits, target)"
+        )
     if logits.dtype not in FLOATS:
         refuse_dtype("input", logits, "hold float logits")
     if logits.dim() == 0:
@@ -297,6 +322,11 @@ def check_classification(logits: Any, target: Any, weight: Tensor | None, ignore
 
 def _shape_hint(target: Tensor, shape: torch.Size, axis: int) -> str:
     """What class indices of a wrong shape were probably meant to be."""
+    if target.shape == shape and len(shape) == 1:
+        return (
+            ". For one logit a sample, which says yes or no: "
+            'RGDLoss(base=nn.BCEWithLogitsLoss(reduction="none")) with target.float()'
+        )
     if target.shape == shape:
         return (
             f". One-hot targets of integers: give class indices, target.argmax({axis}), or probabilities, "

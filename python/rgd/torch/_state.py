@@ -267,7 +267,7 @@ class Memory(NamedTuple):
         return self.state._weigh(weighting, batch, given, self.trains)  # pyright: ignore[reportPrivateUsage]
 
 
-def functional_state(weighting: Weighting, state: Any, device: torch.device) -> Any:
+def functional_state(weighting: Weighting, state: Any, device: torch.device | None) -> Any:
     """The state given to a function, checked, as tensors."""
     require_state(weighting, state, readable=not torch.compiler.is_compiling())
     if state is None:
@@ -276,7 +276,7 @@ def functional_state(weighting: Weighting, state: Any, device: torch.device) -> 
     def as_tensor(leaf: Any) -> Tensor:
         # A Python float is as wide here as in a buffer of `WeightingState`, on devices that have float64.
         tensor = torch.as_tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else None)
-        narrow = device.type == "mps" and tensor.dtype is torch.float64
+        narrow = device is not None and device.type == "mps" and tensor.dtype is torch.float64
         return (tensor.float() if narrow else tensor).to(device)
 
     return map_state(as_tensor, state)

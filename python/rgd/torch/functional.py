@@ -235,13 +235,12 @@ def cross_entropy(
     """
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("per", per, UNITS)
-    check_class_weight(weight)
-    check_logit_adjustment(logit_adjustment)
+    weight, logit_adjustment = check_class_weight(weight), check_logit_adjustment(logit_adjustment)
     options = Options(
         ignore_index, check_label_smoothing(label_smoothing), reduction, per, check_flag("inplace", inplace)
     )
     plan = Plan(resolve_weighting(weighting, tau))
-    given = functional_state(plan.weighting, state, logits.device)
+    given = functional_state(plan.weighting, state, getattr(logits, "device", None))
     sharing = Sync(process_group, sync)
     objective, _, new = classify(
         logits, target, weight, options, plan, sharing, where, sample_weight, groups, given, logit_adjustment

@@ -126,8 +126,7 @@ def linear_cross_entropy(
     """
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("per", per, UNITS)
-    check_class_weight(weight)
-    check_logit_adjustment(logit_adjustment)
+    weight, logit_adjustment = check_class_weight(weight), check_logit_adjustment(logit_adjustment)
     options = Options(ignore_index, check_label_smoothing(label_smoothing), reduction, per)
     chunking = Chunking(logit_softcap, shift, chunk_bytes, accumulate_dtype, vocab_group).checked()
     plan = Plan(resolve_weighting(weighting, tau))

@@ -37,7 +37,7 @@ from rgd.weightings import ERM, Weighting
 from rgd.weightings._base import fields, resolve_weighting
 
 
-class _Signature:
+class InitSignature:
     """The signature of a class, which `__new__` would hide; that of an instance is the one of its call."""
 
     def __get__(self, instance: Any, owner: Any) -> inspect.Signature:
@@ -120,7 +120,7 @@ class RGDLoss(nn.Module):
     # TorchScript compiles properties, and reads annotations of a class but not those in its methods.
     __jit_unused_properties__ = ("weighting", "tau", "backend", "last_weights")
     __jit_ignored_attributes__ = ("tau",)  # it raises where the weighting has none
-    __signature__ = _Signature()
+    __signature__ = InitSignature()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> RGDLoss:
         """Without `base`, an instance of `nn.CrossEntropyLoss` too: some trainers ask for that class."""
@@ -149,8 +149,7 @@ class RGDLoss(nn.Module):
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("per", per, UNITS)
         check_choice("evaluate", evaluate, EVALUATIONS)
-        check_class_weight(weight)
-        check_logit_adjustment(logit_adjustment)
+        weight, logit_adjustment = check_class_weight(weight), check_logit_adjustment(logit_adjustment)
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
         smoothing = check_label_smoothing(label_smoothing)

@@ -23,7 +23,7 @@ from rgd.torch._state import Memory, WeightingState
 from rgd.torch._totals import Advisor
 from rgd.torch._weigher import Plan, Weigher
 from rgd.torch.functional import weighted
-from rgd.torch.loss import state_for, tau_of, with_tau
+from rgd.torch.loss import InitSignature, state_for, tau_of, with_tau
 from rgd.weightings import Weighting
 from rgd.weightings._base import resolve_weighting
 
@@ -113,9 +113,16 @@ class RGD(torch.optim.Optimizer):
     _optimizer_state_dict_post_hooks = cast("Any", _Shared())
     _optimizer_load_state_dict_pre_hooks = cast("Any", _Shared())
     _optimizer_load_state_dict_post_hooks = cast("Any", _Shared())
+    __signature__ = InitSignature()
     # GradScaler leaves these on the optimizer it is given, and a fused step looks for them on its own.
     grad_scale = cast("Any", _Shared())
     found_inf = cast("Any", _Shared())
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> RGD:
+        """Refuse what is no optimizer before Python refuses the settings that belong to one."""
+        if args or "optimizer" in kwargs:
+            _check_optimizer(args[0] if args else kwargs["optimizer"])
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -127,7 +134,6 @@ class RGD(torch.optim.Optimizer):
         process_group: Any = None,
         sync: bool = True,
     ) -> None:
-        _check_optimizer(optimizer)
         weighting = resolve_weighting(weighting, tau)
         sharing = Sync(process_group, sync)
         advisor = Advisor() if warn else None
@@ -414,10 +420,12 @@ class RGD(torch.optim.Optimizer):
 
 def _check_optimizer(optimizer: Any) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
-        given = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
+        is_class = isinstance(optimizer, type)
+        given = f"the class {optimizer.__name__}" if is_class else type(optimizer).__name__
+        kind = optimizer.__name__ if is_class and issubclass(optimizer, torch.optim.Optimizer) else "AdamW"
         raise TypeError(
-            "optimizer must be a torch.optim.Optimizer, such as torch.optim.AdamW(model.parameters()), "
-            f"got {given}"
+            f"optimizer must be a torch.optim.Optimizer, got {given}: give one with its parameters, as in "
+            f"RGD(torch.optim.{kind}(model.parameters(), lr=1e-3))"
         )
     inner: Any = optimizer
     while inner is not None:

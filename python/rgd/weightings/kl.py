@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 import array_api_compat
@@ -47,7 +48,7 @@ class KL(Weighting):
         >>> rgd.KL(tau=-1.0)
         Traceback (most recent call last):
         ...
-        ValueError: tau must be a positive number, got -1.0
+        ValueError: tau must be a positive number, got -1.0: for a negative scale, rgd.KL(scale=-1.0)
 
     References:
         Kumar, Majmundar, Nagaraj, Suggala, "Stochastic Re-weighted Gradient Descent via Distributionally
@@ -73,6 +74,12 @@ class KL(Weighting):
     normalize: bool = False
 
     def __post_init__(self) -> None:
+        tau: Any = self.tau
+        if isinstance(tau, numbers.Real) and not isinstance(tau, bool) and tau < 0 and self.scale is None:
+            raise ValueError(
+                f"tau must be a positive number, got {float(tau)}: for a negative scale, "
+                f"rgd.KL(scale={float(tau)})"
+            )
         super().__post_init__()
         scale: Any = self.scale
         if self.tau is None:  # pyright: ignore[reportUnnecessaryComparison]
