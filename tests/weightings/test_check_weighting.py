@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -451,6 +452,24 @@ def test_without_fronts_those_that_are_installed_are_compared(monkeypatch):
         monkeypatch.setitem(rgd.testing.FRONT_CHECKS, name, lambda subject, name=name: asked.append(name))
     check_weighting(Pointwise())
     assert asked == ["numpy", "torch"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cumulative(rgd.Weighting):
+    power: float = 1.0
+
+    def weights(self, batch):
+        xp = batch.xp
+        mass = xp.cumulative_sum(xp.take(batch.base, xp.argsort(batch.losses), axis=0))
+        return 1 + self.power * batch.losses + 0 * mass
+
+
+def test_a_member_that_passes_says_nothing(capfd):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_weighting(Cumulative(), fronts=["torch"])
+    assert [str(one.message) for one in caught] == []
+    assert capfd.readouterr() == ("", "")
 
 
 def test_an_unknown_front_is_refused():
