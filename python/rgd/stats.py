@@ -55,6 +55,7 @@ class WeightStats:
             a weighting that clips nothing, None where the weighting is not known.
         count: `n`.
         groups: The same for each group, where groups were given.
+        mean_weight: `sum(p * w) / sum(p)`, which acts like a factor of the learning rate.
 
     Of no samples, every share and mean is NaN, as is what a NaN among losses or weights reaches.
 
@@ -75,10 +76,17 @@ class WeightStats:
     clipped_share: float | None
     count: int
     groups: GroupStats | None = None
+    mean_weight: float | None = None
 
     def keys(self) -> list[str]:
         """The names of the statistics, so that `dict(stats)` is all of them."""
         return [field.name for field in dataclasses.fields(self)]
+
+    def remarked(self, sentence: str) -> WeightStats:
+        """The same, whose `advice()` ends with a sentence about what the statistics do not tell."""
+        copy = dataclasses.replace(self)
+        object.__setattr__(copy, "_remark", sentence)
+        return copy
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.keys():
@@ -110,8 +118,9 @@ class WeightStats:
     def advice(self) -> list[str]:
         """What these statistics say about the weighting, in plain sentences; none where nothing stands out.
 
-        Three cases are told: weights that are all but equal, because all losses are clipped or near zero, so
-        that re-weighting cannot matter; and most of the weight on a few samples, which may be wrong labels.
+        These cases are told: weights that are all but equal, because all losses are clipped or near zero, so
+        that re-weighting cannot matter; weights that are all near zero; most of the weight on a few samples,
+        which may be wrong labels; and, of a call of `RGDLoss`, logits that are probabilities.
 
         Example:
             >>> import numpy as np, rgd
@@ -120,25 +129,33 @@ class WeightStats:
             >>> print(*stats.advice())
             All weights are equal: all losses are above the clip (tau). Re-weighting is then only a larger ...
         """
+        remarks = [vars(self)["_remark"]] if "_remark" in vars(self) else []
         if (equal := self.no_effect()) is not None:
-            return [equal]
+            return [equal, *remarks]
         share = quotient(self.effective_sample_size, self.count)
         if self.count >= 20 and share < 0.1:
             return [
                 f"Most of the weight lies on few samples: {self.effective_sample_size:.1f} of {self.count} "
                 "count in effect. If those are wrong labels or outliers (rgd.plot.largest_losses shows "
-                "them), use a smaller tau, rgd.Trimmed, or a negative scale."
+                "them), use a smaller tau, rgd.Trimmed, or a negative scale.",
+                *remarks,
             ]
-        return []
+        return remarks
 
     def no_effect(self) -> str | None:
-        """Why re-weighting cannot matter here, in a sentence; None where it can.
+        """Why re-weighting cannot do its work here, in a sentence; None where it can.
 
         Example:
             >>> import numpy as np, rgd
             >>> rgd.weight_stats(np.zeros(8), np.ones(8), rgd.KL()).no_effect()
             'All weights are equal: the losses are near zero, ...
         """
+        if self.count and self.max_weight < _NEAR_ZERO:
+            return (
+                f"All weights are near zero, the largest is {self.max_weight:.2g}, and so are the steps: the "
+                "losses are large for this scale, as they are from scratch. Turn the scale from 0 to its "
+                "value over the training (WeightingSchedule), or give normalize=True."
+            )
         if self.count < 2 or not self.effective_sample_size / self.count > 0.999:
             return None
         if self.clipped_share is not None and self.clipped_share > 0.999:
@@ -163,6 +180,10 @@ class WeightStats:
             f"ESS {self.effective_sample_size:.4g} ({share:.1%}), KL {self.kl_to_uniform:.3g}, "
             f"max weight {self.max_weight:.4g}{clipped}"
         )
+
+
+# Where the largest weight is below, a step is less than a tenth of a plain one.
+_NEAR_ZERO = 0.1
 
 
 class WeightSums(NamedTuple):
@@ -244,6 +265,7 @@ def stats_from_sums(
         clipped_share=clipped_share,
         count=sums.count,
         groups=groups,
+        mean_weight=quotient(sums.weight, sums.mass),
     )
 
 

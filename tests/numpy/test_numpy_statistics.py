@@ -59,6 +59,7 @@ def test_the_statistics_of_equal_weights():
         max_weight=1.0,
         clipped_share=1 / 3,
         count=3,
+        mean_weight=1.0,
     )
 
 

@@ -329,6 +329,43 @@ def test_advice_tells_when_reweighting_cannot_matter_and_when_few_samples_have_t
     assert advice(np.empty(0), rgd.KL()) == ""
 
 
+def test_advice_tells_of_weights_near_zero_and_of_logits_that_are_probabilities():
+    far = torch.full((8, 4), -9.0)
+    far[:, 3] = 9.0
+    fine_tuning = RGDLoss(weighting=rgd.KL(scale=-1.0), warn=True)
+    with pytest.warns(UserWarning, match="near zero, the largest is 1.5e-08, and so are the steps"):
+        fine_tuning(far.requires_grad_(), torch.zeros(8, dtype=torch.long))
+    assert "normalize=True" in fine_tuning.stats().advice()[0]
+    for given, axis in ((LOGITS, 1), (LOGITS.view(2, 4, 4), 1), (LOGITS[0], 0)):
+        probabilities = torch.softmax(given, axis)
+        target = torch.zeros(given.select(axis, 0).shape, dtype=torch.long)
+        criterion = RGDLoss(warn=True)
+        with pytest.warns(UserWarning, match="call 1: The logits are probabilities: every row sums to one"):
+            criterion(probabilities.requires_grad_(), target)
+        assert "before the model's softmax" in criterion.stats().advice()[-1]
+    plain = RGDLoss(warn=True)
+    plain(LOGITS.clone().requires_grad_(), TARGET)
+    assert plain.stats().advice() == []
+
+
+def test_the_mean_weight_is_a_statistic():
+    criterion = RGDLoss(weighting=rgd.KL(scale=-0.7))
+    logits = LOGITS.clone()
+    criterion(logits, TARGET, sample_weight=torch.arange(8.0))
+    p = torch.arange(8.0)
+    expected = float((p * criterion.last_weights).sum() / p.sum())
+    stats = criterion.stats()
+    assert stats.mean_weight == pytest.approx(expected, rel=1e-6)
+    assert stats.to_dict("rgd/")["rgd/mean_weight"] == stats.mean_weight == stats["mean_weight"]
+    criterion.reset_stats()
+    criterion(logits, TARGET)
+    criterion(2 * logits, TARGET)
+    first = RGDLoss(weighting=rgd.KL(scale=-0.7))
+    first(logits, TARGET)
+    second = criterion.stats().mean_weight
+    assert criterion.stats(total=True).mean_weight == pytest.approx((first.stats().mean_weight + second) / 2)
+
+
 def test_a_class_out_of_range_is_told_the_last_one_there_is():
     with pytest.raises(
         IndexError, match=r"target 4 at position \[0\] .* give a class from 0 to 3, or name 4"

@@ -197,7 +197,7 @@ def test_weight_stats_of_an_integer_mass_are_those_of_the_samples_repeated():
     )
     weighted = reference.weight_stats(losses, weights, KL(2.0), sample_weight=times)
     repeated = reference.weight_stats(np.repeat(losses, times), np.repeat(weights, times), KL(2.0))
-    for name in ("mean_loss", "objective", "kl_to_uniform", "max_weight", "clipped_share"):
+    for name in ("mean_loss", "objective", "kl_to_uniform", "max_weight", "clipped_share", "mean_weight"):
         assert getattr(weighted, name) == pytest.approx(getattr(repeated, name), rel=16 * EPS)
     # Three samples have mass, which are six repeated.
     assert (weighted.count, repeated.count) == (3, 6)

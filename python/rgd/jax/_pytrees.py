@@ -80,6 +80,7 @@ jax.tree_util.register_dataclass(
         "clipped_share",
         "count",
         "groups",
+        "mean_weight",
     ],
     meta_fields=[],
 )

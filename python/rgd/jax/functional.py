@@ -370,6 +370,7 @@ def weight_stats(
         "max_weight": jnp.where(count > 0, largest, jnp.nan),
         "clipped_share": None,
         "count": count,
+        "mean_weight": weight_sum / mass,
     }
     if weighting is not None:
         clip: Any = as_constants(resolve_weighting(weighting), loss.dtype).clip

@@ -73,6 +73,7 @@ def weight_stats(
             max_weight=float(np.max(w)) if count else math.nan,
             clipped_share=clipped,
             count=count,
+            mean_weight=quotient(weight, mass),
             groups=None if group is None else _group_stats(losses, w, p, group[part]),
         )
 

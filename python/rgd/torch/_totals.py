@@ -76,6 +76,20 @@ def _merged(one: list[float], other: list[float]) -> list[float]:
     return merged
 
 
+def remark_on(logits: Tensor | None) -> str | None:
+    """What is wrong with logits that are probabilities, in a sentence; waits for their device."""
+    if logits is None or not logits.numel() or not logits.is_floating_point():
+        return None
+    rows = logits.detach().movedim(1 if logits.dim() > 1 else 0, -1).float()
+    total = (rows.sum(-1) - 1).abs()
+    if rows.shape[-1] < 2 or not bool((rows >= 0).all() and (total < 1e-3).all()):
+        return None
+    return (
+        "The logits are probabilities: every row sums to one. The loss takes a softmax itself, so give what "
+        "comes before the model's softmax."
+    )
+
+
 class Advisor:
     """Warns once where re-weighting cannot matter. It looks at the calls 1, 2, 4, 8 and so on."""
 
@@ -83,16 +97,16 @@ class Advisor:
         self.calls = 0
         self.has_warned = False
 
-    def look(self, record: Record, weighting: Weighting) -> None:
-        """Count a call, and look at its statistics if it is one of those."""
+    def look(self, record: Record, weighting: Weighting, logits: Tensor | None = None) -> None:
+        """Count a call, and look at its statistics, and at its logits, if it is one of those."""
         with one_at_a_time():
-            self._look(record, weighting)
+            self._look(record, weighting, logits)
 
-    def _look(self, record: Record, weighting: Weighting) -> None:
+    def _look(self, record: Record, weighting: Weighting, logits: Tensor | None) -> None:
         self.calls += 1
         if self.has_warned or self.calls & (self.calls - 1):
             return
-        sentence = record.stats(weighting).no_effect()
+        sentence = remark_on(logits) or record.stats(weighting).no_effect()
         if sentence is not None:
             self.has_warned = True
             warnings.warn(f"call {self.calls}: {sentence}", UserWarning, stacklevel=4)

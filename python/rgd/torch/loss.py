@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import numbers
+import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -28,7 +29,7 @@ from rgd.torch._distributed import Sync
 from rgd.torch._modes import evaluates, is_exporting, recomputes
 from rgd.torch._record import Record
 from rgd.torch._state import Memory, WeightingState
-from rgd.torch._totals import Advisor, Totals
+from rgd.torch._totals import Advisor, Totals, remark_on
 from rgd.torch._weigher import Plan, Weigher
 from rgd.torch.backends._options import Options
 from rgd.torch.backends._registry import in_transform
@@ -183,6 +184,7 @@ class RGDLoss(nn.Module):
         self._sync = Sync(process_group, sync)
         self.weighting = resolve_weighting(weighting, tau)
         self._record: Record | None = None
+        self._logits: weakref.ref[Tensor] | None = None
         self._totals: Totals | None = None
         self._advisor = Advisor() if warn else None
 
@@ -287,7 +289,7 @@ class RGDLoss(nn.Module):
             objective, record = weighted(losses, weigher, self.reduction, self.per, where, sample_weight)
             record = None if record is None else record.guarded()
         if plan is not _PLAIN:
-            self._keep(record)
+            self._keep(record, losses if self.base is None else None)
         return objective
 
     def _part_of(self, *trained: Tensor | None) -> tuple[Plan, WeightingState | None, Sync]:
@@ -301,7 +303,7 @@ class RGDLoss(nn.Module):
                     return _PLAIN, None, _ALONE
         return self._plan, self.weighting_state, self._sync
 
-    def _keep(self, record: Record | None) -> None:
+    def _keep(self, record: Record | None, logits: Tensor | None = None) -> None:
         """Keep what a call leaves behind: its record, and in training its part of the totals."""
         if recomputes():  # the call that is repeated has left it behind
             return
@@ -314,7 +316,9 @@ class RGDLoss(nn.Module):
             if self._totals is not None:
                 self._totals.add(record, self.weighting)
             if self._advisor is not None and not torch.compiler.is_compiling():
-                self._advisor.look(record, self.weighting)
+                self._advisor.look(record, self.weighting, logits)
+        if logits is not None and not torch.compiler.is_compiling():
+            object.__setattr__(self, "_logits", weakref.ref(logits))
 
     def _trains(self) -> bool:
         """Whether a weighted call moves the state and counts in the totals."""
@@ -377,7 +381,9 @@ class RGDLoss(nn.Module):
         record = self._record
         per = "sample" if record.weights.dim() < record.losses.dim() else "element"
         groups = check_groups(groups, record.losses.shape, record.losses.device, per)
-        return record.stats(self.weighting, groups, self._sync.group() if sync else None)
+        stats = record.stats(self.weighting, groups, self._sync.group() if sync else None)
+        remark = None if self._logits is None else remark_on(self._logits())
+        return stats if remark is None else stats.remarked(remark)
 
     def reset_stats(self) -> None:
         """Let `stats(total=True)` begin anew. From the first time on, each call in training adds its sums.
@@ -425,7 +431,7 @@ class RGDLoss(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what calls have left behind."""
         advisor = None if self._advisor is None else Advisor()
-        return {**self.__dict__, "_record": None, "_totals": None, "_advisor": advisor}
+        return {**self.__dict__, "_record": None, "_logits": None, "_totals": None, "_advisor": advisor}
 
 
 def state_for(
