@@ -36,6 +36,19 @@ class UnheardOfOutput:
     logits: torch.Tensor
 
 
+@dataclasses.dataclass
+class MoeCausalLMOutputWithPast:
+    logits: torch.Tensor
+    aux_loss: torch.Tensor | None = None
+
+
+@dataclasses.dataclass
+class Seq2SeqMoEOutput:
+    logits: torch.Tensor
+    encoder_z_loss: torch.Tensor | None = None
+    decoder_aux_loss: torch.Tensor | None = None
+
+
 def tokens(rows=4, length=6, dtype=torch.float64):
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(rows, length, CLASSES, generator=generator, dtype=dtype) * 2
@@ -246,6 +259,110 @@ def test_a_schedule_sets_the_weighting_of_the_function_and_keeps_its_state():
         torch.testing.assert_close(loss, composed(logits, labels, items=items), rtol=1e-12, atol=0)
 
 
+def test_a_stateful_weighting_that_is_set_later_has_one_state():
+    loss_func = rgd_loss_func(tau=1.0)
+    weighting = rgd.MovingAverage(rgd.KL(2.0), 0.7)
+    loss_func.weighting = weighting
+    logits, labels = tokens()
+    state, count = weighting.init(), (labels != -100).sum()
+    for step, items in enumerate([None, 40, None, 40]):
+        scaled = logits.detach() * (1 + step)
+        loss = loss_func(TokenClassifierOutput(scaled), labels, num_items_in_batch=items)
+        expected, state = reference.cross_entropy(
+            scaled.movedim(-1, 1).numpy(),
+            labels.numpy(),
+            weighting=weighting,
+            reduction="sum",
+            state=state,
+        )
+        assert loss.item() == pytest.approx(expected / float(count if items is None else items), rel=1e-12)
+    assert int(loss_func.criterion.weighting_state.updates) == 4
+
+
+# --- mixtures of experts ---
+
+
+@pytest.mark.parametrize("wrap", [MoeCausalLMOutputWithPast, lambda x, aux: {"logits": x, "aux_loss": aux}])
+@pytest.mark.parametrize("items", [None, 40])
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_auxiliary_loss_is_added_neither_weighted_nor_divided(wrap, items, trains):
+    logits, labels = tokens()
+    auxiliary = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    settings = {"shift_labels": False}
+    with torch.set_grad_enabled(trains):
+        alone = rgd_loss_func(**settings)((logits,), labels, num_items_in_batch=items)
+        loss = rgd_loss_func(aux_loss_coef=0.25, **settings)(wrap(logits, auxiliary), labels, items)
+        without = rgd_loss_func(aux_loss_coef=0, **settings)(wrap(logits, auxiliary), labels, items)
+    torch.testing.assert_close(loss, alone + 0.75, rtol=1e-15, atol=0)
+    assert torch.equal(without, alone)
+    if trains:
+        loss.backward()
+        assert auxiliary.grad == 0.25
+
+
+def test_an_auxiliary_loss_without_a_coefficient_is_refused():
+    logits, labels = tokens()
+    outputs = MoeCausalLMOutputWithPast(logits, torch.tensor(3.0))
+    with pytest.raises(ValueError, match=r"aux_loss_coef=model\.config\.router_aux_loss_coef"):
+        rgd_loss_func()(outputs, labels)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"model\.config\.router_aux_loss_coef"):
+        rgd_loss_func()(outputs, labels)
+    rgd_loss_func()(MoeCausalLMOutputWithPast(logits), labels)  # no router logits were asked for
+
+
+def test_a_coefficient_without_an_auxiliary_loss_is_refused():
+    logits, labels = tokens()
+    with pytest.raises(ValueError, match="output_router_logits = True"):
+        rgd_loss_func(aux_loss_coef=0.1)(CausalLMOutputWithPast(logits), labels)
+
+
+@pytest.mark.parametrize("name", ["encoder_z_loss", "decoder_aux_loss"])
+def test_router_losses_of_encoder_and_decoder_are_refused(name):
+    logits, labels = tokens()
+    outputs = Seq2SeqMoEOutput(logits, **{name: torch.tensor(3.0)})
+    with pytest.raises(ValueError, match=f"hold {name}.*output_router_logits = False"):
+        rgd_loss_func(shift_labels=False, aux_loss_coef=0.1)(outputs, labels)
+    rgd_loss_func(shift_labels=False)(Seq2SeqMoEOutput(logits), labels)
+
+
+# --- packed rows ---
+
+
+def packed(*texts):
+    """Labels as `DataCollatorWithFlattening` makes them: texts in one row, the first label of each masked."""
+    return torch.tensor([[label for text in texts for label in (-100, *text[1:])]])
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_by_sample_a_row_of_several_texts_is_refused_in_training(trains):
+    labels = packed([1, 2, 3], [4, 5], [6, 0, 1])
+    outputs = CausalLMOutputWithPast(torch.zeros(1, 8, CLASSES, dtype=torch.float64))
+    with torch.set_grad_enabled(trains):
+        plain = rgd_loss_func(weighting=rgd.ERM())(outputs, labels)
+        loss_func = rgd_loss_func(per="sample")
+        if trains:
+            with pytest.raises(ValueError, match=r'DataCollatorWithFlattening.*use per="element"'):
+                loss_func(outputs, labels)
+        else:
+            assert torch.equal(loss_func(outputs, labels), plain)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        packed([1, 2, 3, 4, 5, 6, 0, 1]),  # one text
+        packed([1, 2, 3], [4, 5], [6, 0, 1]).expand(2, -1),  # rows of their own
+        torch.tensor([[-100, -100, 2, 3, -100, -100, 4, 5]]),  # two turns of a conversation
+        torch.tensor([[1, 2, 3, -100, 4, 5, -100, -100]]),
+    ],
+    ids=str,
+)
+def test_by_sample_other_rows_are_weighed(labels):
+    logits = torch.randn(*labels.shape, CLASSES, dtype=torch.float64, requires_grad=True)
+    loss = rgd_loss_func(per="sample")(TokenClassifierOutput(logits), labels)
+    assert_same(loss, composed(logits, labels, "sample"), logits)
+
+
 # --- kinds of problems ---
 
 
@@ -305,14 +422,15 @@ def test_a_base_with_class_indices_is_left_alone():
 
 
 @pytest.mark.parametrize("items", [None, 40])
-def test_where_gradients_are_off_the_loss_is_plain_and_leaves_nothing_behind(items):
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_loss_is_plain_and_leaves_nothing_behind(items, off):
     logits, labels = tokens()
     outputs = TokenClassifierOutput(logits)
     loss_func = rgd_loss_func(rgd.MovingAverage(rgd.KL(2.0), 0.7))
     loss_func(outputs, labels)
     before, again = loss_func.stats(), copy.deepcopy(loss_func)
     other = TokenClassifierOutput(2 * logits)
-    with torch.no_grad():
+    with off():
         loss = loss_func(other, labels, num_items_in_batch=items)
     plain = F.cross_entropy(2 * logits.transpose(1, 2), labels, reduction="sum").detach()
     torch.testing.assert_close(loss, plain / (items or (labels != -100).sum()), rtol=1e-12, atol=0)
@@ -320,11 +438,29 @@ def test_where_gradients_are_off_the_loss_is_plain_and_leaves_nothing_behind(ite
     assert torch.equal(loss_func(other, labels), again(other, labels))
 
 
-def test_evaluate_weighted_keeps_the_weights():
+def test_evaluate_weighted_keeps_the_weights_and_moves_no_state():
     logits, labels = tokens()
+    outputs = TokenClassifierOutput(logits)
     with torch.no_grad():
-        loss = rgd_loss_func(evaluate="weighted")(TokenClassifierOutput(logits), labels)
+        loss = rgd_loss_func(evaluate="weighted")(outputs, labels)
     torch.testing.assert_close(loss, composed(logits, labels).detach(), rtol=1e-12, atol=0)
+    loss_func = rgd_loss_func(rgd.MovingAverage(rgd.KL(2.0), 0.7), evaluate="weighted")
+    loss_func(outputs, labels)
+    again = copy.deepcopy(loss_func)
+    with torch.no_grad():
+        loss_func(TokenClassifierOutput(2 * logits), labels)
+    assert torch.equal(loss_func(outputs, labels), again(outputs, labels))
+
+
+def test_the_first_pass_of_a_reentrant_checkpoint_is_training():
+    logits, labels = tokens()
+    loss_func = rgd_loss_func(tau=2.0)
+
+    def loss(logits):
+        return loss_func(TokenClassifierOutput(logits), labels)
+
+    repeated = torch.utils.checkpoint.checkpoint(loss, logits, use_reentrant=True)
+    torch.testing.assert_close(repeated, composed(logits, labels, tau=2.0), rtol=1e-12, atol=0)
 
 
 def test_repr_names_the_weighting():
@@ -390,6 +526,10 @@ def test_float_labels_without_base_are_refused():
         ({"problem_type": "regression", "base": nn.MSELoss(reduction="none")}, ValueError),
         ({"problem_type": "regression", "label_smoothing": 0.1}, ValueError),
         ({"evaluate": "never"}, ValueError),
+        ({"aux_loss_coef": -0.1}, ValueError),
+        ({"aux_loss_coef": math.nan}, ValueError),
+        ({"aux_loss_coef": "0.1"}, TypeError),
+        ({"aux_loss_coef": True}, TypeError),
     ],
     ids=str,
 )

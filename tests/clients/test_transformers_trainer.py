@@ -67,6 +67,24 @@ def make_causal(transformers):
     return transformers.GPT2LMHeadModel(config)
 
 
+def make_mixture(transformers):
+    config = transformers.MixtralConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=16,
+        num_local_experts=4,
+        output_router_logits=True,
+        router_aux_loss_coef=0.3,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    return transformers.MixtralForCausalLM(config)
+
+
 def classification_rows(count=32):
     """The label is the first token modulo 3."""
     generator = torch.Generator().manual_seed(5)
@@ -85,14 +103,15 @@ def causal_rows(count=32, length=10):
     return Rows(rows)
 
 
-def trained(transformers, model, rows, loss_func, callbacks=(), **settings):
+def trained(  # noqa: PLR0917
+    transformers, model, rows, loss_func, callbacks=(), data_collator=None, trains=True, **settings
+):
     defaults = {"max_steps": 4, "learning_rate": 1e-2, "optim": "sgd", "max_grad_norm": 0.0}
-    defaults["logging_strategy"] = "no"
+    defaults |= {"logging_strategy": "no", "report_to": []}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the trainer's own dependencies warn of
         arguments = transformers.TrainingArguments(
             lr_scheduler_type="constant",
-            report_to=[],
             save_strategy="no",
             disable_tqdm=True,
             use_cpu=True,
@@ -101,9 +120,15 @@ def trained(transformers, model, rows, loss_func, callbacks=(), **settings):
             **{**defaults, **settings},
         )
         trainer = transformers.Trainer(
-            model, arguments, train_dataset=rows, compute_loss_func=loss_func, callbacks=list(callbacks)
+            model,
+            arguments,
+            data_collator,
+            train_dataset=rows,
+            compute_loss_func=loss_func,
+            callbacks=list(callbacks),
         )
-        trainer.train()
+        if trains:
+            trainer.train()
     return trainer
 
 
@@ -189,6 +214,54 @@ def test_trainer_accumulating_gradients_equals_the_large_batch(transformers, tmp
         results.append(list(trainer.model.parameters()))
     for p, q in zip(*results, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("items", [None, 30])
+def test_the_loss_of_a_mixture_of_experts_is_the_models_own(transformers, items, trains):
+    model = make_mixture(transformers).train(trains)
+    rows = causal_rows(4).rows
+    ids, labels = (torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels"))
+    loss_func = rgd_loss_func(weighting=rgd.ERM(), aux_loss_coef=model.config.router_aux_loss_coef)
+    with torch.set_grad_enabled(trains):
+        own = model(input_ids=ids, labels=labels, num_items_in_batch=items).loss
+        outputs = model(input_ids=ids)
+        loss = loss_func(outputs, labels, num_items_in_batch=items)
+    count = int((labels[:, 1:] != -100).sum())
+    torch.testing.assert_close(loss, own, rtol=count * torch.finfo(torch.float32).eps, atol=0)
+    assert outputs.aux_loss.item() > 0.1
+
+
+def test_trainer_adds_the_auxiliary_loss_as_the_model_does(transformers, tmp_path):
+    results = []
+    for loss_func in (rgd_loss_func(weighting=rgd.ERM(), aux_loss_coef=0.3), None):
+        trainer = trained(
+            transformers,
+            make_mixture(transformers),
+            causal_rows(),
+            loss_func,
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+        )
+        results.append(list(trainer.model.parameters()))
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_trainer_with_packed_rows_is_refused_by_sample(transformers, tmp_path):
+    def train():
+        trained(
+            transformers,
+            make_causal(transformers),
+            Rows([{"input_ids": row["input_ids"]} for row in causal_rows().rows]),
+            rgd_loss_func(per="sample"),
+            output_dir=str(tmp_path),
+            data_collator=transformers.DataCollatorWithFlattening(),
+        )
+
+    with pytest.raises(ValueError, match=r'several sequences.*per="element"'):
+        train()
 
 
 def test_trainer_evaluates_with_the_plain_loss(transformers, tmp_path):

@@ -8,6 +8,7 @@ labels not ignored.
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
@@ -16,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rgd.integrations._inputs import refuse_flattened_labels
 from rgd.integrations._linear_head import LinearRGD, use_linear_rgd
 from rgd.stats import WeightStats
 from rgd.torch._checks import check_choice
+from rgd.torch._modes import evaluates
 from rgd.torch.loss import RGDLoss
-from rgd.weightings import ERM, Weighting
+from rgd.weightings import Weighting
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -84,6 +87,7 @@ def rgd_loss_func(
     base: Callable[..., Tensor] | None = None,
     problem_type: str | None = None,
     evaluate: str = "plain",
+    aux_loss_coef: float | None = None,
 ) -> RGDLossFunc:
     """A loss for `Trainer(compute_loss_func=...)`: cross-entropy re-weighted towards hard tokens or rows.
 
@@ -92,17 +96,22 @@ def rgd_loss_func(
     accumulation and data parallelism change nothing. Weights that depend on the batch are taken over the
     micro-batch, of all processes together.
 
-    The `Trainer` calls the function for its evaluation loss too, where gradients are off: that is the plain,
-    unweighted loss, so that `load_best_model_at_end` and early stopping compare what they should.
+    The `Trainer` calls the function for its evaluation loss too, under `torch.no_grad()`: that is the plain,
+    unweighted loss, so that `load_best_model_at_end` and early stopping compare what they should. Such a call
+    moves no state and leaves `stats()` as it was.
 
-    It is given logits. For a causal language model, `use_linear_rgd` computes the same without them, in a
-    fraction of the memory.
+    The `Trainer` hands the function the model's outputs and the labels, and nothing else of the batch: a
+    column such as `sample_weight` does not reach it. It is given logits. For a causal language model,
+    `use_linear_rgd` computes the same without them, in a fraction of the memory.
 
     Args:
         weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
         tau: Short for `weighting=KL(tau)`.
         per: "element" weights each label (a token) by its own loss; "sample" weights all labels of a row (a
-            sequence) by their mean loss. The two are the same where a row has one label.
+            sequence) by their mean loss. The two are the same where a row has one label. "sample" needs one
+            sequence a row. The function sees no `position_ids`, so it cannot know every packed row: it
+            refuses a batch of one row whose labels are as `DataCollatorWithFlattening` makes them of whole
+            texts, and takes any other row for one sequence. `use_linear_rgd` sees them.
         weight: Class weights, shape (C,).
         ignore_index: The label that pads: it counts for nothing. The `Trainer` counts with -100.
         label_smoothing: In [0, 1]; `TrainingArguments.label_smoothing_factor` is not heard by a
@@ -117,7 +126,12 @@ def rgd_loss_func(
         problem_type: As in a model's configuration: "regression" is short for
             `base=nn.MSELoss(reduction="none")`, "multi_label_classification" for
             `base=nn.BCEWithLogitsLoss(reduction="none")`; "single_label_classification" is cross-entropy.
-        evaluate: "plain" leaves losses unweighted where gradients are off; "weighted" weights them there too.
+        evaluate: "plain" leaves losses unweighted under `torch.no_grad()` and in inference mode; "weighted"
+            weights them there too.
+        aux_loss_coef: What the auxiliary loss of a mixture of experts is multiplied by: `outputs.aux_loss`,
+            which is there with `output_router_logits=True`. The model adds it to its own loss, so give
+            `model.config.router_aux_loss_coef`, and 0 to leave it out. It is added as it is: neither
+            weighted nor divided by the number of items.
 
     Returns:
         A function of `(outputs, labels, num_items_in_batch=None)` that returns a scalar; `stats()` describes
@@ -151,23 +165,13 @@ def rgd_loss_func(
             raise ValueError(f"base and problem_type={problem_type!r} both name the loss: give one of them")
         if problem_type in _PROBLEM_BASES:
             base = _PROBLEM_BASES[problem_type](reduction="none")
-    settings: dict[str, Any] = {
-        "weight": weight,
-        "ignore_index": ignore_index,
-        "label_smoothing": label_smoothing,
-        "base": base,
-        "per": per,
-    }
-
-    def pair(**weights: Any) -> _Pair:
-        losses = [RGDLoss(reduction=reduction, **settings, **weights) for reduction in ("sum", "mean")]
-        for loss in losses:
-            if base is not None:
-                loss.base = _FittedBase(base)
-        return _Pair(*losses)
-
-    weighted = pair(tau=tau, weighting=weighting)
-    return RGDLossFunc(weighted, pair(weighting=ERM()) if evaluate == "plain" else None, shift_labels)
+    criterion = RGDLoss(
+        weight, ignore_index=ignore_index, label_smoothing=label_smoothing, tau=tau, weighting=weighting,
+        base=base, per=per, evaluate=evaluate,
+    )  # fmt: skip
+    if base is not None:
+        criterion.base = _FittedBase(base)
+    return RGDLossFunc(criterion, shift_labels, _check_coefficient(aux_loss_coef))
 
 
 class _FittedBase(nn.Module):
@@ -200,30 +204,21 @@ class _FittedBase(nn.Module):
         return losses
 
 
-class _Pair:
-    """A loss that sums, for when the number of items is given, and the same that averages, for when not."""
-
-    def __init__(self, total: RGDLoss, mean: RGDLoss) -> None:
-        self.total = total
-        self.mean = mean
-        # One state, whichever of the two is called.
-        self.total.weighting_state = self.mean.weighting_state
-
-
 class RGDLossFunc:
     """What `rgd_loss_func` returns; see there.
 
     Args:
-        weighted: The re-weighted loss, summed and averaged.
-        plain: The unweighted one, for where gradients are off; None to weight there too.
+        criterion: The re-weighted loss.
         shift_labels: Whether labels are shifted; None to decide by the model's output.
+        aux_loss_coef: What the auxiliary loss of a mixture of experts is multiplied by.
     """
 
-    def __init__(self, weighted: _Pair, plain: _Pair | None, shift_labels: bool | None) -> None:
-        self._weighted = weighted
-        self._plain = plain
+    def __init__(
+        self, criterion: RGDLoss, shift_labels: bool | None = None, aux_loss_coef: float | None = None
+    ) -> None:
+        self.criterion = criterion
         self._shift_labels = shift_labels
-        self._last = weighted.mean
+        self._aux_loss_coef = aux_loss_coef
 
     def __call__(
         self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
@@ -239,55 +234,73 @@ class RGDLossFunc:
             A scalar, float32 for logits of half precision.
 
         Raises:
-            ValueError: If there are no labels or no logits, if their shapes do not fit, or if the outputs do
-                not tell whether labels have to be shifted.
+            ValueError: If there are no labels or no logits, if their shapes do not fit, if the outputs do
+                not tell whether labels have to be shifted, if they hold an auxiliary loss without a
+                coefficient for it, or if `per="sample"` meets a packed row.
         """
         _refuse_question_answering(outputs)
         if labels is None:
             raise ValueError(
                 "labels is None: the Trainer found no column of that name in the batch, so name it 'labels'"
             )
+        auxiliary = self._auxiliary(outputs)
+        criterion = self.criterion
+        criterion.training = not evaluates()
+        if criterion.per == "sample" and (criterion.training or criterion.evaluate == "weighted"):
+            refuse_flattened_labels(labels, criterion.ignore_index)
         logits = _logits(outputs)
         # As the models' own losses do: the division by num_items_in_batch happens after the sum.
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         labels = labels.to(logits.device)
         if self._shifts(outputs, logits, labels):
-            labels = F.pad(labels[..., 1:], (0, 1), value=self._last.ignore_index)
-        evaluates = self._plain is not None and not torch.is_grad_enabled()
-        pair = self._plain if self._plain is not None and evaluates else self._weighted
-        criterion = pair.mean if num_items_in_batch is None else pair.total
-        if not evaluates:
-            self._last = criterion
+            labels = F.pad(labels[..., 1:], (0, 1), value=criterion.ignore_index)
+        criterion.reduction = "mean" if num_items_in_batch is None else "sum"
         if criterion.weight is not None:
             criterion.to(logits.device)
         if criterion.base is None:
             logits, labels = self._fit(logits, labels)
         loss = criterion(logits, labels)
-        if num_items_in_batch is None:
-            return loss
-        if isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = num_items_in_batch.to(loss.device)
-        return loss / num_items_in_batch
+        if num_items_in_batch is not None:
+            if isinstance(num_items_in_batch, Tensor):
+                num_items_in_batch = num_items_in_batch.to(loss.device)
+            loss = loss / num_items_in_batch
+        return loss if auxiliary is None else loss + auxiliary.to(loss.device)
 
     @property
     def weighting(self) -> Weighting:
         """What turns losses into weights; another may be set between steps, as `WeightingSchedule` does."""
-        return self._weighted.mean.weighting
+        return self.criterion.weighting
 
     @weighting.setter
     def weighting(self, weighting: Weighting) -> None:
-        self._weighted.mean.weighting = weighting
-        self._weighted.total.weighting = weighting
-        self._weighted.total.weighting_state = self._weighted.mean.weighting_state
+        self.criterion.weighting = weighting
 
     def stats(self) -> WeightStats:
         """What the weights of the last weighted call were like, as `RGDLoss.stats()` tells."""
-        return self._last.stats()
+        return self.criterion.stats()
 
     def __repr__(self) -> str:
-        evaluate = "weighted" if self._plain is None else "plain"
-        settings = f"shift_labels={self._shift_labels}, evaluate={evaluate!r}"
-        return f"rgd_loss_func({self._weighted.mean.extra_repr()}, {settings})"
+        settings = f"shift_labels={self._shift_labels}, aux_loss_coef={self._aux_loss_coef}"
+        return f"rgd_loss_func({self.criterion.extra_repr()}, {settings})"
+
+    def _auxiliary(self, outputs: Any) -> Tensor | None:
+        """What the auxiliary loss of a mixture of experts adds, as the model adds it to its own loss."""
+        _refuse_router_losses(outputs)
+        found = _entry(outputs, "aux_loss")
+        if found is None:
+            if self._aux_loss_coef:
+                raise ValueError(
+                    f"aux_loss_coef={self._aux_loss_coef} was given, and the model's outputs hold no "
+                    "aux_loss: set model.config.output_router_logits = True, or leave aux_loss_coef out"
+                )
+            return None
+        if self._aux_loss_coef is None:
+            raise ValueError(
+                "the model's outputs hold the auxiliary loss of a mixture of experts, aux_loss, which the "
+                "model would add to its own loss: give rgd_loss_func("
+                "aux_loss_coef=model.config.router_aux_loss_coef), or 0 to leave it out"
+            )
+        return self._aux_loss_coef * found if self._aux_loss_coef else None
 
     def _shifts(self, outputs: Any, logits: Tensor, labels: Tensor) -> bool:
         if self._shift_labels is not None:
@@ -318,7 +331,7 @@ class RGDLossFunc:
                 f"{tuple(logits.shape[:-1])}, got {tuple(labels.shape)}; for a model whose loss is of "
                 "another kind give rgd_loss_func(base=...)"
             )
-        if self._last.per == "sample" and labels.dim() > 1:
+        if self.criterion.per == "sample" and labels.dim() > 1:
             return logits.movedim(-1, 1), labels
         return logits.flatten(0, -2), labels.flatten()
 
@@ -399,9 +412,25 @@ class RGDStatsCallback(TrainerCallback):
             state.log_history[-1].update(numbers)
 
 
+def _check_coefficient(coefficient: Any) -> float | None:
+    if coefficient is None:
+        return None
+    if isinstance(coefficient, bool) or not isinstance(coefficient, (int, float)):
+        raise TypeError(f"aux_loss_coef must be a number, got {coefficient!r}")
+    if not (math.isfinite(coefficient) and coefficient >= 0):
+        raise ValueError(f"aux_loss_coef must be finite and at least 0, got {coefficient}")
+    return float(coefficient)
+
+
+def _entry(outputs: Any, name: str) -> Any:
+    """An entry of a model's outputs; None where there is none."""
+    if isinstance(outputs, Mapping):
+        return cast("Mapping[str, Any]", outputs).get(name)
+    return getattr(outputs, name, None)
+
+
 def _refuse_question_answering(outputs: Any) -> None:
-    keys = cast("Mapping[str, Any]", outputs) if isinstance(outputs, Mapping) else dir(outputs)
-    if "start_logits" in keys and "logits" not in keys:
+    if _entry(outputs, "start_logits") is not None and _entry(outputs, "logits") is None:
         raise ValueError(
             "the model's outputs hold no logits but start_logits: rgd_loss_func does not serve question "
             "answering, where an example has two losses, of its start and of its end. Subclass the Trainer: "
@@ -410,14 +439,22 @@ def _refuse_question_answering(outputs: Any) -> None:
         )
 
 
+def _refuse_router_losses(outputs: Any) -> None:
+    """Refuse losses of routers that have other names and coefficients than `aux_loss`."""
+    for name in ("encoder_aux_loss", "decoder_aux_loss", "encoder_z_loss", "decoder_z_loss"):
+        if _entry(outputs, name) is not None:
+            raise ValueError(
+                f"the model's outputs hold {name}, which the model would add to its own loss and "
+                "rgd_loss_func does not: set model.config.output_router_logits = False to train without it, "
+                "or subclass the Trainer and add it in compute_loss"
+            )
+
+
 def _logits(outputs: Any) -> Tensor:
     kind = type(outputs).__name__
-    if isinstance(outputs, Mapping):
-        logits: Any = cast("Mapping[str, Any]", outputs).get("logits")
-    elif isinstance(outputs, tuple):
+    logits = _entry(outputs, "logits")
+    if isinstance(outputs, tuple):
         logits = next(iter(cast("tuple[Any, ...]", outputs)), None)
-    else:
-        logits = getattr(outputs, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() == 0:
         raise ValueError(
             f"the model's outputs, a {kind}, hold no logits: rgd_loss_func re-weights the cross-entropy of "

@@ -1,0 +1,144 @@
+"""What a batch must not hold: a keyword that nobody reads; for `per="sample"`, several sequences in a row."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# What the losses of `rgd.torch` take beside logits and labels.
+_OF_THE_LOSS = ("where", "sample_weight", "groups", "segments")
+# What the decorators and the loss of a model of transformers take out of its keyword arguments.
+_OF_TRANSFORMERS = ("num_items_in_batch", "shift_labels", "ignore_index", "return_dict", "fused_lm_head")
+
+_PACKED = (
+    'per="sample" weights a row by its mean loss, and a row of this batch holds several sequences ({found}), '
+    'which would share one weight: give each sequence a row of its own, with padding, or use per="element"'
+)
+
+
+def refuse_settings_of_the_loss(batch: Mapping[str, Any], who: str) -> None:
+    """Refuse a batch with what `RGDLoss` would weigh by, where only the model would get it, and ignore it."""
+    for name in _OF_THE_LOSS:
+        if batch.get(name) is not None:
+            raise TypeError(
+                f"{who} does not take {name}=, and the model would ignore it: leave it out of the batch "
+                "(rgd.torch.cross_entropy and linear_cross_entropy take where, sample_weight and groups)"
+            )
+
+
+def refuse_unknown(model: Any, known: frozenset[str], kwargs: Mapping[str, Any], who: str) -> None:
+    """Refuse a keyword that no part of a model takes: its `**kwargs` would swallow it.
+
+    Args:
+        model: A model of transformers.
+        known: What `keywords_of` says of it.
+        kwargs: Those of a call with labels.
+        who: What to call the caller in the message.
+    """
+    unknown = [name for name, value in kwargs.items() if value is not None and name not in known]
+    if not unknown:
+        return
+    refuse_settings_of_the_loss({name: kwargs[name] for name in unknown}, who)
+    inner = set(_keywords_within(model))
+    for name in unknown:
+        if name not in inner and name not in _OF_THE_LOSS:
+            raise TypeError(
+                f"{name}= is no argument of {type(model).__name__} nor of its layers, and {who} does not "
+                "take it: it would be ignored, so leave it out"
+            )
+
+
+def keywords_of(forward: Any) -> frozenset[str]:
+    """What a model of transformers takes by name: its forward's arguments, and those of all models."""
+    utils = importlib.import_module("transformers.utils")
+    shared = getattr(getattr(utils, "TransformersKwargs", None), "__annotations__", {})
+    return frozenset((*_named(forward), *shared, *_OF_TRANSFORMERS))
+
+
+def _keywords_within(model: Any) -> Iterator[str]:
+    """What the layers of a model, and the function that computes its attention, take by name."""
+    for kind in {type(module) for module in model.modules()}:
+        yield from _named(kind.forward)
+    functions = getattr(importlib.import_module("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", {})
+    implementation = getattr(model.config, "_attn_implementation", None)
+    if implementation in functions:
+        yield from _named(functions[implementation])
+
+
+def _named(function: Any) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+
+
+def refuse_packed_rows(batch: Mapping[str, Any], labels: Tensor, shift: bool, ignore_index: int) -> None:
+    """Refuse a batch in which a row has labels of several sequences.
+
+    Args:
+        batch: What the model is called with.
+        labels: Shape (B, T).
+        shift: Whether position `t` predicts label `t + 1`, so that the first label of a row is not used.
+        ignore_index: The label that counts for nothing.
+    """
+    kept = labels != ignore_index
+    for found, segments in _segments(batch, labels):
+        numbers = segments.to(labels.device).expand(labels.shape)[:, shift:]
+        used = kept[:, shift:]
+        if numbers.shape[1] == 0:
+            return
+        outside = torch.iinfo(numbers.dtype)
+        first = numbers.where(used, outside.max).amin(1)
+        last = numbers.where(used, outside.min).amax(1)
+        if bool((first < last).any()):
+            raise ValueError(_PACKED.format(found=found))
+
+
+def _segments(batch: Mapping[str, Any], labels: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Each account of which sequence a position belongs to: what tells it, and a number a position."""
+    mask = batch.get("attention_mask")
+    mask = mask if isinstance(mask, Tensor) and mask.shape == labels.shape else None
+    positions = batch.get("position_ids")
+    if isinstance(positions, Tensor) and positions.shape[-1] == labels.shape[-1]:
+        # Models with several positions a token count time by the first of them.
+        positions = positions[0] if positions.dim() == 3 else positions.reshape(-1, labels.shape[-1])
+        restarts = positions[:, 1:] < positions[:, :-1]
+        if mask is not None:
+            restarts = restarts & (mask[:, 1:] != 0).to(restarts.device)
+        yield "position_ids restart", F.pad(restarts.cumsum(1), (1, 0))
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        ends = batch.get(name)
+        if isinstance(ends, Tensor):
+            places = torch.arange(labels.numel(), device=ends.device, dtype=ends.dtype)
+            yield name, torch.bucketize(places, ends.flatten()[1:], right=True).view(labels.shape)
+    numbers = batch.get("seq_idx")
+    if isinstance(numbers, Tensor) and numbers.shape == labels.shape:
+        yield "seq_idx", numbers
+    if mask is not None and not mask.is_floating_point() and mask.dtype is not torch.bool:
+        # Some collators number the sequences of a row in its mask; 0 is padding.
+        yield "attention_mask numbers them", mask.clamp(min=1)
+
+
+def refuse_flattened_labels(labels: Tensor, ignore_index: int) -> None:
+    """Refuse the labels that `DataCollatorWithFlattening` makes of several whole texts.
+
+    It puts them into one row and masks the first label of each, so a single masked label stands between two
+    that count. Where longer stretches are masked, as those of prompts, the labels do not tell: a conversation
+    of several turns has the same.
+    """
+    labels = cast("Any", labels)
+    if labels.dim() != 2 or labels.shape[0] != 1 or labels.shape[1] < 4 or labels.is_floating_point():
+        return
+    kept = labels[0] != ignore_index
+    lone = kept[:-2] & ~kept[1:-1] & kept[2:]
+    if bool(~kept[0] & lone.any()):
+        raise ValueError(
+            _PACKED.format(
+                found="its labels are those of DataCollatorWithFlattening: one masked label between two that "
+                "count, and the first masked"
+            )
+        )
