@@ -313,6 +313,76 @@ def test_the_callback_logs_the_statistics_of_the_training(transformers, tmp_path
     )
 
 
+def of_the_log(log):
+    return {name: value for name, value in log.items() if name.startswith("rgd/")}
+
+
+@pytest.mark.parametrize("how", ["callbacks", "add_callback", "add_callback before training again"])
+def test_the_callback_comes_before_those_that_report(transformers, tmp_path, capsys, how):
+    reported = []
+
+    class Reporter(transformers.TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            reported.append(dict(logs))
+
+    loss_func = rgd_loss_func()
+    callback = RGDStatsCallback(loss_func)
+    settings = {"output_dir": str(tmp_path), "logging_strategy": "steps", "logging_steps": 2}
+    given = [Reporter(), callback] if how == "callbacks" else [Reporter()]
+    trainer = trained(
+        transformers,
+        make_bert(transformers),
+        classification_rows(),
+        loss_func,
+        given,
+        trains=how != "add_callback",
+        **settings,
+    )
+    if how != "callbacks":
+        reported.clear()
+        capsys.readouterr()
+        trainer.state.log_history.clear()
+        trainer.add_callback(callback)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.train()
+    logs = [of_the_log(log) for log in reported if "loss" in log]
+    assert len(logs) == 2
+    assert logs == [of_the_log(log) for log in trainer.state.log_history if "loss" in log]
+    assert {"rgd/mean_loss", "rgd/effective_sample_size"} <= logs[0].keys()
+    assert capsys.readouterr().out.count("rgd/effective_sample_size") == 2  # on the console
+    # Each of the others was called once an event, and is there still.
+    assert sorted(type(each).__name__ for each in trainer.callback_handler.callbacks) == sorted(
+        ["DefaultFlowCallback", "PrinterCallback", "RGDStatsCallback", "Reporter"]
+    )
+
+
+def test_the_statistics_stand_in_the_files_of_tensorboard(transformers, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
+
+    loss_func = rgd_loss_func()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = trained(
+            transformers,
+            make_bert(transformers),
+            classification_rows(),
+            loss_func,
+            [RGDStatsCallback(loss_func)],
+            output_dir=str(tmp_path),
+            logging_strategy="steps",
+            logging_steps=2,
+            report_to=["tensorboard"],
+        )
+    (file,) = tmp_path.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file.parent)).Reload()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    for name in of_the_log(logs[0]):
+        written = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
+        assert written == [(log["step"], pytest.approx(log[name], rel=1e-6)) for log in logs]
+
+
 def test_the_callback_warns_of_a_label_smoothing_that_nobody_hears():
     loss_func = rgd_loss_func()
     arguments = type("Arguments", (), {"label_smoothing_factor": 0.1})()

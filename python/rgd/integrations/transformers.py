@@ -8,6 +8,7 @@ labels not ignored.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -27,9 +28,15 @@ from rgd.weightings import Weighting
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+    class CallbackHandler:
+        """What calls the callbacks of a trainer."""
+
+        callbacks: list[Any]
 else:
     try:
         from transformers import TrainerCallback
+        from transformers.trainer_callback import CallbackHandler
     except ImportError:  # `rgd_loss_func` does without
         TrainerCallback = object
 
@@ -342,9 +349,9 @@ class RGDStatsCallback(TrainerCallback):
     The names are `rgd/mean_loss` (the plain loss: what to compare between runs), `rgd/objective`,
     `rgd/effective_sample_size`, `rgd/kl_to_uniform`, `rgd/max_weight` and `rgd/clipped_share`, of the last
     micro-batch of this process before the log; what they mean is told at `rgd.WeightStats`. They are computed
-    at the steps that are logged alone. They go into `trainer.state.log_history` and to the callbacks that
-    come after this one. For those of `report_to` it has to come first:
-    `trainer.callback_handler.callbacks.insert(0, RGDStatsCallback(loss_func))`.
+    at the steps that are logged alone. They go into `trainer.state.log_history`, to what `report_to` names
+    and to the console: when the training starts, the callback moves to the front of the trainer's callbacks,
+    by `callbacks=[...]` and by `add_callback` alike.
 
     It warns when the training starts with `label_smoothing_factor`, which a `compute_loss_func` does not see
     and which makes the `Trainer` pass a loss of `use_linear_rgd` by.
@@ -374,7 +381,12 @@ class RGDStatsCallback(TrainerCallback):
         self.prefix = prefix
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Warn of a label smoothing that nobody hears."""
+        """Come before the callbacks that report, and warn of a label smoothing that nobody hears."""
+        callbacks = _callbacks_with(self)
+        if callbacks is not None:
+            # Those before it each move by one, so the trainer's loop over the list goes on behind it.
+            callbacks.remove(self)
+            callbacks.insert(0, self)
         if isinstance(self.loss_func, LinearRGD) and args.label_smoothing_factor:
             warnings.warn(
                 f"TrainingArguments.label_smoothing_factor={args.label_smoothing_factor} makes the Trainer "
@@ -410,6 +422,20 @@ class RGDStatsCallback(TrainerCallback):
         logs.update(numbers)
         if state.log_history:
             state.log_history[-1].update(numbers)
+
+
+def _callbacks_with(callback: RGDStatsCallback) -> list[Any] | None:
+    """The trainer's list that holds a callback; None where no trainer calls it.
+
+    A trainer tells its callbacks everything but this list, so it is looked up in the caller.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, CallbackHandler) and any(each is callback for each in caller.callbacks):
+            return caller.callbacks
+        frame = frame.f_back
+    return None
 
 
 def _check_coefficient(coefficient: Any) -> float | None:
