@@ -1,9 +1,11 @@
 """`use_linear_rgd`: the loss and gradients that logits give, without logits, in models of transformers."""
 
+import concurrent.futures
 import copy
 import functools
 import inspect
 import math
+import pickle
 import warnings
 
 import pytest
@@ -194,6 +196,72 @@ def test_evaluate_weighted_keeps_the_weights(transformers):
     torch.testing.assert_close(loss, from_logits(model, inputs, tau=8.0), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_call_without_gradients_is_an_evaluation_in_any_mode(transformers, off, training):
+    model, inputs = make(transformers).train(), batch()
+    twin = copy.deepcopy(model).train(training)
+    with use_linear_rgd(model, remembering()) as handle:
+        model(**inputs).loss.backward()
+        state, stats = state_of(handle), handle.stats()
+        model.train(training)
+        with off():
+            outputs, own = model(**inputs), twin(**inputs)
+            assert torch.equal(outputs.loss, own.loss)
+            assert torch.equal(outputs.logits, own.logits)
+        assert state_of(handle) == state
+        assert handle.stats() == stats
+
+
+def remembering():
+    return rgd.MovingAverage(rgd.KL(8.0), 0.5)
+
+
+def state_of(handle):
+    return {name: value.item() for name, value in handle.criterion.weighting_state.state_dict().items()}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_evaluations_with_weights_move_no_state(transformers, training):
+    model, inputs = make(transformers).train(), batch()
+    with use_linear_rgd(model, remembering(), evaluate="weighted") as handle:
+        expected = model(**inputs).loss  # the mean of this batch is the state now, and weighs the next call
+        state = state_of(handle)
+        with torch.no_grad():
+            loss = model.train(training)(**inputs).loss
+        assert state_of(handle) == state
+        assert state_of(handle)["updates"] == 1
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+def test_eval_mode_with_gradients_weighs_by_the_state_and_leaves_it(transformers):
+    model, inputs = make(transformers).train(), batch()
+    with use_linear_rgd(model, remembering()) as handle:
+        model(**inputs)
+        model.eval()
+        louder = {**inputs, "labels": inputs["labels"].roll(1, 1)}
+        losses = [model(**louder).loss for _ in range(2)]
+        assert state_of(handle)["updates"] == 1
+    assert torch.equal(*losses)
+    assert losses[0].requires_grad
+
+
+def test_the_first_pass_of_a_reentrant_checkpoint_is_training(transformers):
+    model, inputs = make(transformers).train(), batch()
+    embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
+
+    def loss(embeddings):
+        return model(inputs_embeds=embeddings, labels=inputs["labels"]).loss
+
+    with use_linear_rgd(model, tau=8.0):
+        expected = loss(embeddings)
+        (gradient,) = torch.autograd.grad(expected, embeddings)
+        repeated = torch.utils.checkpoint.checkpoint(loss, embeddings, use_reentrant=True)
+        repeated.backward()
+    torch.testing.assert_close(repeated, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(embeddings.grad, gradient, rtol=1e-12, atol=0)
+
+
 def test_training_in_eval_mode_is_weighted(transformers):
     model, inputs = make(transformers).eval(), batch()
     with use_linear_rgd(model, tau=8.0):
@@ -225,6 +293,9 @@ def test_removal_under_a_wrapper_lets_calls_through(transformers):
     assert model(**inputs).logits is None
     handle.remove()
     assert torch.equal(model(**inputs).loss, own)
+    with use_linear_rgd(model):
+        assert model(**inputs).logits is None
+    assert torch.equal(model(**inputs).loss, own)
 
 
 def test_an_error_in_the_forward_pass_leaves_no_patch_behind(transformers):
@@ -243,6 +314,82 @@ def test_a_copy_of_the_model_trains_its_own_parameters(transformers):
         expected = gradients(model(**inputs).loss, model)
         twin = copy.deepcopy(model)
         assert_same(gradients(twin(**inputs).loss, twin), expected)
+
+
+def replicated(model, factor):
+    """A replica as `nn.parallel.replicate` makes it: values in the place of parameters."""
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    values = {}
+    for module, replica in replicas.items():
+        for name, child in module._modules.items():
+            setattr(replica, name, replicas[child])
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                values.setdefault(parameter, (factor * parameter).detach().requires_grad_())
+            setattr(replica, name, values.get(parameter))
+    return replicas[model], list(values.values())
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2"])  # the second with tied embeddings
+def test_replicas_run_their_own_parameters_each_in_its_thread(transformers, kind):
+    model = make(transformers, kind).train()
+    parts = [{name: rows[i : i + 1] for name, rows in batch().items()} for i in range(ROWS)]
+    twins = [copy.deepcopy(model) for _ in parts]
+    with use_linear_rgd(model, tau=8.0):
+        replicas = [replicated(model, 1 + i / 4) for i in range(ROWS)]
+        with concurrent.futures.ThreadPoolExecutor(ROWS) as threads:
+            calls = [
+                threads.submit(replica, **part) for (replica, _), part in zip(replicas, parts, strict=True)
+            ]
+            outputs = [call.result() for call in calls]
+    for i, (output, (_, values), twin, inputs) in enumerate(
+        zip(outputs, replicas, twins, parts, strict=True)
+    ):
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.mul_(1 + i / 4)
+        expected = from_logits(twin, inputs, tau=8.0)
+        torch.testing.assert_close(output.loss, expected, rtol=1e-12, atol=0)
+        assert_same(torch.autograd.grad(output.loss, values), gradients(expected, twin))
+
+
+def test_a_copy_runs_what_was_wrapped_around_its_own_forward_pass(transformers):
+    from accelerate.hooks import ModelHook, add_hook_to_module  # noqa: PLC0415
+
+    class Counting(ModelHook):
+        seen = ()
+
+        def pre_forward(self, module, *args, **kwargs):
+            Counting.seen = (*Counting.seen, module)
+            return args, kwargs
+
+    model, inputs = make(transformers).train(), batch()
+    add_hook_to_module(model, Counting())
+    with use_linear_rgd(model, tau=8.0):
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            twin.lm_head.weight.mul_(2)
+        loss = twin(**inputs).loss
+        assert Counting.seen == (twin,)
+        torch.testing.assert_close(loss, from_logits(bare(twin), inputs, tau=8.0), rtol=1e-12, atol=0)
+
+
+def bare(model):
+    """The model without what stands in the instance."""
+    twin = make_like(model)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def make_like(model):
+    return type(model)(model.config).to(model.dtype).train(model.training)
+
+
+def test_a_patched_model_is_pickled_without_its_patch(transformers):
+    model, inputs = make(transformers).train(), batch()
+    with use_linear_rgd(model):
+        twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(twin(**inputs).logits, model(**inputs).logits)
 
 
 @pytest.mark.parametrize("positional", [False, True])
@@ -386,6 +533,28 @@ def test_hooks_of_accelerate_around_the_head_still_run(transformers):
     with use_linear_rgd(model, tau=8.0):
         loss = model(**inputs).loss
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+def test_hooks_of_the_heads_module_see_its_backward_pass(transformers):
+    passed = []
+
+    class Recording(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, values):
+            return values.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            passed.append("backward")
+            return gradient
+
+    for kind in ("Llama", "Cohere", "Gemma2"):  # as they are, scaled, softly capped
+        model, inputs = make(transformers, kind).train(), batch()
+        model.lm_head.register_forward_hook(lambda module, args, output: Recording.apply(output))
+        with use_linear_rgd(model, tau=8.0):
+            model(**inputs).loss.backward()
+        assert passed == ["backward"], kind
+        passed.clear()
 
 
 # --- the Trainer ---
@@ -566,6 +735,94 @@ def test_bad_settings_are_refused_and_leave_the_model_alone(transformers, settin
     with pytest.raises(error):
         use_linear_rgd(model, **settings)
     assert "forward" not in model.__dict__
+
+
+@pytest.mark.parametrize("name", ["sample_weight", "where", "groups", "segments"])
+@pytest.mark.parametrize("trains", [True, False])
+def test_what_only_a_loss_takes_is_refused_where_the_model_would_ignore_it(transformers, name, trains):
+    model, inputs = make(transformers).train(trains), batch()
+    with use_linear_rgd(model), torch.set_grad_enabled(trains):
+        with pytest.raises(TypeError, match=f"does not take {name}=.*leave it out"):
+            model(**inputs, **{name: torch.ones(ROWS)})
+        assert model(**inputs, **{name: None}).loss > 0
+
+
+def test_a_keyword_that_no_part_of_the_model_takes_is_refused(transformers):
+    model, inputs = make(transformers).train(), batch()
+    with use_linear_rgd(model):
+        with pytest.raises(TypeError, match=r"sample_weights= is no argument of LlamaForCausalLM nor of its"):
+            model(**inputs, sample_weights=torch.ones(ROWS))
+        expected = model(**inputs).loss
+        # Arguments of the model, of all models of transformers, and of its attention.
+        kept = {"use_cache": False, "output_hidden_states": True, "is_causal": True, "scaling": 8**-0.5}
+        for name, value in kept.items():
+            if name != "scaling":  # the layers give this one themselves
+                torch.testing.assert_close(model(**inputs, **{name: value}).loss, expected)
+        assert model(inputs["input_ids"], sample_weights=torch.ones(ROWS)).loss is None  # not a loss's call
+
+
+def test_another_label_to_ignore_than_that_of_the_loss_is_refused(transformers):
+    model, inputs = make(transformers).train(), batch()
+    with use_linear_rgd(model):
+        with pytest.raises(ValueError, match=r"use_linear_rgd\(ignore_index=\.\.\.\)"):
+            model(**inputs, ignore_index=7)
+        assert model(**inputs, ignore_index=-100).loss > 0
+
+
+def flattened(transformers, lengths=(5, 2, 7), **settings):
+    generator = torch.Generator().manual_seed(2)
+    texts = [{"input_ids": torch.randint(3, CLASSES, (n,), generator=generator)} for n in lengths]
+    return transformers.DataCollatorWithFlattening(return_tensors="pt", **settings)(texts)
+
+
+TOLD_BY = {
+    "position_ids": {},
+    "cu_seq_lens_q": {"return_position_ids": False, "return_flash_attn_kwargs": True},
+    "seq_idx": {"return_position_ids": False, "return_seq_idx": True},
+}
+
+
+@pytest.mark.parametrize("found", TOLD_BY)
+def test_packed_rows_are_refused_by_sample_and_weighed_by_element(transformers, found):
+    model, inputs = make(transformers).train(), flattened(transformers, **TOLD_BY[found])
+    with use_linear_rgd(model, tau=8.0, per="sample"):
+        with pytest.raises(ValueError, match=f'{found}.*row of its own.*per="element"'):
+            model(**inputs)
+        alone = flattened(transformers, (6,), **TOLD_BY[found])
+        loss = model(**alone).loss
+    torch.testing.assert_close(loss, from_logits(model, alone, tau=8.0, per="sample"), rtol=1e-12, atol=0)
+    with use_linear_rgd(model, tau=8.0):
+        loss = model(**inputs).loss
+    torch.testing.assert_close(loss, from_logits(model, inputs, tau=8.0), rtol=1e-12, atol=0)
+
+
+def test_a_mask_that_numbers_the_sequences_of_a_row_is_refused_by_sample(transformers):
+    model, inputs = make(transformers).train(), batch(1)
+    inputs["attention_mask"] = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 0, 0]])
+    with use_linear_rgd(model, per="sample"), pytest.raises(ValueError, match="attention_mask numbers them"):
+        model(**inputs)
+
+
+def test_padded_rows_with_positions_are_weighed_by_sample(transformers):
+    model, inputs = make(transformers).train(), batch()
+    mask = (inputs["labels"] != -100).long()
+    sides = {
+        "right": mask,
+        "left": mask.flip(1),
+        "a pack with one text that counts": torch.ones_like(mask),
+    }
+    for side, mask in sides.items():
+        labels = inputs["input_ids"].where(mask == 1, -100)
+        positions = (mask.cumsum(1) - 1).where(mask == 1, 1)
+        if side.startswith("a pack"):
+            positions, labels = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]).expand(ROWS, -1), labels.clone()
+            labels[:, :5] = -100
+        given = {"input_ids": inputs["input_ids"], "labels": labels, "position_ids": positions}
+        given |= {} if side.startswith("a pack") else {"attention_mask": mask}
+        expected = from_logits(model, given, tau=8.0, per="sample")
+        with use_linear_rgd(model, tau=8.0, per="sample"):
+            loss = model(**given).loss
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0, msg=side)
 
 
 # --- several processes ---

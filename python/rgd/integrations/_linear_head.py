@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 import types
 from collections.abc import Generator
 from typing import Any, cast
@@ -12,8 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rgd.integrations._inputs import keywords_of, refuse_packed_rows, refuse_unknown
 from rgd.stats import WeightStats
 from rgd.torch._linear_checks import Chunking
+from rgd.torch._modes import evaluates
 from rgd.torch.backends._registry import autocasts
 from rgd.torch.linear import LinearRGDLoss
 from rgd.weightings import Weighting
@@ -21,6 +24,8 @@ from rgd.weightings import Weighting
 # Values that take the place of logits, to see what a model does to them before its loss.
 _PROBES = (0.5, 64.0)
 _HALF = (torch.float16, torch.bfloat16)
+# Replicas of a model run in threads of their own, and share one criterion.
+_ONE_CALL = threading.RLock()
 
 
 def use_linear_rgd(
@@ -44,8 +49,11 @@ def use_linear_rgd(
     `rgd.torch.linear_cross_entropy`: `outputs.loss` is the re-weighted objective and `outputs.logits` is
     None. The rest of its forward pass is its own. Labels are shifted as the model does it, `shift_labels` are
     taken as they are, and with `num_items_in_batch`, which the `Trainer` gives, the objective is
-    `sum_i w_i l_i / num_items_in_batch`. Calls without labels, as in generation, and evaluations are as
-    before.
+    `sum_i w_i l_i / num_items_in_batch`. Calls without labels, as in generation, and evaluations, which run
+    under `torch.no_grad()` or in inference mode, are as before.
+
+    Copies of the model and the replicas of `nn.DataParallel` run their own parameters, and share the
+    weighting with its state. Weights that depend on the batch are those of a replica's part of it.
 
     Args:
         model: A causal language model of transformers, before it is wrapped or compiled. One with adapters on
@@ -53,13 +61,14 @@ def use_linear_rgd(
         weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
         tau: Short for `weighting=KL(tau)`.
         per: "element" weights each token by its own loss; "sample" weights all tokens of a row by their mean
-            loss.
+            loss. "sample" refuses packed rows, by `position_ids` that restart, `cu_seq_lens_q`, `seq_idx` or
+            an `attention_mask` that numbers sequences.
         weight: Class weights, shape (C,).
         ignore_index: The label that counts for nothing. The `Trainer` counts with -100.
         label_smoothing: In [0, 1]; `TrainingArguments.label_smoothing_factor` makes the `Trainer` compute
             another loss, from logits.
-        evaluate: "plain" leaves the model as it was where it is in eval mode and gradients are off: its own
-            loss, with logits. "weighted" computes the re-weighted loss there too, without logits.
+        evaluate: "plain" leaves the model as it was in an evaluation: its own loss, with logits. "weighted"
+            computes the re-weighted loss there too, without logits, and moves no state.
         chunk_bytes: As for `linear_cross_entropy`.
         accumulate_dtype: As for `linear_cross_entropy`.
         process_group: As for `RGDLoss`.
@@ -77,6 +86,8 @@ def use_linear_rgd(
     Note:
         The first call checks that the model hands the head's output to its loss as it is, but for
         `final_logit_softcapping` and a logit scale of its configuration, and raises a `RuntimeError` if not.
+        A call with labels and a keyword that no part of the model takes, such as `sample_weight`, raises a
+        `TypeError`; the model alone would ignore it.
 
     Example:
         >>> with use_linear_rgd(model, tau=4.0) as handle:  # doctest: +SKIP
@@ -110,18 +121,23 @@ class LinearRGD:
         self._model = model
         self._loss = _HeadLoss(criterion, scale)
         self._active = True
-        # What stood in the instance, not in its class: a copy of the model must not call this one.
-        self._before: Any = _own(model).get("forward")
         original = cast("Any", type(model)).forward
+        self._known = keywords_of(original)
+        # What stands in the instance, not in its class, is kept in it: a copy of the model has its own.
+        before: Any = _own(model).get("forward")
+        self._place = f"_forward_before_linear_rgd_{id(self):x}"
 
-        @functools.wraps(original if self._before is None else self._before)
+        @functools.wraps(original if before is None else before)
         def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
-            before: Any = functools.partial(original, model) if self._before is None else self._before
-            return self._forward(model, before, args, kwargs)
+            before: Any = _own(model).get(self._place)
+            return self._forward(model, before or functools.partial(original, model), args, kwargs)
 
         vars(forward)["linear_rgd"] = self
         self._patched = types.MethodType(cast("Any", forward), model)
+        if before is not None:
+            _own(model)[self._place] = before
         model.forward = self._patched
+        model._replicate_for_data_parallel = types.MethodType(_replicate_for_data_parallel, model)
 
     @property
     def criterion(self) -> LinearRGDLoss:
@@ -144,12 +160,12 @@ class LinearRGD:
     def remove(self) -> None:
         """Give the model its own loss back; once more does nothing."""
         self._active = False
-        if _own(self._model).get("forward") is not self._patched:
+        own = _own(self._model)
+        if own.get("forward") is not self._patched:
             return  # something has been wrapped around it, and calls through
-        if self._before is None:
-            del self._model.forward
-        else:
-            self._model.forward = self._before
+        del own["forward"], own["_replicate_for_data_parallel"]
+        if self._place in own:
+            own["forward"] = own.pop(self._place)
 
     def __enter__(self) -> LinearRGD:
         return self
@@ -164,17 +180,26 @@ class LinearRGD:
         if len(args) > 1:  # labels may be among them
             bound = inspect.signature(cast("Any", type(model)).forward).bind_partial(model, *args)
             args, kwargs = (), {**dict(list(bound.arguments.items())[1:]), **kwargs}
-        trains = model.training or torch.is_grad_enabled() or self.criterion.evaluate == "weighted"
         # fused_lm_head is a head of TRL's, with outputs of its own.
-        if not self._active or kwargs.get("labels") is None or not trains or kwargs.get("fused_lm_head"):
+        if not self._active or kwargs.get("labels") is None or kwargs.get("fused_lm_head"):
+            return before(*args, **kwargs)
+        refuse_unknown(model, self._known, kwargs, "use_linear_rgd")
+        if self.criterion.evaluate == "plain" and evaluates():
             return before(*args, **kwargs)
         as_tuple = kwargs.pop("return_dict", None) is False or model.config.return_dict is False
         head = _head_of(model)
-        self._loss.attach(head, model.training)
-        call = _Call(self._loss, kwargs)
+        call = _Call(self._loss, head, model.training and not evaluates(), kwargs)
+        if self.criterion.per == "sample":
+            refuse_packed_rows(kwargs, call.labels, call.shift, self.criterion.ignore_index)
         # Where accelerate has put hooks around the head, they stay.
         place = "_old_forward" if hasattr(head, "_old_forward") else "forward"
-        with _instead(head, place, call.head), _instead(model, "_loss_function", call.loss):
+        # Replicas share their hooks, so this one is registered in a copy.
+        hooks = {**cast("Any", head)._forward_hooks, "use_linear_rgd": call.leave}
+        with (
+            _instead(head, place, call.head),
+            _instead(head, "_forward_hooks", hooks),
+            _instead(model, "_loss_function", call.loss),
+        ):
             try:
                 outputs = before(*args, **kwargs, return_dict=True)
             except Exception as error:
@@ -198,16 +223,17 @@ class _HeadLoss:
         self.softcap = chunking.logit_softcap
         self.chunkings = (chunking._replace(shift=False), chunking._replace(shift=True))
 
-    def attach(self, head: nn.Module, training: bool) -> None:
-        """Take the head and the mode of a call; the head may have been replaced since the last one."""
-        self.criterion.training = training
-        if self.criterion.linear is not head:
-            self.criterion.linear = head
-
-    def objective(self, hidden: Tensor, labels: Tensor, shift: bool, items: Tensor | int | None) -> Tensor:
+    def objective(self, call: _Call, hidden: Tensor) -> Tensor:
         """The objective of a micro-batch; float32 for half precision."""
-        criterion = self.criterion
-        object.__setattr__(criterion, "_chunking", self.chunkings[shift])
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else _ONE_CALL:
+            return self._objective(call, hidden)
+
+    def _objective(self, call: _Call, hidden: Tensor) -> Tensor:
+        criterion, items = self.criterion, call.items
+        criterion.training = call.training
+        if criterion.linear is not call.module:  # it may have been replaced since the last call
+            criterion.linear = call.module
+        object.__setattr__(criterion, "_chunking", self.chunkings[call.shift])
         criterion.reduction = "mean" if items is None else "sum"
         if criterion.weight is not None:
             criterion.weight = criterion.weight.to(hidden.device)
@@ -216,7 +242,7 @@ class _HeadLoss:
         single = hidden.dtype in _HALF and not autocasts(kind)
         with torch.autocast(kind, dtype=hidden.dtype) if single else contextlib.nullcontext():
             hidden = hidden if self.scale == 1 else hidden * self.scale
-            objective: Tensor = criterion(hidden, labels.to(hidden.device))
+            objective: Tensor = criterion(hidden, call.labels.to(hidden.device))
         if items is None:
             return objective
         return objective / (items.to(objective.device) if isinstance(items, Tensor) else items)
@@ -241,8 +267,10 @@ class _HeadLoss:
 class _Call:
     """One forward pass: what takes the place of the head, and what of the loss."""
 
-    def __init__(self, loss: _HeadLoss, kwargs: dict[str, Any]) -> None:
+    def __init__(self, loss: _HeadLoss, head: nn.Module, training: bool, kwargs: dict[str, Any]) -> None:
         self.of_head = loss
+        self.module = head
+        self.training = training
         self.shift = kwargs.get("shift_labels") is None
         self.labels: Tensor = kwargs["labels" if self.shift else "shift_labels"]
         self.items = kwargs.get("num_items_in_batch")
@@ -252,20 +280,27 @@ class _Call:
     def head(self, hidden: Tensor) -> Tensor:
         """The objective, where the head gives logits; and values that show what the model does to these."""
         # In the head's own forward pass its parameters are at hand, wherever they are kept between calls.
-        objective = self.of_head.objective(hidden, self.labels, self.shift, self.items)
-        self.standin = torch.cat([objective.reshape(1), objective.new_tensor(_PROBES)]).view(1, 1, -1)
+        objective = self.of_head.objective(self, hidden)
         self.stage = "logits made"
-        return self.standin
+        return torch.cat([objective.reshape(1), objective.new_tensor(_PROBES)]).view(1, 1, -1)
+
+    def leave(self, module: nn.Module, inputs: Any, standin: Tensor) -> None:
+        """Keep what the head's module gave to the model, behind hooks such as those that shard parameters."""
+        self.standin = standin
 
     def loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """The objective, where the model's loss function gives the plain loss."""
         self.stage = "done"
+        ignored = self.of_head.criterion.ignore_index
+        if kwargs.get("ignore_index", ignored) != ignored:
+            raise ValueError(
+                f"the call says ignore_index={kwargs['ignore_index']}, and the loss ignores {ignored}: give "
+                "use_linear_rgd(ignore_index=...) instead"
+            )
         logits: Tensor = args[0] if args else kwargs["logits"]
         if not self.of_head.checked:
             self.of_head.check(logits)
-        unchanged = self.of_head.scale == 1 and self.of_head.softcap is None
-        # What arrives has passed the hooks of the head's module, which those who shard parameters count on.
-        return (logits if unchanged else cast("Tensor", self.standin)).view(-1)[0]
+        return cast("Tensor", self.standin).view(-1)[0]
 
 
 @contextlib.contextmanager
@@ -281,6 +316,15 @@ def _instead(owner: Any, name: str, value: Any) -> Generator[None]:
             del _own(owner)[name]
         else:
             _own(owner)[name] = before
+
+
+def _replicate_for_data_parallel(module: Any) -> Any:
+    """The replica of a patched model for `nn.DataParallel`; what was bound to the model is bound to it."""
+    replica = cast("Any", type(module))._replicate_for_data_parallel(module)
+    for name, method in _own(module).items():
+        if isinstance(method, types.MethodType) and method.__self__ is module:
+            _own(replica)[name] = types.MethodType(method.__func__, replica)
+    return replica
 
 
 def _own(owner: Any) -> dict[str, Any]:
