@@ -1,11 +1,13 @@
 """`use_linear_rgd`: the loss and gradients that logits give, without logits, in models of transformers."""
 
 import concurrent.futures
+import contextlib
 import copy
 import functools
 import inspect
 import math
 import pickle
+import threading
 import warnings
 
 import pytest
@@ -335,7 +337,15 @@ def test_replicas_run_their_own_parameters_each_in_its_thread(transformers, kind
     model = make(transformers, kind).train()
     parts = [{name: rows[i : i + 1] for name, rows in batch().items()} for i in range(ROWS)]
     twins = [copy.deepcopy(model) for _ in parts]
-    with use_linear_rgd(model, tau=8.0):
+    everyone = threading.Barrier(ROWS)
+
+    def meet(*_):
+        """Let threads that may be inside of the criterion together be so."""
+        with contextlib.suppress(threading.BrokenBarrierError):
+            everyone.wait(0.5)
+
+    with use_linear_rgd(model, tau=8.0) as handle:
+        handle.criterion.register_forward_pre_hook(meet)
         replicas = [replicated(model, 1 + i / 4) for i in range(ROWS)]
         with concurrent.futures.ThreadPoolExecutor(ROWS) as threads:
             calls = [
