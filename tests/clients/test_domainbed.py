@@ -168,6 +168,29 @@ def test_the_groups_are_domains_and_pairs_of_class_and_attribute():
     assert other.update((indices, x, y, attribute), 0)["loss"] == close((shares * means).sum().item())
 
 
+def test_validation_losses_are_plain_and_move_no_state():
+    def make_weighting(self, hparams, groups):
+        return rgd.GroupDRO(groups, step_size=0.5)
+
+    algorithm, other = domainbed(make_weighting=make_weighting), subpopbench(make_weighting=make_weighting)
+    algorithm.update(domains(0))
+    other.update(minibatch(0), 0)
+    state = [saved.criterion.state_dict() for saved in (algorithm, other)]
+    before = [{name: value.tolist() for name, value in saved.items()} for saved in state]
+    for training in (True, False):  # the suites only switch gradients off, or also the mode
+        algorithm.train(training)
+        other.train(training)
+        with torch.no_grad():
+            x, y = domains(1)[0]
+            losses = algorithm.criterion(algorithm.predict(x), y, groups=torch.zeros_like(y))
+            assert losses.item() == close(F.cross_entropy(algorithm.predict(x), y).item())
+            batch = minibatch(1)
+            loss = other._compute_loss(*batch, 1)
+            assert loss.item() == close(F.cross_entropy(other.predict(batch[1]), batch[2]).item())
+    after = [{name: value.tolist() for name, value in saved.items()} for saved in state]
+    assert after == before
+
+
 def test_a_plain_weighting_adds_nothing_to_a_checkpoint():
     assert domainbed().state_dict().keys() == DomainBedERM((5,), 3, 2, HPARAMS).state_dict().keys()
 

@@ -645,12 +645,13 @@ def test_the_trainer_accumulating_gradients_equals_the_large_batch(transformers,
     assert_same_parameters(*models)
 
 
-def test_the_trainer_evaluates_with_the_plain_loss(transformers, tmp_path):
+def test_the_trainer_evaluates_with_the_plain_loss_and_moves_no_state(transformers, tmp_path):
     model = make(transformers, dtype=torch.float32)
-    with use_linear_rgd(model), warnings.catch_warnings():
+    with use_linear_rgd(model, remembering()) as handle, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = trained(transformers, model, tmp_path, max_steps=1, per_device_eval_batch_size=16)
+        trainer = trained(transformers, model, tmp_path, max_steps=3, per_device_eval_batch_size=16)
         reported = trainer.evaluate(Rows())["eval_loss"]
+        assert state_of(handle)["updates"] == 3
     rows = Rows().rows
     inputs = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     with torch.no_grad():

@@ -225,6 +225,11 @@ def test_fine_tuning_refuses_what_it_would_weigh_wrongly(tmp_path, config, setti
 
 
 def test_a_linear_head_refuses_a_mixture_of_experts_whose_auxiliary_loss_trl_adds(tmp_path):
+    with pytest.raises(ValueError, match="linear=True leaves no auxiliary loss"):
+        train(RGDSFTTrainer, trl.SFTConfig, experts(), texts(), tmp_path, linear=True)
+
+
+def experts():
     config = transformers.MixtralConfig(
         vocab_size=43,
         hidden_size=16,
@@ -234,17 +239,73 @@ def test_a_linear_head_refuses_a_mixture_of_experts_whose_auxiliary_loss_trl_add
         num_key_value_heads=1,
         num_local_experts=2,
         output_router_logits=True,
+        router_aux_loss_coef=0.5,
         pad_token_id=0,
     )
-    with pytest.raises(ValueError, match="linear=True leaves no auxiliary loss"):
-        train(
-            RGDSFTTrainer,
-            trl.SFTConfig,
-            transformers.MixtralForCausalLM(config),
-            texts(),
-            tmp_path,
-            linear=True,
-        )
+    torch.manual_seed(0)
+    return transformers.MixtralForCausalLM(config)
+
+
+def test_fine_tuning_a_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path):
+    mine = train(RGDSFTTrainer, trl.SFTConfig, experts(), texts(), tmp_path, weighting=ERM)
+    theirs = train(trl.SFTTrainer, trl.SFTConfig, experts(), texts(), tmp_path)
+    assert "aux_loss" in logged(mine)[0]
+    assert_same_training(mine, theirs)
+
+
+REMEMBERING = rgd.MovingAverage(rgd.KL(scale=-0.5), 0.9)
+
+
+def fine_tuning(linear):
+    return RGDSFTTrainer, trl.SFTConfig, make_model(), texts(), {"linear": linear}, trl.SFTTrainer
+
+
+def preferences(_):
+    return RGDDPOTrainer, trl.DPOConfig, make_model(), pairs(), {"ref_model": make_model()}, trl.DPOTrainer
+
+
+def rewards(_):
+    model = make_model("GPT2ForSequenceClassification", num_labels=1)
+    return RGDRewardTrainer, trl.RewardConfig, model, pairs(), {}, trl.RewardTrainer
+
+
+@pytest.mark.parametrize(
+    ("kind", "linear"), [(fine_tuning, False), (fine_tuning, True), (preferences, False), (rewards, False)]
+)
+def test_evaluations_are_trls_own_and_move_no_state(tmp_path, kind, linear):
+    trainer_class, config_class, model, rows, settings, own = kind(linear)
+    config = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
+    settings = {**settings, "weighting": REMEMBERING, "eval_dataset": rows.select(range(8))}
+    trainer = train(trainer_class, config_class, model, rows, tmp_path, config, **settings)
+    assert int(trainer.criterion.weighting_state.updates) == STEPS
+    stats = trainer.stats()
+    reported = trainer.evaluate()["eval_loss"]
+    assert trainer.stats() == stats
+    settings = {name: value for name, value in settings.items() if name not in ("weighting", "linear")}
+    config |= {"max_steps": 1, "learning_rate": 0.0}
+    twin = train(own, config_class, trainer.model, rows, tmp_path, config, **settings)
+    # Means over two batches of at most 43 classes by 16 tokens, in float32.
+    assert reported == pytest.approx(twin.evaluate()["eval_loss"], rel=2 * 16 * 43 * EPS)
+
+
+@pytest.mark.parametrize("kind", [fine_tuning, preferences, rewards])
+@pytest.mark.parametrize("name", ["sample_weight", "groups"])
+def test_what_a_trainer_would_ignore_in_a_batch_is_refused(tmp_path, kind, name):
+    trainer_class, config_class, model, rows, settings, _ = kind(False)
+    settings.pop("linear", None)
+    trainer = train(trainer_class, config_class, model, rows, tmp_path, {"max_steps": 1}, **settings)
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    with pytest.raises(TypeError, match=f"{trainer_class.__name__} does not take {name}="):
+        trainer.compute_loss(trainer.model, {**inputs, name: torch.ones(4)})
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_packed_rows_of_a_collator_are_refused_by_sample(tmp_path, linear):
+    flatten = transformers.DataCollatorWithFlattening()
+    settings = {"linear": linear, "data_collator": flatten}
+    with pytest.raises(ValueError, match=r'several sequences \(position_ids restart\).*per="element"'):
+        train(RGDSFTTrainer, trl.SFTConfig, make_model(), texts(), tmp_path, per="sample", **settings)
+    train(RGDSFTTrainer, trl.SFTConfig, make_model(), texts(), tmp_path, **settings)
 
 
 DPO_KINDS = [

@@ -3,7 +3,7 @@
 Each trainer is TRL's own but for its loss: the plain per-sample losses are taken from the one forward pass
 that TRL makes, and TRL's metrics stay what they are. With `l_i` the loss of a token and `w_i` its weight, a
 micro-batch of fine-tuning contributes `sum_i w_i l_i / num_items_in_batch`; with `l_i` the loss of a pair,
-preferences contribute `mean(w * l)`. Where gradients are off, as in an evaluation, every weight is 1.
+preferences contribute `mean(w * l)`. In an evaluation, under `torch.no_grad()`, every weight is 1.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rgd.integrations._inputs import refuse_packed_rows, refuse_settings_of_the_loss
 from rgd.integrations._linear_head import use_linear_rgd
 from rgd.stats import WeightStats
 from rgd.torch._checks import check_flag
+from rgd.torch._modes import evaluates
 from rgd.torch.loss import RGDLoss
 from rgd.weightings import Weighting
 
@@ -77,8 +79,8 @@ class _Reweighted:
         return self.criterion.stats()
 
     def _mean(self, losses: Tensor) -> Tensor:
-        """The objective of losses of pairs; their plain mean where gradients are off."""
-        return self.criterion(losses) if torch.is_grad_enabled() else losses.mean()
+        """The objective of losses of pairs; their plain mean in an evaluation."""
+        return losses.mean() if evaluates() else self.criterion(losses)
 
 
 class RGDSFTTrainer(_Reweighted, SFTTrainer):
@@ -163,12 +165,17 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """TRL's loss of a micro-batch, each token's log-probability times its weight."""
-        if self.linear and torch.is_grad_enabled():
+        refuse_settings_of_the_loss(inputs, "RGDSFTTrainer")
+        if self.linear and not evaluates():
             return self._linear_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.criterion.per == "sample" and not evaluates():
+            shifted = inputs.get("shift_labels")
+            labels = inputs["labels"] if shifted is None else shifted
+            refuse_packed_rows(inputs, labels, shifted is None, -100)
 
         def reweighted(*args: Any, **kwargs: Any) -> Any:
             outputs = model(*args, **kwargs)
-            if not kwargs.get("fused_lm_head") or not torch.is_grad_enabled():
+            if not kwargs.get("fused_lm_head") or evaluates():
                 return outputs
             log_probs = outputs.log_probs
             outputs.log_probs = -self.criterion(-log_probs, where=outputs.label_mask.bool())
@@ -248,6 +255,7 @@ class RGDDPOTrainer(_Reweighted, DPOTrainer):
                 )
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        refuse_settings_of_the_loss(inputs, "RGDDPOTrainer")
         trainer: Any = self
         seen: list[Any] = []
         reference: list[Any] = []
@@ -331,6 +339,7 @@ class RGDRewardTrainer(_Reweighted, RewardTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective of a micro-batch of pairs."""
+        refuse_settings_of_the_loss(inputs, "RGDRewardTrainer")
         seen: list[Any] = []
 
         def recorded(*args: Any, **kwargs: Any) -> Any:
