@@ -188,7 +188,7 @@ class LinearRGD:
             return before(*args, **kwargs)
         as_tuple = kwargs.pop("return_dict", None) is False or model.config.return_dict is False
         head = _head_of(model)
-        call = _Call(self._loss, head, model.training and not evaluates(), kwargs)
+        call = _Call(self._loss, head, model.training, kwargs)
         if self.criterion.per == "sample":
             refuse_packed_rows(kwargs, call.labels, call.shift, self.criterion.ignore_index)
         # Where accelerate has put hooks around the head, they stay.

@@ -252,8 +252,7 @@ class RGDLossFunc:
             )
         auxiliary = self._auxiliary(outputs)
         criterion = self.criterion
-        criterion.training = not evaluates()
-        if criterion.per == "sample" and (criterion.training or criterion.evaluate == "weighted"):
+        if criterion.per == "sample" and (criterion.evaluate == "weighted" or not evaluates()):
             refuse_flattened_labels(labels, criterion.ignore_index)
         logits = _logits(outputs)
         # As the models' own losses do: the division by num_items_in_batch happens after the sum.
