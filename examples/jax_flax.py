@@ -35,7 +35,7 @@ def sample(seed, labels):
     return centres[labels] + 1.5 * jax.random.normal(jax.random.key(seed), (len(labels), FEATURES))
 
 
-@nnx.jit(static_argnames="weighting")
+@nnx.jit  # the numbers of a weighting are traced: another tau, as of a schedule, compiles nothing
 def train_step(model, optimizer, x, y, weighting):
     def loss_fn(model):
         return rgd.jax.cross_entropy(model(x), y, weighting=weighting)

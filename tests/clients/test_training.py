@@ -3,8 +3,11 @@
 import contextlib
 import io
 import os
+import pathlib
+import re
 
 import pytest
+import rgd
 import torch
 from rgd.torch import RGD, RGDLoss
 from torch import nn
@@ -24,6 +27,10 @@ def one_thread():
     with contextlib.redirect_stdout(io.StringIO()):
         yield
     torch.set_num_threads(threads)
+
+
+# A mean over all rows in float32, taken in another order.
+NEAR = ROWS * torch.finfo(torch.float32).eps
 
 
 def rows():
@@ -111,23 +118,124 @@ def test_ignite_trains_to_the_formula():
     assert_same(model, expected())
 
 
-def test_keras_trains_to_the_formula(monkeypatch):
+def recipe(title):
+    """The code of a recipe of docs/clients.md."""
+    page = pathlib.Path(__file__).parents[2] / "docs" / "clients.md"
+    (code,) = re.findall(rf"^## {title}$.*?^```py\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    return code
+
+
+def defined(title, name, **namespace):
+    """What a recipe defines under a name, without the training that it shows."""
+    (part,) = re.findall(rf"^class {name}\(.*?\n(?=\S)", recipe(title), re.M | re.S)
+    exec(part, {"RGDLoss": RGDLoss, **(namespace := dict(namespace))}, namespace)
+    return namespace[name]
+
+
+@pytest.fixture
+def keras(monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", os.environ.get("KERAS_BACKEND", "torch"))
     keras = pytest.importorskip("keras")
     if keras.backend.backend() != "torch":
         pytest.skip("Keras has another backend here")
-    criterion = RGDLoss(tau=TAU)
+    return keras
+
+
+def compiled(keras, loss):
     model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)])
     start = make_model()
     model.set_weights([start.weight.detach().T.numpy(), start.bias.detach().numpy()])
-    model.compile(
-        optimizer=keras.optimizers.SGD(RATE), loss=lambda y, logits: criterion(logits, y.reshape(-1).long())
-    )
-    inputs, target = rows()
-    model.fit(inputs.numpy(), target.numpy(), batch_size=BATCH, shuffle=False, verbose=0)
+    model.compile(optimizer=keras.optimizers.SGD(RATE), loss=loss)
+    return model
+
+
+def test_keras_trains_to_the_formula(keras):
+    model = compiled(keras, defined("Keras on torch", "Reweighted", keras=keras)(tau=TAU))
+    inputs, target = (tensor.numpy() for tensor in rows())
+    model.fit(inputs, target, batch_size=BATCH, shuffle=False, verbose=0)
     kernel, bias = (torch.as_tensor(value) for value in model.get_weights())
     torch.testing.assert_close(kernel.T, expected().weight.detach(), **CLOSE)
     torch.testing.assert_close(bias, expected().bias.detach(), **CLOSE)
+
+
+@pytest.mark.parametrize("given", ["sample_weight", "class_weight"])
+def test_sample_and_class_weights_count_in_keras_as_with_its_own_loss(keras, given):
+    inputs, target = (tensor.numpy() for tensor in rows())
+    trusted = torch.rand(ROWS, generator=torch.Generator().manual_seed(2)).numpy()
+    weights = {"sample_weight": trusted, "class_weight": {0: 1.0, 1: 0.5, 2: 3.0}}
+    kind = defined("Keras on torch", "Reweighted", keras=keras)
+    losses = {
+        "mine": kind(weighting=rgd.ERM()),
+        "weighted": kind(tau=TAU),
+        "its own": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    }
+    models, reported = {}, {}
+    for name, loss in losses.items():
+        models[name] = compiled(keras, loss)
+        history = models[name].fit(
+            inputs,
+            target,
+            **{given: weights[given]},
+            validation_data=(inputs, target, trusted),
+            batch_size=BATCH,
+            shuffle=False,
+            verbose=0,
+        )
+        reported[name] = history.history["val_loss"][-1]
+    for mine, own in zip(models["mine"].get_weights(), models["its own"].get_weights(), strict=True):
+        torch.testing.assert_close(torch.as_tensor(mine), torch.as_tensor(own), **CLOSE)
+    assert reported["mine"] == pytest.approx(reported["its own"], rel=NEAR)
+    assert not (models["weighted"].get_weights()[0] == models["mine"].get_weights()[0]).all()
+    # The validation loss of the re-weighted model is the plain one, with sample weights, as Keras has it.
+    logits = torch.as_tensor(inputs) @ torch.as_tensor(models["weighted"].get_weights()[0])
+    logits = logits + torch.as_tensor(models["weighted"].get_weights()[1])
+    plain = F.cross_entropy(logits, torch.as_tensor(target), reduction="none") * torch.as_tensor(trusted)
+    assert reported["weighted"] == pytest.approx(plain.mean().item(), rel=NEAR)
+
+
+@pytest.mark.parametrize("mixing", ["MixUp", "CutMix"])
+def test_fastais_mixed_batches_train_as_with_its_own_loss(mixing):
+    pytest.importorskip("fastai")
+    from fastai.callback import mixup  # noqa: PLC0415
+    from fastai.data.core import DataLoaders  # noqa: PLC0415
+    from fastai.data.load import DataLoader  # noqa: PLC0415
+    from fastai.learner import Learner  # noqa: PLC0415
+    from fastai.losses import CrossEntropyLossFlat  # noqa: PLC0415
+    from fastai.optimizer import SGD  # noqa: PLC0415
+
+    kind = defined("fastai", "Loss")
+    images = rows()[0].repeat_interleave(16, 1)[:, :64].reshape(ROWS, 1, 8, 8)
+    data = torch.utils.data.TensorDataset(images, rows()[1])
+    models, reported = {}, {}
+    losses = {"mine": kind(weighting=rgd.ERM()), "weighted": kind(tau=TAU), "its own": CrossEntropyLossFlat()}
+    for name, loss in losses.items():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+        loaders = DataLoaders(DataLoader(data, bs=BATCH), DataLoader(data, bs=BATCH))
+        learner = Learner(loaders, model, loss_func=loss, opt_func=SGD, lr=0.1)
+        learner.fit(1, cbs=getattr(mixup, mixing)(0.4))
+        models[name], reported[name] = learner.model.cpu(), learner.recorder.values[-1][1]
+    assert_same(models["mine"], models["its own"])
+    assert reported["mine"] == pytest.approx(reported["its own"], rel=NEAR)
+    with torch.no_grad():
+        plain = F.cross_entropy(models["weighted"](images), rows()[1]).item()
+    assert reported["weighted"] == pytest.approx(plain, rel=NEAR)
+    with pytest.raises(AssertionError):
+        assert_same(models["weighted"], models["its own"])
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 0.5, 5.0])], ids=["padding", "class weights"])
+def test_sums_over_what_the_whole_batchs_mean_divides_by_accumulate_to_its_gradient(weight):
+    inputs, target = rows()
+    target[:7] = -100  # the first part has one label that counts
+    kept = target[target != -100]
+    model, twin = make_model(), make_model()
+    RGDLoss(weight, tau=TAU)(model(inputs), target).backward()
+    criterion, total = RGDLoss(weight, reduction="sum", tau=TAU), len(kept)
+    total = total if weight is None else weight[kept].sum()
+    for part, labels in zip(inputs.split(BATCH), target.split(BATCH), strict=True):
+        (criterion(twin(part), labels) / total).backward()
+    torch.testing.assert_close(twin.weight.grad, model.weight.grad, **CLOSE)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -1,5 +1,6 @@
 """The JAX examples run, warnings being errors, and print what they promise."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -8,6 +9,11 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("jax")
+
+import jax.numpy as jnp
+import rgd
+import rgd.jax
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -31,6 +37,29 @@ def test_example_runs_and_prints_its_table(script, needs, printed):
     assert done.returncode == 0, done.stderr[-3000:]
     assert printed in done.stdout
     assert "nan" not in done.stdout
+
+
+def test_a_schedule_of_the_flax_example_traces_its_step_once(monkeypatch):
+    nnx, optax = pytest.importorskip("flax.nnx"), pytest.importorskip("optax")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("jax_flax")
+    traced, cross_entropy = [], rgd.jax.cross_entropy
+
+    def counted(*args, weighting):
+        traced.append(weighting)
+        return cross_entropy(*args, weighting=weighting)
+
+    monkeypatch.setattr(rgd.jax, "cross_entropy", counted)
+    model = example.Classifier(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.sgd(0.0), wrt=nnx.Param)
+    labels = jnp.arange(8) % example.CLASSES
+    inputs = example.sample(1, labels)
+    for tau in (1.0, 2.0, 3.0):
+        weighting = rgd.KL(tau=tau)
+        loss = example.train_step(model, optimizer, inputs, labels, weighting)
+        expected = cross_entropy(model(inputs), labels, weighting=weighting)
+        assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert len(traced) == 1
 
 
 def test_notebook_runs_and_keeps_its_outputs():
