@@ -18,6 +18,7 @@ References:
 from __future__ import annotations
 
 import importlib
+import math
 import numbers
 import warnings
 from collections.abc import Callable
@@ -138,7 +139,8 @@ class Reweighted(_base.MetaEstimatorMixin, _base.BaseEstimator):
         Raises:
             TypeError: If the estimator is neither a regressor nor a classifier with `predict_proba`, its
                 `fit` takes no `sample_weight`, or a setting has the wrong type.
-            ValueError: If a setting is out of range, a shape does not fit, or the weighting remembers.
+            ValueError: If a setting is out of range, a shape does not fit, or the weighting remembers; if
+                weights overflow, or all of them are 0.
         """
         weighting = self._check_settings()
         classifier = _base.is_classifier(self.estimator)
@@ -153,8 +155,10 @@ class Reweighted(_base.MetaEstimatorMixin, _base.BaseEstimator):
             while True:
                 losses = _log_losses(fitted, X, target) if classifier else _squared_errors(fitted, X, target)
                 fresh = rgd.sample_weights(losses, weighting, sample_weight=mass)
+                if self.rounds:
+                    _check_weights(fresh, mass, losses, classifier)
                 change = float(np.max(np.abs(fresh - weights)))
-                settled = change <= self.tolerance * float(np.max(fresh))
+                settled = math.isfinite(change) and change <= self.tolerance * float(np.max(fresh))
                 if settled or rounds == self.rounds:
                     break
                 # The first step is whole: the plain fit's weights are no guess of the final ones.
@@ -338,6 +342,26 @@ def _read_mass(sample_weight: Any, X: Any) -> _Floats:  # noqa: N803
             f"sample_weight must have one number for each sample, shape {shape}, got {mass.shape}"
         )
     return mass
+
+
+def _check_weights(weights: _Floats, mass: _Floats | None, losses: _Floats, classifier: bool) -> None:
+    """Refuse weights that no estimator can be fitted with."""
+    if mass is not None:
+        with np.errstate(over="ignore"):
+            weights, losses = (mass * weights)[mass > 0], losses[mass > 0]
+    finite = np.isfinite(weights).all()
+    if not losses.size or (finite and weights.any()):
+        return
+    what = "all weights are 0" if finite else "weights are not finite"
+    if not losses.any():
+        raise ValueError(
+            f"{what}: the estimator has learnt every sample by heart, so limit it, or use another weighting"
+        )
+    scale = "" if classifier else "scale the target, as in (y - y.mean()) / y.std(), "
+    raise ValueError(
+        f"{what}, for losses of {losses.min():.3g} to {losses.max():.3g}: {scale}give tau, or use a scale "
+        "nearer to 0"
+    )
 
 
 def _read_target(y: Any, classifier: bool) -> npt.NDArray[Any]:

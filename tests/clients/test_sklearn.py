@@ -103,6 +103,59 @@ def test_an_integer_sample_weight_counts_as_that_many_samples(weighting):
     np.testing.assert_allclose(np.repeat(once.weights_, MASS), repeated.weights_, rtol=4 * 1e-8 * len(Y))
 
 
+@pytest.mark.parametrize("unit", [1e-6, 1e6])
+def test_the_tolerance_is_relative_to_the_largest_weight(unit):
+    # A least-squares fit does not depend on the unit of the weights, and a power of two changes no digit.
+    unit = 2.0 ** round(np.log2(unit))
+    scaled = rgd.Pointwise(lambda losses: unit * np.exp(np.minimum(losses, 2.0) / 3.0))
+    once = Reweighted(LinearRegression(), tau=2.0, rounds=50, tolerance=1e-6).fit(FEATURES, VALUES)
+    other = Reweighted(LinearRegression(), scaled, rounds=50, tolerance=1e-6).fit(FEATURES, VALUES)
+    assert other.settled_
+    assert other.n_rounds_ == once.n_rounds_ > 1
+    np.testing.assert_allclose(other.weights_, unit * once.weights_, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("weighting", "message"),
+    [
+        (rgd.KL(np.inf, scale=1.0), r"not finite, for losses of .*scale the target, as in \(y - y.mean"),
+        (rgd.KL(scale=-1.0), "all weights are 0, for losses of .*scale the target"),
+        (rgd.Pointwise(lambda losses: losses * np.nan), "weights are not finite"),
+    ],
+    ids=["infinite", "zero", "NaN"],
+)
+@pytest.mark.parametrize("mass", [None, np.arange(80) % 3], ids=["plain", "sample_weight"])
+def test_weights_that_no_estimator_can_be_fitted_with_are_refused(weighting, message, mass):
+    target = np.where(np.arange(80) % 2, 146.0, -146.0)  # no line comes near
+    with pytest.raises(ValueError, match=message):
+        Reweighted(LinearRegression(), weighting).fit(FEATURES, target, mass)
+
+
+def test_weights_that_only_overflow_with_the_sample_weight_are_refused():
+    with pytest.raises(ValueError, match="weights are not finite"):
+        Reweighted(Ridge(), rgd.KL(np.inf, scale=1.0)).fit(FEATURES, 30 * VALUES, np.full(80, 1e200))
+
+
+def test_a_classifier_whose_weights_overflow_is_told_to_bound_them():
+    with pytest.raises(
+        ValueError, match=r"weights are not finite, for losses of [\d.e+-]+ to [\d.e+-]+: give tau"
+    ):
+        Reweighted(LogisticRegression(), rgd.KL(np.inf, scale=1000.0)).fit(X, Y)
+
+
+def test_samples_learnt_by_heart_leave_nothing_to_weight():
+    with pytest.raises(ValueError, match="learnt every sample by heart"):
+        Reweighted(DecisionTreeClassifier(random_state=0), rgd.Focal(2.0)).fit(X, Y)
+
+
+def test_without_rounds_no_weight_can_overflow():
+    model = Reweighted(Ridge(), rgd.KL(np.inf, scale=1000.0), rounds=0).fit(FEATURES, 146 * VALUES)
+    assert not model.settled_
+    np.testing.assert_array_equal(
+        model.predict(FEATURES), Ridge().fit(FEATURES, 146 * VALUES).predict(FEATURES)
+    )
+
+
 def test_a_negative_scale_leaves_out_what_does_not_fit():
     features = np.arange(12.0)[:, None]
     values = 2 * features[:, 0]
