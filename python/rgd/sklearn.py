@@ -335,6 +335,8 @@ class _NoBar:
 
 def _read_mass(sample_weight: Any, X: Any) -> _Floats:  # noqa: N803
     """The base measure, shape (n,), checked for its shape; its values are checked with the losses."""
+    if isinstance(sample_weight, np.ma.MaskedArray):
+        raise TypeError("sample_weight is a masked array, and its mask would be lost: give masked samples 0")
     mass = np.asarray(sample_weight, dtype=np.float64)
     shape = tuple(X.shape if hasattr(X, "shape") else np.asarray(X).shape)[:1]
     if mass.shape != shape:

@@ -257,6 +257,11 @@ def test_a_sample_weight_of_another_shape_is_refused(weight):
         Reweighted(LogisticRegression()).fit(X, Y, weight)
 
 
+def test_a_masked_sample_weight_is_refused():
+    with pytest.raises(TypeError, match="masked array"):
+        Reweighted(LogisticRegression()).fit(X, Y, np.ma.ones(120))
+
+
 def test_a_forest_that_never_settles_says_so_and_stays_usable():
     forest = RandomForestClassifier(5, max_depth=2, random_state=0)
     with pytest.warns(ConvergenceWarning, match="a random_state"):
