@@ -7,7 +7,7 @@
 //! - softmax: `l = log(sum_j exp(f_j)) - f_y`;
 //! - squared error: `l = (f - y)^2 / 2`.
 //!
-//! All of it is computed in `f64`. Samples are worked through in blocks that fit the first-level cache, so that losses, their
+//! All of it is computed in `f64`. The libraries keep derivatives in `f32`, so one that does not fit there is an error. Samples are worked through in blocks that fit the first-level cache, so that losses, their
 //! weights, where these are pointwise, and the derivatives take one pass over the margins.
 
 use crate::layout::{Shared, Values};
@@ -17,7 +17,7 @@ use crate::reduce::product;
 use crate::weightings::Weighting;
 use ndarray::{ArrayView2, ArrayViewMut2};
 use std::mem::MaybeUninit;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// Margins of a block: 32 KiB of f64.
 const BLOCK: usize = 4096;
@@ -84,8 +84,8 @@ pub struct Outputs<'a> {
     pub mass: Option<&'a dyn Values>,
     /// The weights.
     pub weights: Weights<'a>,
-    /// A factor of the Hessian.
-    pub curvature: f64,
+    /// A factor of the Hessian; `None` to take the gradient's absolute value in the Hessian's place.
+    pub curvature: Option<f64>,
     /// Of the margins' shape, any strides.
     pub gradient: ArrayViewMut2<'a, MaybeUninit<f64>>,
     /// Of the margins' shape, any strides.
@@ -99,6 +99,8 @@ pub enum Error {
     Label(usize),
     /// Its base measure is negative or not finite.
     Mass(usize),
+    /// Its derivatives do not fit into `f32`, or its weight is negative.
+    Overflow(usize),
 }
 
 /// Fills the loss of each sample.
@@ -119,14 +121,14 @@ pub fn losses<T: Element>(inputs: &Inputs<T>, losses: &mut [MaybeUninit<f64>]) -
     })
 }
 
-/// Fills gradient and Hessian.
+/// Fills gradient and Hessian, and gives the largest weight of the samples whose base measure is not 0; 0 where there are none.
 ///
 /// # Errors
-/// If a label or a base measure is not allowed.
+/// If a label or a base measure is not allowed, a weight is negative, or a derivative does not fit into `f32`.
 ///
 /// # Panics
 /// If lengths or shapes differ, or if a weighting of [`Weights::Pointwise`] depends on the batch.
-pub fn derivatives<T: Element>(inputs: &Inputs<T>, mut outputs: Outputs) -> Result<(), Error> {
+pub fn derivatives<T: Element>(inputs: &Inputs<T>, mut outputs: Outputs) -> Result<f64, Error> {
     let shape = inputs.margins.dim();
     assert_eq!(outputs.gradient.dim(), shape);
     assert_eq!(outputs.hessian.dim(), shape);
@@ -137,9 +139,11 @@ pub fn derivatives<T: Element>(inputs: &Inputs<T>, mut outputs: Outputs) -> Resu
     }
     let to = [Rows::of(&mut outputs.gradient), Rows::of(&mut outputs.hessian)];
     let outputs = &outputs;
+    // Floats >= 0 are in the order of their bits.
+    let largest = AtomicU64::new(0);
     inputs.for_each_block(|block| {
         let work = Work::new(inputs, block.end - block.start);
-        dispatch(DerivativesOf {
+        let weight = dispatch(DerivativesOf {
             inputs,
             mass: outputs.mass,
             weights: outputs.weights,
@@ -148,7 +152,9 @@ pub fn derivatives<T: Element>(inputs: &Inputs<T>, mut outputs: Outputs) -> Resu
             work,
             to,
         });
-    })
+        largest.fetch_max(weight.to_bits(), Ordering::Relaxed);
+    })?;
+    Ok(f64::from_bits(largest.into_inner()))
 }
 
 /// Samples of a block, and where a wrong one is noted.
@@ -157,6 +163,7 @@ struct Block<'a> {
     end: usize,
     wrong_label: &'a AtomicUsize,
     wrong_mass: &'a AtomicUsize,
+    overflow: &'a AtomicUsize,
 }
 
 impl<T: Element> Inputs<'_, T> {
@@ -166,14 +173,21 @@ impl<T: Element> Inputs<'_, T> {
         assert!(classes == 1 || self.loss == Loss::Softmax);
         let size = (BLOCK / classes.max(1)).clamp(16, BLOCK / 4);
         let threads = if self.margins.len() < PARALLEL { 1 } else { self.threads };
-        let (wrong_label, wrong_mass) = (AtomicUsize::new(samples), AtomicUsize::new(samples));
+        let [wrong_label, wrong_mass, overflow] = [(); 3].map(|()| AtomicUsize::new(samples));
         for_each_block(samples.div_ceil(size), threads, |i| {
             let (start, end) = (i * size, samples.min((i + 1) * size));
-            work(Block { start, end, wrong_label: &wrong_label, wrong_mass: &wrong_mass });
+            work(Block {
+                start,
+                end,
+                wrong_label: &wrong_label,
+                wrong_mass: &wrong_mass,
+                overflow: &overflow,
+            });
         });
-        match (wrong_label.into_inner(), wrong_mass.into_inner()) {
-            (label, _) if label < samples => Err(Error::Label(label)),
-            (_, mass) if mass < samples => Err(Error::Mass(mass)),
+        match (wrong_label.into_inner(), wrong_mass.into_inner(), overflow.into_inner()) {
+            (label, ..) if label < samples => Err(Error::Label(label)),
+            (_, mass, _) if mass < samples => Err(Error::Mass(mass)),
+            (.., sample) if sample < samples => Err(Error::Overflow(sample)),
             _ => Ok(()),
         }
     }
@@ -337,16 +351,17 @@ struct DerivativesOf<'a, 'b, T> {
     inputs: &'a Inputs<'b, T>,
     mass: Option<&'a dyn Values>,
     weights: Weights<'a>,
-    curvature: f64,
+    curvature: Option<f64>,
     block: Block<'a>,
     work: Work,
     to: [Rows; 2],
 }
 
 impl<T: Element> Kernel for DerivativesOf<'_, '_, T> {
-    type Output = ();
+    /// The largest weight.
+    type Output = f64;
     #[inline(always)]
-    fn run<I: Isa>(mut self) {
+    fn run<I: Isa>(mut self) -> f64 {
         let (start, classes) = (self.block.start, self.inputs.margins.ncols());
         self.work.losses::<T, I>(self.inputs, &self.block);
         let Work { labels, tile, margin, sum, values } = &mut self.work;
@@ -356,14 +371,22 @@ impl<T: Element> Kernel for DerivativesOf<'_, '_, T> {
         }
         let [gradient, hessian] = self.to;
         let curvature = self.curvature;
+        let overflow = self.block.overflow;
         let put = |i: usize, j: usize, w: f64, g: f64, h: f64| {
+            let g = product(w, g);
+            let h = curvature.map_or(g.abs(), |factor| product(w, factor * h));
+            let largest = f64::from(f32::MAX);
+            if !(w >= 0.0 && g.abs() <= largest && h <= largest) {
+                overflow.fetch_min(start + i, Ordering::Relaxed);
+            }
             // SAFETY: `i` is a sample of this block, whose rows no other block writes; `derivatives` has compared the shapes,
             // and the outputs outlive it.
             unsafe {
-                gradient.write(start + i, j, product(w, g));
-                hessian.write(start + i, j, w * (curvature * h));
+                gradient.write(start + i, j, g);
+                hessian.write(start + i, j, h);
             }
         };
+        let mut largest_weight = 0.0f64;
         if let Some(mass) = self.mass {
             // The sums of softmax are needed still, and its margins are not; those of the others are the other way around.
             let p = if self.inputs.loss == Loss::Softmax { &mut *margin } else { &mut *sum };
@@ -372,8 +395,15 @@ impl<T: Element> Kernel for DerivativesOf<'_, '_, T> {
                 if !(0.0..f64::INFINITY).contains(&p) {
                     self.block.wrong_mass.fetch_min(start + i, Ordering::Relaxed);
                 }
-                *w = if p == 0.0 { 0.0 } else { p * *w };
+                if p == 0.0 {
+                    *w = 0.0;
+                } else {
+                    largest_weight = largest_weight.max(*w);
+                    *w *= p;
+                }
             }
+        } else {
+            largest_weight = values.iter().copied().fold(0.0, f64::max);
         }
         match self.inputs.loss {
             Loss::Logistic => {
@@ -404,6 +434,7 @@ impl<T: Element> Kernel for DerivativesOf<'_, '_, T> {
                 }
             }
         }
+        largest_weight
     }
 }
 
@@ -452,6 +483,18 @@ mod tests {
         mass: Option<&[f64]>,
         threads: usize,
     ) -> Result<Filled, Error> {
+        fill_with(kl(), Some(2.0), loss, margins, labels, mass, threads).map(|(filled, _)| filled)
+    }
+
+    fn fill_with(
+        weighting: Weighting,
+        curvature: Option<f64>,
+        loss: Loss,
+        margins: &Array2<f64>,
+        labels: &[f64],
+        mass: Option<&[f64]>,
+        threads: usize,
+    ) -> Result<(Filled, f64), Error> {
         let labels = Vector::of(labels);
         let inputs = Inputs { loss, margins: margins.view(), labels: &labels, threads };
         let mut found = vec![MaybeUninit::uninit(); margins.nrows()];
@@ -463,11 +506,11 @@ mod tests {
         let [gradient, hessian] = &mut out;
         let (gradient, hessian) = (gradient.view_mut(), hessian.view_mut());
         let mass = mass.as_ref().map(|mass| mass as _);
-        let weights = Weights::Pointwise(kl());
-        derivatives(&inputs, Outputs { mass, weights, curvature: 2.0, gradient, hessian })?;
+        let weights = Weights::Pointwise(weighting);
+        let largest = derivatives(&inputs, Outputs { mass, weights, curvature, gradient, hessian })?;
         // SAFETY: they were initialised from the start.
         let [gradient, hessian] = out.map(|out| out.mapv(|x| unsafe { x.assume_init() }));
-        Ok((found, gradient, hessian))
+        Ok(((found, gradient, hessian), largest))
     }
 
     fn samples(loss: Loss, count: usize, scale: f64) -> (Array2<f64>, Vec<f64>, Vec<f64>) {
@@ -539,6 +582,34 @@ mod tests {
         let margins = Array2::from_shape_vec((2, 1), vec![f64::INFINITY, f64::NEG_INFINITY]).unwrap();
         let (found, gradient, _) = fill(Loss::Logistic, &margins, &[1.0, 0.0], None, 1).unwrap();
         assert_eq!((found, gradient.into_raw_vec_and_offset().0), (vec![0.0; 2], vec![0.0; 2]));
+    }
+
+    #[test]
+    fn the_absolute_gradient_can_take_the_place_of_the_hessian() {
+        let (margins, labels, mass) = samples(Loss::Softmax, 50, 9.0);
+        let ((_, gradient, hessian), _) =
+            fill_with(kl(), None, Loss::Softmax, &margins, &labels, Some(&mass), 1).unwrap();
+        assert_eq!(gradient.mapv(f64::abs), hessian);
+        assert!(gradient.iter().any(|&g| g < 0.0));
+    }
+
+    #[test]
+    fn derivatives_beyond_single_precision_are_told_unless_their_sample_has_no_mass() {
+        // A loss of 1800 weighs exp(1800), which is infinite; one of 100 weighs exp(100) = 3e43, beyond f32.
+        let weighting = Weighting::new("kl", &[f64::INFINITY, 1.0, 0.0]).unwrap();
+        let labels = vec![0.0; 3000];
+        for (margin, finite) in [(60.0f64, false), (200.0f64.sqrt(), false), (3.0, true)] {
+            let margins = Array2::from_shape_fn((3000, 1), |(i, _)| if i == 2000 { margin } else { 1.0 });
+            let fill = |mass: Option<&[f64]>| {
+                fill_with(weighting, Some(1.0), Loss::SquaredError, &margins, &labels, mass, 3)
+            };
+            assert_eq!(fill(None).err(), (!finite).then_some(Error::Overflow(2000)));
+            let mut mass = vec![1.0; 3000];
+            mass[2000] = 0.0;
+            let ((_, gradient, hessian), largest) = fill(Some(&mass)).unwrap();
+            assert_eq!((gradient[(2000, 0)], hessian[(2000, 0)]), (0.0, 0.0));
+            assert!((largest - 0.5f64.exp()).abs() <= 4.0 * f64::EPSILON);
+        }
     }
 
     #[test]

@@ -224,11 +224,11 @@ def boosting_derivatives(
     weights: Any | None,
     kind: str | None,
     numbers: Sequence[float],
-    curvature: float,
+    curvature: float | None,
     gradient: Any,
     hessian: Any,
     threads: int,
-) -> tuple[int | None, int | None]:
+) -> tuple[tuple[str, int] | None, float]:
     """Fill gradient and Hessian (the diagonal) of `mass * weight * loss` for boosted trees, weights constant.
 
     Args:
@@ -239,14 +239,15 @@ def boosting_derivatives(
         weights: (n,), in the place of a weighting.
         kind: Name of the kernel of a pointwise weighting, in the place of weights.
         numbers: The weighting's numbers.
-        curvature: A factor of the Hessian.
+        curvature: A factor of the Hessian; None for the gradient's absolute value in the Hessian's place.
         gradient: Output, float64, of the margins' shape, any strides.
         hessian: Output, as the gradient.
         threads: The largest number of threads to use.
 
     Returns:
-        The first sample whose label is not allowed, and the first whose base measure is not. If there is one,
-        nothing of use was filled.
+        What is wrong, "label", "mass" or "overflow" (a derivative that does not fit into float32, or a
+        negative weight), and the first sample where it is; None where nothing is wrong. Then the largest
+        weight of the samples whose mass is not 0. If something is wrong, nothing of use was filled.
     """
 
 def xla_handler() -> object:

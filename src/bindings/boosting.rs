@@ -9,14 +9,14 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use std::mem::MaybeUninit;
 
-/// The first sample with a wrong label, and the first with a wrong base measure.
-type Wrong = (Option<usize>, Option<usize>);
+/// What is wrong, and the first sample where it is.
+type Wrong = (&'static str, usize);
 
-fn read_wrong(result: Result<(), Error>) -> Wrong {
-    match result {
-        Ok(()) => (None, None),
-        Err(Error::Label(i)) => (Some(i), None),
-        Err(Error::Mass(i)) => (None, Some(i)),
+fn read_wrong(error: Error) -> Wrong {
+    match error {
+        Error::Label(i) => ("label", i),
+        Error::Mass(i) => ("mass", i),
+        Error::Overflow(i) => ("overflow", i),
     }
 }
 
@@ -96,7 +96,7 @@ pub(super) fn boosting_losses(
     }
     with_margins!(margins, margins => {
         let inputs = Inputs { loss, margins, labels: &*labels, threads };
-        Ok(read_wrong(released(py, || boosting::losses(&inputs, losses))?).0)
+        Ok(released(py, || boosting::losses(&inputs, losses))?.err().map(|error| read_wrong(error).1))
     })
 }
 
@@ -112,11 +112,11 @@ pub(super) fn boosting_derivatives(
     weights: Option<&Bound<PyAny>>,
     kind: Option<&str>,
     numbers: Vec<f64>,
-    curvature: f64,
+    curvature: Option<f64>,
     gradient: &Bound<PyAny>,
     hessian: &Bound<PyAny>,
     threads: usize,
-) -> PyResult<Wrong> {
+) -> PyResult<(Option<Wrong>, f64)> {
     let loss = read_loss(loss)?;
     let (margins, labels) = (Tensor::import("margins", margins)?, Tensor::import("labels", labels)?);
     let mass = mass.map(|mass| Tensor::import("mass", mass)).transpose()?;
@@ -147,6 +147,9 @@ pub(super) fn boosting_derivatives(
             gradient: output("gradient", &mut gradient)?,
             hessian: output("hessian", &mut hessian)?,
         };
-        Ok(read_wrong(released(py, || boosting::derivatives(&inputs, outputs))?))
+        Ok(match released(py, || boosting::derivatives(&inputs, outputs))? {
+            Ok(largest) => (None, largest),
+            Err(error) => (Some(read_wrong(error)), f64::NAN),
+        })
     })
 }
