@@ -259,7 +259,8 @@ class RGDLossFunc:
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         labels = labels.to(logits.device)
         if self._shifts(outputs, logits, labels):
-            labels = F.pad(labels[..., 1:], (0, 1), value=criterion.ignore_index)
+            # In int64, since a narrower dtype may not hold ignore_index.
+            labels = F.pad(labels[..., 1:].to(torch.int64), (0, 1), value=criterion.ignore_index)
         criterion.reduction = "mean" if num_items_in_batch is None else "sum"
         if criterion.weight is not None:
             criterion.to(logits.device)

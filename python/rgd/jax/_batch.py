@@ -133,10 +133,21 @@ def as_groups(groups: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | N
     """`groups`, checked, of the losses' shape."""
     if groups is None:
         return None
-    members = jnp.asarray(groups)
-    if not jnp.issubdtype(members.dtype, jnp.integer):
-        raise TypeError(f"groups must be an array of integers, got {members.dtype}")
-    return _by_sample("groups", members, shape)
+    given = groups if isinstance(groups, np.ndarray) else jnp.asarray(groups)
+    if not jnp.issubdtype(given.dtype, jnp.integer):
+        raise TypeError(f"groups must be an array of integers, got {given.dtype}")
+    members = jnp.asarray(given)
+    if members.dtype != given.dtype and (cut := given[given != np.asarray(members)]).size:
+        raise ValueError(
+            f"groups holds {cut[0]}, more than {members.dtype} can: number the groups from 0, or call "
+            'jax.config.update("jax_enable_x64", True) first'
+        )
+    return _by_sample("groups", comparable(members), shape)
+
+
+def comparable(integers: Any) -> Any:
+    """Integers of at least 32 bits: a narrower dtype would wrap the number that it is compared with."""
+    return integers.astype(np.int32) if integers.dtype.itemsize < 4 else integers
 
 
 def base_measure(mask: jax.Array | None, mass: jax.Array | None, dtype: Any) -> jax.Array | None:

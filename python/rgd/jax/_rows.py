@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from rgd.jax._batch import comparable
+
 IGNORED, OUT_OF_RANGE = -1, -2
 """Codes in the place of a class index, as the kernel reads them."""
 
@@ -31,13 +33,15 @@ def encode(
         ignore_index: The class index that counts for nothing.
         takes_part: Which rows count, of the labels' shape; None for all.
     """
-    given = jnp.asarray(labels)
+    # JAX without 64-bit numbers would cut those of NumPy down before they are compared.
+    xp: Any = np if isinstance(labels, np.ndarray) else jnp
+    given = comparable(labels)
     inside = (given >= 0) & (given < classes)
-    codes = jnp.where(inside, given.astype(jnp.int32), OUT_OF_RANGE)
+    codes = xp.where(inside, given.astype(np.int32), OUT_OF_RANGE)
     limits = jnp.iinfo(given.dtype)
     if limits.min <= ignore_index <= limits.max:
-        codes = jnp.where(given == ignore_index, IGNORED, codes)
-    return codes if takes_part is None else jnp.where(takes_part, codes, IGNORED)
+        codes = xp.where(given == ignore_index, IGNORED, codes)
+    return jnp.asarray(codes, jnp.int32) if takes_part is None else jnp.where(takes_part, codes, IGNORED)
 
 
 def adjusted(logits: jax.Array, adjustment: jax.Array | None) -> jax.Array:

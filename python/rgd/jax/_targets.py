@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from rgd.jax._batch import Losses, is_known, weights_of
+from rgd.jax._batch import Losses, comparable, is_known, weights_of
 from rgd.weightings import Weighting
 
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
@@ -63,7 +63,7 @@ def refuse_out_of_range(
     """Raise for a class index out of range, where its value is known."""
     if not is_known(labels) or not is_known(takes_part):
         return
-    known = np.asarray(labels)
+    known = comparable(np.asarray(labels))
     outside = (known != ignore_index) & ((known < 0) | (known >= classes))
     if takes_part is not None:
         outside &= np.asarray(takes_part)

@@ -179,9 +179,10 @@ def check_targets(  # noqa: PLR0917
             "the vocabulary evenly, or leave label_smoothing out"
         )
     if values_can_be_read(target):
-        wrong = (target != options.ignore_index) & ((target < 0) | (target >= classes))
+        labels = target.to(torch.int64)  # a narrower dtype would wrap the number of classes
+        wrong = (labels != options.ignore_index) & ((labels < 0) | (labels >= classes))
         if bool(wrong.any()):
             raise IndexError(
-                f"target {int(target[wrong][0])} is out of range: give a class in 0..{classes - 1}, or "
+                f"target {int(labels[wrong][0])} is out of range: give a class in 0..{classes - 1}, or "
                 f"ignore_index ({options.ignore_index})"
             )

@@ -26,7 +26,7 @@ class Batch:
     Attributes:
         losses: One loss a sample, shape (n,), without gradient; 0 where a sample takes no part.
         xp: The losses' array namespace (Python array API standard): write formulas with it.
-        groups: As given.
+        groups: As given, in at least 32 bits.
         concrete: As given.
         any_size: As given.
 
@@ -48,6 +48,9 @@ class Batch:
         any_size: bool = False,
     ) -> None:
         self.xp = array_api_compat.array_namespace(losses) if xp is None else xp
+        if groups is not None and groups.dtype.itemsize < 4:
+            # A narrower dtype would wrap the number of a group that it is compared with.
+            groups = self.xp.astype(groups, self.xp.int32)
         self.groups = groups
         self.concrete = concrete
         self.any_size = any_size
