@@ -95,7 +95,7 @@ def reweight(
         groups=None)` takes gradients with a leading axis of examples, and vectors of shape (batch,): their
         losses; booleans that say which examples take part; the base measure `p`, numbers >= 0; the group of
         each, integers, for `rgd.GroupDRO`. An example that takes no part, or whose weight is 0, may hold what
-        it likes. What a weighting remembers is part of the state.
+        it likes; where none takes part, the mean is 0. What a weighting remembers is part of the state.
 
     Raises:
         ValueError: If both `tau` and `weighting` are given; from `update`, if `losses` are not given, are not
@@ -266,6 +266,8 @@ def _schedule(weighting: Any, tau: Any) -> Callable[[jax.Array], Weighting]:
 def _reweighted_mean_gradient(grads: optax.Updates, batch: Losses, weights: jax.Array) -> optax.Updates:
     base = batch.ones
     mass = psum(jnp.sum(base), batch.axis_name)
+    # The sum is 0 too where nothing takes part: no gradient, no update.
+    mass = jnp.where(mass == 0, 1, mass)
     dropped = (base == 0) | ((weights == 0) & ~jnp.isnan(batch.values))
 
     def mean(path: Any, grad: jax.Array) -> jax.Array:

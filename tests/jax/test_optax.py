@@ -134,6 +134,64 @@ def test_an_example_of_weight_zero_may_hold_an_infinite_gradient(problem):
     assert_close(updates, expected)
 
 
+NOTHING = {
+    "where": {"where": jnp.zeros(BATCH, bool)},
+    "sample_weight": {"sample_weight": jnp.zeros(BATCH)},
+}
+
+
+@pytest.mark.parametrize("spread", [False, True], ids=["one batch", "over an axis"])
+@pytest.mark.parametrize("extra", NOTHING.values(), ids=NOTHING)
+@pytest.mark.parametrize("weighting", [rgd.KL(), rgd.CVaR(0.5), rgd.MovingAverage(rgd.KL(), 0.9)], ids=str)
+def test_a_batch_in_which_nothing_takes_part_gives_updates_of_zero(problem, weighting, extra, spread):
+    params, *_ = problem
+    losses, grads = per_example(*problem)
+    grads = jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), grads)
+    name = "devices" if spread else None
+    for wrapped in (rgd.optax.reweight, lambda *a, **k: rgd.optax.rgd(optax.adam(0.1), *a, **k)):
+        tx = wrapped(weighting, axis_name=name)
+        state = tx.init(params)
+
+        def update(grads, losses, extra, tx=tx, state=state):
+            return tx.update(grads, state, params, losses=losses, **extra)
+
+        given = grads, losses, extra
+        if spread:
+            mapped = jax.vmap(update, axis_name=name)
+            updates, after = mapped(*jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[1:]), given))
+        else:
+            updates, after = update(*given)
+        jax.tree.map(lambda u: np.testing.assert_array_equal(u, 0), updates)
+        before = state.weighting_state
+        jax.tree.map(np.testing.assert_array_equal, after.weighting_state, before)
+
+
+@pytest.mark.parametrize("weighting", [rgd.KL(), rgd.CVaR(0.5), rgd.MovingAverage(rgd.KL(), 0.9)], ids=str)
+def test_an_empty_batch_gives_updates_of_zero(problem, weighting):
+    losses, grads = jax.tree.map(lambda x: x[:0], per_example(*problem))
+    tx = rgd.optax.rgd(optax.adam(0.1), weighting)
+    updates, _ = tx.update(grads, tx.init(problem[0]), problem[0], losses=losses)
+    jax.tree.map(lambda u, p: np.testing.assert_array_equal(u, jnp.zeros_like(p)), updates, problem[0])
+
+
+def test_a_device_without_examples_leaves_the_mean_to_the_others(problem):
+    losses, grads = per_example(*problem)
+    where = jnp.arange(BATCH) < BATCH // 2
+    tx = rgd.optax.reweight(axis_name="devices")
+
+    def update(grads, losses, where):
+        return tx.update(grads, tx.init(problem[0]), losses=losses, where=where)[0]
+
+    halves = jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[1:]), (grads, losses, where))
+    spread = jax.tree.map(lambda u: u[1], jax.vmap(update, axis_name="devices")(*halves))
+    assert_close(spread, one_update(rgd.optax.reweight(), problem, where=where)[0])
+
+
+def test_a_traced_sample_weight_that_is_not_allowed_still_gives_nan(problem):
+    updates, _ = one_update(rgd.optax.reweight(), problem, sample_weight=-jnp.ones(BATCH))
+    assert jnp.isnan(updates["b"])
+
+
 def test_injected_tau_is_read_from_the_state(problem):
     tx = optax.inject_hyperparams(rgd.optax.rgd)(optax.sgd(1.0), tau=1.0)
     state = tx.init(problem[0])
