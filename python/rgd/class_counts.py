@@ -29,7 +29,8 @@ def log_prior(counts: Any) -> npt.NDArray[np.float64]:
 
     Returns:
         float64, shape (C,). A class without samples has -inf: the loss then rules it out, and a target of
-        that class has an infinite loss. `log_prior(counts + 1)` keeps every class.
+        that class has an infinite loss, as every target has with label smoothing, which gives each class a
+        share. `log_prior(counts + 1)` keeps every class.
 
     Raises:
         TypeError: If `counts` is no array of numbers.

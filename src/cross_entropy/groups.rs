@@ -150,7 +150,10 @@ impl<'a, T: Element> Problem<'a, T> {
             (group.label_mass[i], group.at_label[i]) = match label.class() {
                 Some(y) => {
                     let c = self.class_weight.map_or(1.0, |c| c[y].to_f64());
-                    (T::Real::from_f64(self.on_label * c), logit(i, y) - group.max[i])
+                    let mass = T::Real::from_f64(self.on_label * c);
+                    // 0 times -inf is 0: without mass the label's logit does not matter.
+                    let zero = T::Real::default();
+                    (mass, if mass == zero { zero } else { logit(i, y) - group.max[i] })
                 }
                 None => (T::Real::default(), T::Real::default()),
             };
@@ -198,7 +201,7 @@ impl<'a, T: Element> Problem<'a, T> {
         for value in &mut *values {
             *value *= self.norm;
         }
-        // The norm may be infinite, where no target counts.
+        // The norm is NaN where no target counts.
         clear_ignored(labels, values);
         for (factor, &value) in group.factor.iter_mut().zip(&*values) {
             *factor = T::Real::from_f64(value);

@@ -44,6 +44,13 @@ pub struct Totals {
     pub counted: usize,
 }
 
+impl Totals {
+    /// The denominator, and NaN in the place of 0: the mean over no mass is NaN, as in `torch.nn.CrossEntropyLoss`.
+    pub(super) fn divisor(&self) -> f64 {
+        if self.denominator == 0.0 { f64::NAN } else { self.denominator }
+    }
+}
+
 /// A target's class, [`Label::IGNORED`] or [`Label::DISTRIBUTION`].
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Label(u32);

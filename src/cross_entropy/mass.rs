@@ -61,6 +61,13 @@ impl<T: Element> SoftMass<T> {
     }
 }
 
+/// `t z`, and 0 where a class has no mass: a logit of -inf is then worth nothing. A NaN logit reaches the loss by the sum
+/// of exponentials.
+#[inline(always)]
+pub(super) fn times<A: Real>(t: A, z: A) -> A {
+    if t == A::default() { t } else { t * z }
+}
+
 /// The soft mass `t` of a row.
 pub(super) trait RowMass<A> {
     /// Whether there is any.

@@ -257,7 +257,7 @@ pub fn with_norms<T: Element>(
 fn norm(reduction: Reduction, totals: &Totals) -> f64 {
     match reduction {
         Reduction::None | Reduction::Sum => 1.0,
-        Reduction::Mean => 1.0 / totals.denominator,
+        Reduction::Mean => 1.0 / totals.divisor(),
     }
 }
 
@@ -319,6 +319,6 @@ fn write_objective<A: Real>(
             if p == 0.0 { 0.0 } else { product(p * w.to_f64(), loss) }
         }))
     };
-    let value = if settings.reduction == Reduction::Mean { sum / totals.denominator } else { sum };
+    let value = if settings.reduction == Reduction::Mean { sum / totals.divisor() } else { sum };
     objective[0].write(A::from_f64(value));
 }

@@ -6,7 +6,7 @@
 
 use super::groups::{GROUP, Group, Plan, Problem};
 use super::labels::Label;
-use super::mass::{NoMass, ProbabilityMass, RowMass, SmoothingMass, SoftMass};
+use super::mass::{NoMass, ProbabilityMass, RowMass, SmoothingMass, SoftMass, times};
 use crate::layout::Run;
 use crate::numeric::{Element, Isa, Kernel, LANES, Real};
 use crate::parallel::with_capacity;
@@ -399,7 +399,7 @@ impl<A: Real> RowSums<A> {
         }
         if let Some(mass) = mass {
             for (lane, (dot, (&t, &z))) in self.dot.iter_mut().zip(mass.iter().zip(&x)).enumerate() {
-                *dot += kept(lane, t * z);
+                *dot += kept(lane, times(t, z));
             }
             for (lane, (sum, &t)) in self.mass.iter_mut().zip(&mass).enumerate() {
                 *sum += kept(lane, t);

@@ -4,7 +4,7 @@
 //! from logits `x_k` into `exp(x_k - m)` and then into the gradient.
 
 use super::groups::{BLOCK, GROUP, Group, Plan, Problem};
-use super::mass::SoftMass;
+use super::mass::{SoftMass, times};
 use crate::layout::Run;
 use crate::numeric::{Element, Isa, Kernel, LANES, Real};
 use crate::parallel::filled;
@@ -266,7 +266,7 @@ fn sum_chunk<T: Element, I: Isa>(
             SoftMass::Smoothing { mass, .. } => {
                 let dots = group.soft_dot[..count].iter_mut();
                 for ((&x, &max), dot) in row.iter().zip(&group.max[..count]).zip(dots) {
-                    *dot += mass[k] * (x - max);
+                    *dot += times(mass[k], x - max);
                 }
             }
             SoftMass::Probabilities { .. } => {
@@ -275,7 +275,7 @@ fn sum_chunk<T: Element, I: Isa>(
                 for (((&x, &max), &mass), (dot, sum)) in
                     row.iter().zip(&group.max[..count]).zip(masses).zip(sums)
                 {
-                    *dot += mass * (x - max);
+                    *dot += times(mass, x - max);
                     *sum += mass;
                 }
             }

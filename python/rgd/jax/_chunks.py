@@ -33,7 +33,7 @@ from jax import lax
 
 from rgd.jax import _ffi
 from rgd.jax._batch import Losses, mapped_axes, pmax, psum, vary, weighted, weights_of
-from rgd.jax._rows import IGNORED, OUT_OF_RANGE, adjusted
+from rgd.jax._rows import IGNORED, OUT_OF_RANGE, adjusted, unless_massless
 from rgd.weightings import Weighting
 from rgd.weightings._base import Kernel
 
@@ -365,14 +365,13 @@ def _losses(
     log_sum = jnp.log(exp_sum)
     index, inside = position(rows.codes, constants.first_class, logits.shape[-1])
     at_label = jnp.take_along_axis(shifted, index[:, None], axis=-1, mode="promise_in_bounds")[:, 0]
-    at_label = psum(jnp.where(inside, at_label, 0), plan.vocab_axis)
     own, smooth, weight_sum = _shares(plan, rows, constants, logits.dtype)
+    at_label = psum(jnp.where(inside, unless_massless(at_label, own), 0), plan.vocab_axis)
     losses = own * (log_sum - at_label)
     if plan.smoothing > 0:
         ones = 1 if constants.class_weight is None else constants.class_weight
-        losses = losses + smooth * (
-            log_sum * weight_sum - psum(jnp.sum(ones * shifted, axis=-1), plan.vocab_axis)
-        )
+        over_all = psum(jnp.sum(ones * unless_massless(shifted, ones), axis=-1), plan.vocab_axis)
+        losses = losses + smooth * (log_sum * weight_sum - over_all)
     return jnp.where(rows.codes == IGNORED, 0, losses), (largest, exp_sum)
 
 

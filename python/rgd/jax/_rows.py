@@ -64,15 +64,16 @@ def index_losses(
     """
     counted, index = codes != IGNORED, jnp.maximum(codes, 0)
     logits, shifted, log_sum = _shifted(logits, counted)
-    losses = (
-        log_sum - jnp.take_along_axis(shifted, index[..., None], axis=-1, mode="promise_in_bounds")[..., 0]
-    )
-    if class_weight is not None:
-        losses = losses * class_weight[index]
+    own = 1 - smoothing if class_weight is None else (1 - smoothing) * class_weight[index]
+    at_label = jnp.take_along_axis(shifted, index[..., None], axis=-1, mode="promise_in_bounds")[..., 0]
+    losses = log_sum - unless_massless(at_label, own)
+    if class_weight is not None or smoothing > 0:
+        losses = own * losses
     if smoothing > 0:
-        ones = jnp.ones(logits.shape[-1], logits.dtype) if class_weight is None else class_weight
-        over_all = log_sum * jnp.sum(ones) - jnp.sum(ones * shifted, axis=-1)
-        losses = (1 - smoothing) * losses + smoothing / logits.shape[-1] * over_all
+        classes = logits.shape[-1]
+        ones, mass = (1, classes) if class_weight is None else (class_weight, jnp.sum(class_weight))
+        over_all = log_sum * mass - jnp.sum(ones * unless_massless(shifted, ones), axis=-1)
+        losses = losses + smoothing / classes * over_all
     losses = losses * jnp.where(codes == OUT_OF_RANGE, jnp.nan, 1).astype(losses.dtype)
     return jnp.where(counted, losses, 0)
 
@@ -88,8 +89,16 @@ def probability_losses(
     logits, shifted, log_sum = _shifted(logits, counted)
     smoothed = probabilities.astype(logits.dtype) * (1 - smoothing) + smoothing / logits.shape[-1]
     smoothed = smoothed if class_weight is None else smoothed * class_weight
+    shifted = unless_massless(shifted, smoothed)
     losses = -jnp.sum(smoothed * (shifted - log_sum[..., None]), axis=-1)
     return losses if counted is None else jnp.where(counted, losses, 0)
+
+
+def unless_massless(values: jax.Array, mass: jax.Array | float) -> jax.Array:
+    """Logits, and 0 where -inf meets no mass of the target: 0 times -inf is 0."""
+    if isinstance(mass, (int, float)) and mass != 0:
+        return values
+    return jnp.where((mass == 0) & jnp.isneginf(values), 0, values)
 
 
 def _shifted(logits: jax.Array, counted: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -93,6 +93,11 @@ def target_weights(losses: Losses, weighting: Weighting, per: Per, state: Any) -
     return jnp.where(losses.ones != 0, weights, 0), new
 
 
+def mean_of(total: jax.Array, denominator: jax.Array) -> jax.Array:
+    """The quotient, NaN over no mass, whatever the total is, as in `torch.nn.CrossEntropyLoss`."""
+    return total / jnp.where(denominator == 0, jnp.nan, denominator)
+
+
 def kernel_is_faster(shape: tuple[int, ...]) -> bool:
     """Whether the kernel is taken for logits of this size where nobody chose, by what the trace can see.
 

@@ -45,6 +45,7 @@ from rgd.jax._targets import (
     by_class,
     check_options,
     kernel_is_faster,
+    mean_of,
     refuse_out_of_range,
     target_weights,
 )
@@ -119,7 +120,8 @@ def cross_entropy(
     With `l_i` the loss of a target, `sg(w_i)` its weight and `m_i` its `sample_weight` (1 without), "none" is
     `m_i * w_i * l_i`, "sum" is the sum of those and "mean" is the sum divided by `sum_i m_i * c_{y_i}` over
     the targets that count; for class probabilities by `sum_i m_i`. The weights are constants of the gradient.
-    A target of weight 0 adds 0 to the objective and to the gradient, an infinite loss too.
+    A target of weight 0 adds 0 to the objective and to the gradient, an infinite loss too. A class without
+    mass in the target (a probability or a class weight of 0) adds nothing where its logit is -inf.
 
     Args:
         logits: (..., C), floating: the class axis is the last, as everywhere in JAX. (For the layout of
@@ -159,7 +161,8 @@ def cross_entropy(
 
     Returns:
         The objective, float64 for float64 logits, else float32: shape () or, for "none", the logits' shape
-        without the class axis. With no target that counts, "mean" is NaN. The gradient has the logits' dtype.
+        without the class axis. With no target that counts, or class weights of 0 alone, "mean" is NaN. The
+        gradient has the logits' dtype.
         With `state`: the objective and the new state.
 
         A class index out of range raises where `labels` are concrete. Under `jit`, where no value can raise,
@@ -221,7 +224,7 @@ def cross_entropy(
     if reduction != "none":
         result = psum(jnp.sum(result), axis_name)
     if reduction == "mean":
-        result = result / psum(_denominator_of(problem), axis_name)
+        result = mean_of(result, psum(_denominator_of(problem), axis_name))
     return result if state is None else (result, new)
 
 

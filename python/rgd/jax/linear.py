@@ -53,6 +53,7 @@ from rgd.jax._targets import (
     by_class,
     check_options,
     kernel_is_faster,
+    mean_of,
     refuse_out_of_range,
     target_weights,
 )
@@ -311,7 +312,7 @@ def linear_cross_entropy(
         result = psum(jnp.sum(result), axis_name)
     if reduction == "mean":
         counted = targets.base if own is None else jnp.where(targets.base != 0, targets.base * own, 0)
-        result = result / psum(jnp.sum(counted), axis_name)
+        result = mean_of(result, psum(jnp.sum(counted), axis_name))
     return result if state is None else (result, new)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -40,7 +41,8 @@ def cross_entropy_losses(
 
         l = -(1 - e) * c_y * log p_y - (e / C) * sum_k c_k * log p_k
 
-    and class probabilities `t` cost `l = -sum_k c_k * ((1 - e) * t_k + e / C) * log p_k`.
+    and class probabilities `t` cost `l = -sum_k c_k * ((1 - e) * t_k + e / C) * log p_k`. 0 times -inf is 0
+    in these products, where torch has NaN.
 
     Args:
         logits: (C,), (N, C) or (N, C, d1, ..., dk), any real dtype; computed with in float64.
@@ -118,7 +120,8 @@ def cross_entropy(
 
     Returns:
         The objective, float64: shape () or, for "none", the logits' shape without the class axis; with a
-        state, the objective and the state after it. With every target ignored, "mean" is NaN.
+        state, the objective and the state after it. With every target ignored, or
+        of class weight 0, "mean" is NaN.
 
     Raises:
         ValueError: As `cross_entropy_losses`, and if `reduction` or `per` is none of the above.
@@ -306,11 +309,11 @@ def _hard_losses(
     one_hot = np.arange(classes) == index[..., None]
     p = np.exp(log_p)
     own = weight[index] if classes else np.zeros(index.shape)
-    losses = -own * np.sum(np.where(one_hot, log_p, 0.0), axis=-1)
+    on_label = (1 - smoothing) * own
+    losses = -np.sum(_times(on_label[..., None] * one_hot, log_p), axis=-1)
     gradients = own[..., None] * (p - one_hot)
     if smoothing > 0:
-        spread = -np.sum(weight * log_p, axis=-1)
-        losses = (1 - smoothing) * losses + smoothing / classes * spread
+        losses = losses - smoothing / classes * np.sum(_times(weight, log_p), axis=-1)
         gradients = (1 - smoothing) * gradients + smoothing / classes * (p * np.sum(weight) - weight)
     return losses, gradients
 
@@ -318,9 +321,14 @@ def _hard_losses(
 def _soft_losses(log_p: Array, probabilities: Array, weight: Array, smoothing: float) -> tuple[Array, Array]:
     """Losses and d losses / d logits of class probabilities; the class axis is the last."""
     smoothed = (1 - smoothing) * probabilities + (smoothing / weight.size if smoothing else 0.0)
-    losses = -np.sum(weight * smoothed * log_p, axis=-1)
+    losses = -np.sum(_times(weight * smoothed, log_p), axis=-1)
     mass = np.sum(weight * smoothed, axis=-1, keepdims=True)
     return losses, np.exp(log_p) * mass - weight * smoothed
+
+
+def _times(mass: Array, log_p: Array) -> Array:
+    """`mass * log_p`, where no mass times -inf is 0."""
+    return mass * np.where((mass == 0) & np.isneginf(log_p), 0.0, log_p)
 
 
 def _target_weights(
@@ -356,7 +364,7 @@ def _target_weights(
 def _denominator(problem: _Problem, base: Array, reduction: Reduction) -> float:
     """What a reduction divides by, for a base measure that is 0 where a target takes no part."""
     if reduction == "mean":
-        return float(np.sum(base * problem.class_weights))
+        return float(np.sum(base * problem.class_weights)) or math.nan
     if reduction not in ("none", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     return 1.0

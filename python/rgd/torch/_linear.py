@@ -247,7 +247,7 @@ class _Call:
             return norm
         shares = composite.shares_of(self.target, self.class_weight, self.counted, self.accumulator)
         total = composite.mass_of(norm, self.counted, p, shares)
-        return torch.where(norm == 0, 0, norm / total)
+        return torch.where(norm == 0, 0, composite.mean_of(norm, total))
 
     def _one_pass(self, weigher: Weigher) -> tuple[Tensor, Record]:
         norm, plan = cast("Tensor", self.rows(self.norm(), 0)), weigher.plan
@@ -289,7 +289,7 @@ class _Call:
         reduction = self.options.reduction
         if reduction != "none":
             products = products.sum(dtype=wide(products))
-            products = products / denominator if reduction == "mean" else products
+            products = composite.mean_of(products, denominator) if reduction == "mean" else products
         return products.to(losses.dtype), self._record(losses, weights, denominator, weigher)
 
     def like_losses(self) -> Tensor:

@@ -173,11 +173,13 @@ class VocabStep(_Formula):
         own = [torch.logsumexp(logits.to(dtype), 1), at_label]
         if smoothing > 0:
             c = self._slice(self._class_weight, logits.shape[1])
-            own.append((logits.to(dtype) if c is None else logits.to(dtype) * c.to(dtype)).sum(1))
+            wide = logits.to(dtype)
+            own.append((wide if c is None else composite.unless_massless(wide, c) * c.to(dtype)).sum(1))
         parts = self._exchange(torch.stack(own))
         self._logsumexp = logsumexp = torch.logsumexp(parts[:, 0], 0)
         counted, on_label, spread = self._mass(target, dtype)
-        losses = on_label * (logsumexp - parts[:, 1].sum(0))
+        at_label = composite.unless_massless(parts[:, 1].sum(0), on_label)
+        losses = on_label * (logsumexp - at_label)
         if smoothing > 0:
             losses = losses + spread * logsumexp - smoothing / self._classes * parts[:, 2].sum(0)
         return losses.masked_fill(~counted, 0)

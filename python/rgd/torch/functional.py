@@ -186,6 +186,9 @@ def cross_entropy(
     with `p` the `sample_weight` and `c` the class weights, ones where they are not given; "sum" is
     `sum_i p_i w_i l_i`, and "none" is `p_i w_i l_i`.
 
+    Unlike in `F.cross_entropy`, a class without mass in the target (a probability or a class weight of 0)
+    adds nothing where its logit is -inf: 0 times -inf is 0, not NaN.
+
     Args:
         logits: Shape (C,), (N, C) or (N, C, d1, ..., dk); float32, float64, float16 or bfloat16.
         target: Class indices (any integer dtype) of the logits' shape without C, or class probabilities of

@@ -62,7 +62,8 @@ class RGDLoss(nn.Module):
     - `RGDLoss(tau=3.0)` trains harder on what is hard: `scale` is `1 / (tau + 1)` (the paper's RGD, and with
       `tau=1.0` the default).
 
-    Any other member of `rgd`, such as `rgd.CVaR(0.1)`, or a weighting of your own takes its place.
+    Any other member of `rgd`, such as `rgd.CVaR(0.1)`, or a weighting of your own takes its place. Unlike in
+    `nn.CrossEntropyLoss`, a class without mass in the target adds nothing where its logit is -inf.
 
     Args:
         weight: Class weights, shape (C,); kept in the state dict, as in `nn.CrossEntropyLoss`.

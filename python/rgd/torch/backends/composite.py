@@ -109,19 +109,37 @@ def cross_entropy_losses(
     adjustment: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss of each target, and, for class indices, which of them are not ignored."""
-    dtype = accumulator(logits.dtype)
-    counted = None
-    if not target.is_floating_point():
-        counted = target != options.ignore_index
-    losses = F.cross_entropy(
-        adjusted(logits, adjustment),
-        target.to(dtype if counted is None else torch.int64),
-        None if class_weight is None else class_weight.detach().to(dtype),
-        ignore_index=options.ignore_index,
-        reduction="none",
-        label_smoothing=options.label_smoothing,
-    )
-    return losses, counted
+    logits, smoothing = adjusted(logits, adjustment), options.label_smoothing
+    ignore_index = options.ignore_index
+    counted = None if target.is_floating_point() else target != ignore_index
+    if counted is not None and class_weight is None and smoothing < 1:
+        labels = target.to(torch.int64)
+        losses = F.cross_entropy(
+            logits, labels, ignore_index=ignore_index, reduction="none", label_smoothing=smoothing
+        )
+        return losses, counted
+    # A class may be without mass here, and F.cross_entropy would multiply 0 by -inf.
+    axis = min(logits.dim() - 1, 1)
+    classes, log_p = logits.shape[axis], F.log_softmax(logits, axis)
+    c = logits.new_ones(classes) if class_weight is None else class_weight.detach().to(logits.dtype)
+    by_class = _along_classes(c, logits)
+    if counted is None:
+        mass = target.to(logits.dtype)
+        mass = mass * (1 - smoothing) + smoothing / classes if smoothing > 0 else mass
+        mass = mass if class_weight is None else mass * by_class
+        return -(mass * unless_massless(log_p, mass)).sum(axis), None
+    log_p = unless_massless(log_p, by_class)
+    losses = -smoothing / classes * (by_class * log_p).sum(axis) if smoothing > 0 else 0.0
+    if smoothing < 1:
+        labels = target.to(torch.int64)
+        on_label = F.nll_loss(log_p, labels, c, ignore_index=ignore_index, reduction="none")
+        losses = losses + (1 - smoothing) * on_label
+    return losses.masked_fill(~counted, 0), counted
+
+
+def unless_massless(values: Tensor, mass: Tensor) -> Tensor:
+    """Logits or their logarithms, and 0 where -inf meets no mass of the target: 0 times -inf is 0."""
+    return values.masked_fill((mass == 0) & values.isneginf(), 0)
 
 
 def adjusted(logits: Tensor, adjustment: Tensor | None) -> Tensor:
@@ -129,8 +147,12 @@ def adjusted(logits: Tensor, adjustment: Tensor | None) -> Tensor:
     logits = logits.to(accumulator(logits.dtype))
     if adjustment is None:
         return logits
-    behind_classes = [1] * max(logits.dim() - 2, 0)
-    return logits + adjustment.detach().to(logits.dtype).view(-1, *behind_classes)
+    return logits + _along_classes(adjustment.detach().to(logits.dtype), logits)
+
+
+def _along_classes(numbers: Tensor, logits: Tensor) -> Tensor:
+    """One number a class, along the class axis of logits."""
+    return numbers.view(-1, *[1] * max(logits.dim() - 2, 0))
 
 
 def units_of(
@@ -197,8 +219,15 @@ def reduce_losses(  # noqa: PLR0917
     if reduction == "sum":
         return products.sum(), denominator
     if reduction == "mean":
-        return products.sum() / denominator, denominator
+        return mean_of(products.sum(), denominator), denominator
     raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+
+
+def mean_of(total: Tensor, denominator: Tensor | float) -> Tensor:
+    """The quotient, NaN over no mass, whatever the total is, as in `nn.CrossEntropyLoss`."""
+    if isinstance(denominator, Tensor):
+        denominator = denominator.masked_fill(denominator == 0, float("nan"))
+    return total / denominator
 
 
 def mass_of(
@@ -235,7 +264,7 @@ def factors_of(  # noqa: PLR0917
     if base is not None:
         p = spread(base.detach().to(losses.dtype), losses).expand(losses.shape)
         factors, left_out = factors * p, left_out | (p == 0)
-    factors = factors / denominator if reduction == "mean" else factors
+    factors = mean_of(factors, denominator) if reduction == "mean" else factors
     return factors.masked_fill(left_out, 0)
 
 
