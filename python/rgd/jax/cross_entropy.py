@@ -129,7 +129,8 @@ def cross_entropy(
         labels: Class indices, integers of the logits' shape without the class axis; or class probabilities,
             floats of the logits' shape.
         weight: Class weights `c`, (C,), constants; None for ones.
-        ignore_index: The class index that counts for nothing.
+        ignore_index: The class index that counts for nothing: its row of the gradient is 0, whatever the
+            logits hold (`torch.nn.CrossEntropyLoss` has NaN for NaN).
         reduction: "none", "mean" or "sum".
         label_smoothing: Share `e` of a target that is spread over all classes, in [0, 1].
         weighting: Turns losses into weights; `KL(tau=1.0)` if neither this nor `tau` is given. Its numbers

@@ -132,8 +132,11 @@ class _Run:
     def __init__(self, head: Head, takes_part: Tensor | None, wanted: Wanted) -> None:
         self.head = head
         # Rows that take no part are left out on the CPU. Elsewhere, to find them would wait for the device.
-        self._kept = None
-        if takes_part is not None and takes_part.is_cpu and not bool(takes_part.all()):
+        # They are set to 0 there, since 0 times NaN is NaN.
+        self._kept = self._mask = None
+        if takes_part is not None and not takes_part.is_cpu:
+            self._mask = takes_part
+        elif takes_part is not None and not bool(takes_part.all()):
             self._kept = takes_part.nonzero().view(-1)
         self.count = head.input.shape[0] if self._kept is None else self._kept.numel()
         classes = head.weight.shape[0]
@@ -151,7 +154,10 @@ class _Run:
         for start in range(0, self.count, self._size):
             own = slice(start, min(start + self._size, self.count))
             if self._kept is None:
-                chunk = _Chunk(own, head.input[own], head.target[own], None)
+                rows = head.input[own]
+                if self._mask is not None:
+                    rows = rows.masked_fill(~self._mask[own].unsqueeze(1), 0)
+                chunk = _Chunk(own, rows, head.target[own], None)
             else:
                 at = self._kept[own]
                 chunk = _Chunk(own, head.input.index_select(0, at), head.target.index_select(0, at), at)

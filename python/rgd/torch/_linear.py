@@ -338,6 +338,9 @@ class _Call:
             raise RuntimeError("a split vocabulary has no second derivatives: leave vocab_group out")
         with torch.enable_grad():
             input, weight, bias = (None if one is None else one.to(self.dtype) for one in self.tensors)
+            takes_part = self.takes_part()
+            if takes_part is not None:
+                input = cast("Tensor", input).masked_fill(~takes_part.view(*input.shape[:-1], 1), 0)
             logits = whole_logits(
                 cast("Tensor", input), cast("Tensor", weight), bias, self.chunking.logit_softcap
             )

@@ -194,7 +194,8 @@ def cross_entropy(
         target: Class indices (any integer dtype) of the logits' shape without C, or class probabilities of
             the logits' shape.
         weight: Class weights, shape (C,).
-        ignore_index: Class index of targets that count for nothing.
+        ignore_index: Class index of targets that count for nothing. As in `F.cross_entropy`, the gradient of
+            such a row is 0, or NaN where its logits hold NaN.
         reduction: "none", "mean" or "sum".
         label_smoothing: In [0, 1].
         tau: Short for `weighting=KL(tau)`.

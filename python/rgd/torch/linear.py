@@ -59,7 +59,7 @@ def linear_cross_entropy(
     matrix products, as without weights. Weightings over the batch, `per="sample"` and `reduction="none"` take
     two passes and four products: the losses in the forward pass, the gradients in the backward pass. Where
     no gradient is asked for, only losses are computed; a frozen head gets no gradient computed. Rows whose
-    target is ignored are left out on the CPU.
+    target is ignored are left out on the CPU, and what they hold, be it NaN, reaches no result.
 
     Args:
         input: Shape (N, D) or (B, T, D), hidden states; float32, float64, float16 or bfloat16.
