@@ -250,6 +250,18 @@ def boosting_derivatives(
         weight of the samples whose mass is not 0. If something is wrong, nothing of use was filled.
     """
 
+def label_out_of_range(label: int, position: Sequence[int], classes: int) -> str:
+    """What is wrong with a label that is no class, in the words of the kernels.
+
+    Args:
+        label: The label.
+        position: Where it stands in the target.
+        classes: How many classes there are.
+
+    Returns:
+        The message of an IndexError.
+    """
+
 def xla_handler() -> object:
     """The XLA FFI handler of the fused cross-entropy for the CPU, for `jax.ffi.register_ffi_target`.
 

@@ -407,6 +407,12 @@ fn cross_entropy_gradient(
     })
 }
 
+/// What is wrong with a label, in the words of the kernels, for those who find it elsewhere.
+#[pyfunction]
+fn label_out_of_range(label: i64, position: Vec<usize>, classes: usize) -> String {
+    ce::Error::OutOfRange { index: label, position, classes }.to_string()
+}
+
 /// The XLA FFI handler of the fused cross-entropy, in the capsule that `jax.ffi.register_ffi_target` takes.
 #[pyfunction]
 fn xla_handler(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
@@ -430,5 +436,6 @@ fn _rgd(module: &Bound<PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(cross_entropy_gradient, module)?)?;
     module.add_function(wrap_pyfunction!(boosting::boosting_losses, module)?)?;
     module.add_function(wrap_pyfunction!(boosting::boosting_derivatives, module)?)?;
+    module.add_function(wrap_pyfunction!(label_out_of_range, module)?)?;
     module.add_function(wrap_pyfunction!(xla_handler, module)?)
 }

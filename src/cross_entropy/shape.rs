@@ -30,8 +30,8 @@ impl fmt::Display for Error {
         match self {
             Self::OutOfRange { index, position, classes } => write!(
                 f,
-                "target {index} at position {position:?} is out of range for logits with {classes} classes: give a class \
-                 from 0 to {}, or name {index} in ignore_index",
+                "label {index} at position {position:?} is out of range for {classes} classes: give a class from 0 \
+                 to {}, or name {index} in ignore_index",
                 classes.saturating_sub(1)
             ),
             Self::Shape(message) => f.write_str(message),

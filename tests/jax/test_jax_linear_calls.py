@@ -256,7 +256,7 @@ BAD = [
         "labels must have the inputs' shape without the last axis, (4, 3)",
     ),
     ({"labels": np.zeros((4, 3))}, TypeError, "labels must be class indices, integers, got float64"),
-    ({"labels": np.full((4, 3), 5)}, IndexError, "label 5 at (0, 0) is out of range for 5 classes"),
+    ({"labels": np.full((4, 3), 5)}, IndexError, "label 5 at position [0, 0] is out of range for 5 classes"),
     ({"weight": np.ones(4)}, ValueError, "weight must have one entry a class, shape (5,)"),
     ({"where": np.ones((4, 2), bool)}, ValueError, "where must broadcast"),
     ({"sample_weight": np.ones(3)}, ValueError, "sample_weight must have the shape"),

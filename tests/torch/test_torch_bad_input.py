@@ -107,7 +107,7 @@ def test_a_target_out_of_range_names_itself_and_its_position(classes):
     target = torch.zeros(2, 4, dtype=torch.long)
     target[1, 2] = classes
     with pytest.raises(
-        IndexError, match=rf"target {classes} at position \[1, 2\] is out of range .* {classes} classes"
+        IndexError, match=rf"label {classes} at position \[1, 2\] is out of range .* {classes} classes"
     ):
         cross_entropy(logits, target)
     target[1, 2] = -1

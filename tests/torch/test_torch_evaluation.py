@@ -367,9 +367,7 @@ def test_the_mean_weight_is_a_statistic():
 
 
 def test_a_class_out_of_range_is_told_the_last_one_there_is():
-    with pytest.raises(
-        IndexError, match=r"target 4 at position \[0\] .* give a class from 0 to 3, or name 4"
-    ):
+    with pytest.raises(IndexError, match=r"label 4 at position \[0\] .* give a class from 0 to 3, or name 4"):
         RGDLoss()(LOGITS[:1], torch.tensor([4]))
 
 

@@ -11,6 +11,7 @@ alone need no gathering.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -63,7 +64,7 @@ def as_losses(
     axis_name: AxisName = None,
 ) -> Losses:
     """Check what a user gave, at trace time."""
-    losses = jnp.asarray(losses)
+    losses = jnp.asarray(an_array("losses", losses))
     if losses.ndim == 0:
         raise ValueError(
             "losses are 0-d: a mean was taken already, and to weight it re-weights nothing. Give the "
@@ -83,11 +84,29 @@ def as_losses(
     return Losses(losses, base, members, _axes(axis, losses.shape), axis_name)
 
 
+def an_array(name: str, given: ArrayLike) -> ArrayLike:
+    """What was given, if JAX may take it for an array: it would take a tensor of torch, and lose a mask."""
+    thing: Any = given
+    if isinstance(thing, getattr(sys.modules.get("torch"), "Tensor", ())):
+        raise TypeError(
+            f"{name} is a torch.Tensor: rgd.torch has the same functions, or convert it by "
+            f"jnp.asarray({name}.numpy())"
+        )
+    if isinstance(thing, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a masked array, whose mask would be lost: give {name}.filled(0), and "
+            f"where=~{name}.mask"
+        )
+    if isinstance(thing, Weighting):
+        raise TypeError(f"{name} got the weighting {thing}: name it, weighting={thing}")
+    return given
+
+
 def as_mask(where: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
     """`where`, checked and broadcast to the losses' shape."""
     if where is None:
         return None
-    mask = jnp.asarray(where)
+    mask = jnp.asarray(an_array("where", where))
     if mask.dtype != jnp.bool_:
         raise TypeError(f"where must be boolean, got {mask.dtype}: compare it, as in where=mask > 0")
     try:
@@ -106,7 +125,8 @@ def as_mass(
     """
     if sample_weight is None:
         return None
-    given = sample_weight if isinstance(sample_weight, np.ndarray) else jnp.asarray(sample_weight)
+    given = an_array("sample_weight", sample_weight)
+    given = given if isinstance(given, np.ndarray) else jnp.asarray(given)
     if not (jnp.issubdtype(given.dtype, jnp.floating) or jnp.issubdtype(given.dtype, jnp.integer)):
         raise TypeError(f"sample_weight must be an array of numbers, got {given.dtype}")
     if is_known(given):
@@ -133,7 +153,8 @@ def as_groups(groups: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | N
     """`groups`, checked, of the losses' shape."""
     if groups is None:
         return None
-    given = groups if isinstance(groups, np.ndarray) else jnp.asarray(groups)
+    given = an_array("groups", groups)
+    given = given if isinstance(given, np.ndarray) else jnp.asarray(given)
     if not jnp.issubdtype(given.dtype, jnp.integer):
         raise TypeError(f"groups must be an array of integers, got {given.dtype}")
     members = jnp.asarray(given)

@@ -14,7 +14,8 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from rgd.jax._batch import Losses, comparable, is_known, weights_of
+from rgd import _rgd
+from rgd.jax._batch import Losses, an_array, comparable, is_known, weights_of
 from rgd.weightings import Weighting
 
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
@@ -47,7 +48,7 @@ def by_class(name: str, given: ArrayLike | None, classes: int, dtype: Any) -> ja
     """One number a class, checked, as constants of a dtype."""
     if given is None:
         return None
-    array = jnp.asarray(given)
+    array = jnp.asarray(an_array(name, given))
     if array.shape != (classes,):
         raise ValueError(f"{name} must have one entry a class, shape {(classes,)}, got {array.shape}")
     if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -69,7 +70,7 @@ def refuse_out_of_range(
         outside &= np.asarray(takes_part)
     if outside.any():
         position = tuple(int(i) for i in np.argwhere(outside)[0])
-        raise IndexError(f"label {known[position]} at {position} is out of range for {classes} classes")
+        raise IndexError(_rgd.label_out_of_range(int(known[position]), position, classes))
 
 
 def target_weights(losses: Losses, weighting: Weighting, per: Per, state: Any) -> tuple[jax.Array, Any]:

@@ -28,6 +28,7 @@ from rgd.jax import _ffi
 from rgd.jax._batch import (
     AxisName,
     Losses,
+    an_array,
     as_groups,
     as_mask,
     as_mass,
@@ -271,7 +272,7 @@ def _as_problem(
     axis: int,
 ) -> Problem:
     """Check what a user gave, at trace time, and bring the class axis to the end."""
-    logits = jnp.asarray(logits)
+    logits = jnp.asarray(an_array("logits", logits))
     if logits.ndim == 0 or not -logits.ndim <= axis < logits.ndim:
         raise ValueError(
             f"logits of shape {logits.shape} have no class axis {axis}: give (..., C), or name it by axis="
@@ -294,7 +295,8 @@ def _as_problem(
         mass = jnp.broadcast_to(mass.reshape(mass.shape + (1,) * (len(rows) - mass.ndim)), rows)
     base = base_measure(mask, mass, dtype)
     takes_part = None if base is None else base != 0
-    values = labels if isinstance(labels, np.ndarray) else jnp.asarray(labels)
+    values = an_array("labels", labels)
+    values = values if isinstance(values, np.ndarray) else jnp.asarray(values)
     if jnp.issubdtype(values.dtype, jnp.floating):
         if values.shape == rows and values.shape != given:
             raise TypeError(

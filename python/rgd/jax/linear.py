@@ -23,6 +23,7 @@ from rgd.jax import _ffi
 from rgd.jax._batch import (
     AxisName,
     Losses,
+    an_array,
     as_constants,
     as_groups,
     as_mask,
@@ -332,7 +333,7 @@ class Targets(NamedTuple):
 
 def _as_operands(inputs: ArrayLike, kernel: ArrayLike, bias: ArrayLike | None, shift: bool) -> Operands:
     """Check inputs, kernel and bias; give the inputs as (N, D), both in the dtype of their product."""
-    given, head = jnp.asarray(inputs), jnp.asarray(kernel)
+    given, head = (jnp.asarray(an_array(*one)) for one in (("inputs", inputs), ("kernel", kernel)))
     if given.ndim == 0:
         raise ValueError("inputs must have shape (N, D) or (B, T, D), got ()")
     if head.ndim != 2 or head.shape[1] == 0:
@@ -345,7 +346,7 @@ def _as_operands(inputs: ArrayLike, kernel: ArrayLike, bias: ArrayLike | None, s
         raise ValueError(
             f"kernel must have shape ({size}, C) for inputs of shape {given.shape}, got {head.shape}{hint}"
         )
-    offset = None if bias is None else jnp.asarray(bias)
+    offset = None if bias is None else jnp.asarray(an_array("bias", bias))
     if offset is not None and offset.shape != head.shape[1:]:
         raise ValueError(
             f"bias must have one entry a class, shape {head.shape[1:]} for a kernel of shape {head.shape}, "
@@ -377,7 +378,8 @@ def _as_targets(
     shift: bool,
 ) -> Targets:
     """Check what belongs to the targets, and move it by one position where `shift` says so."""
-    values = labels if isinstance(labels, np.ndarray) else jnp.asarray(labels)
+    values = an_array("labels", labels)
+    values = values if isinstance(values, np.ndarray) else jnp.asarray(values)
     if not jnp.issubdtype(values.dtype, jnp.integer):
         raise TypeError(
             f"labels must be class indices, integers, got {values.dtype}: for class probabilities take "
