@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 CLASSES = 211
 ROWS, LENGTH = 3, 9
@@ -258,7 +259,7 @@ def test_the_first_pass_of_a_reentrant_checkpoint_is_training(transformers):
     with use_linear_rgd(model, tau=8.0):
         expected = loss(embeddings)
         (gradient,) = torch.autograd.grad(expected, embeddings)
-        repeated = torch.utils.checkpoint.checkpoint(loss, embeddings, use_reentrant=True)
+        repeated = checkpoint(loss, embeddings, use_reentrant=True)
         repeated.backward()
     torch.testing.assert_close(repeated, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(embeddings.grad, gradient, rtol=1e-12, atol=0)
@@ -764,12 +765,41 @@ def test_a_keyword_that_no_part_of_the_model_takes_is_refused(transformers):
         with pytest.raises(TypeError, match=r"sample_weights= is no argument of LlamaForCausalLM nor of its"):
             model(**inputs, sample_weights=torch.ones(ROWS))
         expected = model(**inputs).loss
-        # Arguments of the model, of all models of transformers, and of its attention.
-        kept = {"use_cache": False, "output_hidden_states": True, "is_causal": True, "scaling": 8**-0.5}
-        for name, value in kept.items():
-            if name != "scaling":  # the layers give this one themselves
-                torch.testing.assert_close(model(**inputs, **{name: value}).loss, expected)
+        for name, value in {"use_cache": False, "output_hidden_states": True, "is_causal": True}.items():
+            torch.testing.assert_close(model(**inputs, **{name: value}).loss, expected)
         assert model(inputs["input_ids"], sample_weights=torch.ones(ROWS)).loss is None  # not a loss's call
+
+
+def test_what_the_function_of_the_attention_takes_is_known(transformers):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: PLC0415
+
+    seen = []
+
+    def attention(*args, gain=1.0, **kwargs):
+        seen.append(gain)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+
+    transformers.AttentionInterface.register("with_gain", attention)
+    model, inputs = make(transformers).train(), batch()
+    model.config._attn_implementation = "with_gain"
+    with use_linear_rgd(model):
+        assert model(**inputs, gain=2.0).loss > 0
+    assert seen == [2.0]
+
+
+def test_what_a_subclass_hands_on_is_known(transformers):
+    class Handing(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model, inputs = make(transformers).train(), batch()
+    outer = Handing(model.config).double()
+    outer.load_state_dict(model.state_dict())
+    with use_linear_rgd(outer, tau=8.0):
+        loss = outer(**inputs, attention_mask=torch.ones_like(inputs["labels"])).loss
+        with pytest.raises(TypeError, match="sample_weight"):
+            outer(**inputs, sample_weight=torch.ones(ROWS))
+    torch.testing.assert_close(loss, from_logits(model, inputs, tau=8.0), rtol=1e-12, atol=0)
 
 
 def test_another_label_to_ignore_than_that_of_the_loss_is_refused(transformers):

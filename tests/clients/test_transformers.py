@@ -12,6 +12,7 @@ from rgd.integrations.transformers import RGDStatsCallback, rgd_loss_func
 from rgd.torch import RGDLoss, WeightingSchedule
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 CLASSES = 7
 
@@ -459,7 +460,7 @@ def test_the_first_pass_of_a_reentrant_checkpoint_is_training():
     def loss(logits):
         return loss_func(TokenClassifierOutput(logits), labels)
 
-    repeated = torch.utils.checkpoint.checkpoint(loss, logits, use_reentrant=True)
+    repeated = checkpoint(loss, logits, use_reentrant=True)
     torch.testing.assert_close(repeated, composed(logits, labels, tau=2.0), rtol=1e-12, atol=0)
 
 

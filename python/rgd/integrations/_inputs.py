@@ -54,16 +54,20 @@ def refuse_unknown(model: Any, known: frozenset[str], kwargs: Mapping[str, Any],
             )
 
 
-def keywords_of(forward: Any) -> frozenset[str]:
+def keywords_of(model: Any) -> frozenset[str]:
     """What a model of transformers takes by name: its forward's arguments, and those of all models."""
     utils = importlib.import_module("transformers.utils")
     shared = getattr(getattr(utils, "TransformersKwargs", None), "__annotations__", {})
-    return frozenset((*_named(forward), *shared, *_OF_TRANSFORMERS))
+    # A subclass may hand all of its arguments on, and what stands in the instance may have more.
+    owners: list[Any] = [model, *type(model).__mro__]
+    own = [name for owner in owners if "forward" in vars(owner) for name in _named(vars(owner)["forward"])]
+    return frozenset((*own, *shared, *_OF_TRANSFORMERS))
 
 
 def _keywords_within(model: Any) -> Iterator[str]:
     """What the layers of a model, and the function that computes its attention, take by name."""
-    for kind in {type(module) for module in model.modules()}:
+    kinds: set[Any] = {type(module) for module in model.modules()}
+    for kind in kinds:
         yield from _named(kind.forward)
     functions = getattr(importlib.import_module("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", {})
     implementation = getattr(model.config, "_attn_implementation", None)

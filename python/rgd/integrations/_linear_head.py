@@ -122,7 +122,7 @@ class LinearRGD:
         self._loss = _HeadLoss(criterion, scale)
         self._active = True
         original = cast("Any", type(model)).forward
-        self._known = keywords_of(original)
+        self._known = keywords_of(model)
         # What stands in the instance, not in its class, is kept in it: a copy of the model has its own.
         before: Any = _own(model).get("forward")
         self._place = f"_forward_before_linear_rgd_{id(self):x}"
