@@ -866,6 +866,18 @@ def test_padded_rows_with_positions_are_weighed_by_sample(transformers):
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0, msg=side)
 
 
+def test_the_label_that_the_shift_drops_is_of_no_sequence(transformers):
+    model, inputs = make(transformers).train(), batch()
+    inputs["labels"] = inputs["input_ids"]
+    numbers = torch.tensor([[0] + [1] * (LENGTH - 1)] * ROWS, dtype=torch.int32)  # a first text of one token
+    expected = from_logits(model, inputs, tau=8.0, per="sample")
+    with use_linear_rgd(model, tau=8.0, per="sample"):
+        loss = model(**inputs, seq_idx=numbers).loss
+        with pytest.raises(ValueError, match="seq_idx"):
+            model(**inputs, seq_idx=numbers.roll(1, 1))
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
 # --- several processes ---
 
 
