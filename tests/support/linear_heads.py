@@ -46,13 +46,21 @@ class Case:
             target = target.movedim(-1, 1) if target.is_floating_point() else target
         return cross_entropy(logits, target, weight, **options)
 
-    def results(self, way, *arguments, **options):
-        """The objective, and what its elements, unequally wanted, do to the trained tensors."""
+    def results(self, way, *arguments, order=1, **options):
+        """The objective, and what its elements, unequally wanted, do to the trained tensors.
+
+        By `order` 2: and what the squares of these gradients do to them.
+        """
         for one in self.trained:
             one.grad = None
         objective = way(*arguments, **options)
         above = torch.linspace(1.0, 2.0, objective.numel(), dtype=objective.dtype)
-        (objective * above.view(objective.shape)).sum().backward()
+        total = (objective * above.view(objective.shape)).sum()
+        if order == 2:
+            first = torch.autograd.grad(total, self.trained, create_graph=True)
+            second = torch.autograd.grad(sum(one.square().sum() for one in first), self.trained)
+            return [objective.detach(), *(one.detach() for one in first), *second]
+        total.backward()
         return [objective.detach(), *(one.grad for one in self.trained)]
 
 

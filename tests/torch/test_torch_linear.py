@@ -1,6 +1,7 @@
 """The linear head in chunks against RGDLoss of all its logits: value, gradients, statistics, memory."""
 
 import copy
+import itertools
 
 import pytest
 import rgd
@@ -114,6 +115,49 @@ def test_nothing_that_counts_gives_what_all_logits_give(reduction):
         actual = case.results(case.chunked, reduction=reduction)
         for a, e in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, e, rtol=0, atol=0, equal_nan=True)
+
+
+EMPTY = [(0,), (0, 4), (2, 0), (0, 0), (1, 1), (3, 1)]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("rows", EMPTY, ids=str)
+def test_batches_of_little_or_nothing_give_what_all_logits_give(rows, reduction, name):
+    case = Case(rows=rows, bias=len(rows) > 1)
+    members = [rgd.KL(1.0), rgd.CVaR(0.3)]
+    shifts = (False, True)[: len(rows)]
+    ways = [{"shift": shift, "per": per} for shift in shifts for per in ("element", "sample")]
+    for weighting, way in itertools.product(members, ways):
+        options = {"weighting": weighting, "reduction": reduction, **way}
+        with backend(name):
+            for order in (1, 2):
+                actual = case.results(case.chunked, order=order, **options)
+                expected = case.results(case.whole, order=order, **options)
+                for a, e in zip(actual, expected, strict=True):
+                    # Sums of at most 3 * C products, some of which cancel.
+                    close = 3 * C * torch.finfo(e.dtype).eps * float(e.abs().nan_to_num().sum())
+                    torch.testing.assert_close(a, e, rtol=0, atol=close, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("rows", [(1, 4), (3, 4), (3,)], ids=str)
+def test_tensors_that_repeat_one_number_in_memory_are_served(rows, reduction, name):
+    for weighting in (rgd.KL(1.0), POINTWISE_WITHOUT_KERNEL, rgd.CVaR(0.3)):
+        case = Case(rows=rows)
+        case.input = torch.linspace(-1.0, 1.0, D).double().expand(*rows, D).requires_grad_()
+        soft = torch.full((C,), 1 / C).double().expand(*rows, C)
+        options = {"weighting": weighting, "reduction": reduction}
+        measures = [
+            torch.tensor(2.0).expand(rows),
+            torch.tensor(2.0).expand(rows[0]),
+            torch.arange(1.0, rows[0] + 1),
+        ]
+        with backend(name):
+            for p in (*measures, None):
+                for target in (torch.tensor(1).expand(rows), soft, case.probabilities):
+                    same(case, target, sample_weight=p, weight=torch.tensor(2.0).expand(C), **options)
 
 
 def test_a_row_that_takes_no_part_may_hold_anything():

@@ -111,6 +111,20 @@ def test_a_compiled_graph_gives_the_same(weighting, options, name):
 @pytest.mark.filterwarnings(
     "ignore:`torch.jit.script:FutureWarning", "ignore:`torch.jit.script:DeprecationWarning"
 )
+def test_a_compiled_mean_of_nothing_is_nan_and_one_of_nan_keeps_the_other_gradients():
+    torch._dynamo.reset()
+    nothing, broken = Case(rows=(4,)), Case(rows=(4,))
+    nothing.target.fill_(-100)
+    with torch.no_grad():
+        broken.input[1] = torch.nan
+    for case in (nothing, broken):
+        compiled = torch.compile(case.chunked, fullgraph=True, backend="aot_eager")
+        expected = case.results(case.chunked)
+        assert expected[0].isnan()
+        for a, e in zip(case.results(compiled), expected, strict=True):
+            torch.testing.assert_close(a, e, equal_nan=True)
+
+
 def test_a_model_that_holds_the_module_is_scripted():
     class Model(nn.Module):
         def __init__(self):
@@ -200,6 +214,47 @@ def test_dtypes_and_settings_that_do_not_fit_are_named():
     refused(
         TypeError, r"linear_weight has layout .*\.to_dense\(\)", weight=torch.zeros(C, D).double().to_sparse()
     )
+
+
+def out_of_range(position, classes=C):
+    place = ", ".join(map(str, position))
+    return rf"target 77 at position \[{place}\] is out of range .* {classes} classes: .* 0 to {classes - 1}"
+
+
+@pytest.mark.parametrize("name", ["rust", "composite"])
+@pytest.mark.parametrize("weighting", [rgd.KL(1.0), rgd.Focal(2.0), rgd.CVaR(0.3)], ids=label)
+def test_a_target_out_of_range_is_named_with_its_place_in_what_was_given(weighting, name):
+    flat, rows = Case(rows=(4,)), Case()
+    flat.target[:] = torch.tensor([-100, -100, -100, 77])
+    rows.target[0] = -100
+    rows.target[2, 3] = 77
+    options = {"weighting": weighting, "chunk_bytes": 1}
+    left_out = torch.ones(B, T, dtype=torch.bool)
+    left_out[1, :] = False
+    with backend(name):
+        with pytest.raises(IndexError, match=out_of_range([3])):
+            flat.chunked(**options)
+        masked = {"where": left_out}, {"shift": True, "sample_weight": left_out * 2}
+        for more in ({}, {"shift": True}, *masked):
+            with pytest.raises(IndexError, match=out_of_range([2, 3])):
+                rows.chunked(**options, **more)
+        # The first target of a sequence is not used with shift.
+        rows.target[2, 3], rows.target[1, 0] = 0, 77
+        rows.chunked(**options, shift=True)
+        with pytest.raises(IndexError, match=out_of_range([1, 0])):
+            rows.chunked(**options)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_a_compiled_call_names_the_same_place(shift):
+    case = Case()
+    case.target[0, 1:] = -100
+    case.target[2, 3] = 77
+    torch._dynamo.reset()
+    for weighting in (rgd.KL(1.0), rgd.CVaR(0.3)):
+        call = torch.compile(case.chunked, fullgraph=True, backend="aot_eager")
+        with pytest.raises(IndexError, match=out_of_range([2, 3])):
+            call(weighting=weighting, shift=shift, chunk_bytes=1)
 
 
 def test_sample_weights_of_any_magnitude_give_the_mean():

@@ -5,7 +5,7 @@ import rgd
 import torch
 import torch.distributed as dist
 from family import label
-from rgd.torch import LinearRGDLoss, linear_cross_entropy
+from rgd.torch import LinearRGDLoss, _linear_checks, linear_cross_entropy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -122,9 +122,38 @@ def refusals(rank, size):
 def test_what_does_not_fit_a_split_vocabulary_is_named(run):
     for messages in run(2, refusals):
         assert "label_smoothing over a vocabulary in slices of different sizes" in messages[0]
-        assert messages[1].startswith("IndexError: target 12 is out of range: give a class in 0..11")
+        assert messages[1].startswith("IndexError: target 12 at position [1, 1] is out of range")
         assert "one number for each of the 12 classes, got 5" in messages[2]
         assert "at least one class" in messages[3]
+
+
+def with_labels_that_are_no_class(rank, size):
+    input, weight, bias, target = tensors()
+    own = slice(6 * rank, 6 * rank + 6)
+    options = {"linear_bias": bias[own], "vocab_group": dist.group.WORLD, "sync": False, "reduction": "none"}
+    sample_weight = torch.tensor([1.0, 0.0, 2.0, 0.0])
+    target[1], target[3] = -1, 255
+    masked = linear_cross_entropy(
+        input, weight[own], target, sample_weight=sample_weight, weight=torch.ones(C), **options
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        # As on a GPU, where no value is read.
+        patch.setattr(_linear_checks, "values_can_be_read", lambda tensor: False)
+        unseen = linear_cross_entropy(input, weight[own], target, **options)
+    return masked, unseen
+
+
+def test_labels_that_are_no_class_count_for_nothing_or_give_nan_over_slices(run):
+    input, weight, bias, target = tensors()
+    target[1], target[3] = -100, -100
+    options = {"linear_bias": bias, "reduction": "none"}
+    sample_weight = torch.tensor([1.0, 1.0, 2.0, 1.0])
+    expected = linear_cross_entropy(input, weight, target, sample_weight=sample_weight, **options)
+    plain = linear_cross_entropy(input, weight, target, **options)
+    plain[1], plain[3] = torch.nan, torch.nan
+    for masked, unseen in run(2, with_labels_that_are_no_class):
+        torch.testing.assert_close(masked, expected, **CLOSE)
+        torch.testing.assert_close(unseen, plain, equal_nan=True, **CLOSE)
 
 
 # --- data parallelism ---

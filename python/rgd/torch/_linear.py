@@ -18,7 +18,7 @@ from rgd.torch._checks import (
 )
 from rgd.torch._chunks import Gradients, Head, Wanted, gradients_of, in_one_pass, losses_of, rows_of
 from rgd.torch._distributed import Sync
-from rgd.torch._linear_checks import Chunking, Shard, check_head, check_targets
+from rgd.torch._linear_checks import Chunking, Shard, check_head, check_labels, check_targets
 from rgd.torch._modes import graph_is_kept, is_exporting
 from rgd.torch._record import Record
 from rgd.torch._steps import ComposedStep, RustStep, VocabStep
@@ -121,6 +121,7 @@ class _Call:
         adjustment: Tensor | None,
     ) -> None:
         self.tensors: tuple[Any, ...] = (input, weight, bias)
+        self.places = input.shape[:-1]
         self.chunking = chunking
         self.shard = shard
         self.shape = shape
@@ -139,7 +140,10 @@ class _Call:
         else:
             fits = target.dtype is torch.int32 and -(2**31) <= options.ignore_index < 2**31
             target = target if fits or target.dtype is torch.int64 else target.to(torch.int64)
+            target = composite.labels_in_use(target, base, options.ignore_index)
             self.counted = target != options.ignore_index
+            classes = weight.shape[0] if shard is None else shard.classes
+            check_labels(target, classes, options.ignore_index, chunking.shift)
         self.target = target
         self.accumulator = accumulator(self.dtype)
         self.class_weight, self.adjustment = (
@@ -174,14 +178,13 @@ class _Call:
         if values is None:
             return None
         if self.chunking.shift:
-            values = F.pad(values, (0, 1), value=fill)
-        return values.reshape(-1, *values.shape[len(self.shape) :])
+            values = F.pad(values, (0, self.places[1] - self.shape[1]), value=fill)
+        return values.reshape(self.places.numel(), *values.shape[len(self.shape) :])
 
     def losses_like(self, values: Tensor) -> Tensor:
         """Entries for each row of the input as a tensor of the losses' shape."""
-        if self.chunking.shift:
-            return values.view(self.shape[0], -1)[:, :-1]
-        return values.view(self.shape)
+        values = values.view(self.places)
+        return values[:, :-1] if self.chunking.shift else values
 
     @property
     def by_target(self) -> Tensor | None:
@@ -190,7 +193,8 @@ class _Call:
             return None if self.counted is None else self.counted.to(self.accumulator)
         base = self.base.to(self.accumulator)
         base = composite.spread(base, base.new_empty(self.shape)).expand(self.shape)
-        return base if self.counted is None else base.masked_fill(~self.counted, 0)
+        # The kernels read it as it lies in memory, which `expand` alone leaves as it was.
+        return base.contiguous() if self.counted is None else base.masked_fill(~self.counted, 0)
 
     def takes_part(self) -> Tensor | None:
         """Which rows of the input take part, bool; None for all of them."""
@@ -219,7 +223,7 @@ class _Call:
         widest = weight.shape[0] if shard is None else shard.widest
         dtype = self.chunking.accumulate_dtype or accumulator(self.dtype)
         return Head(
-            input.reshape(-1, input.shape[-1]), weight, bias, target, self.chunking.logit_softcap,
+            input.flatten(0, -2), weight, bias, target, self.chunking.logit_softcap,
             rows_of(self.chunking.chunk_bytes, widest, weight.shape[1], self.dtype, dtype), dtype, step,
         )  # fmt: skip
 
@@ -231,10 +235,9 @@ class _Call:
         classes, features = weight.shape
         rows = rows_of(self.chunking.chunk_bytes, classes, features, self.dtype, dtype)
         return (
-            input.reshape(-1, input.shape[-1]), weight, bias,
-            self.rows(self.target, self.options.ignore_index), self.class_weight, self.takes_part(),
+            input.flatten(0, -2), weight, bias, self.target, self.class_weight, self.takes_part(),
             self.adjustment, self.options.ignore_index, self.options.label_smoothing,
-            self.chunking.logit_softcap, rows, str(dtype).removeprefix("torch."),
+            self.chunking.logit_softcap, rows, str(dtype).removeprefix("torch."), self.chunking.shift,
         )  # fmt: skip
 
     # --- the two ways ---
@@ -256,7 +259,9 @@ class _Call:
                 *self.arguments(), *self.wanted, norm, plan.kind, plan.numbers
             )
             losses, weights = (self.losses_like(vector) for vector in vectors[:2])
-            _, denominator = self._reduced(losses, weights)
+            value, denominator = self._reduced(losses, weights)
+            # The operator's sum is 0 for the mean of nothing, which is NaN.
+            objective = objective.masked_fill(value.isnan() & ~objective.isnan(), float("nan"))
             return objective, self._record(losses, weights, denominator, weigher)
         groups, base = self.rows(weigher.groups, 0), self.rows(self.by_target, 0)
         found = in_one_pass(self.head(), self.takes_part(), base, norm, Weigher(plan, groups), self.wanted)
@@ -345,8 +350,8 @@ class _Call:
                 cast("Tensor", input), cast("Tensor", weight), bias, self.chunking.logit_softcap
             )
             logits = logits[:, :-1] if self.chunking.shift else logits
-            target = self.target.reshape(-1, *self.target.shape[len(self.shape) :])
-            logits = logits.reshape(target.shape[0], -1)
+            target = self.target.reshape(self.shape.numel(), *self.target.shape[len(self.shape) :])
+            logits = logits.reshape(target.shape[0], logits.shape[-1])
             losses, _ = composite.cross_entropy_losses(
                 logits, target, self.class_weight, self.options, self.adjustment
             )

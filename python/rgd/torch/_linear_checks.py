@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rgd import _rgd
 from rgd.torch._checks import FLOATS, INTEGERS, DtypeError, MismatchError, check_dense, refuse_dtype
 from rgd.torch._distributed import Sync
 from rgd.torch.backends._options import Options
@@ -170,19 +171,34 @@ def check_targets(  # noqa: PLR0917
         raise ValueError(
             f"input is on {input.device} and weight on {class_weight.device}: move both to one device"
         )
-    if shard is None:
-        return
-    if options.label_smoothing > 0 and not shard.even:
+    if shard is not None and options.label_smoothing > 0 and not shard.even:
         raise ValueError(
             "label_smoothing over a vocabulary in slices of different sizes is refused, since slices are "
             "mostly uneven where one is padded, and the padding would get its share of the label: split "
             "the vocabulary evenly, or leave label_smoothing out"
         )
-    if values_can_be_read(target):
-        labels = target.to(torch.int64)  # a narrower dtype would wrap the number of classes
-        wrong = (labels != options.ignore_index) & ((labels < 0) | (labels >= classes))
-        if bool(wrong.any()):
-            raise IndexError(
-                f"target {int(labels[wrong][0])} is out of range: give a class in 0..{classes - 1}, or "
-                f"ignore_index ({options.ignore_index})"
-            )
+
+
+def check_labels(target: Tensor, classes: int, ignore_index: int, shift: bool) -> None:
+    """Refuse a class index that takes part and is no class, where values can be read.
+
+    The message names its place in the target that the caller gave, whatever rows a chunk holds.
+
+    Args:
+        target: Class indices of the losses' shape, `ignore_index` where a row takes no part.
+        classes: How many classes there are.
+        ignore_index: The index that is ignored.
+        shift: Whether `target` begins with the second position of each sequence.
+
+    Raises:
+        IndexError: If there is one.
+    """
+    if not values_can_be_read(target):
+        return
+    wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if not bool(wrong.any()):
+        return
+    position = cast("list[int]", wrong.nonzero()[0].tolist())  # pyright: ignore[reportUnknownMemberType]
+    index = int(target[tuple(position)])
+    position[-1] += shift
+    raise IndexError(_rgd.label_out_of_range(index, position, classes))

@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rgd.torch._chunks import Gradients, Head, Wanted, gradients_of, in_one_pass, losses_of
+from rgd.torch._linear_checks import check_labels
 from rgd.torch._ops import register_fake
 from rgd.torch._steps import ComposedStep, RustStep
 from rgd.torch._weigher import KernelPlan, Weigher
@@ -19,7 +21,8 @@ from rgd.torch.backends._registry import choose
 
 _HEAD = (
     "Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, Tensor? takes_part, "
-    "Tensor? adjustment, int ignore_index, float label_smoothing, float? softcap, SymInt rows, str dtype"
+    "Tensor? adjustment, int ignore_index, float label_smoothing, float? softcap, SymInt rows, str dtype, "
+    "bool shift"
 )
 _WANTED = "bool want_input, bool want_weight, bool want_bias"
 _library: Any = torch.library
@@ -38,20 +41,26 @@ products: Any = torch.ops.rgd.linear_products.default
 gradients: Any = torch.ops.rgd.linear_gradients.default
 
 _KEY = "CompositeExplicitAutograd"
-_INPUTS = 12  # of _HEAD
+_INPUTS = 13  # of _HEAD
 
 
 def _head(given: tuple[Any, ...]) -> tuple[Head, Tensor | None]:
-    """The head of the arguments of `_HEAD`, and which rows take part."""
+    """The head of the arguments of `_HEAD`, and which rows take part; its target has the losses' shape."""
     input, weight, bias, target, class_weight, takes_part, adjustment, *settings = given
-    ignore_index, smoothing, softcap, rows, dtype = settings
+    ignore_index, smoothing, softcap, rows, dtype, shift = settings
+    if target.is_floating_point():
+        target = target.detach().flatten(0, -2)
+    else:
+        # The call could not check them: values cannot be read while a graph is compiled.
+        check_labels(target, weight.shape[0], ignore_index, shift)
+        target = (F.pad(target, (0, 1), value=ignore_index) if shift else target).flatten()
     options = Options(ignore_index, smoothing, "sum", "element")
     step = RustStep if choose(input, target, weight, bias).name == "rust" else ComposedStep
     bias, class_weight, adjustment = (
         None if one is None else one.detach().contiguous() for one in (bias, class_weight, adjustment)
     )
     head = Head(
-        input.detach(), weight.detach(), bias, target.detach(), softcap, rows, getattr(torch, dtype),
+        input.detach(), weight.detach(), bias, target, softcap, rows, getattr(torch, dtype),
         step(class_weight, options, adjustment),
     )  # fmt: skip
     return head, takes_part

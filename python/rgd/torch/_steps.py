@@ -182,7 +182,9 @@ class VocabStep(_Formula):
         losses = on_label * (logsumexp - at_label)
         if smoothing > 0:
             losses = losses + spread * logsumexp - smoothing / self._classes * parts[:, 2].sum(0)
-        return losses.masked_fill(~counted, 0)
+        # On a GPU nobody has looked whether every label is a class.
+        unknown = (target < 0) | (target >= self._classes)
+        return losses.masked_fill(unknown, float("nan")).masked_fill(~counted, 0)
 
     def turn(self, logits: Tensor, target: Tensor, factors: Tensor) -> None:
         dtype = accumulator(logits.dtype)

@@ -205,8 +205,8 @@ def cross_entropy(
         logit_adjustment: Numbers `a`, shape (C,), constants: every loss is that of `logits + a`, summed in
             the dtype that losses are computed in, at no pass over the logits more. `rgd.log_prior` makes
             them of class counts; -inf rules a class out.
-        where: Mask, bool, of the targets' shape: a target where it is False counts as ignored. With
-            `per="sample"` it has shape (N,).
+        where: Mask, bool, of the targets' shape: a target where it is False counts as ignored, whatever it
+            is. With `per="sample"` it has shape (N,).
         sample_weight: The base measure `p`, numbers >= 0, of the targets' shape or (N,); with `per="sample"`
             of shape (N,). As for `sample_weights`.
         groups: As for `sample_weights`; with `per="sample"` of shape (N,).
@@ -369,6 +369,7 @@ def classify(  # noqa: PLR0917
         shape, per = targets_shape(logits), options.per if logits.dim() > 1 else "element"
         base = base_of(shape, logits, where, sample_weight, per)
         groups = check_groups(groups, shape, logits.device, per)
+        target = _composite.labels_in_use(target, base, options.ignore_index)
     weigher, full = Weigher(plan, groups, state, sync), base
     if base is not None and sample_weight is not None:
         base, weigher.unit = in_unit(base, accumulator(logits.dtype), options.reduction)

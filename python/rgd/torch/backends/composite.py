@@ -101,6 +101,16 @@ def weigh(losses: Tensor, base: Tensor | None, weigher: Weigher) -> Tensor:
     return weights[own].reshape(losses.shape).to(accumulator(losses.dtype))
 
 
+def labels_in_use(target: Tensor, base: Tensor | None, ignore_index: int) -> Tensor:
+    """Class indices, `ignore_index` where the base measure is 0: what stands there may be no class at all.
+
+    Class probabilities stay as they are.
+    """
+    if base is None or target.is_floating_point():
+        return target
+    return target.masked_fill(spread(base, target) == 0, ignore_index)
+
+
 def cross_entropy_losses(
     logits: Tensor,
     target: Tensor,
