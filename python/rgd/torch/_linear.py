@@ -23,6 +23,7 @@ from rgd.torch._modes import graph_is_kept, is_exporting
 from rgd.torch._record import Record
 from rgd.torch._steps import ComposedStep, RustStep, VocabStep
 from rgd.torch._weigher import Plan, Weigher
+from rgd.torch._weighted import mark_weighted
 from rgd.torch.backends import composite
 from rgd.torch.backends._options import Options, accumulator, wide
 from rgd.torch.backends._registry import (
@@ -100,6 +101,8 @@ def classify_linear(  # noqa: PLR0917
     objective, record = call.run(weigher, per)
     if not autocasts(input.device.type):
         objective = objective.to(input.dtype)
+    if options.reduction == "none":
+        mark_weighted(objective, plan.kernel)
     return objective, in_ones(record, given, weigher.unit), weigher.state
 
 

@@ -30,6 +30,7 @@ from rgd.torch._checks import (
 from rgd.torch._distributed import Sync
 from rgd.torch._record import Record, stats_by_group, sums_of, tail_of
 from rgd.torch._weigher import Plan, Weigher, functional_state
+from rgd.torch._weighted import mark_weighted, refuse_weighted
 from rgd.torch.backends import composite as _composite
 from rgd.torch.backends._in_place import check_in_place
 from rgd.torch.backends._options import Options, accumulator
@@ -76,9 +77,9 @@ def sample_weights(
 
     Raises:
         TypeError: If `losses` is not a float tensor, or another argument is of the wrong type.
-        ValueError: If `losses` is a scalar, a shape or device does not fit, `sample_weight` holds a number
-            that is negative or not finite, both `tau` and `weighting` are given, or the weighting remembers
-            and `state` is missing.
+        ValueError: If `losses` is a scalar or weighted already (by an rgd loss with `reduction="none"`), a
+            shape or device does not fit, `sample_weight` holds a number that is negative or not finite, both
+            `tau` and `weighting` are given, or the weighting remembers and `state` is missing.
 
     Example:
         >>> import torch
@@ -92,6 +93,7 @@ def sample_weights(
     base = base_of(losses.shape, losses, where, sample_weight)
     sharing = Sync(process_group, sync)
     weigher = _weigher(losses, resolve_weighting(weighting, tau), groups, state, sharing)
+    refuse_weighted(losses, weigher.plan.kernel)
     if base is not None and sample_weight is not None:
         base, weigher.unit = in_unit(base, base.dtype, "mean")
     weights = choose(losses, base).sample_weights(losses, base, weigher)
@@ -317,6 +319,7 @@ def weighted(  # noqa: PLR0917
     sample_weight: Tensor | None,
 ) -> tuple[Tensor, Record | None]:
     """The reduction of `p w l`, and the record of the weights, if its tensors may outlive the call."""
+    refuse_weighted(losses, weigher.plan.kernel)
     if where is not None:
         check_where(where, losses.shape, losses.device)
     base = check_base(sample_weight, losses.shape, losses.device, per)
@@ -334,7 +337,10 @@ def weighted(  # noqa: PLR0917
     if not must_forget():
         plain = values.detach()
         record = Record(plain, weights, denominator, base, where, weigher.groups, backend.name)
-    return objective.to(losses.dtype), in_ones(record, given, weigher.unit)
+    objective = objective.to(losses.dtype)
+    if reduction == "none":
+        mark_weighted(objective, weigher.plan.kernel)
+    return objective, in_ones(record, given, weigher.unit)
 
 
 def classify(  # noqa: PLR0917
@@ -379,6 +385,8 @@ def classify(  # noqa: PLR0917
     )
     if objective.dtype != given and not autocasts(logits.device.type):
         objective = objective.to(given)
+    if options.reduction == "none":
+        mark_weighted(objective, plan.kernel)
     return objective, in_ones(record, full, weigher.unit), weigher.state
 
 

@@ -506,7 +506,7 @@ def _check_base_loss(base: Any) -> None:
         )
     if not callable(base):
         raise TypeError(f"base must be a callable that returns per-sample losses, got {base!r}")
-    if isinstance(base, RGDLoss):
+    if isinstance(getattr(base, "_orig_mod", base), RGDLoss):  # compiled, perhaps
         raise ValueError(
             "base is an RGDLoss already, and a second one would weigh every loss twice: give the plain loss, "
             "or use the inner RGDLoss alone"

@@ -198,7 +198,7 @@ class RGD(torch.optim.Optimizer):
 
         Raises:
             TypeError: If `losses` is not a float tensor, or another argument is of the wrong type.
-            ValueError: If `losses` is a scalar, or another argument does not fit it.
+            ValueError: If `losses` is a scalar or weighted already, or another argument does not fit it.
 
         Example:
             >>> import torch
@@ -247,7 +247,7 @@ class RGD(torch.optim.Optimizer):
         Raises:
             RuntimeError: If `losses` does not require grad.
             TypeError: If `losses` is not a float tensor.
-            ValueError: If `losses` is a scalar.
+            ValueError: If `losses` is a scalar, or weighted already.
         """
         if isinstance(losses, Tensor) and not (losses.requires_grad and torch.is_grad_enabled()):  # pyright: ignore[reportUnnecessaryIsInstance]
             check_losses(losses)
