@@ -1,10 +1,13 @@
 """Wrong inputs of the torch front: each is refused before anything happens, in words that name the mend."""
 
+import functools
+
 import pytest
 import rgd
 import torch
 from rgd.torch import RGDLoss, cross_entropy, reweighted_mean, sample_weights
 from torch import nn
+from torch.nn import functional as F
 
 LOGITS = torch.randn(4, 3)
 TARGET = torch.tensor([0, 1, 2, 0])
@@ -26,6 +29,60 @@ def test_a_base_that_returns_a_scalar_is_refused_with_a_hint():
 def test_a_base_that_reduces_is_refused(reduction):
     with pytest.raises(ValueError, match=r'reduction="none"'):
         RGDLoss(base=nn.CrossEntropyLoss(reduction=reduction))
+
+
+N = 5
+BROADCAST = [
+    (nn.MSELoss(reduction="none"), (N, 1), (N,)),
+    (nn.MSELoss(reduction="none"), (N,), (N, 1)),
+    (nn.L1Loss(reduction="none"), (N, N, 1), (N, N)),
+    (nn.HuberLoss(reduction="none"), (1, N), (N, 1)),
+    (nn.PoissonNLLLoss(reduction="none"), (N, 1), (N,)),
+    (nn.KLDivLoss(reduction="none"), (N, 1), (N,)),
+    (nn.HingeEmbeddingLoss(reduction="none"), (N, 1), (N,)),
+    # Its N x N losses are averaged over an axis: their number does not show them.
+    (nn.MultiLabelSoftMarginLoss(reduction="none"), (N, 1), (N,)),
+    (functools.partial(F.smooth_l1_loss, reduction="none"), (N, 1), (N,)),
+    (lambda x, y: (x - y).square(), (N, 1), (N,)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using a (target|input) size")
+@pytest.mark.parametrize(("base", "predictions", "targets"), BROADCAST)
+def test_a_base_that_pairs_each_prediction_with_every_target_is_refused(base, predictions, targets):
+    criterion = RGDLoss(base=base)
+    with pytest.raises(ValueError, match=r"one was broadcast against the other: give .*squeeze\(-1\)"):
+        criterion(torch.rand(predictions), torch.rand(targets))
+    with pytest.raises(RuntimeError, match="last call"):
+        criterion.stats()
+    assert criterion(torch.rand(N, 2), torch.rand(N, 2)).isfinite()
+
+
+def test_tensors_beside_the_first_two_are_looked_at_too():
+    gaussian = RGDLoss(base=nn.GaussianNLLLoss(reduction="none"))
+    with pytest.raises(ValueError, match="one was broadcast"):
+        gaussian(torch.rand(N, 1), torch.rand(N), torch.ones(N, 1))
+    named = RGDLoss(base=lambda x, *, labels: (x - labels).abs())
+    with pytest.raises(ValueError, match="one was broadcast"):
+        named(torch.rand(N, 1), labels=torch.rand(N))
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_a_base_whose_shapes_are_meant_is_left_alone():
+    scores, labels, rows = torch.randn(N), torch.randn(N), torch.randn(N, 2)
+    pairs = RGDLoss(base=lambda s, y: F.softplus(-(s[:, None] - s) * (y[:, None] - y)))
+    contrast = RGDLoss(base=lambda u, v, heat: -(u @ v.t() / heat).log_softmax(1))
+    squared, of_classes = (RGDLoss(base=kind(reduction="none")) for kind in (nn.MSELoss, nn.CrossEntropyLoss))
+    for criterion, given, count in (
+        (pairs, (scores, labels), N * N),
+        (contrast, (rows, rows, torch.tensor(0.5)), N * N),
+        (squared, (rows, torch.tensor(1.0)), 2 * N),
+        (squared, (rows, torch.rand(2)), 2 * N),
+        (squared, (torch.rand(1, 1), torch.rand(1)), 1),
+        (of_classes, (torch.rand(N, 1), torch.zeros(N, dtype=torch.long)), N),
+    ):
+        criterion(*given)
+        assert criterion.stats().count == count
 
 
 @pytest.mark.parametrize(
@@ -113,6 +170,20 @@ def test_a_target_out_of_range_names_itself_and_its_position(classes):
     target[1, 2] = -1
     with pytest.raises(IndexError, match="target -1"):
         cross_entropy(logits, target)
+
+
+@pytest.mark.parametrize("weighting", [rgd.KL(1.0), rgd.Focal(2.0), rgd.CVaR(0.5)], ids=str)
+def test_beside_targets_that_take_no_part_it_names_the_same_position(weighting):
+    target = torch.zeros(2, 4, dtype=torch.int32)
+    target[0, 1:], target[1, 2] = -7, 3
+    for options in (
+        {"where": target >= 0},
+        {"sample_weight": (target >= 0).int()},
+        {"sample_weight": torch.tensor([0.0, 1.0]), "per": "sample"},
+        {"ignore_index": -7},
+    ):
+        with pytest.raises(IndexError, match=r"target 3 at position \[1, 2\]"):
+            cross_entropy(torch.randn(2, 3, 4), target, weighting=weighting, **options)
 
 
 def test_a_target_of_the_wrong_shape_is_refused_with_the_right_one():

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from rgd.integrations._inputs import refuse_flattened_labels
 from rgd.integrations._linear_head import LinearRGD, use_linear_rgd
 from rgd.stats import WeightStats
-from rgd.torch._checks import check_choice
+from rgd.torch._checks import ENTRYWISE, check_choice, check_not_broadcast
 from rgd.torch._modes import evaluates
 from rgd.torch.loss import RGDLoss
 from rgd.weightings import Weighting
@@ -50,17 +50,6 @@ _PROBLEM_BASES: dict[str, Callable[..., nn.Module]] = {
     "multi_label_classification": nn.BCEWithLogitsLoss,
 }
 _PROBLEM_TYPES = (*_PROBLEM_BASES, "single_label_classification")
-# Losses of torch that compare each entry of the logits with one of the labels.
-_ENTRYWISE = (
-    nn.MSELoss,
-    nn.L1Loss,
-    nn.SmoothL1Loss,
-    nn.HuberLoss,
-    nn.BCELoss,
-    nn.BCEWithLogitsLoss,
-    nn.PoissonNLLLoss,
-    nn.SoftMarginLoss,
-)
 # Outputs with logits and a label for each position, which the position itself predicts.
 _ALIGNED = ("Seq2SeqLMOutput", "MaskedLMOutput", "TokenClassifierOutput")
 
@@ -189,7 +178,7 @@ class _FittedBase(nn.Module):
         self.base = base
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        entrywise = isinstance(self.base, _ENTRYWISE)
+        entrywise = isinstance(self.base, ENTRYWISE)
         if entrywise or labels.is_floating_point():
             if logits.shape == (*labels.shape, 1):
                 logits = logits.squeeze(-1)
@@ -202,12 +191,8 @@ class _FittedBase(nn.Module):
         if entrywise and not labels.is_floating_point():
             labels = labels.to(logits.dtype)
         losses: Any = self.base(logits, labels)
-        if isinstance(losses, Tensor) and losses.numel() > max(logits.numel(), labels.numel()):
-            raise ValueError(
-                f"base made losses of shape {tuple(losses.shape)} from logits {tuple(logits.shape)} and "
-                f"labels {tuple(labels.shape)}, so one was broadcast against the other: give the labels the "
-                "shape of the logits"
-            )
+        if isinstance(losses, Tensor):
+            check_not_broadcast(self.base, losses, (logits, labels))
         return losses
 
 

@@ -7,7 +7,7 @@ from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rgd._arrays import unit_of
 from rgd.torch.backends._registry import values_can_be_read
@@ -30,6 +30,21 @@ INTEGERS = (
 REDUCTIONS = ("none", "mean", "sum")
 UNITS = ("element", "sample")
 EVALUATIONS = ("plain", "weighted")
+# Losses of torch that compare each entry of the predictions with one of the targets.
+ENTRYWISE = (
+    nn.MSELoss,
+    nn.L1Loss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+    nn.BCELoss,
+    nn.BCEWithLogitsLoss,
+    nn.PoissonNLLLoss,
+    nn.SoftMarginLoss,
+    nn.MultiLabelSoftMarginLoss,
+    nn.HingeEmbeddingLoss,
+    nn.GaussianNLLLoss,
+    nn.KLDivLoss,
+)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -87,6 +102,37 @@ def check_losses(losses: Any, name: str = "losses", hint: str = "") -> Tensor:
             'nothing. Compute the loss of each sample, with reduction="none"'
         )
     return losses
+
+
+def check_not_broadcast(base: Any, losses: Tensor, given: tuple[Any, ...]) -> None:
+    """Refuse the losses of all pairs of entries of tensors that were to be compared entry by entry.
+
+    Torch's losses broadcast predictions (N, 1) against targets (N,), and make N x N losses of them.
+
+    Args:
+        base: The loss. One of torch's that compares entries is known to have broadcast what it was given.
+        losses: What it made. Another loss is taken to have broadcast where these are more than it was given.
+        given: What it was given; only the tensors matter.
+
+    Raises:
+        ValueError: If the shapes of the tensors make more pairs than one of them has entries.
+    """
+    shapes = [one.shape for one in given if isinstance(one, Tensor)]
+    if not isinstance(base, ENTRYWISE):
+        if losses.numel() <= max((shape.numel() for shape in shapes), default=losses.numel()):
+            return
+    elif all(shape == shapes[0] for shape in shapes):
+        return
+    try:
+        broadcast: torch.Size = cast("Any", torch).broadcast_shapes(*shapes)
+    except RuntimeError:  # they cannot be broadcast
+        return
+    if all(broadcast.numel() > shape.numel() for shape in shapes):
+        raise ValueError(
+            f"base made losses of shape {tuple(losses.shape)} from tensors of the shapes "
+            f"{', '.join(str(tuple(shape)) for shape in shapes)}, so one was broadcast against the other: "
+            "give all one shape, as by predictions.squeeze(-1) for predictions (N, 1) and targets (N,)"
+        )
 
 
 def check_where(where: Any, shape: torch.Size, device: torch.device) -> None:

@@ -24,6 +24,7 @@ from rgd.torch._checks import (
     check_label_smoothing,
     check_logit_adjustment,
     check_losses,
+    check_not_broadcast,
 )
 from rgd.torch._distributed import Sync
 from rgd.torch._modes import evaluates, is_exporting, recomputes
@@ -257,7 +258,8 @@ class RGDLoss(nn.Module):
         Raises:
             IndexError: If a class index is out of range.
             TypeError: If a tensor's dtype does not fit.
-            ValueError: If a shape does not fit, or `base` returns a scalar.
+            ValueError: If a shape does not fit, if `base` returns a scalar or losses that are weighted
+                already, or if it broadcasts its arguments against each other, as (N, 1) against (N,).
         """
         if self.base is None:
             if target is None or args or kwargs:
@@ -275,6 +277,7 @@ class RGDLoss(nn.Module):
             given = (input, *args) if target is None and not args else (input, target, *args)
             hint = ": base must return one loss a sample"
             losses = check_losses(self.base(*given, **kwargs), "what base returns", hint)
+            check_not_broadcast(self.base, losses, (*given, *kwargs.values()))
         plan, state, sync = self._part_of(losses)
         groups = None if plan is _PLAIN else groups
         memory = None if state is None else self._memory(state)
