@@ -231,6 +231,31 @@ def test_masked_losses_take_no_part_in_the_global_batch(run):
         torch.testing.assert_close(second, weights[3:] / 4, **CLOSE)
 
 
+UNITS = torch.tensor([1e30, 2e30, 0.0, 5e29, 1.0, 2.0, 0.5, 3.0], dtype=torch.float64)
+
+
+def masses_of_two_units(rank, size, weighting):
+    losses, p = part([torch.arange(8.0, dtype=torch.float64), UNITS], [4, 4], rank)
+    logits = torch.stack([torch.zeros_like(losses), losses], 1)
+    criterion = RGDLoss(weighting=weighting, reduction="none")
+    objective = criterion(logits, torch.zeros(4, dtype=torch.long), sample_weight=p)
+    return sample_weights(losses, weighting, sample_weight=p), criterion.last_weights, objective
+
+
+@pytest.mark.parametrize("weighting", [*SHARED[:3], rgd.CVaR(0.3)], ids=str)
+def test_base_measures_of_other_magnitudes_on_each_rank_are_one_measure(run, weighting):
+    losses = torch.arange(8.0, dtype=torch.float64)
+    expected = sample_weights(losses, weighting, sample_weight=UNITS)
+    target = torch.zeros(8, dtype=torch.long)
+    of_logits = F.cross_entropy(torch.stack([torch.zeros_like(losses), losses], 1), target, reduction="none")
+    of_criterion = sample_weights(of_logits, weighting, sample_weight=UNITS)
+    outcomes = run(2, masses_of_two_units, weighting)
+    by_rank = [torch.cat(parts) for parts in zip(*outcomes, strict=True)]
+    torch.testing.assert_close(by_rank[0], expected, **CLOSE)
+    torch.testing.assert_close(by_rank[1], of_criterion, **CLOSE)
+    torch.testing.assert_close(by_rank[2], UNITS * of_criterion * of_logits, **CLOSE)
+
+
 # --- every member whose weights depend on the batch ---
 
 

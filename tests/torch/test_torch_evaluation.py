@@ -223,6 +223,11 @@ def test_an_ignore_index_beyond_int32_ignores_no_int32_target(ignore_index, name
     with backend(name):
         torch.testing.assert_close(criterion(LOGITS, target), expected)
     assert criterion.stats().count == 8
+    for weighting in (rgd.KL(1.0), rgd.Focal(2.0), rgd.CVaR(0.5)):
+        options = {"weighting": weighting, "ignore_index": ignore_index}
+        with backend(name):
+            narrow, wide = (cross_entropy(LOGITS, labels, **options) for labels in (target, TARGET))
+        assert narrow == wide
 
 
 # --- bases ---

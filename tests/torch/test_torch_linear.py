@@ -8,7 +8,8 @@ import rgd
 import torch
 from family import BATCH_DEPENDENT, POINTWISE, label
 from linear_heads import B, C, Case, D, T, distance, same
-from rgd.torch import RGDLoss, _steps, backend, linear_cross_entropy
+from rgd.torch import RGDLoss, _chunks, _steps, backend, linear_cross_entropy
+from rgd.torch._linear import _Call
 from rgd.torch.backends import composite
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -224,6 +225,41 @@ def test_the_head_is_summed_in_float32_over_the_chunks():
     assert error() < error(accumulate_dtype=torch.bfloat16) / 2
 
 
+def test_the_bias_is_summed_in_float32_within_and_over_the_chunks(monkeypatch):
+    case = Case(torch.bfloat16, (512,), classes=4, features=8)
+    rows, collect = [], _chunks._Run.collect
+
+    def kept(run, chunk, gradient):
+        collect(run, chunk, gradient)
+        rows.append(gradient.double())
+        assert run._bias.dtype is torch.float32
+
+    monkeypatch.setattr(_chunks._Run, "collect", kept)
+    finished = []
+    monkeypatch.setattr(_Call, "_finished", lambda call, found: finished.append(found) or found)
+    case.chunked(chunk_bytes=16 * 4 * 2)
+    assert [len(one) for one in rows] == [16] * 32
+    gradients, (found,) = torch.cat(rows), finished
+    # A sum over 16 rows, and one over 32 chunks.
+    close = (16 + 32) * torch.finfo(torch.float32).eps * float(gradients.abs().sum(0).max())
+    torch.testing.assert_close(found.bias.double(), gradients.sum(0), rtol=0, atol=close)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_logits_of_a_chunk_take_no_more_than_chunk_bytes(softcap, name, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(_chunks, "empty", lambda shape, like: sizes.append(shape) or like.new_empty(shape))
+    with backend(name):
+        for dtype, bytes_of_row in ((torch.float64, 8 * C), (torch.bfloat16, 2 * C)):
+            case = Case(dtype)
+            for rows in (1, 2, 7):
+                for spare in (0, bytes_of_row - 1):
+                    sizes.clear()
+                    case.chunked(chunk_bytes=rows * bytes_of_row + spare, logit_softcap=softcap).backward()
+                    assert set(sizes) == {(rows, C)}
+
+
 # --- autograd ---
 
 
@@ -302,8 +338,6 @@ def test_a_frozen_head_costs_no_product_for_its_gradient():
             return function(*args, **(kwargs or {}))
 
     # A mode is not eager: count in the chunks themselves, which run below it.
-    from rgd.torch import _chunks  # noqa: PLC0415
-
     head = _head_of(case)
     with Count():
         _chunks.in_one_pass(

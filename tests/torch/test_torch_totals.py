@@ -165,6 +165,25 @@ def test_a_total_is_gathered_in_a_compiled_graph_without_compiling_again():
     same(criterion.stats(total=True), whole.stats())
 
 
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("compiles", [True, False])
+def test_the_largest_weight_of_a_total_is_that_of_any_call(compiles, order):
+    logits, target = batch()
+    calls = [(logits[:20], target[:20]), (0.01 * logits[20:40], target[20:40])][::order]
+    criterion = RGDLoss(weighting=rgd.KL(4.0))
+    criterion.reset_stats()
+    torch._dynamo.reset()
+    call = torch.compile(criterion, fullgraph=True, backend="eager") if compiles else criterion
+    largest = []
+    # The sums are a tensor in a graph, and of torch operations with a base measure; else they are numbers.
+    with backend(None if compiles else "composite"):
+        for rows, labels in calls:
+            call(rows, labels, sample_weight=torch.ones(20))
+            largest.append(float(criterion.last_weights.max()))
+    assert abs(largest[0] - largest[1]) > 0.5
+    assert criterion.stats(total=True).max_weight == pytest.approx(max(largest), rel=EPS)
+
+
 def test_a_total_is_asked_for_before_it_is_gathered():
     criterion = RGDLoss()
     criterion(*batch())
