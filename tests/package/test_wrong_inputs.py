@@ -49,7 +49,7 @@ WRONG = [
         "a mean for losses, jax",
         lambda: rgd.jax.sample_weights(jnp.asarray(ARRAY).mean()),
         ValueError,
-        "reduc",
+        r"jnp\.mean",
     ),
     ("a mean for losses, RGD", lambda: RGD(SGD).backward(PARAMETER.mean()), ValueError, 'reduction="none"'),
     ("a mean for losses, optax", lambda: optax_update(losses=jnp.float32(1.0)), ValueError, r"\(batch,\)"),

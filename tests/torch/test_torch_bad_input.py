@@ -182,7 +182,7 @@ def test_beside_targets_that_take_no_part_it_names_the_same_position(weighting):
         {"sample_weight": torch.tensor([0.0, 1.0]), "per": "sample"},
         {"ignore_index": -7},
     ):
-        with pytest.raises(IndexError, match=r"target 3 at position \[1, 2\]"):
+        with pytest.raises(IndexError, match=r"label 3 at position \[1, 2\]"):
             cross_entropy(torch.randn(2, 3, 4), target, weighting=weighting, **options)
 
 

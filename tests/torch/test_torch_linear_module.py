@@ -218,7 +218,7 @@ def test_dtypes_and_settings_that_do_not_fit_are_named():
 
 def out_of_range(position, classes=C):
     place = ", ".join(map(str, position))
-    return rf"target 77 at position \[{place}\] is out of range .* {classes} classes: .* 0 to {classes - 1}"
+    return rf"label 77 at position \[{place}\] is out of range .* {classes} classes: .* 0 to {classes - 1}"
 
 
 @pytest.mark.parametrize("name", ["rust", "composite"])

@@ -122,7 +122,7 @@ def refusals(rank, size):
 def test_what_does_not_fit_a_split_vocabulary_is_named(run):
     for messages in run(2, refusals):
         assert "label_smoothing over a vocabulary in slices of different sizes" in messages[0]
-        assert messages[1].startswith("IndexError: target 12 at position [1, 1] is out of range")
+        assert messages[1].startswith("IndexError: label 12 at position [1, 1] is out of range")
         assert "one number for each of the 12 classes, got 5" in messages[2]
         assert "at least one class" in messages[3]
 

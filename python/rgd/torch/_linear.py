@@ -18,7 +18,7 @@ from rgd.torch._checks import (
 )
 from rgd.torch._chunks import Gradients, Head, Wanted, gradients_of, in_one_pass, losses_of, rows_of
 from rgd.torch._distributed import Sync
-from rgd.torch._linear_checks import Chunking, Shard, check_head, check_labels, check_targets
+from rgd.torch._linear_checks import Chunking, Shard, check_head, check_targets
 from rgd.torch._modes import graph_is_kept, is_exporting
 from rgd.torch._record import Record
 from rgd.torch._steps import ComposedStep, RustStep, VocabStep
@@ -146,7 +146,7 @@ class _Call:
             target = composite.labels_in_use(target, base, options.ignore_index)
             self.counted = target != options.ignore_index
             classes = weight.shape[0] if shard is None else shard.classes
-            check_labels(target, classes, options.ignore_index, chunking.shift)
+            composite.check_labels(target, classes, options.ignore_index, chunking.shift)
         self.target = target
         self.accumulator = accumulator(self.dtype)
         self.class_weight, self.adjustment = (

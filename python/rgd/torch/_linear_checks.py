@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rgd import _rgd
 from rgd.torch._checks import FLOATS, INTEGERS, DtypeError, MismatchError, check_dense, refuse_dtype
 from rgd.torch._distributed import Sync
 from rgd.torch.backends._options import Options
-from rgd.torch.backends._registry import autocasts, values_can_be_read
+from rgd.torch.backends._registry import autocasts
 
 
 class Chunking(NamedTuple):
@@ -177,28 +176,3 @@ def check_targets(  # noqa: PLR0917
             "mostly uneven where one is padded, and the padding would get its share of the label: split "
             "the vocabulary evenly, or leave label_smoothing out"
         )
-
-
-def check_labels(target: Tensor, classes: int, ignore_index: int, shift: bool) -> None:
-    """Refuse a class index that takes part and is no class, where values can be read.
-
-    The message names its place in the target that the caller gave, whatever rows a chunk holds.
-
-    Args:
-        target: Class indices of the losses' shape, `ignore_index` where a row takes no part.
-        classes: How many classes there are.
-        ignore_index: The index that is ignored.
-        shift: Whether `target` begins with the second position of each sequence.
-
-    Raises:
-        IndexError: If there is one.
-    """
-    if not values_can_be_read(target):
-        return
-    wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
-    if not bool(wrong.any()):
-        return
-    position = cast("list[int]", wrong.nonzero()[0].tolist())  # pyright: ignore[reportUnknownMemberType]
-    index = int(target[tuple(position)])
-    position[-1] += shift
-    raise IndexError(_rgd.label_out_of_range(index, position, classes))

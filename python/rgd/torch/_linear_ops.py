@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rgd.torch._chunks import Gradients, Head, Wanted, gradients_of, in_one_pass, losses_of
-from rgd.torch._linear_checks import check_labels
 from rgd.torch._ops import register_fake
 from rgd.torch._steps import ComposedStep, RustStep
 from rgd.torch._weigher import KernelPlan, Weigher
+from rgd.torch.backends import composite
 from rgd.torch.backends._options import Options, accumulator
 from rgd.torch.backends._registry import choose
 
@@ -52,7 +52,7 @@ def _head(given: tuple[Any, ...]) -> tuple[Head, Tensor | None]:
         target = target.detach().flatten(0, -2)
     else:
         # The call could not check them: values cannot be read while a graph is compiled.
-        check_labels(target, weight.shape[0], ignore_index, shift)
+        composite.check_labels(target, weight.shape[0], ignore_index, shift)
         target = (F.pad(target, (0, 1), value=ignore_index) if shift else target).flatten()
     options = Options(ignore_index, smoothing, "sum", "element")
     step = RustStep if choose(input, target, weight, bias).name == "rust" else ComposedStep

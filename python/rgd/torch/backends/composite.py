@@ -6,13 +6,14 @@ and no shape or branch depends on one.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import array_api_compat.torch as xp
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rgd import _rgd
 from rgd.torch._distributed import gather
 from rgd.torch._modes import is_exporting
 from rgd.torch._record import Record
@@ -54,6 +55,8 @@ class Composite:
         """
         in_place = options.inplace and logits.requires_grad and torch.is_grad_enabled()
         given = logits.detach() if in_place else logits
+        if not target.is_floating_point():
+            check_labels(target, logits.shape[1 if logits.dim() > 1 else 0], options.ignore_index)
         losses, counted = cross_entropy_losses(given, target, class_weight, options, adjustment)
         units, unit_base = units_of(losses, counted, base, options.per)
         weights = weigh(units, unit_base, weigher).to(losses.dtype)
@@ -150,6 +153,32 @@ def cross_entropy_losses(
 def unless_massless(values: Tensor, mass: Tensor) -> Tensor:
     """Logits or their logarithms, and 0 where -inf meets no mass of the target: 0 times -inf is 0."""
     return values.masked_fill((mass == 0) & values.isneginf(), 0)
+
+
+def check_labels(target: Tensor, classes: int, ignore_index: int, shift: bool = False) -> None:
+    """Refuse a class index that takes part and is no class, where values can be read.
+
+    The message names its place in the target that the caller gave, whatever rows a chunk holds.
+
+    Args:
+        target: Class indices of the losses' shape, `ignore_index` where a row takes no part.
+        classes: How many classes there are.
+        ignore_index: The index that is ignored.
+        shift: Whether `target` begins with the second position of each sequence.
+
+    Raises:
+        IndexError: If there is one.
+    """
+    if not values_can_be_read(target):
+        return
+    wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if not bool(wrong.any()):
+        return
+    position = cast("list[int]", wrong.nonzero()[0].tolist())  # pyright: ignore[reportUnknownMemberType]
+    index = int(target[tuple(position)])
+    if shift:
+        position[-1] += 1
+    raise IndexError(_rgd.label_out_of_range(index, position, classes))
 
 
 def adjusted(logits: Tensor, adjustment: Tensor | None) -> Tensor:
