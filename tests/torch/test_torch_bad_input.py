@@ -168,7 +168,7 @@ def test_a_target_out_of_range_names_itself_and_its_position(classes):
     ):
         cross_entropy(logits, target)
     target[1, 2] = -1
-    with pytest.raises(IndexError, match="target -1"):
+    with pytest.raises(IndexError, match="label -1"):
         cross_entropy(logits, target)
 
 
