@@ -176,6 +176,34 @@ fn check<T: Element>(
     assert_eq!(result.totals.counted, n);
 }
 
+/// Rows of logits are contiguous and the gradient's are not: its class axis is the outer one in memory.
+#[test]
+fn a_gradient_of_another_layout_than_the_logits_gets_the_same_numbers() {
+    for classes in [5, 24, 70] {
+        let shape = IxDyn(&[7, classes]);
+        let numbers = noise(7 * classes, 3).map(|x| 8.0 * x - 4.0).collect();
+        let logits = ArrayD::from_shape_vec(shape.clone(), numbers).unwrap();
+        let labels = Array::from_shape_fn(IxDyn(&[7]), |i| (3 * i[0] % classes) as i64);
+        let inputs = plain(&logits, &labels);
+        for weighting in [KL, BALL] {
+            let expected = run(&inputs, weighting, &SETTINGS).unwrap();
+            let mut grad = ArrayD::from_elem(shape.clone().f(), 777.0);
+            let (mut losses, mut weights, mut objective) = (unwritten(7), unwritten(7), unwritten(1));
+            let out = Outputs {
+                losses: &mut losses,
+                weights: &mut weights,
+                objective: &mut objective,
+                grad: Gradient::Separate(grad_memory(&mut grad)),
+            };
+            cross_entropy(&inputs, weighting, &SETTINGS, out).unwrap();
+            for (a, e) in grad.iter().zip(&expected.grad) {
+                // Softmax sums over the classes, in another order.
+                assert!((a - e).abs() <= classes as f64 * f64::EPSILON, "{classes} classes: {a} {e}");
+            }
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
     #[test]

@@ -4,7 +4,7 @@
 //! `w_i = n exp(e_i - max e) / sum_j exp(e_j - max e)` with `e_i = s min(l_i, tau)`. The scale `s` may be negative, and
 //! `tau` infinite.
 
-use super::{BlockMap, BlockSum, Compensated, Extent, Member, Pointwise, fill, sum, write};
+use super::{BlockMap, BlockSum, Compensated, Extent, Member, Pointwise, fill, put_on, sum, write};
 use crate::layout::Vector;
 use crate::numeric::{Element, Isa, Real, exp, two_difference, two_product};
 use std::mem::MaybeUninit;
@@ -112,7 +112,8 @@ impl BlockSum for ExpSum {
     }
 }
 
-/// `w_i = exp(exponent_i) / mean_j exp(exponent_j)`; the origin of the exponent is the loss that makes it largest.
+/// `w_i = exp(exponent_i) / mean_j exp(exponent_j)`; the origin of the exponent is the loss that makes it largest. Where
+/// that is infinite, all weight lies on such losses.
 pub(super) fn softmax<T: Element, W: Real>(
     losses: &Vector<T>,
     weights: &mut [MaybeUninit<W>],
@@ -122,9 +123,11 @@ pub(super) fn softmax<T: Element, W: Real>(
     if exponent.scale == 0.0 && !exponent.origin.is_nan() {
         return fill(weights, 1.0);
     }
-    if !exponent.origin.is_finite() {
-        // A loss is NaN, or the origin is infinite, and its difference to itself is NaN.
+    if exponent.origin.is_nan() || exponent.scale.is_nan() {
         return fill(weights, f64::NAN);
+    }
+    if exponent.origin.is_infinite() {
+        return put_on(exponent.origin, losses, weights, threads);
     }
     let total = sum(losses, threads, ExpSum(exponent)).value();
     write(losses, weights, threads, Exponentials { exponent, factor: losses.len() as f64 / total });

@@ -4,7 +4,7 @@
 //! is larger than any such distribution, all weight lies on the largest losses.
 
 use super::kl::{ExpSum, Exponent, softmax};
-use super::{BlockMap, BlockSum, Compensated, Extent, Member, sum, write};
+use super::{BlockSum, Compensated, Extent, Member, put_on, sum};
 use crate::layout::Vector;
 use crate::numeric::{Element, Isa, Real, exp};
 use std::mem::MaybeUninit;
@@ -31,34 +31,32 @@ impl Member for KlBall {
         let extent = Extent::of(losses, threads);
         match temperature(losses, self.radius, extent, threads) {
             Some(exponent) => softmax(losses, weights, threads, exponent),
-            None => write(
-                losses,
-                weights,
-                threads,
-                OnLargest { max: extent.max, weight: losses.len() as f64 / extent.at_max as f64 },
-            ),
+            None => put_on(extent.max, losses, weights, threads),
         }
     }
 }
 
-/// All weight on the samples of the largest loss.
+/// The smallest loss above `-inf`, and how many losses lie there.
 #[derive(Clone, Copy)]
-struct OnLargest {
-    max: f64,
-    weight: f64,
-}
+struct Above;
 
-impl BlockMap for OnLargest {
+impl BlockSum for Above {
+    type Sum = Option<(f64, usize)>;
+
     #[inline(always)]
-    fn apply<I: Isa>(&self, block: &mut [f64]) {
-        for l in block {
-            *l = if *l == self.max { self.weight } else { 0.0 };
-        }
+    fn sum<I: Isa>(&self, block: &mut [f64]) -> Option<(f64, usize)> {
+        let above = block.iter().filter(|&&l| l > f64::NEG_INFINITY);
+        Some((above.clone().copied().fold(f64::INFINITY, f64::min), above.count()))
+    }
+
+    fn join(a: Option<(f64, usize)>, b: Option<(f64, usize)>) -> Option<(f64, usize)> {
+        let (Some(a), Some(b)) = (a, b) else { return a.or(b) };
+        Some((a.0.min(b.0), a.1 + b.1))
     }
 }
 
 /// `KL(q || uniform)` and the variance of `v` under `q`, for `v = log(q n)`: the divergence is the mean of
-/// `phi(v) = v exp(v) - exp(v) + 1 >= 0`, a sum without cancellation.
+/// `phi(v) = v exp(v) - exp(v) + 1 >= 0`, a sum without cancellation. Losses of `-inf` are left out.
 #[derive(Clone, Copy)]
 struct Divergence {
     exponent: Exponent,
@@ -97,7 +95,8 @@ impl BlockSum for Divergence {
                 k -= 1;
                 q = Real::mul_add::<I>(q, v, SERIES[k]);
             }
-            *l = if v.abs() < 0.1 { v * v * q } else { *vw - w + 1.0 };
+            let phi = if v.abs() < 0.1 { v * v * q } else { *vw - w + 1.0 };
+            *l = if *l == f64::NEG_INFINITY { 0.0 } else { phi };
         }
         [Compensated::of_lanes(block), Compensated::of_lanes(vw), Compensated::of_lanes(vvw)]
     }
@@ -121,8 +120,9 @@ fn unit_of(extent: Extent) -> f64 {
 }
 
 /// The exponent `beta (l - max l)` with the inverse temperature `beta = 1 / gamma` at which `KL(softmax(beta l) ||
-/// uniform) = radius`; `None` if the ball reaches the distribution on the largest losses alone. `beta` is NaN, for there
-/// is no such distribution, where a loss is NaN or infinite and they are not all the same.
+/// uniform) = radius`; `None` if the ball reaches the distribution on the largest losses alone, or these are infinite.
+/// `beta` is NaN where a loss is. Losses of `-inf` weigh nothing at any `beta > 0`, which takes `log(n / k)` of the radius
+/// where `k` losses are left. If no radius remains, `beta` is next to 0, and those `k` have equal weights.
 ///
 /// `KL` grows with `beta`, from 0 to `log(n / m)`. Newton's iteration solves `sqrt(KL) = sqrt(radius)`, nearly linear
 /// in `beta` as long as `KL` is small, or `log(limit - KL) = log(limit - radius)`, nearly linear where it saturates; a
@@ -131,27 +131,37 @@ fn unit_of(extent: Extent) -> f64 {
 /// squared each time, and a wide bracket is halved in the logarithm.
 fn temperature<T: Element>(
     losses: &Vector<T>,
-    radius: f64,
-    extent: Extent,
+    mut radius: f64,
+    mut extent: Extent,
     threads: usize,
 ) -> Option<Exponent> {
-    let n = losses.len() as f64;
-    let unit = unit_of(extent);
-    let exponent = |scale| Exponent { tau: f64::INFINITY, scale, origin: unit * extent.max, unit };
+    let mut n = losses.len() as f64;
+    let constant = |scale| Exponent { tau: f64::INFINITY, scale, origin: 0.0, unit: 1.0 };
     if extent.max.is_nan() {
-        return Some(exponent(f64::NAN));
+        return Some(constant(f64::NAN));
     }
     if radius == 0.0 || losses.is_empty() || extent.min == extent.max {
-        return Some(Exponent { origin: 0.0, ..exponent(0.0) });
+        return Some(constant(0.0));
     }
-    let range = unit * extent.max - unit * extent.min;
-    if !range.is_finite() {
-        return Some(exponent(f64::NAN));
+    if extent.max.is_infinite() {
+        return None;
+    }
+    if extent.min.is_infinite() {
+        let (min, count) = sum(losses, threads, Above).unwrap_or_default();
+        extent.min = min;
+        radius += (count as f64 / n).ln();
+        n = count as f64;
     }
     let limit = (n / extent.at_max as f64).ln();
     if radius >= limit {
         return None;
     }
+    let unit = unit_of(extent);
+    let exponent = |scale| Exponent { tau: f64::INFINITY, scale, origin: unit * extent.max, unit };
+    if radius <= 0.0 {
+        return Some(exponent(f64::MIN_POSITIVE));
+    }
+    let range = unit * extent.max - unit * extent.min;
     let (mut low, mut high) = (0.0, f64::INFINITY);
     // The radius at which a two-point distribution of this range would be reached.
     let mut beta = (8.0 * radius).sqrt() / range;
@@ -188,7 +198,9 @@ fn temperature<T: Element>(
             growth *= growth;
         }
         if (kl - radius).abs() <= 1e-15 * radius || (next - beta).abs() <= 2e-16 * beta {
-            return Some(exponent);
+            // A last step of some units in the last place removes what the test above allows.
+            let close = (next - beta).abs() <= 4e-15 * beta;
+            return Some(if close { Exponent { scale: next, ..exponent } } else { exponent });
         }
         // Every loss but the largest has weight zero already: the root lies in the last bit below the limit.
         if beta.is_infinite() || (low > 0.0 && high <= low * (1.0 + 4e-16)) {

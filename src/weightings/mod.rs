@@ -319,6 +319,50 @@ impl Compensated {
     }
 }
 
+/// All weight, in equal parts, on the samples of one loss.
+#[derive(Clone, Copy)]
+struct OnLoss {
+    loss: f64,
+    weight: f64,
+}
+
+impl BlockMap for OnLoss {
+    #[inline(always)]
+    fn apply<I: Isa>(&self, block: &mut [f64]) {
+        for l in block {
+            *l = if *l == self.loss { self.weight } else { 0.0 };
+        }
+    }
+}
+
+/// How many losses are one number.
+#[derive(Clone, Copy)]
+struct CountOf(f64);
+
+impl BlockSum for CountOf {
+    type Sum = usize;
+
+    #[inline(always)]
+    fn sum<I: Isa>(&self, block: &mut [f64]) -> usize {
+        block.iter().filter(|&&l| l == self.0).count()
+    }
+
+    fn join(a: usize, b: usize) -> usize {
+        a + b
+    }
+}
+
+/// Puts all weight on the samples of one loss, which is among the losses.
+fn put_on<T: Element, W: Real>(
+    loss: f64,
+    losses: &Vector<T>,
+    weights: &mut [MaybeUninit<W>],
+    threads: usize,
+) {
+    let count = sum(losses, threads, CountOf(loss));
+    write(losses, weights, threads, OnLoss { loss, weight: losses.len() as f64 / count as f64 });
+}
+
 /// The range of a batch of losses.
 #[derive(Debug, Clone, Copy, Default)]
 struct Extent {

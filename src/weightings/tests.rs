@@ -57,6 +57,38 @@ fn a_nan_spreads_as_far_as_weights_depend_on_it() {
 }
 
 #[test]
+fn infinite_losses_share_all_the_weight_where_it_goes_to_them() {
+    let inf = f64::INFINITY;
+    let rising = Weighting::Kl(Kl { tau: inf, scale: 0.7, normalize: true });
+    for weighting in [rising, ball(0.01), ball(9.0)] {
+        assert_eq!(weigh(&[1.0, inf, -inf, inf, 2.0], weighting), [0.0, 2.5, 0.0, 2.5, 0.0]);
+        assert_eq!(weigh(&[inf, inf], weighting), [1.0; 2]);
+        assert_eq!(weigh(&[-inf, -inf], weighting), [1.0; 2]);
+    }
+    let falling = Weighting::Kl(Kl { tau: inf, scale: -0.7, normalize: true });
+    assert_eq!(weigh(&[1.0, inf, -inf, 2.0], falling), [0.0, 0.0, 4.0, 0.0]);
+    let mut many = vec![0.5; 5000];
+    (many[17], many[4900]) = (inf, inf);
+    assert_eq!(weigh(&many, rising)[4900], 2500.0);
+    assert_eq!(weigh(&many, ball(0.01))[17], 2500.0);
+}
+
+#[test]
+fn losses_of_minus_infinity_take_their_part_of_the_radius() {
+    let inf = f64::INFINITY;
+    let losses = [1.0, -inf, 2.0, 0.5];
+    // Without them, a ball of what is left of the radius; it is nothing if they take more.
+    let rest = weigh(&[1.0, 2.0, 0.5], ball(0.6 + 0.75f64.ln()));
+    let w = weigh(&losses, ball(0.6));
+    for (w, e) in w.iter().zip([rest[0], 0.0, rest[1], rest[2]]) {
+        assert!((w - e / 0.75).abs() <= 1e-15 * w);
+    }
+    assert_eq!(weigh(&losses, ball(0.01)), [4.0 / 3.0, 0.0, 4.0 / 3.0, 4.0 / 3.0]);
+    assert_eq!(weigh(&losses, ball(9.0)), [0.0, 0.0, 4.0, 0.0]);
+    assert_eq!(weigh(&losses, ball(0.0)), [1.0; 4]);
+}
+
+#[test]
 fn the_ball_knows_its_corners() {
     assert_eq!(weigh(&[1.0, 2.0, 2.0], ball(0.0)), [1.0; 3]);
     assert_eq!(weigh(&[2.0, 2.0, 2.0], ball(1.0)), [1.0; 3]);

@@ -161,22 +161,68 @@ def test_a_nan_loss_makes_only_its_own_pointwise_weight_nan(weigh, weighting):
     np.testing.assert_array_equal(np.isnan(weights), [False, True, False])
 
 
-@members(
-    [
-        KL(math.inf, scale=1.5, normalize=True),
-        KLBall(0.1),
-        KLBall(50.0),
-        ChiSquare(1.0),
-        ChiSquareBall(0.1),
-        ChiSquareBall(50.0),
-        MidrangeKL(1.0),
-        MidrangeKL(-1.0),
-        MidrangeKL(1.0, relative=True),
-        CVaR(0.5, smoothing=0.3),
-    ]
-)
-def test_an_infinite_loss_makes_all_weights_nan_of_a_smooth_worst_case(weigh, weighting):
-    assert np.isnan(weigh([1.0, math.inf, 2.0, 0.5], weighting)).all()
+RISING = [
+    KL(math.inf, scale=1.5, normalize=True),
+    KLBall(0.1),
+    KLBall(50.0),
+    ChiSquare(1.0),
+    ChiSquareBall(0.1),
+    ChiSquareBall(50.0),
+    MidrangeKL(1.0),
+    MidrangeKL(1.0, relative=True),
+    Trimmed(KLBall(0.1), 0.0),
+]
+"""Members that send weight to the largest losses without a bound."""
+FALLING = [
+    KL(scale=-1.0, normalize=True),
+    MidrangeKL(-1.0),
+    MidrangeKL(-1.0, relative=True),
+    Trimmed(MidrangeKL(-1.0), 0.0),
+]
+"""Members that send weight away from the largest losses."""
+
+
+@members(RISING)
+def test_infinite_losses_share_all_the_weight_where_weight_goes_to_the_largest(weigh, weighting):
+    np.testing.assert_allclose(weigh([1.0, math.inf, 2.0, 0.5], weighting), [0, 4, 0, 0], rtol=8 * EPS)
+    losses, base = [math.inf, 2.0, -math.inf, math.inf, 0.5], [1.0, 3.0, 2.0, 4.0, 1.0]
+    expected = [11 / 5, 0, 0, 11 / 5, 0]
+    np.testing.assert_allclose(weigh(losses, weighting, sample_weight=base), expected, rtol=16 * EPS)
+
+
+@members(FALLING)
+def test_minus_infinite_losses_share_all_the_weight_where_weight_goes_to_the_smallest(weigh, weighting):
+    np.testing.assert_allclose(weigh([1.0, -math.inf, 2.0, 0.5], weighting), [0, 4, 0, 0], rtol=8 * EPS)
+
+
+@members([*RISING, *FALLING])
+@pytest.mark.parametrize("infinity", [math.inf, -math.inf])
+def test_an_infinite_loss_weighs_nothing_where_weight_is_sent_away_from_it(weigh, weighting, infinity):
+    if (weighting in RISING) == (infinity > 0):
+        pytest.skip("all weight goes there")
+    losses, base = np.array([1.0, infinity, 2.0, 0.5]), np.array([1.0, 2.0, 3.0, 4.0])
+    for mass in (None, base):
+        weights = weigh(losses, weighting, sample_weight=mass)
+        assert weights[1] == 0.0
+        assert np.average(weights, weights=mass) == pytest.approx(1.0, rel=16 * EPS)
+
+
+@members([KLBall(0.6), ChiSquareBall(0.6)])
+def test_losses_of_minus_infinity_take_their_part_of_the_radius_of_a_ball(weigh, weighting):
+    losses, base = np.array([1.0, -math.inf, 2.0, 0.5]), np.array([1.0, 2.0, 3.0, 4.0])
+    for mass in (np.ones(4), base):
+        weights = weigh(losses, weighting, sample_weight=mass)
+        if isinstance(weighting, KLBall):
+            terms = weights * np.log(np.where(weights > 0, weights, 1.0))
+        else:
+            terms = (weights - 1) ** 2 / 2
+        assert np.average(terms, weights=mass) == pytest.approx(0.6, rel=64 * EPS)
+    # A radius that is too small for that: the others are all alike.
+    small = type(weighting)(0.01)
+    np.testing.assert_allclose(weigh(losses, small), [4 / 3, 0, 4 / 3, 4 / 3], rtol=8 * EPS)
+
+
+SOFT = np.exp([0.25, 0.5, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -194,6 +240,14 @@ def test_an_infinite_loss_makes_all_weights_nan_of_a_smooth_worst_case(weigh, we
         (ChiSquareBall(0.0), [1.0, 1.0, 1.0, 1.0]),
         (CVaR(0.5), [0.0, 2.0, 2.0, 0.0]),
         (CVaR(0.25), [0.0, 4.0, 0.0, 0.0]),
+        (CVaR(0.25, smoothing=0.3), [0.0, 4.0, 0.0, 0.0]),
+        (CVaR(0.1, smoothing=0.3), [0.0, 4.0, 0.0, 0.0]),
+        # What the infinite loss leaves, 2 of 4, is shared by the others as exp(l / 4).
+        (CVaR(0.5, smoothing=4.0), np.insert(2 * SOFT / SOFT.sum(), 1, 2.0)),
+        (MidrangeKL(0.0), [1.0, 1.0, 1.0, 1.0]),
+        # The middle of the batch is infinite, and clips no finite loss.
+        (MidrangeKL(-0.25), np.insert(4 / SOFT / np.sum(1 / SOFT), 1, 0.0)),
+        (MidrangeKL(-1.0, relative=True), [4 / 3, 0.0, 4 / 3, 4 / 3]),
         (Focal(2.0), [(1 - math.exp(-1)) ** 2, 1.0, (1 - math.exp(-2)) ** 2, 0.0]),
         (Trimmed(ERM(), 0.25), [1.0, 0.0, 1.0, 1.0]),
         (Trimmed(KL(math.inf, scale=1.0), 0.25), [math.e, 0.0, math.exp(2.0), 1.0]),
@@ -201,14 +255,41 @@ def test_an_infinite_loss_makes_all_weights_nan_of_a_smooth_worst_case(weigh, we
     ],
     ids=label,
 )
-def test_an_infinite_loss_has_a_weight_where_only_its_rank_or_its_clip_counts(weigh, weighting, expected):
+def test_an_infinite_loss_counts_by_its_rank_its_clip_or_its_bound(weigh, weighting, expected):
     weights = weigh([1.0, math.inf, 2.0, 0.0], weighting)
     np.testing.assert_allclose(weights, expected, rtol=8 * EPS)
 
 
-@members([KLBall(0.3), ChiSquareBall(0.3)])
-def test_losses_that_are_all_infinite_weigh_one_in_a_ball(weigh, weighting):
-    np.testing.assert_array_equal(weigh([math.inf, math.inf], weighting), [1.0, 1.0])
+@members([*RISING, *FALLING, CVaR(0.5, smoothing=0.3)])
+@pytest.mark.parametrize("infinity", [math.inf, -math.inf])
+def test_losses_that_are_all_infinite_weigh_one(weigh, weighting, infinity):
+    np.testing.assert_allclose(weigh([infinity, infinity], weighting), [1.0, 1.0], rtol=4 * EPS)
+
+
+OUTLIERS = [
+    *RISING[:-1],
+    *FALLING[:-1],
+    KL(1.0, normalize=True),
+    CVaR(0.5, smoothing=0.3),
+    Trimmed(MidrangeKL(-1.0), 0.1),
+]
+
+
+@members(OUTLIERS)
+@pytest.mark.parametrize("outlier", [1e6, 1e9, 1e12, 1e16])
+def test_a_far_outlier_leaves_the_losses_that_count_their_differences(weigh, weighting, outlier):
+    for losses in ([outlier, 0.3, 0.1], [-outlier, 0.3, 0.1], [outlier, -outlier, 0.3, 0.1, 0.1]):
+        expected, slack = exact.weights(losses, weighting)
+        # Exponents are differences of losses that count, at most 1 here, whatever the outlier.
+        slack = [0.0] * len(losses) if isinstance(weighting, MidrangeKL) else slack
+        for value, target, allowance in zip(weigh(losses, weighting), expected, slack, strict=True):
+            assert abs(value - target) <= 32 * EPS * len(losses) + allowance, losses
+
+
+@members([weighting for weighting in OUTLIERS if not isinstance(weighting, Trimmed)])
+def test_the_largest_finite_losses_have_finite_weights(weigh, weighting):
+    for losses in ([1e307, 0.3, 0.1], [-1e307, 0.3, 0.1], [1e308, -1e308, 1e308]):
+        assert np.mean(weigh(losses, weighting)) == pytest.approx(1.0, rel=8 * EPS), losses
 
 
 @members([KL(scale=-1.0), KL(scale=-1.0, normalize=True), Trimmed(ERM(), 0.25), Trimmed(CVaR(0.5), 0.25)])

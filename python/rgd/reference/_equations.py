@@ -64,8 +64,8 @@ def sample_weights(
     """The weight of each sample, by the equations at the head of this module.
 
     A NaN loss makes its own pointwise weight NaN, and all weights of a batch where they depend on the batch.
-    An infinite loss has a finite weight where it is clipped, and is merely the largest for `CVaR` without
-    smoothing and for `Trimmed`; elsewhere it makes all weights NaN that depend on the batch. `scale=0` and
+    An infinite loss counts as the limit of ever larger ones: those of infinite loss share all the weight, as
+    far as nothing clips or bounds it, or weigh 0 where the weight falls with the loss. `scale=0` and
     `radius=0` give exactly 1 for every loss that is not NaN.
 
     Args:
@@ -253,22 +253,32 @@ def _normalised_kl(batch: Batch, tau: float, scale: float) -> Array:
     if scale == 0:
         return np.full(batch.losses.shape, math.nan if np.any(np.isnan(batch.losses)) else 1.0)
     clipped = np.minimum(batch.losses, tau)
-    unnormalised = np.exp(scale * (clipped - (np.max(clipped) if scale > 0 else np.min(clipped))))
+    unnormalised = np.exp(scale * _above(clipped, np.max(clipped) if scale > 0 else np.min(clipped)))
     return unnormalised / batch.mean(unnormalised)
 
 
 @equation.register(MidrangeKL)
 def _midrange_kl(weighting: MidrangeKL, batch: Batch) -> Array:
     """A normalised KL whose `tau` is the middle of the batch's range."""
-    if not np.all(np.isfinite(batch.losses)):
-        return np.full(batch.losses.shape, math.nan)
-    low, high = float(np.min(batch.losses)), float(np.max(batch.losses))
-    if low == high:
-        return np.ones(batch.losses.shape)
+    losses, scale = batch.losses, weighting.scale
+    if np.any(np.isnan(losses)):
+        return np.full(losses.shape, math.nan)
+    low, high = float(np.min(losses)), float(np.max(losses))
+    if low == high or scale == 0:
+        return np.ones(losses.shape)
+    if math.isinf(best := high if scale > 0 else low):
+        return np.where(losses == best, 1 / batch.mean(losses == best), 0.0)
+    if math.isinf(low if scale > 0 else high):
+        # The middle is infinite too: it clips all finite losses or none, and they are equal in half ranges.
+        clipped = weighting.relative or scale > 0
+        measured = np.where(np.isfinite(losses), 0.0 if clipped else losses, losses)
+        return _normalised_kl(batch._replace(losses=measured), math.inf, scale)
     if weighting.relative:
-        # Gaps, in half ranges below the largest loss, have the same differences as losses in half ranges.
-        return _normalised_kl(batch._replace(losses=2 * _gaps(batch.losses)[0]), -1.0, weighting.scale)
-    return _normalised_kl(batch, low / 2 + high / 2, weighting.scale)
+        # From the smallest loss, in half ranges, or from the largest: what counts must not cancel.
+        unit = high / 2 - low / 2
+        measured = (losses / 2 - (high if scale > 0 else low) / 2) / (unit / 2)
+        return _normalised_kl(batch._replace(losses=measured), -1.0 if scale > 0 else 1.0, scale)
+    return _normalised_kl(batch, low / 2 + high / 2, scale)
 
 
 @equation.register(KLBall)
@@ -283,8 +293,11 @@ def _kl_ball(weighting: KLBall, batch: Batch) -> Array:
         return np.full(losses.shape, math.nan)
     if radius == 0 or np.all(losses == losses[0]):
         return np.ones(losses.shape)
-    if not np.all(np.isfinite(losses)):
-        return np.full(losses.shape, math.nan)
+    if np.max(losses) == math.inf:
+        return _on_largest(batch)
+    if np.min(losses) == -math.inf:
+        kept = batch.mean(losses > -math.inf)
+        return _without_lowest(batch, KLBall(max(radius + math.log(kept), 0.0)), kept)
     gaps = _gaps(losses)[0]
     on_largest = _on_largest(batch)
     if radius >= math.log(np.max(on_largest)):
@@ -325,10 +338,13 @@ def _kl_divergence(batch: Batch, exponent: Array) -> float:
 def _chi_square(weighting: ChiSquare, batch: Batch) -> Array:
     """`w = max(l - eta, 0) / gamma` with `mean(w) = 1`, in closed form once the positive ones are known."""
     losses = batch.losses
-    if not np.all(np.isfinite(losses)):
+    if np.any(np.isnan(losses)):
         return np.full(losses.shape, math.nan)
     if np.all(losses == losses[0]):
         return np.ones(losses.shape)
+    finite = losses[np.isfinite(losses)]
+    if np.max(losses) == math.inf or np.all(finite == finite[0]):
+        return _on_largest(batch)
     gaps, gamma = _gaps(losses, weighting.gamma)
     if gamma == 0:
         return _on_largest(batch)
@@ -350,8 +366,11 @@ def _chi_square_ball(weighting: ChiSquareBall, batch: Batch) -> Array:
         return np.full(losses.shape, math.nan)
     if radius == 0 or np.all(losses == losses[0]):
         return np.ones(losses.shape)
-    if not np.all(np.isfinite(losses)):
-        return np.full(losses.shape, math.nan)
+    if np.max(losses) == math.inf:
+        return _on_largest(batch)
+    if np.min(losses) == -math.inf:
+        kept = batch.mean(losses > -math.inf)
+        return _without_lowest(batch, ChiSquareBall(max(radius * kept - (1 - kept) / 2, 0.0)), kept)
     gaps = _gaps(losses)[0]
     on_largest = _on_largest(batch)
     if radius >= (np.max(on_largest) - 1) / 2:
@@ -376,7 +395,7 @@ def _cvar(weighting: CVaR, batch: Batch) -> Array:
     Where the capped losses are known, the rest share what is left of the mass in proportion to `exp(l / nu)`.
     """
     losses, alpha, smoothing = batch.losses, weighting.alpha, weighting.smoothing
-    if np.any(np.isnan(losses)) or (smoothing > 0 and not np.all(np.isfinite(losses))):
+    if np.any(np.isnan(losses)):
         return np.full(losses.shape, math.nan)
     if alpha == 1:
         return np.ones(losses.shape)
@@ -384,12 +403,12 @@ def _cvar(weighting: CVaR, batch: Batch) -> Array:
         return _share_of_worst(batch, alpha) / alpha
 
     def mean_below_cap(cap: float) -> float:
-        return batch.mean(np.exp(np.minimum(losses - cap, 0) / smoothing))
+        return batch.mean(np.exp(np.minimum(_above(losses, cap), 0) / smoothing))
 
     levels = np.unique(losses)
     index = bisect.bisect_left(levels, True, key=lambda level: mean_below_cap(level) < alpha)
-    capped = losses >= (levels[index] if index < levels.size else math.inf)
-    rest = np.where(capped, 0.0, np.exp((losses - np.max(losses[~capped])) / smoothing))
+    capped = losses >= levels[index] if index < levels.size else np.zeros(losses.shape, np.bool_)
+    rest = np.where(capped, 0.0, np.exp(_above(losses, np.max(losses[~capped])) / smoothing))
     left = 1 - batch.mean(capped) / alpha
     return np.where(capped, 1 / alpha, np.minimum(left * rest / batch.mean(rest), 1 / alpha))
 
@@ -424,13 +443,23 @@ def _trimmed(weighting: Trimmed, batch: Batch, state: State) -> tuple[Array, Sta
 
 @step.register(MovingAverage)
 def _moving_average(weighting: MovingAverage, batch: Batch, state: State) -> tuple[Array, State]:
-    """`w = inner(l) / u`, in logarithms, after `u = decay * u + (1 - decay) * mean(inner(l))`."""
+    """`w = inner(l) / u`, in logarithms, after `u = decay * u + (1 - decay) * mean(inner(l))`.
+
+    Where `u` is 0, all weights are 0, and nothing is remembered; where a weight is infinite, it is divided by
+    its part of `u`, which is all of `u`.
+    """
     logarithm = log_equation(weighting.weighting, batch)
-    largest = np.nan_to_num(np.max(logarithm), nan=0.0, posinf=0.0, neginf=0.0)
-    log_mean = largest + np.log(batch.mean(np.exp(logarithm - largest)))
+    part_of_mean = 1.0 if state["updates"] == 0 else 1 - weighting.decay
+    if np.max(logarithm) == math.inf:
+        infinite = logarithm == math.inf
+        return np.where(infinite, 1 / (part_of_mean * batch.mean(infinite)), 0.0), state
+    log_mean = -math.inf
+    if np.max(logarithm) != -math.inf:
+        log_mean = np.max(logarithm) + np.log(batch.mean(np.exp(logarithm - np.max(logarithm))))
     if state["updates"] > 0:
-        old, new = np.log(weighting.decay) + state["log_mean"], np.log1p(-weighting.decay) + log_mean
-        log_mean = np.logaddexp(old, new)
+        log_mean = np.logaddexp(np.log(weighting.decay) + state["log_mean"], np.log(part_of_mean) + log_mean)
+    if log_mean == -math.inf:
+        return np.zeros(batch.losses.shape), state
     after = {"log_mean": float(log_mean), "updates": int(state["updates"]) + 1}
     return np.exp(logarithm - log_mean), after
 
@@ -447,20 +476,40 @@ def _group_dro(weighting: GroupDRO, batch: Batch, state: State) -> tuple[Array, 
         )
     mass = np.bincount(groups, weights=batch.base, minlength=number)
     total = np.bincount(groups, weights=batch.base * batch.losses, minlength=number)
-    exponent = np.log(state["shares"]) + weighting.step_size * np.where(mass > 0, total / mass, 0.0)
-    unnormalised = np.exp(exponent - np.max(exponent))
+    mean = np.where(mass > 0, total / mass, 0.0)
+    if weighting.step_size > 0 and np.max(mean) == math.inf:
+        unnormalised = np.where(mean == math.inf, 1.0, 0.0)
+    else:
+        rise = weighting.step_size * mean if weighting.step_size > 0 else np.where(np.isnan(mean), mean, 0.0)
+        exponent = np.log(state["shares"]) + rise
+        unnormalised = np.exp(_above(exponent, np.max(exponent)))
     shares = unnormalised / np.sum(unnormalised)
     return batch.mass * shares[groups] / mass[groups], {"shares": shares}
+
+
+def _above(values: Array, origin: Any) -> Array:
+    """`values - origin`, 0 where both are the same infinity."""
+    return np.where(values == origin, 0.0, values - origin)
+
+
+def _without_lowest(batch: Batch, weighting: Weighting, kept: float) -> Array:
+    """The weights without losses of -inf, which weigh 0; the others have the share `kept` of the mass."""
+    part = batch.losses > -math.inf
+    weights = np.zeros(batch.losses.shape)
+    weights[part] = equation(weighting, Batch(batch.losses[part], batch.base[part], None)) / kept
+    return weights
 
 
 def _gaps(losses: Array, number: float = 0.0) -> tuple[Array, float]:
     """`(losses - max) / (max - min)`, from -1 to 0, and `number / (max - min)`; not for equal losses.
 
-    Worst cases do not depend on the losses' origin, and on their unit only together with other numbers.
+    Worst cases do not depend on the losses' origin, and on their unit only together with other numbers. A
+    loss of -inf counts for nothing in `min`, and has a gap of -inf.
     """
-    shrink = 1.0 if math.isfinite(np.max(losses) - np.min(losses)) else 0.5
+    smallest = np.min(losses[losses > -math.inf])
+    shrink = 1.0 if math.isfinite(np.max(losses) - smallest) else 0.5
     losses = shrink * losses
-    unit = float(np.max(losses) - np.min(losses))
+    unit = float(np.max(losses) - shrink * smallest)
     return (losses - np.max(losses)) / unit, shrink * number / unit
 
 

@@ -5,49 +5,69 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from rgd.weightings._batch import Batch
+from rgd.weightings._limits import difference, small
 
 
 class Gaps(NamedTuple):
     """Losses up to a shift and a positive factor, which do not change the weights of a ball.
 
     Attributes:
+        batch: The batch without losses of -inf, which no member with a ball gives weight.
+        left: The share of the mass in it, 0-d.
         values: Gaps to the largest loss over the range of the losses, in [-1, 0], shape (n,).
         on_top: 1 for the samples of the largest loss, else 0, shape (n,).
-        share: The share of the mass on those, 0-d.
-        equal: Whether all losses are the same number, 0-d.
+        share: The share of the mass left on those, 0-d.
+        infinite: Whether the largest loss is infinite, so that it gets all the weight, 0-d.
     """
 
+    batch: Batch
+    left: Any
     values: Any
     on_top: Any
     share: Any
-    equal: Any
+    infinite: Any
 
 
 def gaps_of(batch: Batch) -> Gaps:
     """The gaps of a batch."""
-    xp, losses = batch.xp, batch.losses
-    # The difference of halves cannot overflow.
-    halves = losses / 2
-    top, bottom = batch.max(halves), batch.min(halves)
+    batch, left = _above_minus_infinity(batch)
+    xp = batch.xp
+    losses = small(batch.losses)
+    top, bottom = batch.max(losses), batch.min(losses)
     extent = top - bottom
-    values = batch.only((halves - top) / xp.where(extent > 0, extent, 1.0))
-    on_top = xp.astype(values == 0, losses.dtype)
-    return Gaps(values, on_top, batch.mean(on_top), top == bottom)
+    below = difference(xp, losses, top)
+    values = batch.only(below / xp.where(extent > 0, extent, 1.0))
+    on_top = xp.astype(losses == top, losses.dtype)
+    share = batch.mean(on_top)
+    return Gaps(batch, left, values, on_top, share, top == float("inf"))
 
 
-def with_corners(batch: Batch, gaps: Gaps, weights: Any, radius: Any, limit: Any) -> Any:
+def with_corners(  # noqa: PLR0917
+    batch: Batch, gaps: Gaps, weights: Any, radius: Any, radius_left: Any, limit: Any
+) -> Any:
     """Weights from within a ball, with those of its corners where a search does not reach.
 
     Args:
-        batch: The batch.
+        batch: The whole batch.
         gaps: Its gaps.
-        weights: The weights for a radius between 0 and the limit.
+        weights: The weights of `gaps.batch` for a radius between 0 and the limit.
         radius: The radius, 0-d.
+        radius_left: What of it is left for `gaps.batch`, 0-d.
         limit: The radius from which on all weight lies on the largest losses, 0-d.
     """
-    xp, losses = batch.xp, batch.losses
-    weights = xp.where(radius >= limit, gaps.on_top / gaps.share, weights)
-    weights = xp.where(batch.any(~xp.isfinite(losses)), float("nan"), weights)
-    # Losses that are all the same number, or no ball at all, give ones, infinite losses too.
-    plain = ((radius == 0) & ~batch.any(xp.isnan(losses))) | gaps.equal
-    return xp.where(plain, 1.0, weights)
+    xp = batch.xp
+    weights = xp.where(radius_left == 0, 1.0, weights)
+    weights = xp.where((radius_left >= limit) | gaps.infinite, gaps.on_top / gaps.share, weights)
+    weights = gaps.batch.only(weights) / gaps.left
+    # No ball at all gives ones, infinite losses too, and so do losses that are all -inf.
+    weights = xp.where((radius == 0) | (gaps.left == 0), 1.0, weights)
+    return xp.where(batch.any(xp.isnan(batch.losses)), float("nan"), weights)
+
+
+def _above_minus_infinity(batch: Batch) -> tuple[Batch, Any]:
+    """The batch without losses of -inf, and the share of the mass that is in it, 0-d."""
+    lowest = batch.losses == -float("inf")
+    if batch.concrete and not bool(batch.any(lowest)):
+        return batch, batch.scalar(1.0)
+    rest = batch.reweighed(batch.xp.where(lowest, 0.0, batch.base))
+    return rest, rest.count / batch.count

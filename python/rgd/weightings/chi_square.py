@@ -9,6 +9,7 @@ from typing import Any
 from rgd.weightings._ball import gaps_of, with_corners
 from rgd.weightings._base import Weighting, setting
 from rgd.weightings._batch import Batch
+from rgd.weightings._limits import difference
 from rgd.weightings._root import root
 
 
@@ -17,7 +18,7 @@ class ChiSquare(Weighting):
     """Weights of the worst case with a chi-square penalty: linear in the loss above a threshold, 0 below.
 
     `w_i = max(0, (l_i - eta) / gamma)` with `eta` the root of `mean(w) = 1`: the solution of
-    `max_q <q, l> - gamma / 2 * mean((w - 1)^2)` with `w = q / p`.
+    `max_q <q, l> - gamma / 2 * mean((w - 1)^2)` with `w = q / p`. Infinite losses share all the weight.
 
     Args:
         gamma: Strength of the penalty, a positive, finite number in units of the loss; the smaller it is,
@@ -44,7 +45,7 @@ class ChiSquare(Weighting):
         """`max(0, gap + u)` for gaps to the largest loss in units of gamma, `u` the root of `mean(w) = 1`."""
         xp, losses = batch.xp, batch.losses
         top, bottom = batch.max(losses), batch.min(losses)
-        gaps = batch.only((losses - top) / self.gamma)
+        gaps = batch.only(difference(xp, losses, top) / self.gamma)
 
         def excess(log_u: Any) -> tuple[Any, Any]:
             u = xp.exp(log_u)
@@ -60,7 +61,7 @@ class ChiSquare(Weighting):
         high = xp.where(high < 1.0 / share, high, 1.0 / share)
         above = gaps + xp.exp(root(batch, excess, xp.zeros_like(high), xp.log(high)))
         weights = xp.where(above > 0, above, 0.0)
-        return xp.where(batch.any(~xp.isfinite(losses)), float("nan"), weights)
+        return xp.where(batch.any(xp.isnan(losses)), float("nan"), weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,8 @@ class ChiSquareBall(Weighting):
     `w_i = max(0, l_i - eta) / mean(max(0, l - eta))` with `eta` the root of
     `(mean(w^2) - 1) / 2 = radius`: the solution of `max_q <q, l>` subject to `mean((w - 1)^2) / 2 <= radius`
     with `w = q / p`. A radius of `(1 / m - 1) / 2` or more, where the samples of the largest loss have the
-    share `m` of the mass, puts all weight on those; equal losses get equal weights.
+    share `m` of the mass, puts all weight on those; equal losses get equal weights. Infinite losses share all
+    the weight, whatever the radius.
 
     Args:
         radius: Radius of the ball, a number >= 0. 0 is plain empirical risk minimization.
@@ -97,19 +99,22 @@ class ChiSquareBall(Weighting):
 
     def weights(self, batch: Batch) -> Any:
         """`max(0, gap + t) / mean(max(0, gap + t))`, `t` the root of the divergence."""
-        xp, losses, radius = batch.xp, batch.losses, batch.scalar(self.radius)
+        xp, losses, whole, radius = batch.xp, batch.losses, batch, batch.scalar(self.radius)
         ball = gaps_of(batch)
-        gaps = ball.values
+        batch, gaps = ball.batch, ball.values
+        # Losses of -inf, which weigh nothing, take their part of the divergence.
+        left = radius * ball.left - (1.0 - ball.left) / 2.0
+        left = xp.where(left < 0, 0.0, left)
         limit = (1.0 / ball.share - 1.0) / 2.0
         mean = batch.mean(gaps)
         deviation = gaps - mean
         variance = batch.mean(deviation**2)
         variance = xp.where(variance > 0, variance, 1.0)
         # As long as no weight is 0, they are linear in the loss.
-        linear = 1.0 + deviation * (2.0 * radius / variance) ** 0.5
+        linear = 1.0 + deviation * (2.0 * left / variance) ** 0.5
         all_positive = batch.min(linear) >= 0
-        searched = (radius < limit) & ~all_positive
-        target = xp.where(searched, radius, limit / 2)
+        searched = (left < limit) & ~all_positive
+        target = xp.where(searched, left, limit / 2)
         nearest = batch.min(xp.where(gaps < 0, -gaps, float("inf")))
         nearest = xp.where(nearest < 1, nearest, 1.0)
 
@@ -117,13 +122,14 @@ class ChiSquareBall(Weighting):
             """Radius - divergence and its derivative with respect to `log(t)`, at several `t` at once."""
             t = xp.exp(log_t)
             above = xp.where(gaps + t > 0, gaps + t, 0.0)
-            first, second = batch.mean(above), batch.mean(above**2)
+            mean = batch.mean(above)
+            # The square of the mean may underflow.
+            square = batch.mean((above / mean[:, None]) ** 2)
             active = batch.mean(xp.astype(above > 0, losses.dtype))
-            value = (second / first**2 - 1.0) / 2.0
-            return target - value, t[:, 0] * (second * active - first**2) / first**3
+            return target - (square - 1.0) / 2.0, t[:, 0] * (square * active - 1.0) / mean
 
         # Below the second largest loss all weight lies on the largest; at t = 1 every weight is positive.
         t = xp.exp(root(batch, excess, xp.log(nearest), xp.zeros_like(nearest)))
         above = xp.where(gaps + t > 0, gaps + t, 0.0)
         weights = xp.where(all_positive, linear, above / batch.mean(above))
-        return with_corners(batch, ball, weights, radius, limit)
+        return with_corners(whole, ball, weights, radius, left, limit)

@@ -8,6 +8,7 @@ from typing import Any
 
 from rgd.weightings._base import Weighting, is_array, setting
 from rgd.weightings._batch import Batch
+from rgd.weightings._limits import difference
 from rgd.weightings._root import root
 from rgd.weightings._tail import edge_of_tail, share_in_tail
 
@@ -63,7 +64,7 @@ class CVaR(Weighting):
     def _smooth(self, batch: Batch, nu: Any) -> Any:
         xp, losses = batch.xp, batch.losses
         edge = edge_of_tail(batch, self.alpha)
-        gaps = batch.only((losses - edge) / nu)
+        gaps = batch.only(difference(xp, losses, edge) / nu)
         bound = batch.scalar(1.0 / self.alpha)
         ceiling = xp.log(bound)
 
@@ -80,5 +81,4 @@ class CVaR(Weighting):
         rest = xp.where(rest > 1e-6, rest / 2.0, 1e-30)
         u = root(batch, excess, xp.log(rest), ceiling)
         exponent = gaps + u
-        weights = xp.where(exponent < ceiling, xp.exp(xp.where(exponent < ceiling, exponent, 0.0)), bound)
-        return xp.where(batch.any(~xp.isfinite(losses)), float("nan"), weights)
+        return xp.where(exponent < ceiling, xp.exp(xp.where(exponent < ceiling, exponent, 0.0)), bound)

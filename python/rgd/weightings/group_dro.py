@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from rgd.weightings._base import Weighting, setting
 from rgd.weightings._batch import Batch
+from rgd.weightings._limits import difference, times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +81,10 @@ class GroupDRO(Weighting):
         sizes = xp.where(present, sizes, 1.0)
         # Where a loss is 0 by belonging to another group, an infinite one must not spoil it.
         mean_losses = batch.sum(xp.where(member > 0, losses, 0.0)) / sizes
-        logarithm = xp.log(state["shares"]) + self.step_size * xp.where(present, mean_losses, 0.0)
-        shares = xp.exp(logarithm - xp.max(logarithm))
+        rise = times(xp, self.step_size, xp.where(present, mean_losses, 0.0))
+        # Groups of infinite loss share all the weight, also where a share has come down to 0.
+        logarithm = xp.where(rise == float("inf"), rise, xp.log(state["shares"]) + rise)
+        shares = xp.exp(difference(xp, logarithm, xp.max(logarithm)))
         shares = shares / xp.sum(shares)
         weights = xp.sum(xp.where(member > 0, (batch.count * shares / sizes)[:, None], 0.0), axis=0)
         return xp.where(outside, float("nan"), weights), {"shares": shares}

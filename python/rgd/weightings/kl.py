@@ -11,6 +11,7 @@ import array_api_compat
 
 from rgd.weightings._base import Kernel, Weighting, is_array, readable, setting
 from rgd.weightings._batch import Batch
+from rgd.weightings._limits import difference, times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,9 +141,6 @@ class KL(Weighting):
         clipped = xp.where(losses > self.tau, self.tau, losses)
         if self.normalize:
             # From the clipped loss of the largest weight, so that nothing overflows.
-            clipped = clipped - xp.where(batch.scalar(scale) < 0, batch.min(clipped), batch.max(clipped))
-        # An infinite loss times a scale of 0 counts as 0: without re-weighting it weighs 1.
-        if is_array(scale):
-            still = ~xp.isnan(losses) & (scale == 0)
-            return xp.where(still, 0.0, scale * xp.where(still, 0.0, clipped))
-        return xp.where(xp.isnan(losses), losses, 0.0) if scale == 0 else scale * clipped
+            heaviest = xp.where(batch.scalar(scale) < 0, batch.min(clipped), batch.max(clipped))
+            clipped = difference(xp, clipped, heaviest)
+        return times(xp, scale, clipped)

@@ -18,7 +18,7 @@ class KLBall(Weighting):
     The weights are `q / p` with `q` the solution of `max_q <q, l>` subject to `KL(q || p) <= radius`:
     `w = softmax(l / gamma) / p`, with `gamma` the root of `KL = radius`. They average to one. A radius of
     `-log(m)` or more, where the samples of the largest loss have the share `m` of the mass, puts all weight
-    on those; equal losses get equal weights.
+    on those; equal losses get equal weights. Infinite losses share all the weight, whatever the radius.
 
     Args:
         radius: Radius of the ball in nats, a number >= 0. 0 is plain empirical risk minimization.
@@ -42,12 +42,15 @@ class KLBall(Weighting):
 
     def weights(self, batch: Batch) -> Any:
         """`exp(b * gap) / mean(exp(b * gap))`, `b` the root of `KL = radius`."""
-        xp, losses, radius = batch.xp, batch.losses, batch.scalar(self.radius)
+        xp, losses, whole, radius = batch.xp, batch.losses, batch, batch.scalar(self.radius)
         ball = gaps_of(batch)
-        gaps = ball.values
+        batch, gaps = ball.batch, ball.values
+        # Losses of -inf, which weigh nothing, take their part of the divergence.
+        left = radius + xp.log(ball.left)
+        left = xp.where(left < 0, 0.0, left)
         limit = -xp.log(ball.share)
-        inside = (radius > 0) & (radius < limit)
-        target = xp.where(inside, radius, 0.5)
+        inside = (left > 0) & (left < limit)
+        target = xp.where(inside, left, 0.5)
         nearest = batch.min(xp.where(gaps < 0, -gaps, float("inf")))
         nearest = xp.where(inside, nearest, 1.0)
 
@@ -60,7 +63,7 @@ class KLBall(Weighting):
             # mean(w log w) + 1 - mean(w), where the error of the logarithms' common shift cancels.
             value = batch.mean(logarithm * weights - xp.expm1(logarithm))
             deviation = gaps - batch.mean(weights * gaps)[:, None]
-            slope = b[:, 0] ** 2 * batch.mean(weights * deviation**2)
+            slope = batch.mean(weights * (b * deviation) ** 2)
             return value - target, slope
 
         # With gaps in [-1, 0], KL(b) <= b^2 / 8; at 1000 / nearest all weight lies on the largest losses.
@@ -70,7 +73,7 @@ class KLBall(Weighting):
         log_b = root(batch, divergence, low, xp.log(xp.where(high < largest, high, largest)))
         weights = xp.exp(xp.exp(log_b) * gaps)
         weights = weights / batch.mean(weights)
-        return with_corners(batch, ball, weights, radius, limit)
+        return with_corners(whole, ball, weights, radius, left, limit)
 
     def kernel(self) -> Kernel:
         """The kernel `kl_ball`: the radius."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from rgd.weightings._base import Weighting, setting
 from rgd.weightings._batch import Batch
+from rgd.weightings._limits import difference, small, times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +18,9 @@ class MidrangeKL(Weighting):
     `w_i = exp(s * min(l_i, (min l + max l) / 2))`, divided by their mean. No clip has to be chosen, which
     suits a language model, whose losses begin far above any fixed `tau`. In the paper the scale grows from 0
     after a warm-up: `rgd.torch.WeightingSchedule` or an optax schedule does that.
+
+    Infinite losses are the limit of ever larger ones: with `s > 0` they share all the weight, with `s < 0`
+    they weigh 0.
 
     Args:
         scale: Scaling factor `s`, a finite number, in units of 1/loss, or with `relative` without a unit.
@@ -51,14 +55,19 @@ class MidrangeKL(Weighting):
 
     def weights(self, batch: Batch) -> Any:
         """`exp(s * min(l, middle))`, divided by its mean."""
-        xp, losses = batch.xp, batch.losses
-        # The exponent may be shifted by any number: losses are measured from the largest.
-        top = batch.max(losses)
-        half_range = top / 2 - batch.min(losses) / 2
-        below = xp.where(losses - top > -half_range, -half_range, losses - top)
-        if self.relative:
-            below = below / xp.where(half_range > 0, half_range, 1.0)
-        exponent = self.scale * below
-        weights = xp.exp(exponent - batch.max(exponent))
-        weights = weights / batch.mean(weights)
-        return xp.where(batch.any(~xp.isfinite(losses)), float("nan"), weights)
+        xp, falling = batch.xp, batch.scalar(self.scale) < 0
+        losses = small(batch.losses)
+        top, bottom = batch.max(losses), batch.min(losses)
+        half_range = xp.where(top > bottom, (top - bottom) / 2, 0.0)
+        # From the end where weights are largest. Beyond the middle, seen from the bottom, and up to it, seen
+        # from the top, the weight does not change.
+        distance = xp.abs(difference(xp, losses, xp.where(falling, bottom, top)))
+        clipped = xp.where(
+            falling,
+            xp.where(distance > half_range, half_range, distance),
+            xp.where(distance <= half_range, 0.0, distance - half_range),
+        )
+        clipped = clipped / xp.where(half_range > 0, half_range, 1.0) if self.relative else 16 * clipped
+        clipped = xp.where(distance == float("inf"), distance, clipped)
+        weights = xp.exp(times(xp, self.scale, xp.where(falling, clipped, -clipped)))
+        return weights / batch.mean(weights)

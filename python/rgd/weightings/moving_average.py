@@ -7,6 +7,7 @@ from typing import Any
 
 from rgd.weightings._base import Weighting, setting
 from rgd.weightings._batch import Batch
+from rgd.weightings._limits import difference
 from rgd.weightings.trimmed import require_weighting
 
 
@@ -19,7 +20,7 @@ class MovingAverage(Weighting):
     about `1 / (1 - decay)` batches, is less so. All of it is computed in logarithms.
 
     The state is `{"log_mean": log(u), "updates": number of batches}`. A batch with a loss that is not finite
-    leaves it as it was.
+    leaves it as it was, and so do the first batches as long as all their weights are 0. Those stay 0.
 
     Args:
         weighting: A pointwise weighting, such as `rgd.KL(math.inf, scale=1.0)`.
@@ -66,14 +67,19 @@ class MovingAverage(Weighting):
 
     def step(self, batch: Batch, state: Any) -> tuple[Any, Any]:
         """`w / u` with the new `u`."""
-        xp = batch.xp
+        xp, decay = batch.xp, batch.scalar(self.decay)
         logarithm = self.weighting.log_weights(batch)
+        old, updates = state["log_mean"], state["updates"]
+        # All is measured from the largest weight; where there are only zeros, from 1.
         top = batch.max(logarithm)
-        top = xp.where(xp.isfinite(top), top, 0.0)
-        log_mean = xp.log(batch.mean(xp.exp(logarithm - top))) + top
-        old, first = state["log_mean"], state["updates"] == 0
-        largest = xp.where(old > log_mean, old, log_mean)
-        largest = xp.where(xp.isfinite(largest), largest, 0.0)
-        mixed = self.decay * xp.exp(old - largest) + (1.0 - self.decay) * xp.exp(log_mean - largest)
-        new = xp.where(first, log_mean, xp.log(mixed) + largest)
-        return xp.exp(logarithm - new), {"log_mean": new, "updates": state["updates"] + 1}
+        top = xp.where(top == -float("inf"), 0.0, top)
+        logarithm = difference(xp, logarithm, top)
+        mean = xp.log(batch.mean(xp.exp(logarithm)))
+        mixed = xp.logaddexp(xp.log(decay) + difference(xp, old, top), xp.log1p(-decay) + mean)
+        mean = xp.where(updates == 0, mean, mixed)
+        new = mean + top
+        # No mean to divide by: all weights so far were 0, and stay so.
+        weights = xp.exp(logarithm - xp.where(mean == -float("inf"), 0.0, mean))
+        known = xp.isfinite(new)
+        after = {"log_mean": xp.where(known, new, old), "updates": xp.where(known, updates + 1, updates)}
+        return weights, after

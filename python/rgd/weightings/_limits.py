@@ -1,0 +1,28 @@
+"""Arithmetic with infinite losses: each result is the limit of what ever larger losses give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rgd.weightings._base import is_array
+
+
+def difference(xp: Any, values: Any, end: Any) -> Any:
+    """`values - end`, and exactly 0 where they are equal, which two infinities are too.
+
+    Measure from the end whose samples weigh the most: then their differences are the ones that do not cancel.
+    """
+    return xp.where(values == end, 0.0, values - end)
+
+
+def small(losses: Any) -> Any:
+    """A sixteenth of the losses: no difference of finite ones overflows, and no inverse of one underflows."""
+    return losses / 16
+
+
+def times(xp: Any, factor: Any, values: Any) -> Any:
+    """`factor * values`, where a factor of 0 makes an infinite value 0; NaN stays NaN."""
+    if is_array(factor):
+        zero = (factor == 0) & ~xp.isnan(values)
+        return xp.where(zero, 0.0, factor * xp.where(zero, 0.0, values))
+    return xp.where(xp.isnan(values), values, 0.0) if factor == 0 else factor * values
