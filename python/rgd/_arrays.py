@@ -80,6 +80,14 @@ def read(name: str, given: Any) -> Source:
     return Source(borrowed, borrowed.shape, np.float64 if dtype == "float64" else np.float32, restore)
 
 
+def refuse_masked(name: str, given: Any, fix: str | None = None) -> None:
+    """Refuse a masked array of NumPy, or a list of some: what it masks would count like any other number."""
+    parts = cast("list[Any]", given) if isinstance(given, (list, tuple)) else [given]
+    if any(isinstance(part, np.ma.MaskedArray) for part in parts):
+        fix = fix or f"fill it, as {name}.filled(0) does, and leave samples out by where="
+        raise TypeError(f"{name} is a masked array, and its mask would be lost: {fix}")
+
+
 def read_mask(where: Any, shape: tuple[int, ...]) -> npt.NDArray[np.bool_] | None:
     """Check a mask: bool, of the losses' shape; None stays None."""
     if where is None:
@@ -149,6 +157,7 @@ def _as_numpy(name: str, given: Any) -> npt.NDArray[Any]:
         _check_torch_values(name, given, torch)
         # NumPy has no bfloat16.
         given = given.float() if given.dtype is torch.bfloat16 else given
+    refuse_masked(name, given)
     try:
         return np.asarray(given)
     except Exception as error:
@@ -165,6 +174,7 @@ def available_cores() -> int:
 
 
 def _read_numpy(name: str, array: npt.NDArray[Any]) -> Source:
+    refuse_masked(name, array, f"pass {name}.compressed()")
     dtype: Any = array.dtype
     floating = (dtype.kind == "f" and dtype.itemsize <= 8) or dtype.name == "bfloat16"
     if not (floating and dtype.isnative):
@@ -174,8 +184,6 @@ def _read_numpy(name: str, array: npt.NDArray[Any]) -> Source:
             "f": f"{name}.astype(np.float64)",
         }.get(dtype.kind, f"{name}.astype(np.float32)")
         _refuse_dtype(name, dtype, fix)
-    if isinstance(array, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array, and its mask would be lost: pass {name}.compressed()")
     if array.ndim == 0:
         _refuse_scalar(name)
     if not array.flags.aligned or any(stride % dtype.itemsize for stride in array.strides):

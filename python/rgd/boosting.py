@@ -40,7 +40,7 @@ import numpy.typing as npt
 
 import rgd
 from rgd import _rgd
-from rgd._arrays import available_cores, read_groups
+from rgd._arrays import available_cores, read_groups, refuse_masked
 from rgd.weightings import Weighting
 from rgd.weightings._base import Kernel, kernel_of, resolve_weighting
 
@@ -743,8 +743,7 @@ def _log_softmax(margins: _Numbers) -> _Numbers:
 
 
 def _array(name: str, given: Any) -> npt.NDArray[Any]:
-    if isinstance(given, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array, and its mask would be lost: pass {name}.compressed()")
+    refuse_masked(name, given, f"leave masked samples out, or give them weight 0 and pass {name}.filled(0)")
     array = np.asarray(given)
     if array.dtype == object:
         with contextlib.suppress(TypeError, ValueError):

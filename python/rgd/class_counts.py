@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rgd._arrays import refuse_masked
+
 
 def log_prior(counts: Any) -> npt.NDArray[np.float64]:
     """The logarithm of each class's share of the samples, `log(n_k / sum_j n_j)`.
@@ -102,6 +104,7 @@ def class_balanced(counts: Any, beta: float = 0.9999) -> npt.NDArray[np.float64]
 
 def _read(counts: Any) -> npt.NDArray[np.float64]:
     """Counts as a vector of float64, checked."""
+    refuse_masked("counts", counts, "pass counts.filled(0)")
     foreign = not issubclass(type(counts), np.ndarray) and hasattr(counts, "__dlpack__")
     try:
         array: npt.NDArray[Any] = np.from_dlpack(counts) if foreign else np.asarray(counts)

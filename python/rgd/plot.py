@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 import rgd
+from rgd._arrays import refuse_masked
 from rgd.weightings import Weighting
 from rgd.weightings._base import resolve_weighting
 
@@ -141,7 +142,7 @@ def weight_history(
     kept = [w[np.isfinite(w)] for w in kept]
     if not any(w.size for w in kept):
         raise ValueError("weights holds no finite weight to draw: give one array for each step that was kept")
-    times = np.arange(len(kept)) if steps is None else np.asarray(steps)
+    times = np.arange(len(kept)) if steps is None else _array(steps, "steps")
     if len(times) != len(kept) or np.any(np.diff(times) <= 0):
         raise ValueError(
             f"steps must hold {len(kept)} increasing numbers, one for each of weights, got {steps}"
@@ -307,7 +308,7 @@ class _Ranked:
             raise ValueError(
                 f"names must hold one string for each of {len(values)} samples, got {len(names)}"
             )
-        pictures = None if images is None else _array(images)
+        pictures = None if images is None else _array(images, "images")
         if pictures is not None and (len(pictures) != len(values) or pictures.ndim not in (3, 4)):
             raise ValueError(
                 f"images must have shape (N, H, W) or (N, 3, H, W) with N = {len(values)}, got "
@@ -361,7 +362,7 @@ def _weights(
         known: dict[str, Any] = {}
     else:
         known = {"state": weighting.init() if state is None else state}
-    members = None if groups is None else _array(groups)
+    members = None if groups is None else _array(groups, "groups")
     weigh: Any = rgd.sample_weights
     result = weigh(losses, weighting, sample_weight=mass, groups=members, **known)
     return result[0] if known else result
@@ -475,7 +476,7 @@ def _borders(times: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 def _numbers(name: str, given: Any) -> npt.NDArray[np.float64]:
     """Losses or weights as float64 on the CPU, of their own shape."""
-    numbers = _array(given)
+    numbers = _array(given, name)
     kind, dtype = numbers.dtype.kind, str(cast("Any", numbers.dtype))
     # Whole numbers in a list are numbers; an array of integers is something else, as labels.
     if kind != "f" and dtype != "bfloat16" and not (isinstance(given, (list, tuple)) and kind in "iu"):
@@ -488,7 +489,7 @@ def _numbers(name: str, given: Any) -> npt.NDArray[np.float64]:
     return numbers.astype(np.float64)
 
 
-def _array(given: Any) -> npt.NDArray[Any]:
+def _array(given: Any, name: str) -> npt.NDArray[Any]:
     """Any array as one of NumPy, cut from its graph and brought to the CPU."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(given, torch.Tensor):
@@ -497,5 +498,6 @@ def _array(given: Any) -> npt.NDArray[Any]:
         return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
     if isinstance(given, (list, tuple)):
         entries = cast("list[Any]", given)
-        return np.stack([_array(entry) for entry in entries]) if entries else np.empty(0)
+        return np.stack([_array(entry, name) for entry in entries]) if entries else np.empty(0)
+    refuse_masked(name, given, "leave out what is masked")
     return np.asarray(given)

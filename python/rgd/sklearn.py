@@ -30,6 +30,7 @@ from sklearn import base, exceptions, utils  # pyright: ignore[reportMissingType
 from sklearn.utils import metaestimators, multiclass, validation  # pyright: ignore[reportMissingTypeStubs]
 
 import rgd
+from rgd._arrays import refuse_masked
 from rgd.weightings import Weighting
 from rgd.weightings._base import resolve_weighting
 
@@ -143,6 +144,7 @@ class Reweighted(_base.MetaEstimatorMixin, _base.BaseEstimator):
                 weights overflow, or all of them are 0.
         """
         weighting = self._check_settings()
+        refuse_masked("y", y, "leave masked samples out")
         classifier = _base.is_classifier(self.estimator)
         mass = None if sample_weight is None else _read_mass(sample_weight, X)
         if len(getattr(y, "shape", ())) == 2 and not _utils.get_tags(self).target_tags.multi_output:
@@ -225,8 +227,10 @@ class Reweighted(_base.MetaEstimatorMixin, _base.BaseEstimator):
             y: Classes or values.
             sample_weight: As the estimator's `score` takes it.
         """
+        refuse_masked("y", y, "leave masked samples out")
         if sample_weight is None:
             return self._fitted().score(X, y)
+        refuse_masked("sample_weight", sample_weight, "pass sample_weight.filled(0)")
         return self._fitted().score(X, y, sample_weight=sample_weight)
 
     @property
@@ -335,8 +339,7 @@ class _NoBar:
 
 def _read_mass(sample_weight: Any, X: Any) -> _Floats:  # noqa: N803
     """The base measure, shape (n,), checked for its shape; its values are checked with the losses."""
-    if isinstance(sample_weight, np.ma.MaskedArray):
-        raise TypeError("sample_weight is a masked array, and its mask would be lost: give masked samples 0")
+    refuse_masked("sample_weight", sample_weight, "pass sample_weight.filled(0)")
     mass = np.asarray(sample_weight, dtype=np.float64)
     shape = tuple(X.shape if hasattr(X, "shape") else np.asarray(X).shape)[:1]
     if mass.shape != shape:

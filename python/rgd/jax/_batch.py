@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from rgd._arrays import unit_of
+from rgd._arrays import refuse_masked, unit_of
 from rgd.weightings import Batch, Weighting
 from rgd.weightings._base import holds_everywhere, map_numbers, map_state, require_state, weigh
 
@@ -92,11 +92,7 @@ def an_array(name: str, given: ArrayLike) -> ArrayLike:
             f"{name} is a torch.Tensor: rgd.torch has the same functions, or convert it by "
             f"jnp.asarray({name}.numpy())"
         )
-    if isinstance(thing, np.ma.MaskedArray):
-        raise TypeError(
-            f"{name} is a masked array, whose mask would be lost: give {name}.filled(0), and "
-            f"where=~{name}.mask"
-        )
+    refuse_masked(name, thing)
     if isinstance(thing, Weighting):
         raise TypeError(f"{name} got the weighting {thing}: name it, weighting={thing}")
     return given

@@ -23,6 +23,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from rgd._arrays import refuse_masked
 from rgd.jax._batch import (
     Axis,
     AxisName,
@@ -344,6 +345,7 @@ def weight_stats(
         2.956 of 3, 33.3% clipped
     """
     batch = as_losses(losses, where=where, sample_weight=sample_weight, groups=groups, axis_name=axis_name)
+    refuse_masked("weights", weights)
     weights = jnp.asarray(weights, batch.values.dtype)
     if weights.shape != batch.values.shape:
         raise ValueError(f"weights must have the shape of losses, {batch.values.shape}, got {weights.shape}")

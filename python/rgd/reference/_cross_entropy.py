@@ -12,6 +12,7 @@ from rgd.reference._equations import (
     Array,
     Mask,
     State,
+    array_of,
     base_of,
     mask_of,
     one_a_sample,
@@ -243,18 +244,22 @@ def _problem(  # noqa: PLR0917
     logit_adjustment: npt.ArrayLike | None,
     where: npt.ArrayLike | None,
 ) -> _Problem:
-    logits = np.asarray(logits, dtype=np.float64)
-    target = np.asarray(target)
+    logits = array_of("logits", logits, np.float64)
+    target = array_of("target", target)
     if logits.ndim == 0:
         raise ValueError("logits must have a class axis, as in (C,) or (N, C), got a scalar")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     class_axis = 0 if logits.ndim == 1 else 1
     classes = logits.shape[class_axis]
-    weight = np.ones(classes) if weight is None else np.asarray(weight, dtype=np.float64)
+    weight = np.ones(classes) if weight is None else array_of("weight", weight, np.float64)
     if weight.shape != (classes,):
         raise ValueError(f"weight must have one entry a class, shape {(classes,)}, got {weight.shape}")
-    adjustment = np.zeros(classes) if logit_adjustment is None else np.asarray(logit_adjustment, np.float64)
+    adjustment = (
+        np.zeros(classes)
+        if logit_adjustment is None
+        else array_of("logit_adjustment", logit_adjustment, np.float64)
+    )
     if adjustment.shape != (classes,):
         raise ValueError(
             f"logit_adjustment must have one entry a class, shape {(classes,)}, got {adjustment.shape}"
@@ -352,7 +357,7 @@ def _target_weights(
     else:
         raise ValueError(f"per must be 'element' or 'sample', got {per!r}")
     part, base = base_of(shape, part, sample_weight)
-    group = None if groups is None else np.ravel(one_a_sample("groups", np.asarray(groups), shape))
+    group = None if groups is None else np.ravel(one_a_sample("groups", array_of("groups", groups), shape))
     result = sample_weights(
         np.ravel(means), weighting, np.ravel(part), sample_weight=np.ravel(base), groups=group, state=state
     )

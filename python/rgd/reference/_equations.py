@@ -102,7 +102,7 @@ def sample_weights(
             f"{weighting} needs its state: give state=weighting.init(), then what the call before returned"
         )
     part, base = base_of(losses.shape, where, sample_weight)
-    group = None if groups is None else one_a_sample("groups", np.asarray(groups), losses.shape)
+    group = None if groups is None else one_a_sample("groups", array_of("groups", groups), losses.shape)
     weights = np.zeros(losses.shape)
     if np.any(part):
         batch = Batch(losses[part], base[part], None if group is None else group[part])
@@ -541,22 +541,29 @@ def product(weights: Array, values: Array, losses: Array) -> Array:
     return np.where((weights == 0) & ~np.isnan(losses), 0.0, weights * values)
 
 
+def array_of(name: str, given: npt.ArrayLike, dtype: npt.DTypeLike = None) -> npt.NDArray[Any]:
+    """Any array of NumPy but a masked one, whose masked numbers would count."""
+    if isinstance(given, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, and its mask would be lost: leave numbers out by where=")
+    return np.asarray(given, dtype=dtype)
+
+
 def per_sample(name: str, losses: npt.ArrayLike) -> Array:
-    losses = np.asarray(losses, dtype=np.float64)
+    losses = array_of(name, losses, np.float64)
     if losses.ndim == 0:
         raise ValueError(f'{name} is a scalar: weights need one loss a sample, as reduction="none" gives')
     return losses
 
 
 def mask_of(where: npt.ArrayLike | None, shape: tuple[int, ...]) -> Mask:
-    return np.broadcast_to(np.asarray(True if where is None else where, dtype=np.bool_), shape)
+    return np.broadcast_to(array_of("where", True if where is None else where, np.bool_), shape)
 
 
 def base_of(
     shape: tuple[int, ...], where: npt.ArrayLike | None, sample_weight: npt.ArrayLike | None
 ) -> tuple[Mask, Array]:
     """Which losses take part, and their base measure, 0 for the others."""
-    base = np.ones(shape) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+    base = np.ones(shape) if sample_weight is None else array_of("sample_weight", sample_weight, np.float64)
     base = one_a_sample("sample_weight", base, shape)
     refused = base[~((base >= 0) & (base < math.inf))]
     if refused.size:

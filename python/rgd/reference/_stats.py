@@ -10,6 +10,7 @@ import numpy.typing as npt
 from rgd.reference._equations import (
     Array,
     Integers,
+    array_of,
     base_of,
     one_a_sample,
     per_sample,
@@ -50,11 +51,11 @@ def weight_stats(
         >>> weight_stats(np.array([1.0, 3.0]), np.array([1.0, 1.0])).mean_loss
         2.0
     """
-    losses, weights = per_sample("losses", losses), np.asarray(weights, dtype=np.float64)
+    losses, weights = per_sample("losses", losses), array_of("weights", weights, np.float64)
     if losses.shape != weights.shape:
         raise ValueError(f"weights must have the shape of losses, {losses.shape}, got {weights.shape}")
     part, base = base_of(losses.shape, where, sample_weight)
-    group = None if groups is None else one_a_sample("groups", np.asarray(groups), losses.shape)
+    group = None if groups is None else one_a_sample("groups", array_of("groups", groups), losses.shape)
     losses, w, p = losses[part], weights[part], base[part]
     count, mass = losses.size, float(np.sum(p))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
