@@ -149,7 +149,7 @@ def test_equal_losses_weigh_one_where_the_mean_is_one(weigh, weighting, size):
         np.testing.assert_allclose(weights, np.ones(size), rtol=0, atol=(size + 8) * EPS)
 
 
-@members(BATCH_DEPENDENT)
+@members([*BATCH_DEPENDENT, KLBall(0.0), ChiSquareBall(0.0), MidrangeKL(0.0), KL(scale=0.0, normalize=True)])
 def test_a_nan_loss_makes_all_weights_nan_that_depend_on_the_batch(weigh, weighting):
     assert np.isnan(weigh([1.0, math.nan, 2.0, 0.5], weighting)).all()
     assert np.isnan(weigh([math.nan], weighting)).all()
@@ -323,6 +323,19 @@ MILLION = 1_000_000
 @pytest.fixture(scope="module")
 def million():
     return np.random.default_rng(5).exponential(size=MILLION)
+
+
+@pytest.mark.parametrize("percent", [7, 14, 28, 29, 55, 56, 57, 58])
+@pytest.mark.parametrize("weigh", [front, formula])
+def test_a_share_that_is_whole_but_for_rounding_cuts_no_sample(weigh, percent):
+    # 100 * 0.07 is 7.000000000000001, and 100 * 0.29 is 28.999999999999996.
+    losses, alpha = np.random.default_rng(6).permutation(np.arange(100.0)), percent / 100
+    for base in (None, np.full(100, 3.0)):
+        weights = weigh(losses, CVaR(alpha), sample_weight=base)
+        np.testing.assert_array_equal(weights[losses < 100 - percent], 0.0)
+        np.testing.assert_array_equal(weights[losses >= 100 - percent], 1 / alpha)
+        kept = weigh(losses, Trimmed(ERM(), alpha), sample_weight=base)
+        np.testing.assert_array_equal(kept, np.where(losses < 100 - percent, 1.0, 0.0))
 
 
 @members(
