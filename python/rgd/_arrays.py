@@ -129,6 +129,19 @@ def unit_of(largest: float) -> float:
     return math.ldexp(1.0, math.frexp(largest)[1] - 1)
 
 
+def unit_of_products(largest: float) -> float:
+    """A power of two to measure a base measure in, for products with it that stay where the losses are.
+
+    Args:
+        largest: The largest of its numbers, finite.
+
+    Returns:
+        The power of two from which on `p / unit` is at most 1; 1.0 for 0.
+    """
+    fraction, exponent = math.frexp(largest)
+    return 1.0 if largest == 0.0 else math.ldexp(1.0, exponent - (fraction == 0.5))
+
+
 def read_groups(groups: Any, shape: tuple[int, ...]) -> npt.NDArray[np.int64] | None:
     """Check group numbers and give them the losses' shape: integers; None stays None."""
     if groups is None:

@@ -247,6 +247,17 @@ def weighted(weights: jax.Array, losses: Losses) -> jax.Array:
     return product if losses.base is None else losses.base * product
 
 
+def in_unit(base: jax.Array | None, axis_name: AxisName) -> jax.Array | None:
+    """The base measure over a power of two, at most 1, so that products with it stay where the losses are.
+
+    For a mean, which does not depend on it. The power is the same on all devices of a batch.
+    """
+    if base is None or not base.size:
+        return base
+    exponent = jnp.frexp(pmax(jnp.max(lax.stop_gradient(base)), axis_name))[1]
+    return jnp.ldexp(base, -exponent)
+
+
 def psum(value: jax.Array, axis_name: AxisName) -> jax.Array:
     """The sum over the devices of a batch."""
     return value if axis_name is None else lax.psum(value, cast("Any", axis_name))

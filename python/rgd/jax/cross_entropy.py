@@ -34,6 +34,7 @@ from rgd.jax._batch import (
     as_mass,
     base_measure,
     check_bound,
+    in_unit,
     psum,
     weighted,
 )
@@ -218,10 +219,14 @@ def cross_entropy(
     refusal = _no_kernel(problem, chosen, reduction, per, axis)
     if backend == "rust" and refusal:
         raise ValueError(f"backend='rust' cannot serve {refusal}: leave backend out")
+    scaled = problem
+    if sample_weight is not None and reduction == "mean":
+        scaled = problem._replace(base=in_unit(problem.base, axis_name))
     if backend == "rust" or (backend is None and not refusal and kernel_is_faster(problem.logits.shape)):
-        return _in_rust(problem, chosen, reduction, axis_name)
+        return _in_rust(scaled, chosen, reduction, axis_name)
     losses = Losses(_losses_of(problem), problem.base, members, (), axis_name)
     weights, new = target_weights(losses, chosen, per, state)
+    losses, problem = losses._replace(base=scaled.base), scaled
     result = weighted(weights, losses)
     if reduction != "none":
         result = psum(jnp.sum(result), axis_name)

@@ -31,6 +31,7 @@ from rgd.jax._batch import (
     as_constants,
     as_losses,
     gather,
+    in_unit,
     is_known,
     pmax,
     psum,
@@ -214,6 +215,8 @@ def reweighted_mean(
         losses, where=where, sample_weight=sample_weight, groups=groups, axis=axis, axis_name=axis_name
     )
     weights, new = weights_of(batch, chosen, state)
+    if sample_weight is not None:
+        batch = batch._replace(base=in_unit(batch.base, axis_name))
     total = psum(jnp.sum(weighted(weights, batch), axis=batch.axes), axis_name)
     mean = total / psum(jnp.sum(batch.ones, axis=batch.axes), axis_name)
     return mean if state is None else (mean, new)

@@ -11,7 +11,7 @@ a time, so that memory does not grow with the number of rows times C.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from rgd.jax._batch import (
     as_mass,
     base_measure,
     check_bound,
+    in_unit,
     names_of,
     psum,
     weighted,
@@ -289,9 +290,11 @@ def linear_cross_entropy(
     def flat(array: jax.Array | None) -> jax.Array | None:
         return None if array is None else array.reshape(-1)
 
+    scales = sample_weight is not None and reduction == "mean"
+    base = cast("jax.Array", in_unit(targets.base, axis_name)) if scales else targets.base
     rows = Rows(
         codes=flat(targets.codes),
-        base=flat(targets.base),
+        base=flat(base),
         own_weight=flat(own),
         groups=flat(targets.groups) if one_pass else None,
     )
@@ -308,11 +311,11 @@ def linear_cross_entropy(
         values = token_losses(plan, operands, constants).reshape(shape)
         losses = Losses(values, targets.base, targets.groups, (), axis_name)
         weights, new = target_weights(losses, chosen, per, state)
-        result = weighted(weights, losses)
+        result = weighted(weights, losses._replace(base=base))
     if reduction != "none":
         result = psum(jnp.sum(result), axis_name)
     if reduction == "mean":
-        counted = targets.base if own is None else jnp.where(targets.base != 0, targets.base * own, 0)
+        counted = base if own is None else jnp.where(base != 0, base * own, 0)
         result = mean_of(result, psum(jnp.sum(counted), axis_name))
     return result if state is None else (result, new)
 

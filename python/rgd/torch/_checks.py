@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rgd._arrays import unit_of
+from rgd._arrays import unit_of, unit_of_products
 from rgd.torch.backends._registry import values_can_be_read
 from rgd.weightings import Weighting
 
@@ -196,8 +196,9 @@ def in_unit(base: Tensor, dtype: torch.dtype, reduction: str) -> tuple[Tensor, f
         return base, 1.0
     largest = float(base.max())
     if reduction == "mean":
-        unit = unit_of(largest)
-        return (base, 1.0) if unit == 1.0 else (base.double() / unit, unit)
+        unit = unit_of_products(largest)
+        wide = base.double() if unit_of(largest) != 1.0 else base
+        return (base, 1.0) if unit == 1.0 else (wide / unit, unit)
     if largest > torch.finfo(dtype).max:
         raise ValueError(
             f"sample_weight holds {largest:g}, more than {dtype} can, and reduction={reduction!r} depends on "

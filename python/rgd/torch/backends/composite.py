@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rgd import _rgd
+from rgd._arrays import unit_of
 from rgd.torch._distributed import gather
 from rgd.torch._modes import is_exporting
 from rgd.torch._record import Record
@@ -85,6 +86,8 @@ def weigh(losses: Tensor, base: Tensor | None, weigher: Weigher) -> Tensor:
     dtype = wide(losses)
     flat = losses.detach().reshape(-1).to(dtype)
     mass = None if base is None else base.detach().reshape(-1).to(dtype)
+    if mass is not None and weigher.group is None and unit_of(weigher.unit) == 1.0 != weigher.unit:
+        mass = mass * weigher.unit  # a formula may count by it: it sees the numbers that were given
     groups = None if weigher.groups is None else weigher.groups.reshape(-1)
     given = tuple(one for one in (flat, mass, groups) if one is not None)
     own = slice(0, flat.shape[0])
