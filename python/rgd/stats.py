@@ -21,15 +21,20 @@ from rgd.weightings import Weighting
 class GroupStats:
     """What the weights do to each group, one entry a group from 0 on.
 
+    Where groups have numbers above a million, only those that take part have an entry, and `numbers` names
+    them.
+
     Attributes:
         mean_loss: `sum(p * l) / sum(p)` over the group; NaN for a group that is absent.
         weight_share: The group's part of the weight, `sum(p * w)` over the group divided by that over all.
         count: How many samples of the group take part.
+        numbers: The number of each entry's group, ascending; None for 0, 1, 2 and so on.
     """
 
     mean_loss: Sequence[float]
     weight_share: Sequence[float]
     count: Sequence[int]
+    numbers: Sequence[int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +115,9 @@ class WeightStats:
         """
         numbers = {f"{prefix}{name}": self[name] for name in self.keys() if name != "groups"}
         if self.groups is not None:
-            for name, values in vars(self.groups).items():
-                for group, value in enumerate(values):
+            named = self.groups.numbers or range(len(self.groups.count))
+            for name in ("mean_loss", "weight_share", "count"):
+                for group, value in zip(named, getattr(self.groups, name), strict=True):
                     numbers[f"{prefix}group_{group}/{name}"] = value
         return {name: value for name, value in numbers.items() if value is not None}
 
@@ -182,6 +188,8 @@ class WeightStats:
         )
 
 
+# From this number on, groups have an entry only where they take part.
+MOST_GROUPS = 1_000_000
 # Where the largest weight is below, a step is less than a tenth of a plain one.
 _NEAR_ZERO = 0.1
 
@@ -311,7 +319,7 @@ def group_stats(
     base: npt.NDArray[np.float64] | None,
     groups: npt.NDArray[np.int64],
 ) -> GroupStats:
-    """The statistics of each group, from 0 to the largest number in `groups`.
+    """The statistics of each group, from 0 to the largest number in `groups`; see `GroupStats`.
 
     Args:
         losses: Losses, any shape.
@@ -330,6 +338,9 @@ def group_stats(
     members, p = groups[takes_part], p[takes_part]
     if members.size and members.min() < 0:
         raise ValueError(f"groups must be integers >= 0, got {members.min()}")
+    numbers = None
+    if members.size and members.max() >= MOST_GROUPS:
+        numbers, members = np.unique(members, return_inverse=True)
     count = int(members.max()) + 1 if members.size else 0
     with np.errstate(all="ignore"):
         mass = np.bincount(members, p, count)
@@ -340,6 +351,25 @@ def group_stats(
         tuple(mean_loss.tolist()),
         tuple(share.tolist()),
         tuple(np.bincount(members, minlength=count).tolist()),
+        None if numbers is None else tuple(numbers.tolist()),
+    )
+
+
+def group_stats_from_sums(sums: dict[int, npt.NDArray[np.float64]]) -> GroupStats:
+    """`GroupStats` from sums over several batches.
+
+    Args:
+        sums: Of each group by its number: `sum(p)`, `sum(p * l)`, `sum(p * w)`, and how many take part.
+    """
+    sparse = max(sums, default=0) >= MOST_GROUPS
+    numbers = sorted(sums) if sparse else range(max(sums, default=-1) + 1)
+    rows = [sums.get(number, np.zeros(4)).tolist() for number in numbers]
+    weight = sum(row[2] for row in rows)
+    return GroupStats(
+        tuple(quotient(row[1], row[0]) for row in rows),
+        tuple(quotient(row[2], weight) for row in rows),
+        tuple(int(row[3]) for row in rows),
+        tuple(numbers) if sparse else None,
     )
 
 

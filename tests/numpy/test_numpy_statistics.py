@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import rgd
+import torch
 from numpy_losses import DTYPES, WEIGHTINGS, WITH_KERNEL, assert_same_bits
 from rgd import reference
 
@@ -288,3 +289,19 @@ def test_an_absent_group_has_no_mean_loss_and_no_share():
     assert stats.groups.weight_share == pytest.approx((1 / 3, 0, 2 / 3))
     assert stats.groups.count == (1, 0, 2)
     assert rgd.weight_stats(np.ones(3), np.ones(3)).groups is None
+
+
+@pytest.mark.parametrize("far", [10**12, 2**62, 1_000_000])
+def test_groups_of_any_number_take_no_more_room_than_they_are(far):
+    losses, weights = np.array([1.0, 3.0, 5.0, 7.0]), np.array([1.0, 2.0, 3.0, 4.0])
+    groups = np.array([far, 3, far, 3])
+    stats = rgd.weight_stats(losses, weights, groups=groups)
+    assert stats.groups == reference.weight_stats(losses, weights, groups=groups).groups
+    assert stats.groups == rgd.GroupStats((5.0, 3.0), (0.6, 0.4), (2, 2), numbers=(3, far))
+    assert stats.to_dict()[f"group_{far}/mean_loss"] == 3.0
+    near = rgd.weight_stats(losses, weights, groups=np.array([1, 3, 1, 3])).groups
+    assert (near.numbers, len(near.count)) == (None, 4)
+    in_torch = rgd.torch.weight_stats(
+        *(torch.tensor(array) for array in (losses, weights)), groups=torch.tensor(groups)
+    )
+    assert in_torch.groups == stats.groups

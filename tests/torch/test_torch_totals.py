@@ -238,3 +238,27 @@ def test_an_optimizer_warns_in_the_same_way():
     parameter = optimizer.param_groups[0]["params"][0]
     with pytest.warns(UserWarning, match="call 1"):
         optimizer.backward(torch.full((4,), 9.0) + parameter)
+
+
+def test_totals_tell_of_each_group_over_all_calls():
+    criterion = RGDLoss(weighting=rgd.KL(scale=-0.7))
+    criterion.reset_stats()
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randn(n, 3, generator=generator), torch.arange(n) % 3, torch.arange(n) % k, torch.rand(n))
+        for n, k in ((7, 2), (5, 4))
+    ]
+    for logits, target, groups, p in batches:
+        criterion(logits, target, groups=groups, sample_weight=p)
+    whole = RGDLoss(weighting=rgd.KL(scale=-0.7))
+    logits, target, groups, p = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    whole(logits, target, groups=groups, sample_weight=p)
+    found, expected = criterion.stats(total=True).groups, whole.stats().groups
+    assert found.count == expected.count
+    assert found.mean_loss == pytest.approx(expected.mean_loss, rel=1e-6)
+    assert found.weight_share == pytest.approx(expected.weight_share, rel=1e-6)
+    criterion.reset_stats()
+    criterion(logits, target)
+    assert criterion.stats(total=True).groups is None
+    criterion(logits, target, groups=groups + 10**12)
+    assert criterion.stats(total=True).groups.numbers == tuple(range(10**12, 10**12 + 4))

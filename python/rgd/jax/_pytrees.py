@@ -66,7 +66,7 @@ def _register(kind: type[Weighting]) -> None:
 
 observe_subclasses(_register)
 jax.tree_util.register_dataclass(
-    GroupStats, data_fields=["mean_loss", "weight_share", "count"], meta_fields=[]
+    GroupStats, data_fields=["mean_loss", "weight_share", "count"], meta_fields=["numbers"]
 )
 jax.tree_util.register_dataclass(
     WeightStats,

@@ -38,7 +38,7 @@ from rgd.jax._batch import (
     weighted,
     weights_of,
 )
-from rgd.stats import GroupStats, WeightStats
+from rgd.stats import MOST_GROUPS, GroupStats, WeightStats
 from rgd.weightings import Weighting
 from rgd.weightings._base import resolve_weighting
 
@@ -419,6 +419,10 @@ def _number_of_groups(batch: Losses, num_groups: int | None) -> int:
         raise ValueError(f"groups must be integers >= 0, got {members.min()}")
     if num_groups is not None and largest >= num_groups:
         raise ValueError(f"groups must be below num_groups={num_groups}, got {largest}")
+    if num_groups is None and largest >= MOST_GROUPS:
+        raise ValueError(
+            f"groups hold {largest}, and every group below would have an entry: number the groups from 0"
+        )
     return largest + 1 if num_groups is None else num_groups
 
 

@@ -17,7 +17,7 @@ from rgd.reference._equations import (
     product,
     quotient,
 )
-from rgd.stats import GroupStats, WeightStats
+from rgd.stats import MOST_GROUPS, GroupStats, WeightStats
 from rgd.weightings import Weighting
 
 
@@ -95,11 +95,14 @@ def _worst_tenth(losses: Array, base: Array) -> float:
 
 
 def _group_stats(losses: Array, weights: Array, base: Array, groups: Integers) -> GroupStats:
-    """`GroupStats` of the groups up to the largest that takes part."""
-    members = [groups == group for group in range(int(np.max(groups, initial=-1)) + 1)]
+    """`GroupStats` of the groups up to the largest; with numbers above a million, of those that are there."""
+    largest = int(np.max(groups, initial=-1))
+    numbers = np.unique(groups).tolist() if largest >= MOST_GROUPS else range(largest + 1)
+    members = [groups == group for group in numbers]
     weight = float(np.sum(base * weights))
     return GroupStats(
         mean_loss=tuple(quotient(float(np.sum((base * losses)[m])), float(np.sum(base[m]))) for m in members),
         weight_share=tuple(quotient(float(np.sum((base * weights)[m])), weight) for m in members),
         count=tuple(int(np.count_nonzero(m)) for m in members),
+        numbers=tuple(numbers) if largest >= MOST_GROUPS else None,
     )

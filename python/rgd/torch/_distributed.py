@@ -80,6 +80,13 @@ def reduce_max(value: float, device: torch.device, group: Any) -> float:
     return _reduce([value], dist.ReduceOp.MAX, device, group)[0]
 
 
+def all_of(value: Any, group: Any) -> list[Any]:
+    """A value of each process, in the order of their ranks; what can be pickled."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group=group)
+    return found
+
+
 def _reduce(values: list[float], operation: Any, device: torch.device, group: Any) -> list[float]:
     _check_backend(group, device)
     tensor = torch.tensor(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rgd.stats import WeightStats, WeightSums, clip_of, stats_from_sums
-from rgd.torch._distributed import reduce_max, reduce_sums
-from rgd.torch._record import Record
+from rgd.stats import WeightStats, WeightSums, clip_of, group_stats_from_sums, stats_from_sums
+from rgd.torch._distributed import all_of, reduce_max, reduce_sums
+from rgd.torch._record import Record, Units
 from rgd.torch._state import is_first_pass, one_at_a_time
 from rgd.weightings import Weighting
 
@@ -29,6 +31,7 @@ class Totals:
     def __init__(self) -> None:
         self._numbers = _ZERO
         self._sums: Tensor | None = None
+        self._groups: dict[int, npt.NDArray[np.float64]] = {}
 
     def add(self, record: Record, weighting: Weighting) -> None:
         """Add the sums of a call."""
@@ -39,6 +42,8 @@ class Totals:
         units, clip, denominator = record.units(), clip_of(weighting), record.denominator
         if units.are_on_the_host() and not isinstance(denominator, Tensor):
             self._numbers = _merged(self._numbers, [*units.sums(clip), denominator])
+            if record.groups is not None:
+                self._add_groups(units, record.groups)
             return
         sums = units.sum_tensor(clip)
         if not isinstance(denominator, Tensor):
@@ -51,9 +56,21 @@ class Totals:
             both = torch.where(is_first_pass(sums), both, before)
         self._sums = both
 
+    def _add_groups(self, units: Units, groups: Tensor) -> None:
+        losses, weights = (np.asarray(one.detach().double()).ravel() for one in (units.losses, units.weights))
+        p = np.ones_like(losses) if units.base is None else np.asarray(units.base.double()).ravel()
+        there = p != 0
+        losses, weights, p = losses[there], weights[there], p[there]
+        numbers, index = np.unique(np.asarray(groups).ravel()[there], return_inverse=True)
+        with np.errstate(all="ignore"):
+            columns = [np.bincount(index, values, len(numbers)) for values in (p, p * losses, p * weights)]
+        rows = np.stack([*columns, np.bincount(index, minlength=len(numbers))], 1)
+        for number, row in zip(numbers.tolist(), rows, strict=True):
+            self._groups[number] = self._groups.get(number, 0.0) + row
+
     def reset(self) -> None:
         """Set all sums to zero."""
-        self._numbers = _ZERO
+        self._numbers, self._groups = _ZERO, {}
         # Not to None: a compiled graph is compiled again where a tensor takes the place of None.
         self._sums = None if self._sums is None else torch.zeros_like(self._sums)
 
@@ -65,9 +82,15 @@ class Totals:
         largest = numbers[_LARGEST]
         if group is not None:
             numbers, largest = reduce_sums(numbers, device, group), reduce_max(largest, device, group)
+        groups = [self._groups] if group is None else all_of(self._groups, group)
+        merged_groups: dict[int, npt.NDArray[np.float64]] = {}
+        for part in groups:
+            for number, row in part.items():
+                merged_groups[number] = merged_groups.get(number, 0.0) + row
+        by_group = group_stats_from_sums(merged_groups) if merged_groups else None
         *sums, denominator = numbers
         merged = WeightSums(int(sums[0]), *sums[1:])._replace(largest=largest)
-        return stats_from_sums(merged, weighting, denominator=denominator)
+        return stats_from_sums(merged, weighting, denominator=denominator, groups=by_group)
 
 
 def _merged(one: list[float], other: list[float]) -> list[float]:

@@ -353,7 +353,7 @@ class RGDLoss(nn.Module):
                 statistics of each group. None: the groups that the call was given, if it was.
             total: Whether to describe all weighted calls in training mode since `reset_stats()` together: an
                 epoch, or the micro-batches of a step. Their sums are exact; `worst_tenth` is None, since it
-                cannot be told from sums, and there are no groups.
+                cannot be computed from sums. Groups are those that eager calls on the CPU were given.
             sync: Whether to describe the batches of all processes of the group together. Every process then
                 has to ask.
 
