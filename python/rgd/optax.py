@@ -15,6 +15,7 @@ needed for anything else, `rgd.jax.value_and_grad` gives the same mean from one 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -135,6 +136,7 @@ def reweight(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ReweightState]:
         del params, extra_args
+        _refuse_apply_if_finite()
         if losses is None:
             raise ValueError(
                 "losses are needed: call update(grads, state, params, losses=losses) with the loss of each "
@@ -155,6 +157,21 @@ def reweight(
         return mean, ReweightState(count, new if current.stateful else old)
 
     return optax.GradientTransformationExtraArgs(init, cast("Any", update))
+
+
+def _refuse_apply_if_finite() -> None:
+    """Refuse a call from `optax.apply_if_finite`, which expects updates of the gradients' shape."""
+    frame = inspect.currentframe()
+    for _ in range(8):
+        frame = None if frame is None else frame.f_back
+        if frame is None:
+            return
+        if frame.f_code.co_name == "do_update" and frame.f_globals.get("__name__", "").startswith("optax."):
+            raise TypeError(
+                "optax.apply_if_finite goes inside, around the optimizer: "
+                "rgd.optax.rgd(optax.apply_if_finite(inner, n)). Around rgd it gets gradients of each "
+                "example, and expects updates of their shape"
+            )
 
 
 def rgd(

@@ -34,8 +34,9 @@ PARAMETER = torch.zeros(2, requires_grad=True)
 SGD = torch.optim.SGD([PARAMETER], lr=0.1)
 
 
-def optax_update(**given):
+def optax_update(outside=False, **given):
     tx = rgd.optax.rgd(optax.sgd(0.1), tau=1.0)
+    tx = optax.apply_if_finite(tx, 3) if outside else tx
     params = jnp.zeros(2)
     return tx.update(jnp.ones((3, 2)), tx.init(params), params, **given)
 
@@ -190,6 +191,12 @@ WRONG = [
     ("an optimizer wrapped twice", lambda: RGD(RGD(SGD)), ValueError, "wrapped in RGD already"),
     ("an optax optimizer that was not called", lambda: rgd.optax.rgd(optax.adam), TypeError, "adam"),
     ("no losses for optax", optax_update, ValueError, "losses=losses"),
+    (
+        "apply_if_finite around rgd",
+        lambda: optax_update(losses=jnp.ones(3), outside=True),
+        TypeError,
+        r"rgd\.optax\.rgd\(optax\.apply_if_finite\(inner, n\)\)",
+    ),
     # Tensors of another library.
     ("a tensor for jax", lambda: rgd.jax.sample_weights(torch.ones(3)), TypeError, r"rgd\.torch"),
     (

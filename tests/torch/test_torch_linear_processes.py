@@ -218,3 +218,22 @@ def test_sharded_training_equals_one_process(run, weighting):
     expected = train(0, 1, weighting)
     for outcome in run(2, shard, weighting):
         torch.testing.assert_close(outcome, expected, rtol=1e-11, atol=1e-13)
+
+
+def read_outside_of_its_unit(rank, size):
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
+
+    head = torch.nn.Linear(D, C)
+    fully_shard(head, mesh=init_device_mesh("cpu", (size,)))
+    try:
+        linear_cross_entropy(torch.zeros(2, D), head.weight, torch.zeros(2, dtype=torch.long))
+    except TypeError as error:
+        return str(error)
+    return None
+
+
+def test_a_head_read_outside_of_its_unit_is_told_to_be_one(run):
+    for message in run(2, read_outside_of_its_unit):
+        assert "linear_weight is a DTensor" in message
+        assert "fully_shard(criterion)" in message

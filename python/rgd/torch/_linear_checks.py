@@ -92,6 +92,12 @@ def check_head(input: Any, weight: Any, bias: Any) -> None:
             hint = ": give its weight, head.weight" if isinstance(tensor, torch.nn.Module) else ""
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
         check_dense(name, tensor)
+        if hasattr(tensor, "full_tensor") and not hasattr(input, "full_tensor"):
+            raise TypeError(
+                f"{name} is a DTensor, the part of a parameter that FSDP keeps between calls: let the loss "
+                "be a unit of its own, fully_shard(criterion) with criterion = LinearRGDLoss.tie(lm_head), or "
+                "read the head inside the forward pass of the unit that it belongs to"
+            )
         if tensor.dtype not in FLOATS:
             refuse_dtype(name, tensor, "be float32, float64, float16 or bfloat16")
         if tensor.device != input.device:
