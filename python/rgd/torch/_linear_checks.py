@@ -95,7 +95,7 @@ def check_head(input: Any, weight: Any, bias: Any) -> None:
         if hasattr(tensor, "full_tensor") and not hasattr(input, "full_tensor"):
             raise TypeError(
                 f"{name} is a DTensor, the part of a parameter that FSDP keeps between calls: let the loss "
-                "be a unit of its own, fully_shard(criterion) with criterion = LinearRGDLoss.tie(lm_head), or "
+                "be a unit of its own, fully_shard(criterion) for criterion = LinearRGDLoss.tie(head), or "
                 "read the head inside the forward pass of the unit that it belongs to"
             )
         if tensor.dtype not in FLOATS:
