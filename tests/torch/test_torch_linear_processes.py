@@ -79,6 +79,29 @@ def test_options_over_slices_equal_those_of_the_whole(run, options):
     check_slices(run, [6, 6], options)
 
 
+def test_a_class_without_mass_and_of_logit_minus_infinity_costs_nothing_in_its_slice(run):
+    mass, adjustment = torch.linspace(0.5, 1.5, C), torch.zeros(C)
+    gone = [int(tensors()[3][0, 0]), 9]  # the class of a label, and one of the other slice perhaps
+    mass[gone], adjustment[gone] = 0.0, -torch.inf
+    options = {"weight": mass, "logit_adjustment": adjustment, "label_smoothing": 0.2}
+    assert results(*tensors(), **options)[0].isfinite()
+    check_slices(run, [6, 6], options)
+
+
+def narrow_labels(rank, size):
+    generator = torch.Generator().manual_seed(0)
+    input, weight = (torch.randn(n, D, generator=generator, dtype=torch.float64) for n in (4, 300))
+    target = torch.tensor([255, 0, 128, 44], dtype=torch.uint8)  # 300 is 44 in eight bits
+    options = {"vocab_group": dist.group.WORLD, "sync": False}
+    own = weight[150 * rank : 150 * (rank + 1)]
+    return [linear_cross_entropy(input, own, one, **options) for one in (target, target.long())]
+
+
+def test_labels_of_a_dtype_that_cannot_hold_the_number_of_classes_are_taken(run):
+    for narrow, wide in run(2, narrow_labels):
+        assert narrow == wide
+
+
 @pytest.mark.parametrize("sizes", [[5, 7], [3, 8, 1]], ids=str)
 def test_slices_may_differ_in_size(run, sizes):
     check_slices(run, sizes, {"chunk_bytes": 8 * 12})

@@ -345,13 +345,11 @@ class _Call:
         if self.shard is not None:
             raise RuntimeError("a split vocabulary has no second derivatives: leave vocab_group out")
         with torch.enable_grad():
-            input, weight, bias = (None if one is None else one.to(self.dtype) for one in self.tensors)
-            takes_part = self.takes_part()
+            given, weight, bias = (None if one is None else one.to(self.dtype) for one in self.tensors)
+            input, takes_part = cast("Tensor", given), self.takes_part()
             if takes_part is not None:
-                input = cast("Tensor", input).masked_fill(~takes_part.view(*input.shape[:-1], 1), 0)
-            logits = whole_logits(
-                cast("Tensor", input), cast("Tensor", weight), bias, self.chunking.logit_softcap
-            )
+                input = input.masked_fill(~takes_part.view(*input.shape[:-1], 1), 0)
+            logits = whole_logits(input, cast("Tensor", weight), bias, self.chunking.logit_softcap)
             logits = logits[:, :-1] if self.chunking.shift else logits
             target = self.target.reshape(self.shape.numel(), *self.target.shape[len(self.shape) :])
             logits = logits.reshape(target.shape[0], logits.shape[-1])

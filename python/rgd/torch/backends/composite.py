@@ -145,7 +145,9 @@ def cross_entropy_losses(
         mass = mass if class_weight is None else mass * by_class
         return -(mass * unless_massless(log_p, mass)).sum(axis), None
     log_p = unless_massless(log_p, by_class)
-    losses = -smoothing / classes * (by_class * log_p).sum(axis) if smoothing > 0 else 0.0
+    losses = log_p.new_zeros(target.shape)
+    if smoothing > 0:
+        losses = -smoothing / classes * (by_class * log_p).sum(axis)
     if smoothing < 1:
         labels = target.to(torch.int64)
         on_label = F.nll_loss(log_p, labels, c, ignore_index=ignore_index, reduction="none")
