@@ -102,6 +102,13 @@ def test_one_label_a_row_is_plain_classification(per):
     assert_same(loss, rgd.torch.cross_entropy(logits, labels), logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+def test_labels_of_a_dtype_without_the_ignored_index_are_shifted(dtype):
+    logits, labels = tokens()
+    outputs, labels = CausalLMOutputWithPast(logits), labels.clamp(min=0)
+    assert rgd_loss_func()(outputs, labels.to(dtype)) == rgd_loss_func()(outputs, labels)
+
+
 def test_shift_labels_overrules_the_outputs_name():
     logits, labels = tokens()
     shifted = rgd_loss_func(shift_labels=True)(UnheardOfOutput(logits), labels)
