@@ -219,9 +219,7 @@ _token_losses.defjvp(_token_losses_jvp, symbolic_zeros=True)
 
 def _nonzero(tangents: Operands) -> Operands:
     """The tangents, None for one that is known to be 0."""
-    return Operands(
-        *(None if isinstance(t, jax.custom_derivatives.SymbolicZero) else t for t in tangents)
-    )
+    return Operands(*(None if isinstance(t, jax.custom_derivatives.SymbolicZero) else t for t in tangents))
 
 
 def _compiled(function: Callable[..., Any], plan: Plan, wanted: Operands | None, *arguments: Any) -> Any:
