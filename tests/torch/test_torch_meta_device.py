@@ -210,7 +210,7 @@ def test_an_operator_refuses_a_tensor_without_memory(wrong):
         head = torch.ones(3, 4), torch.ones(2, 4), None, target, class_weight, None, adjustment
         head = (given["logits"] if wrong == "logits" else head[0], *head[1:])
         with pytest.raises(RuntimeError, match="meta device"):
-            operators.linear_losses(*head, -100, 0.0, None, 2, "float32")
+            operators.linear_losses(*head, -100, 0.0, None, 2, "float32", False)
 
 
 def test_weights_of_numbers_without_memory_are_refused():
