@@ -125,6 +125,7 @@ def test_a_compiled_mean_of_nothing_is_nan_and_one_of_nan_keeps_the_other_gradie
             torch.testing.assert_close(a, e, equal_nan=True)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
 def test_a_model_that_holds_the_module_is_scripted():
     class Model(nn.Module):
         def __init__(self):
@@ -209,7 +210,7 @@ def test_dtypes_and_settings_that_do_not_fit_are_named():
         "input is on cpu and linear_weight on meta",
         weight=torch.zeros(C, D, device="meta").double(),
     )
-    refused(IndexError, "target 11", target=torch.full((B, T), C))
+    refused(IndexError, "label 11", target=torch.full((B, T), C))
     refused(TypeError, "vocab_group|process_group", vocab_group="all")
     refused(
         TypeError, r"linear_weight has layout .*\.to_dense\(\)", weight=torch.zeros(C, D).double().to_sparse()

@@ -313,14 +313,15 @@ def test_the_module_keeps_the_adjustment_and_evaluates_with_it():
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        (np.zeros(5), TypeError, "pass torch.as_tensor"),
+        ([0.0] * 5, TypeError, "pass torch.as_tensor"),
+        (np.zeros(5, int), TypeError, "pass torch.as_tensor"),
         (0.5, TypeError, "got float"),
         (torch.zeros(1, 5), ValueError, r"vector of one float a class, got shape \(1, 5\)"),
         (torch.zeros(5, dtype=torch.int64), ValueError, "torch.int64"),
         (torch.zeros(4), ValueError, "each of the 5 classes, got 4"),
         (torch.zeros(5, device="meta"), ValueError, "input is on cpu and logit_adjustment on meta"),
     ],
-    ids=["array", "number", "matrix", "integers", "length", "device"],
+    ids=["list", "array of integers", "number", "matrix", "integers", "length", "device"],
 )
 def test_torch_refuses_an_adjustment_that_does_not_fit(given, error, message):
     logits, target, _ = problem((6, 5))

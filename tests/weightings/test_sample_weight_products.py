@@ -88,7 +88,7 @@ def test_cross_entropy_and_its_gradient_too(name, size, mass):
             logits, target, weighting=rgd.ERM(), sample_weight=torch.tensor(MASS * mass, dtype=torch.float32)
         )
         loss.backward()
-    assert float(loss) == pytest.approx(PLAIN * size, rel=1e-6)
+    assert loss.item() == pytest.approx(PLAIN * size, rel=1e-6)
     np.testing.assert_allclose(logits.grad[:, 1].numpy(), MASS / MASS.sum(), rtol=1e-6)
 
 
@@ -102,7 +102,7 @@ def test_the_linear_heads_too(weighting, size, mass):
     criterion = LinearRGDLoss(linear_weight=torch.nn.Parameter(torch.tensor(head)), weighting=weighting)
     p = float32(MASS * mass)
     value = criterion(torch.tensor(hidden), torch.zeros(4).long(), sample_weight=torch.tensor(p), **given)
-    assert float(value) == pytest.approx(PLAIN * size, rel=1e-6)
+    assert value.item() == pytest.approx(PLAIN * size, rel=1e-6)
     if isinstance(weighting, rgd.ERM):
         value = linear_cross_entropy(
             torch.tensor(hidden), torch.tensor(head), torch.zeros(4).long(), weighting=weighting,

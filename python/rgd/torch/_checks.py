@@ -72,11 +72,11 @@ def check_dense(name: str, tensor: Tensor) -> None:
         raise DtypeError(f"{name} has layout {tensor.layout}, expected torch.strided: call .to_dense() on it")
 
 
-def no_tensor(name: str, value: Any) -> str:
+def no_tensor(name: str, value: Any, wanted: str = "a torch.Tensor") -> str:
     """What to say of an argument that is no tensor: an array or a list has only to be converted."""
     kind = type(value).__name__
-    there = isinstance(value, (list, tuple, numbers.Number)) or hasattr(cast("Any", value), "__array__")
-    return f"{name} must be a torch.Tensor, got {kind}" + (f": pass torch.as_tensor({name})" if there else "")
+    there = isinstance(value, (list, tuple, numbers.Number)) or hasattr(value, "__array__")
+    return f"{name} must be {wanted}, got {kind}" + (f": pass torch.as_tensor({name})" if there else "")
 
 
 def refuse_dtype(name: str, tensor: Tensor, expected: str) -> NoReturn:
@@ -214,7 +214,7 @@ def check_groups(groups: Any, losses_shape: torch.Size, device: torch.device, pe
     if isinstance(groups, Tensor):
         check_dense("groups", groups)
     if not isinstance(groups, Tensor):
-        raise TypeError(no_tensor("groups", groups))
+        raise TypeError(no_tensor("groups", groups, "a torch.Tensor of integers"))
     if groups.dtype not in INTEGERS:
         raise TypeError(f"groups must be a torch.Tensor of integers, got {groups.dtype}: call groups.long()")
     return by_unit("groups", groups, losses_shape, device, per).to(torch.int64)
@@ -278,9 +278,8 @@ def check_class_weight(weight: Any) -> Tensor | None:
 
 def _of_classes(values: Any) -> Any:
     """Numbers of the classes: an array of floats as a tensor on the CPU, anything else as it is."""
-    if isinstance(values, np.ndarray) and type(values) is np.ndarray and values.dtype.kind == "f":
-        return torch.tensor(values, dtype=torch.get_default_dtype(), device="cpu")
-    return values
+    is_array = type(values) is np.ndarray and values.dtype.kind == "f"
+    return torch.tensor(values, dtype=torch.get_default_dtype(), device="cpu") if is_array else values
 
 
 def check_logit_adjustment(adjustment: Any, logits: Tensor | None = None) -> Tensor | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -67,6 +69,7 @@ class WeightingState(nn.Module):
         # The tensors that were written here or loaded; another one in their place holds no state.
         self._known: dict[str, Tensor] = {}
         self._past: deque[_Past] = deque(maxlen=64)
+        self._token = _token_of(self)
 
         def register(name: str, leaf: Any) -> None:
             array: Any = np.array(leaf)
@@ -107,7 +110,7 @@ class WeightingState(nn.Module):
     def read(self, device: torch.device) -> Any:
         """The state, its leaves copies of the buffers on a device."""
         if torch.compiler.is_compiling():
-            _settle_while_tracing(self)
+            _settle_while_tracing(self._token)
         else:
             self._settle()
         if not is_exporting() and device.type != "meta" and any(self._get(n).is_meta for n in self._known):
@@ -255,6 +258,10 @@ class WeightingState(nn.Module):
         """Everything but the calls of this process."""
         return {**self.__dict__, "_past": deque(maxlen=self._past.maxlen)}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # pyright: ignore[reportUnknownMemberType]
+        self._token = _token_of(self)
+
 
 class Memory(NamedTuple):
     """The state of a module in one call, and whether the call trains."""
@@ -282,10 +289,21 @@ def functional_state(weighting: Weighting, state: Any, device: torch.device | No
     return map_state(as_tensor, state)
 
 
+# A function that runs while a graph is compiled takes strings, and no modules.
+_by_token: weakref.WeakValueDictionary[str, WeightingState] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def _token_of(state: WeightingState) -> str:
+    token = f"state {next(_numbers)}"
+    _by_token[token] = state
+    return token
+
+
 @cast("Any", torch.compiler).assume_constant_result
-def _settle_while_tracing(state: WeightingState) -> bool:
-    """The same when a graph is compiled: a graph would not see which tensor it is given."""
-    state._settle()  # pyright: ignore[reportPrivateUsage]
+def _settle_while_tracing(token: str) -> bool:
+    """`_settle` when a graph is compiled: a graph would not see which tensor it is given."""
+    _by_token[token]._settle()  # pyright: ignore[reportPrivateUsage]
     return True
 
 
@@ -367,4 +385,4 @@ def _named(state: Any) -> Any:
     return named(state, "")
 
 
-_ATTRIBUTES = {*vars(nn.Module()), "_names", "_kind", "_shared", "_first", "_known", "_past"}
+_ATTRIBUTES = {*vars(nn.Module()), "_names", "_kind", "_shared", "_first", "_known", "_past", "_token"}

@@ -22,7 +22,7 @@ from rgd.torch._modes import evaluates, recomputes
 from rgd.torch._state import Memory, WeightingState
 from rgd.torch._totals import Advisor
 from rgd.torch._weigher import Plan, Weigher
-from rgd.torch.functional import weighted
+from rgd.torch.functional import base_of, weighted
 from rgd.torch.loss import InitSignature, state_for, tau_of, with_tau
 from rgd.weightings import Weighting
 from rgd.weightings._base import resolve_weighting
@@ -251,6 +251,8 @@ class RGD(torch.optim.Optimizer):
         """
         if isinstance(losses, Tensor) and not (losses.requires_grad and torch.is_grad_enabled()):  # pyright: ignore[reportUnnecessaryIsInstance]
             check_losses(losses)
+            check_groups(groups, losses.shape, losses.device, "element")
+            base_of(losses.shape, losses, where, sample_weight)
             raise RuntimeError(
                 "losses does not require grad, so there is nothing to call backward on: compute it from the "
                 "parameters, outside of torch.no_grad() and without detach()"

@@ -76,7 +76,7 @@ class KL(Weighting):
 
     def __post_init__(self) -> None:
         tau: Any = self.tau
-        if isinstance(tau, numbers.Real) and not isinstance(tau, bool) and tau < 0 and self.scale is None:
+        if isinstance(tau, numbers.Real) and tau < 0 and self.scale is None:
             raise ValueError(
                 f"tau must be a positive number, got {float(tau)}: for a negative scale, "
                 f"rgd.KL(scale={float(tau)})"
