@@ -541,7 +541,7 @@ def product(weights: Array, values: Array, losses: Array) -> Array:
     return np.where((weights == 0) & ~np.isnan(losses), 0.0, weights * values)
 
 
-def array_of(name: str, given: npt.ArrayLike, dtype: npt.DTypeLike = None) -> npt.NDArray[Any]:
+def array_of(name: str, given: npt.ArrayLike, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
     """Any array of NumPy but a masked one, whose masked numbers would count."""
     if isinstance(given, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, and its mask would be lost: leave numbers out by where=")
