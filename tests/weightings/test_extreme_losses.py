@@ -127,7 +127,7 @@ def _check_gradient(gradient: Any, weighting: Any) -> None:
 def test_a_negative_scale_tells_small_losses_apart_beside_any_outlier(
     weigh: Any, dtype: str, outlier: float
 ) -> None:
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         weights = weigh(np.array([outlier, 0.3, 0.1], dtype), rgd.MidrangeKL(-1.0))
     ratio = math.exp(-0.2)
     expected = [0.0, 3 * ratio / (1 + ratio), 3 / (1 + ratio)]
