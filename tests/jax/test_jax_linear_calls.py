@@ -155,87 +155,10 @@ def test_second_derivatives_are_those_of_the_logits(options):
     same(products_with(chunked, options), expected)
 
 
-FORWARD = [{}, {"reduction": "none"}, {"weighting": rgd.CVaR(0.5), "reduction": "sum"}, {"backend": "rust"}]
-FORWARD += [{"label_smoothing": 0.1, "weight": np.linspace(0.5, 2, CLASSES), "reduction": "none"}]
-
-
-@pytest.fixture
-def in_a_hurry():
-    """Most time goes into compiling."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("in_a_hurry")
-@pytest.mark.parametrize("options", FORWARD, ids=lambda options: "-".join(options) or "default")
-def test_forward_mode_gives_what_it_gives_for_the_logits(options):
+def test_forward_mode_alone_is_refused():
     inputs, kernel, labels = layer()
-    moves = jnp.cos(jnp.arange(inputs.size * 1.0)).reshape(inputs.shape), jnp.sin(kernel)
-    plain = {key: value for key, value in options.items() if key != "backend"}
-
-    def results(function, options):
-        def loss(inputs, kernel):
-            return function(inputs, kernel, labels, **options)
-
-        def of_kernel(kernel):
-            return loss(inputs, kernel)
-
-        return {
-            "jvp": jax.jit(lambda *at: jax.jvp(loss, at, moves))(inputs, kernel),
-            "of one argument": jax.jvp(of_kernel, (kernel,), moves[1:]),
-            "reverse over forward": jax.grad(
-                lambda k: jnp.sum(jnp.sin(jax.jvp(of_kernel, (k,), moves[1:])[1]))
-            )(kernel),
-        }
-
-    same(results(chunked, options), results(whole, plain))
-
-
-@pytest.mark.usefixtures("in_a_hurry")
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=str)
-def test_forward_mode_passes_a_bias_and_a_soft_cap_and_leaves_out_ignored_rows(options):
-    inputs, kernel, labels = layer()
-    bias = jnp.sin(jnp.arange(CLASSES * 1.0))
-    inputs = inputs.at[1].set(jnp.nan)  # ignored
-
-    def in_chunks(bias):
-        return chunked(inputs, kernel, labels, bias=bias, logit_softcap=2.0, **options)
-
-    def from_logits(bias):
-        logits = 2.0 * jnp.tanh((inputs @ kernel + bias) / 2.0)
-        return rj.cross_entropy(
-            jnp.where((labels >= 0)[:, None], logits, 0), labels, backend="jnp", **options
-        )
-
-    for one in (in_chunks, from_logits):
-        assert jnp.isfinite(one(bias)).all()
-    same(*(jax.jvp(one, (bias,), (jnp.ones(CLASSES),)) for one in (in_chunks, from_logits)))
-    same(*(jax.jacfwd(one)(bias) for one in (in_chunks, from_logits)))
-
-
-@pytest.mark.usefixtures("in_a_hurry")
-@pytest.mark.parametrize("shape", [(1, 5), (0, 4), (2, 0)], ids=str)
-@pytest.mark.parametrize("weighting", [rgd.KL(), rgd.CVaR(0.5)], ids=str)
-def test_one_sequence_and_empty_batches_give_what_the_logits_give(weighting, shape):
-    rng = np.random.default_rng(0)
-    inputs, kernel = jnp.asarray(rng.standard_normal((*shape, WIDTH))), layer()[1]
-    labels = jnp.asarray(rng.integers(0, CLASSES, shape))
-    mass = jnp.arange(1.0, 1 + shape[0])
-    # The last position predicts nothing.
-    moved = jnp.roll(labels, -1, 1).at[:, -1:].set(-100)
-    for shift, wanted in ((False, labels), (True, moved)):
-        for reduction in ("mean", "sum"):
-            options = {"weighting": weighting, "reduction": reduction, "sample_weight": mass}
-
-            def in_chunks(x, options=options, shift=shift):
-                return chunked(x, kernel, labels, shift=shift, **options)
-
-            def from_logits(x, options=options, wanted=wanted):
-                return whole(x, kernel, wanted, **options)
-
-            for a, b in zip(*(jax.value_and_grad(f)(inputs) for f in (in_chunks, from_logits)), strict=True):
-                np.testing.assert_allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda head: chunked(inputs, head, labels), (kernel,), (kernel,))
 
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=str)

@@ -17,6 +17,7 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 import rgd.jax  # noqa: E402
 import rgd.optax  # noqa: E402
+from x64 import enable_x64  # noqa: E402
 
 INF = math.inf
 

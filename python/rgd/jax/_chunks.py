@@ -9,9 +9,8 @@ objective gives to each loss, the chunk adds to the gradients
     d_bias = d_bias + sum(g)
 
 `weighted_total` knows `a`, the weight of the loss itself, inside the chunk, and computes the gradients in the
-forward pass: three products. Where weights depend on the batch, a pass for the losses comes before: four
-products. `token_losses` gets `a` from above: its forward pass computes losses, its backward pass the logits
-again, and then the gradients. Both have derivatives of forward mode, of which reverse mode is the transpose.
+forward pass: three products. `token_losses` gets `a` from above: its forward pass computes losses, its
+backward pass the logits again, and then the gradients: four products.
 
 Where the classes are spread over the devices of a mapped axis, the maximum, the sum of exponentials and the
 label's logit of a row are reduced over that axis. What all devices then know alike is kept by the first and
@@ -79,16 +78,12 @@ class Rows(NamedTuple):
         base: The base measure, (N,) in the accumulator's dtype, 0 where a row does not count.
         own_weight: The class weight of the row's class, (N,), or None for ones.
         groups: Groups, (N,), or None.
-        losses: The losses, (N,), where they are known; else None.
-        weights: The weights that these call for, (N,); else None.
     """
 
     codes: Any
     base: Any
     own_weight: Any
     groups: Any
-    losses: Any = None
-    weights: Any = None
 
 
 class Constants(NamedTuple):
@@ -114,10 +109,7 @@ class Constants(NamedTuple):
 
 
 def weighted_total(plan: Plan, operands: Operands, constants: Constants) -> jax.Array:
-    """`sum_i p_i * sg(w_i) * l_i`, (), for known weights or a pointwise weighting.
-
-    Its gradients come with it, in one pass.
-    """
+    """`sum_i p_i * sg(w_i) * l_i`, (), for a pointwise weighting; its gradients come in the same pass."""
     return _over_devices(plan, _weighted_total, operands, constants)
 
 
@@ -154,31 +146,16 @@ def _over_devices(
 # The derivatives.
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weighted_total(plan: Plan, operands: Operands, constants: Constants) -> jax.Array:
-    rows = constants.rows
-    if rows.weights is None:
-        return _compiled(_one_pass, plan, Operands(None, None, None), operands, constants)[0]
-    return _share(constants, jnp.sum(_weighted(rows.weights, rows.losses, rows)))
+    return _compiled(_one_pass, plan, Operands(None, None, None), operands, constants)[0]
 
 
-def _weighted_total_jvp(
-    plan: Plan, primals: tuple[Operands, Constants], tangents: tuple[Operands, Any]
-) -> tuple[jax.Array, jax.Array]:
-    """The gradients come with the value: the tangent is their product with those of the operands."""
-    moves = _nonzero(tangents[0])
-    wanted = Operands(*(None if move is None else () for move in moves))
-    value, gradients = _value_and_gradients(plan, wanted, *primals)
-    tangent = jnp.zeros_like(value)
-    for gradient, move in zip(gradients, moves, strict=True):
-        if gradient is not None:
-            dtype = jnp.promote_types(gradient.dtype, value.dtype)
-            tangent = tangent + jnp.sum(gradient.astype(dtype) * move.astype(dtype)).astype(value.dtype)
-    # Where no row counts, "mean" divides by 0, and NaN times a gradient of 0 is NaN.
-    return value, jnp.where(jnp.any(primals[1].rows.codes != IGNORED), tangent, 0)
-
-
-_weighted_total.defjvp(_weighted_total_jvp, symbolic_zeros=True)
+def _weighted_total_forward(plan: Plan, operands: Operands, constants: Constants) -> tuple[jax.Array, Any]:
+    wanted, operands, constants = _unwrapped(operands, constants)
+    value, gradients = _value_and_gradients(plan, wanted, operands, constants)
+    any_counts = jnp.any(constants.rows.codes != IGNORED)
+    return value, (gradients, _no_entries(operands), any_counts)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -201,25 +178,61 @@ def _(
     return _value_and_gradients(plan, wanted, *primals), jax.jvp(of_operands, (operands,), (tangents[0],))[1]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _weighted_total_backward(plan: Plan, residuals: Any, cotangent: Any) -> tuple[Any, None]:
+    del plan
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        return None, None
+    gradients, like, any_counts = residuals
+    # Where no row counts, "mean" divides by 0, and infinity times a gradient of 0 is NaN.
+    cotangent = jnp.where(any_counts, cotangent, 0)
+    return Operands(
+        *(
+            None if g is None else (cotangent * g).astype(x.dtype)
+            for g, x in zip(gradients, like, strict=True)
+        )
+    ), None
+
+
+_weighted_total.defvjp(_weighted_total_forward, _weighted_total_backward, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_losses(plan: Plan, operands: Operands, constants: Constants) -> jax.Array:
-    return _compiled(_losses_pass, plan, None, operands, constants)
+    return _compiled(_losses_pass, plan, None, operands, constants)[0]
 
 
-def _token_losses_jvp(
-    plan: Plan, primals: tuple[Operands, Constants], tangents: tuple[Operands, Any]
-) -> tuple[jax.Array, jax.Array]:
-    """The tangent takes a pass of its own, whose transpose is the backward pass."""
-    losses = _token_losses(plan, *primals)
-    return losses, _compiled(_tangents_pass, plan, None, *primals, _nonzero(tangents[0]))
+def _token_losses_forward(plan: Plan, operands: Operands, constants: Constants) -> tuple[jax.Array, Any]:
+    wanted, operands, constants = _unwrapped(operands, constants)
+    losses, sums = _compiled(_losses_pass, plan, None, operands, constants)
+    return losses, (wanted, operands, constants, sums)
 
 
-_token_losses.defjvp(_token_losses_jvp, symbolic_zeros=True)
+def _token_losses_backward(plan: Plan, residuals: Any, cotangent: Any) -> tuple[Any, None]:
+    wanted, operands, constants, sums = residuals
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        return None, None
+    gradients = _compiled(_gradient_pass, plan, wanted, operands, constants, sums, cotangent)
+    return Operands(
+        *(None if g is None else g.astype(x.dtype) for g, x in zip(gradients, operands, strict=True))
+    ), None
 
 
-def _nonzero(tangents: Operands) -> Operands:
-    """The tangents, None for one that is known to be 0."""
-    return Operands(*(None if isinstance(t, jax.custom_derivatives.SymbolicZero) else t for t in tangents))
+_token_losses.defvjp(_token_losses_forward, _token_losses_backward, symbolic_zeros=True)
+
+
+def _unwrapped(operands: Operands, constants: Constants) -> tuple[Operands, Operands, Constants]:
+    """Of which operands a gradient is wanted, as () or None, which a residual may hold; and the values."""
+    wanted = Operands(*(None if x is None or not x.perturbed else () for x in operands))
+
+    def value(leaf: Any) -> Any:
+        return leaf.value
+
+    return wanted, *jax.tree_util.tree_map(value, (operands, constants))
+
+
+def _no_entries(operands: Operands) -> Operands:
+    """Arrays of no elements that remember the dtypes."""
+    return Operands(*(None if x is None else jnp.zeros((0,), x.dtype) for x in operands))
 
 
 def _compiled(function: Callable[..., Any], plan: Plan, wanted: Operands | None, *arguments: Any) -> Any:
@@ -243,13 +256,13 @@ def compiled_once(function: Callable[..., Any], plan: Plan, wanted: Operands | N
 def _one_pass(plan: Plan, wanted: Operands, operands: Operands, constants: Constants) -> tuple[Any, Operands]:
     """The sum of the weighted losses, and the gradients of it that are wanted."""
     differentiated = wanted != Operands(None, None, None)
-    weighting = None if plan.weighting is None else _whole_weighting(plan, constants)
+    weighting = _whole_weighting(plan, constants)
 
     def body(carry: Any, part: tuple[jax.Array, Rows]) -> tuple[Any, Any]:
         total, sums = carry
         x, rows = _clean(*part)
         logits = _logits(plan, operands, x)
-        if plan.kind is not None and weighting is not None and differentiated:
+        if plan.kind is not None and differentiated:
             options = _ffi.Options(plan.kind, plan.smoothing)
             settings = _kernel_settings(plan, rows, constants)
             nothing = jnp.zeros(0, settings.dtype)
@@ -258,12 +271,10 @@ def _one_pass(plan: Plan, wanted: Operands, operands: Operands, constants: Const
         else:
             shifted = adjusted(logits, constants.adjustment)
             losses, (largest, exp_sum) = _losses(plan, shifted, rows, constants)
-            weights = rows.weights
-            if weighting is not None:
-                weights, _ = weights_of(Losses(losses, rows.base, rows.groups, (0,), None), weighting)
+            weights, _ = weights_of(Losses(losses, rows.base, rows.groups, (0,), None), weighting)
             factor = rows.base * jnp.where((weights == 0) & ~jnp.isnan(losses), 0, weights)
             gradient = _gradient(plan, shifted, rows, constants, largest, exp_sum, factor)
-        total = total + jnp.sum(_weighted(weights, losses, rows))
+        total = total + jnp.sum(weighted(weights, Losses(losses, rows.base, None, (), None)))
         sums, d_inputs = _products(plan, wanted, operands, sums, x, _through_cap(plan, logits, gradient))
         return (total, sums), d_inputs
 
@@ -272,47 +283,35 @@ def _one_pass(plan: Plan, wanted: Operands, operands: Operands, constants: Const
     return _share(constants, total), Operands(d_inputs, *sums)
 
 
-def _losses_pass(plan: Plan, wanted: None, operands: Operands, constants: Constants) -> jax.Array:
-    """The losses."""
+def _losses_pass(plan: Plan, wanted: None, operands: Operands, constants: Constants) -> tuple[Any, Any]:
+    """The losses, and for the gradient the largest logit and the sum of exponentials of each row."""
     del wanted
 
-    def body(carry: None, part: tuple[jax.Array, Rows]) -> tuple[None, jax.Array]:
+    def body(carry: None, part: tuple[jax.Array, Rows]) -> tuple[None, Any]:
         x, rows = _clean(*part)
         logits = adjusted(_logits(plan, operands, x), constants.adjustment)
-        losses, _ = _losses(plan, logits, rows, constants)
-        return carry, vary(_share(constants, losses), mapped_axes(x))
+        losses, sums = _losses(plan, logits, rows, constants)
+        return carry, vary((_share(constants, losses), sums), mapped_axes(x))
 
     return _scan(plan, body, None, (operands.inputs, constants.rows))[1]
 
 
-def _tangents_pass(
-    plan: Plan, wanted: None, operands: Operands, constants: Constants, tangents: Operands
-) -> jax.Array:
-    """The tangents of the losses. Reverse mode transposes this pass and makes the logits of a chunk again."""
-    del wanted
-    # So that the transpose sums the kernel's gradient in this dtype.
-    moved = tangents.kernel if tangents.kernel is None else tangents.kernel.astype(plan.accumulate)
+def _gradient_pass(  # noqa: PLR0917 - as `_compiled` gives them
+    plan: Plan, wanted: Operands, operands: Operands, constants: Constants, sums: Any, cotangent: jax.Array
+) -> Operands:
+    """The gradients of the losses times their cotangent."""
 
-    def body(carry: None, part: Any) -> tuple[None, jax.Array]:
+    def body(carry: Any, part: Any) -> tuple[Any, Any]:
         x, rows = _clean(*part[:2])
+        (largest, exp_sum), factor = part[2:]
         logits = _logits(plan, operands, x)
         shifted = adjusted(logits, constants.adjustment)
-        _, (largest, exp_sum) = _losses(plan, shifted, rows, constants)
-        ones = jnp.ones_like(rows.base)
-        slopes = _gradient(plan, shifted, rows, constants, largest, exp_sum, ones)
-        slopes = _through_cap(plan, logits, slopes)
-        # Products in the operands' dtype, so that those of the transpose are too.
-        total = jnp.zeros_like(logits)
-        if part[2] is not None:
-            total = total + (part[2] @ operands.kernel).astype(logits.dtype)
-        if moved is not None:
-            total = total + (x @ moved.astype(x.dtype)).astype(logits.dtype)
-        if tangents.bias is not None:
-            total = total + tangents.bias
-        return carry, jnp.where(rows.codes != IGNORED, jnp.sum(slopes * total, axis=-1), 0)
+        gradient = _gradient(plan, shifted, rows, constants, largest, exp_sum, factor)
+        return _products(plan, wanted, operands, carry, x, _through_cap(plan, logits, gradient))
 
-    parts = (operands.inputs, constants.rows, tangents.inputs)
-    return _scan(plan, jax.checkpoint(body, prevent_cse=False), None, parts)[1]
+    parts = (operands.inputs, constants.rows, sums, cotangent)
+    summed, d_inputs = _scan(plan, body, _zeros(plan, wanted, operands), parts)
+    return Operands(d_inputs, *summed)
 
 
 def _scan(plan: Plan, body: Callable[..., Any], start: Any, arrays: Any) -> tuple[Any, Any]:
@@ -336,10 +335,6 @@ def _scan(plan: Plan, body: Callable[..., Any], start: Any, arrays: Any) -> tupl
 
 
 # One chunk.
-
-
-def _weighted(weights: jax.Array, losses: jax.Array, rows: Rows) -> jax.Array:
-    return weighted(weights, Losses(losses, rows.base, None, (), None))
 
 
 def _clean(inputs: jax.Array, rows: Rows) -> tuple[jax.Array, Rows]:

@@ -155,8 +155,8 @@ def linear_cross_entropy(
     computed.
 
     `jax.checkpoint` around this function computes the losses once more, and saves nothing but the gradients.
-    Forward mode (`jax.jvp`, `jax.jacfwd`) costs what reverse mode does. Derivatives may be repeated
-    (`jax.hessian` too), and then hold all logits.
+    Reverse mode may be repeated (`jax.hessian` too), and then holds all logits. There is no `jax.jvp` of it
+    alone: take `rgd.jax.cross_entropy(inputs @ kernel, ...)`.
 
     Args:
         inputs: (..., D), floating: (N, D), or (B, T, D) for sequences.
@@ -308,15 +308,10 @@ def linear_cross_entropy(
             result = result * jnp.where(allowed, 1, jnp.nan).astype(dtype)
         new = None
     else:
-        differentiated = operands if reduction == "none" else lax.stop_gradient(operands)
-        values = token_losses(plan, differentiated, constants)
-        losses = Losses(values.reshape(shape), targets.base, targets.groups, (), axis_name)
+        values = token_losses(plan, operands, constants).reshape(shape)
+        losses = Losses(values, targets.base, targets.groups, (), axis_name)
         weights, new = target_weights(losses, chosen, per, state)
-        if reduction == "none":
-            result = weighted(weights, losses)
-        else:
-            known = rows._replace(losses=values, weights=flat(jnp.broadcast_to(weights, shape)))
-            result = weighted_total(plan, operands, constants._replace(rows=known))
+        result = weighted(weights, losses._replace(base=base))
     if reduction != "none":
         result = psum(jnp.sum(result), axis_name)
     if reduction == "mean":
