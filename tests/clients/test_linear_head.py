@@ -812,7 +812,7 @@ def test_another_label_to_ignore_than_that_of_the_loss_is_refused(transformers):
 
 def flattened(transformers, lengths=(5, 2, 7), **settings):
     generator = torch.Generator().manual_seed(2)
-    texts = [{"input_ids": torch.randint(3, CLASSES, (n,), generator=generator)} for n in lengths]
+    texts = [{"input_ids": torch.randint(3, CLASSES, (n,), generator=generator).tolist()} for n in lengths]
     return transformers.DataCollatorWithFlattening(return_tensors="pt", **settings)(texts)
 
 

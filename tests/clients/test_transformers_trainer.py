@@ -254,7 +254,7 @@ def test_trainer_with_packed_rows_is_refused_by_sample(transformers, tmp_path):
         trained(
             transformers,
             make_causal(transformers),
-            Rows([{"input_ids": row["input_ids"]} for row in causal_rows().rows]),
+            Rows([{"input_ids": row["input_ids"].tolist()} for row in causal_rows().rows]),
             rgd_loss_func(per="sample"),
             output_dir=str(tmp_path),
             data_collator=transformers.DataCollatorWithFlattening(),

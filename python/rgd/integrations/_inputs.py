@@ -14,7 +14,11 @@ from torch.nn import functional as F
 # What the losses of `rgd.torch` take beside logits and labels.
 _OF_THE_LOSS = ("where", "sample_weight", "groups", "segments")
 # What the decorators and the loss of a model of transformers take out of its keyword arguments.
-_OF_TRANSFORMERS = ("num_items_in_batch", "shift_labels", "ignore_index", "return_dict", "fused_lm_head")
+_OF_TRANSFORMERS = (
+    "num_items_in_batch", "shift_labels", "ignore_index", "return_dict", "fused_lm_head",
+    # What its collators of packed rows add for those models that ask for it.
+    "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+)  # fmt: skip
 
 _PACKED = (
     'per="sample" weights a row by its mean loss, and a row of this batch holds several sequences ({found}), '
