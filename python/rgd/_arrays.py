@@ -100,23 +100,23 @@ def read_mask(where: Any, shape: tuple[int, ...]) -> npt.NDArray[np.bool_] | Non
     return mask
 
 
-def read_mass(sample_weight: Any, shape: tuple[int, ...]) -> npt.NDArray[np.float64] | None:
-    """Check a base measure and give it the losses' shape: finite numbers >= 0; None stays None."""
+def read_measure(sample_weight: Any, shape: tuple[int, ...]) -> npt.NDArray[np.float64] | None:
+    """Check a measure and give it the losses' shape: finite numbers >= 0; None stays None."""
     if sample_weight is None:
         return None
-    mass = _as_numpy("sample_weight", sample_weight)
-    if mass.dtype.kind not in "fiu":
-        raise TypeError(f"sample_weight must be an array of numbers, got {mass.dtype}")
-    mass = _by_sample("sample_weight", mass, shape).astype(np.float64)
-    if mass.size and not (np.isfinite(mass).all() and mass.min() >= 0):
-        wrong = mass[~(np.isfinite(mass) & (mass >= 0))][0]
+    measure = _as_numpy("sample_weight", sample_weight)
+    if measure.dtype.kind not in "fiu":
+        raise TypeError(f"sample_weight must be an array of numbers, got {measure.dtype}")
+    measure = _by_sample("sample_weight", measure, shape).astype(np.float64)
+    if measure.size and not (np.isfinite(measure).all() and measure.min() >= 0):
+        wrong = measure[~(np.isfinite(measure) & (measure >= 0))][0]
         raise ValueError(f"sample_weight must hold finite numbers >= 0, got {wrong}")
     # No result of this front depends on the unit, and sums of the largest numbers would overflow.
-    return mass / unit_of(float(mass.max(initial=0.0)))
+    return measure / unit_of(float(measure.max(initial=0.0)))
 
 
 def unit_of(largest: float) -> float:
-    """A power of two to measure a base measure in, for results that do not depend on it.
+    """A power of two to divide a measure by, for results that do not depend on it.
 
     Args:
         largest: The largest of its numbers, finite.
@@ -130,7 +130,7 @@ def unit_of(largest: float) -> float:
 
 
 def unit_of_products(largest: float) -> float:
-    """A power of two to measure a base measure in, for products with it that stay where the losses are.
+    """A power of two to divide a measure by, for products with it that stay where the losses are.
 
     Args:
         largest: The largest of its numbers, finite.

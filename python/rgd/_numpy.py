@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from rgd import _rgd
-from rgd._arrays import Source, SupportsDLPack, available_cores, read, read_groups, read_mask, read_mass
+from rgd._arrays import Source, SupportsDLPack, available_cores, read, read_groups, read_mask, read_measure
 from rgd.stats import WeightStats, WeightSums, clip_of, group_stats, stats_from_sums, worst_tenth
 from rgd.weightings import Batch, Weighting
-from rgd.weightings._base import kernel_of, map_state, require_state, resolve_weighting, weigh
+from rgd.weightings._call import kernel_of, map_state, require_state, resolve_weighting, weigh
 
 _Array = TypeVar("_Array", bound=SupportsDLPack)
-_Base = npt.NDArray[np.float64] | None
+_Measure = npt.NDArray[np.float64] | None
 
 
 @overload
@@ -24,6 +24,7 @@ def sample_weights(
     weighting: Weighting | None = None,
     *,
     tau: float | None = None,
+    scale: float | None = None,
     where: Any = None,
     sample_weight: Any = None,
     groups: Any = None,
@@ -34,6 +35,7 @@ def sample_weights(
     weighting: Weighting | None = None,
     *,
     tau: float | None = None,
+    scale: float | None = None,
     where: Any = None,
     sample_weight: Any = None,
     groups: Any = None,
@@ -44,6 +46,7 @@ def sample_weights(
     weighting: Weighting | None = None,
     *,
     tau: float | None = None,
+    scale: float | None = None,
     where: Any = None,
     sample_weight: Any = None,
     groups: Any = None,
@@ -54,6 +57,7 @@ def sample_weights(
     weighting: Weighting | None = None,
     *,
     tau: float | None = None,
+    scale: float | None = None,
     where: Any = None,
     sample_weight: Any = None,
     groups: Any = None,
@@ -64,6 +68,7 @@ def sample_weights(
     weighting: Weighting | None = None,
     *,
     tau: float | None = None,
+    scale: float | None = None,
     where: Any = None,
     sample_weight: Any = None,
     groups: Any = None,
@@ -78,12 +83,13 @@ def sample_weights(
         losses: One loss a sample: float64, float32, float16 or bfloat16, of any shape but (), any strides. A
             NumPy array, a torch tensor or JAX array on the CPU, or any other CPU array (or capsule) that
             speaks DLPack.
-        weighting: Turns losses into weights; `KL(tau=1.0)` if neither this nor `tau` is given. One that
-            depends on the batch takes all the elements together.
-        tau: Short for `weighting=KL(tau=tau)`.
+        weighting: Turns losses into weights; `KL(tau=1.0)` if neither this nor `tau` nor `scale` is given.
+            One that depends on the batch takes all the elements together.
+        tau: Short for `weighting=KL(tau)`.
+        scale: Short for `weighting=KL(scale=scale)`; with `tau`, for `KL(tau, scale=scale)`.
         where: Mask, bool, of the losses' shape. A loss where it is False has weight 0 and takes no part in
             the weights of the others, whatever it is.
-        sample_weight: The base measure `p`, numbers >= 0: of the losses' shape, or (N,) for the leading axis.
+        sample_weight: The measure `p`, numbers >= 0: of the losses' shape, or (N,) for the leading axis.
             Weightings that depend on the batch heed it: an integer `p` counts as that many equal samples, 0
             as masked out.
         groups: The group of each sample, integers of the losses' shape or (N,), for `GroupDRO`.
@@ -98,8 +104,8 @@ def sample_weights(
         TypeError: If `losses` is no array of floating numbers, or another argument is of the wrong type.
         ValueError: If `losses` is a scalar (already reduced), on another device than the CPU, requires grad,
             or is a capsule already consumed; if a shape does not fit; if `sample_weight` holds a number that
-            is negative or not finite; if `tau` is not positive; if both `tau` and `weighting` are given; if
-            the weighting remembers and `state` is missing.
+            is negative or not finite; if `tau` is not positive, or `scale` not finite; if `tau` or `scale` is
+            given beside `weighting`; if the weighting remembers and `state` is missing.
 
     Example:
         >>> import numpy as np, rgd
@@ -107,15 +113,17 @@ def sample_weights(
         array([1.    , 1.6487, 1.6487])
         >>> rgd.sample_weights(np.array([0.0, 1.0, 5.0]), rgd.KL(tau=1.0, normalize=True)).round(4)
         array([0.6981, 1.151 , 1.151 ])
+        >>> rgd.sample_weights(np.array([0.0, 1.0, 5.0]), scale=-0.7).round(4)
+        array([1.    , 0.4966, 0.0302])
 
     References:
         Kumar et al., arXiv 2306.09222, Algorithm 1; Proposition 3.1 and section 3 for the other KL members.
     """
-    weighting = resolve_weighting(weighting, tau)
+    weighting = resolve_weighting(weighting, tau, scale)
     require_state(weighting, state)
     source = read("losses", losses)
-    base = _base(source, where, sample_weight)
-    weights, new = _weights(source, weighting, base, read_groups(groups, source.shape), state)
+    measure = _measure_of(source, where, sample_weight)
+    weights, new = _weights(source, weighting, measure, read_groups(groups, source.shape), state)
     return source.restore(weights) if state is None else (source.restore(weights), new)
 
 
@@ -124,6 +132,7 @@ def reweighted_mean(
     weighting: Weighting | None = None,
     *,
     tau: float | None = None,
+    scale: float | None = None,
     where: Any = None,
     sample_weight: Any = None,
     groups: Any = None,
@@ -133,8 +142,9 @@ def reweighted_mean(
 
     Args:
         losses: One loss a sample, as for `sample_weights`.
-        weighting: Turns losses into weights; `KL(tau=1.0)` if neither this nor `tau` is given.
-        tau: Short for `weighting=KL(tau=tau)`.
+        weighting: As for `sample_weights`.
+        tau: As for `sample_weights`.
+        scale: As for `sample_weights`.
         where: As for `sample_weights`.
         sample_weight: As for `sample_weights`.
         groups: As for `sample_weights`.
@@ -160,15 +170,15 @@ def reweighted_mean(
     References:
         Kumar et al., arXiv 2306.09222, Algorithm 1.
     """
-    weighting = resolve_weighting(weighting, tau)
+    weighting = resolve_weighting(weighting, tau, scale)
     require_state(weighting, state)
     source = read("losses", losses)
-    base = _base(source, where, sample_weight)
-    weights, new = _weights(source, weighting, base, read_groups(groups, source.shape), state)
-    mass = math.prod(source.shape) if base is None else float(np.sum(base))
+    measure = _measure_of(source, where, sample_weight)
+    weights, new = _weights(source, weighting, measure, read_groups(groups, source.shape), state)
+    count = math.prod(source.shape) if measure is None else float(np.sum(measure))
     objective = math.nan
-    if mass:
-        objective = _rgd.weighted_sum(source.values, weights, base, available_cores()) / mass
+    if count:
+        objective = _rgd.weighted_sum(source.values, weights, measure, available_cores()) / count
     return objective if state is None else (objective, new)
 
 
@@ -189,7 +199,7 @@ def weight_stats(
         weighting: What the weights came from, which tells the share of clipped losses; None if it is not
             known.
         where: Mask, as for `sample_weights`: which samples are counted.
-        sample_weight: The base measure, as for `sample_weights`.
+        sample_weight: The measure, as for `sample_weights`.
         groups: The group of each sample, integers >= 0 of the losses' shape or (N,): adds the statistics of
             each group.
 
@@ -217,36 +227,36 @@ def weight_stats(
             f"weights must have the shape of losses, {loss_source.shape}, got {weight_source.shape}: "
             "pass the losses that the weights were made from"
         )
-    base = _base(loss_source, where, sample_weight)
+    measure = _measure_of(loss_source, where, sample_weight)
     sums = _rgd.weight_sums(
-        loss_source.values, weight_source.values, base, clip_of(weighting), available_cores()
+        loss_source.values, weight_source.values, measure, clip_of(weighting), available_cores()
     )
     members = read_groups(groups, loss_source.shape)
     by_group = None
     if members is not None:
-        by_group = group_stats(_wide(loss_source), _wide(weight_source), base, members)
-    tail = worst_tenth(_wide(loss_source), base)
+        by_group = group_stats(_wide(loss_source), _wide(weight_source), measure, members)
+    tail = worst_tenth(_wide(loss_source), measure)
     return stats_from_sums(WeightSums(*sums), weighting, worst_tenth=tail, groups=by_group)
 
 
-def _base(source: Source, where: Any, sample_weight: Any) -> _Base:
-    """The base measure, 0 where `where` is False; None where both are left out."""
+def _measure_of(source: Source, where: Any, sample_weight: Any) -> _Measure:
+    """The measure, 0 where `where` is False; None where both are left out."""
     mask = read_mask(where, source.shape)
-    mass = read_mass(sample_weight, source.shape)
+    numbers = read_measure(sample_weight, source.shape)
     if mask is None:
-        return mass
-    return mask.astype(np.float64) if mass is None else np.where(mask, mass, 0.0)
+        return numbers
+    return mask.astype(np.float64) if numbers is None else np.where(mask, numbers, 0.0)
 
 
 def _weights(
-    source: Source, weighting: Weighting, base: _Base, groups: Any, state: Any
+    source: Source, weighting: Weighting, measure: _Measure, groups: Any, state: Any
 ) -> tuple[npt.NDArray[Any], Any]:
     weights = np.empty(source.shape, source.dtype)
     kernel = kernel_of(weighting)
-    if kernel is not None and (base is None or weighting.pointwise):
+    if kernel is not None and (measure is None or weighting.pointwise):
         _rgd.sample_weights(source.values, weights, *kernel, available_cores())
-        if base is not None:
-            weights[base == 0] = 0
+        if measure is not None:
+            weights[measure == 0] = 0
         return weights, state
     if state is not None:
         state = map_state(np.asarray, state)
@@ -255,7 +265,7 @@ def _weights(
 
         batch = Batch(
             _wide(source).ravel(),
-            None if base is None else base.ravel(),
+            None if measure is None else measure.ravel(),
             None if groups is None else groups.ravel(),
             xp=xp,
             concrete=True,

@@ -42,7 +42,8 @@ import rgd
 from rgd import _rgd
 from rgd._arrays import available_cores, read_groups, refuse_masked
 from rgd.weightings import Weighting
-from rgd.weightings._base import Kernel, kernel_of, resolve_weighting
+from rgd.weightings._base import Kernel
+from rgd.weightings._call import kernel_of, resolve_weighting
 
 __all__ = ["Metric", "Objective", "logistic", "metric", "softmax", "squared_error"]
 

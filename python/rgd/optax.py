@@ -27,7 +27,7 @@ from jax.typing import ArrayLike
 
 from rgd.jax._batch import AxisName, Losses, as_losses, psum, weights_of
 from rgd.weightings import Weighting
-from rgd.weightings._base import map_state, resolve_weighting
+from rgd.weightings._call import map_state, resolve_weighting
 
 __all__ = ["RGDState", "ReweightState", "reweight", "rgd"]
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import rgd
 from rgd._arrays import refuse_masked
 from rgd.weightings import Weighting
-from rgd.weightings._base import resolve_weighting
+from rgd.weightings._call import resolve_weighting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

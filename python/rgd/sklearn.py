@@ -32,7 +32,7 @@ from sklearn.utils import metaestimators, multiclass, validation  # pyright: ign
 import rgd
 from rgd._arrays import refuse_masked
 from rgd.weightings import Weighting
-from rgd.weightings._base import resolve_weighting
+from rgd.weightings._call import resolve_weighting
 
 __all__ = ["Reweighted"]
 

@@ -52,6 +52,20 @@ def test_without_settings_tau_is_one():
     assert_same_bits(rgd.sample_weights(losses, tau=0.3), rgd.sample_weights(losses, rgd.KL(tau=0.3)))
 
 
+@pytest.mark.parametrize(
+    ("short", "weighting"),
+    [
+        ({"scale": -0.7}, rgd.KL(scale=-0.7)),
+        ({"scale": 0.7}, rgd.KL(tau=1.0, scale=0.7)),
+        ({"tau": 2.0, "scale": -0.7}, rgd.KL(2.0, scale=-0.7)),
+    ],
+)
+def test_tau_and_scale_are_short_for_a_kl_weighting(short, weighting):
+    losses = np.linspace(0, 9, 50)
+    assert_same_bits(rgd.sample_weights(losses, **short), rgd.sample_weights(losses, weighting))
+    assert rgd.reweighted_mean(losses, **short) == rgd.reweighted_mean(losses, weighting)
+
+
 @pytest.mark.parametrize("weighting", WITH_KERNEL, ids=str)
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)

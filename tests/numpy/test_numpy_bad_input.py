@@ -204,9 +204,10 @@ def test_a_capsule_of_something_else_is_refused(function):
 
 
 @pytest.mark.parametrize("function", [rgd.sample_weights, rgd.reweighted_mean])
-def test_both_tau_and_weighting_are_refused(function):
-    with pytest.raises(ValueError, match="tau or weighting, not both"):
-        function(LOSSES, rgd.KL(), tau=1.0)
+@pytest.mark.parametrize("name", ["tau", "scale"])
+def test_weighting_beside_its_short_form_is_refused(function, name):
+    with pytest.raises(ValueError, match=f"{name} or weighting, not both"):
+        function(LOSSES, rgd.KL(), **{name: 1.0})
 
 
 @pytest.mark.parametrize("function", [rgd.sample_weights, rgd.reweighted_mean])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import rgd
 from rgd import _rgd
-from rgd.weightings._base import kernel_of
+from rgd.weightings._call import kernel_of
 
 DTYPES = [np.float64, np.float32, np.float16]
 FUNCTIONS = {

@@ -59,7 +59,7 @@ def test_a_forked_child_computes_after_its_parent_has_used_the_pool():
         import multiprocessing, warnings
         import numpy as np
         from rgd import KL, KLBall, _rgd
-        from rgd.weightings._base import kernel_of
+        from rgd.weightings._call import kernel_of
 
         losses = np.random.default_rng(0).exponential(size=1 << 20)
 

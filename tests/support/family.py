@@ -62,9 +62,9 @@ def front(losses, weighting, **options):
 def formula(losses, weighting, *, where=None, sample_weight=None):
     """The member's own formula, also where the front has a kernel for it."""
     losses = np.asarray(losses, dtype=np.float64)
-    base = np.ones(losses.shape) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
-    base = base if where is None else np.where(where, base, 0.0)
-    batch = rgd.Batch(losses, None if where is None and sample_weight is None else base)
+    measure = np.ones(losses.shape) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+    measure = measure if where is None else np.where(where, measure, 0.0)
+    batch = rgd.Batch(losses, None if where is None and sample_weight is None else measure)
     with np.errstate(all="ignore"):
         return batch.only(weighting.weights(batch))
 

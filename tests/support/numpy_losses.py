@@ -5,7 +5,7 @@ import math
 import numpy as np
 import rgd
 from rgd import _rgd
-from rgd.weightings._base import kernel_of
+from rgd.weightings._call import kernel_of
 
 DTYPES = [np.float64, np.float32, np.float16]
 POINTWISE = [rgd.KL(1.0), rgd.KL(1 / 9), rgd.KL(7.0), rgd.KL(math.inf, scale=1.0)]

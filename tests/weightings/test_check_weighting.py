@@ -461,7 +461,7 @@ class Cumulative(rgd.Weighting):
 
     def weights(self, batch):
         xp = batch.xp
-        mass = xp.cumulative_sum(xp.take(batch.base, xp.argsort(batch.losses), axis=0))
+        mass = xp.cumulative_sum(xp.take(batch.measure, xp.argsort(batch.losses), axis=0))
         return 1 + self.power * batch.losses + 0 * mass
 
 

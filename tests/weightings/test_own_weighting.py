@@ -325,10 +325,41 @@ class ByGroup(rgd.Weighting):
     pointwise = True
 
     def weights(self, batch):
-        return batch.xp.where(batch.groups == 1, self.boost, 1.0) * (1 + batch.losses) / batch.base
+        return batch.xp.where(batch.groups == 1, self.boost, 1.0) * (1 + batch.losses) / batch.measure
 
 
-def test_a_pointwise_weighting_sees_groups_and_base_in_every_front():
+@dataclasses.dataclass(frozen=True)
+class ByOldName(rgd.Weighting):
+    def weights(self, batch):
+        return 1.0 / batch.base
+
+
+def test_the_old_name_of_the_measure_works_with_a_warning_that_names_the_new_one():
+    p = np.array([1.0, 2.0, 4.0])
+    with pytest.warns(DeprecationWarning, match="base of rgd.Batch is now called measure") as caught:
+        weights = rgd.sample_weights(np.ones(3), ByOldName(), sample_weight=p)
+    np.testing.assert_array_equal(weights, 1 / p)
+    assert caught[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match="now called measure") as caught:
+        batch = rgd.Batch(np.ones(3), base=p)
+    assert caught[0].filename == __file__
+    np.testing.assert_array_equal(batch.measure, p)
+    with pytest.raises(TypeError, match="give measure alone"):
+        rgd.Batch(np.ones(3), p, base=p)
+
+
+def test_a_formula_by_the_old_name_compiles_and_traces():
+    p = torch.tensor([1.0, 2.0, 4.0])
+    compiled = torch.compile(sample_weights, fullgraph=True)
+    with pytest.warns(DeprecationWarning, match="now called measure"):
+        traced = jax.jit(lambda p: rgd.jax.sample_weights(np.ones(3), ByOldName(), sample_weight=p))(
+            p.numpy()
+        )
+    np.testing.assert_array_equal(traced, 1 / p)
+    assert compiled(torch.ones(3), ByOldName(), sample_weight=p).tolist() == (1 / p).tolist()
+
+
+def test_a_pointwise_weighting_sees_groups_and_the_measure_in_every_front():
     losses, groups, p = np.ones(3), np.array([0, 1, 1]), np.array([1.0, 2, 4])
     expected = [2.0, 2.0, 1.0]
     np.testing.assert_array_equal(

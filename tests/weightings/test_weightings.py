@@ -24,7 +24,9 @@ from rgd import (
     Trimmed,
     Weighting,
 )
-from rgd.weightings._base import kernel_of, map_numbers, numbers_of, observe_subclasses, resolve_weighting
+from rgd.weightings._base import observe_subclasses
+from rgd.weightings._call import kernel_of, resolve_weighting
+from rgd.weightings._fields import map_numbers, numbers_of
 
 MEMBERS = [
     ERM(),
@@ -242,6 +244,12 @@ def test_tau_is_short_for_a_kl_weighting():
     assert resolve_weighting(None, 0.2) == KL(tau=0.2)
 
 
+def test_scale_is_short_for_a_kl_weighting_and_chooses_the_clip_where_no_tau_is_given():
+    assert resolve_weighting(None, scale=-0.7) == KL(math.inf, scale=-0.7)
+    assert resolve_weighting(None, scale=0.7) == KL(1.0, scale=0.7)
+    assert resolve_weighting(None, 3.0, -0.7) == KL(3.0, scale=-0.7)
+
+
 @pytest.mark.parametrize("weighting", MEMBERS, ids=str)
 def test_a_given_weighting_is_used_as_it_is(weighting):
     assert resolve_weighting(weighting) is weighting
@@ -252,6 +260,11 @@ def test_both_tau_and_weighting_are_refused_even_where_they_agree():
         resolve_weighting(KL(1.0), 1.0)
 
 
+def test_both_scale_and_weighting_are_refused_even_where_they_agree():
+    with pytest.raises(ValueError, match=r"scale or weighting, not both: .*rgd\.KL\(scale=x\)"):
+        resolve_weighting(KL(scale=-0.7), scale=-0.7)
+
+
 @pytest.mark.parametrize("weighting", [0.5, "kl", KL, object(), Weighting])
 def test_a_weighting_of_another_type_is_refused(weighting):
     with pytest.raises(
@@ -260,9 +273,10 @@ def test_a_weighting_of_another_type_is_refused(weighting):
         resolve_weighting(weighting)
 
 
-def test_a_bare_number_as_weighting_is_told_of_tau():
-    with pytest.raises(TypeError, match=r"did you mean tau=0\.5"):
-        resolve_weighting(0.5)
+@pytest.mark.parametrize(("number", "name"), [(0.5, "tau"), (-0.5, "scale"), (0, "scale")])
+def test_a_bare_number_as_weighting_is_told_of_the_setting_it_may_be(number, name):
+    with pytest.raises(TypeError, match=f"did you mean {name}={number}"):
+        resolve_weighting(number)
 
 
 def test_a_class_in_place_of_a_weighting_is_told_to_call_it():

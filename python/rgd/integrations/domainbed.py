@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from rgd.torch.loss import RGDLoss
 from rgd.weightings import Weighting
-from rgd.weightings._base import resolve_weighting
+from rgd.weightings._call import resolve_weighting
 
 
 class _Reweighted(nn.Module):

@@ -24,7 +24,8 @@ from jax.typing import ArrayLike
 
 from rgd._arrays import refuse_masked, unit_of
 from rgd.weightings import Batch, Weighting
-from rgd.weightings._base import holds_everywhere, map_numbers, map_state, require_state, weigh
+from rgd.weightings._call import map_state, require_state, weigh
+from rgd.weightings._fields import holds_everywhere, map_numbers
 
 Axis: TypeAlias = int | Sequence[int] | None
 AxisName: TypeAlias = str | Sequence[str] | None

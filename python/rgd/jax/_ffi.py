@@ -22,7 +22,9 @@ from rgd import _rgd
 from rgd.jax._batch import Losses, as_constants, mapped_axes, pointwise_weights, weighted
 from rgd.jax._rows import IGNORED, adjusted, index_losses
 from rgd.weightings import Weighting
-from rgd.weightings._base import Kernel, holds_everywhere, kernel_of
+from rgd.weightings._base import Kernel
+from rgd.weightings._call import kernel_of
+from rgd.weightings._fields import holds_everywhere
 
 TARGET = "rgd_cross_entropy"
 

@@ -18,7 +18,8 @@ import jax
 
 from rgd.stats import GroupStats, WeightStats
 from rgd.weightings import Weighting
-from rgd.weightings._base import fields, numbers_of, observe_subclasses, refuse_more_than_fields
+from rgd.weightings._base import observe_subclasses
+from rgd.weightings._fields import fields, numbers_of, refuse_more_than_fields
 
 Structure = tuple[tuple[str, ...], tuple[tuple[str, Any], ...]] | Weighting
 """Names of the children, and the other fields with their values; of no dataclass, the weighting itself."""

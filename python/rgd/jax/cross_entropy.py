@@ -52,7 +52,7 @@ from rgd.jax._targets import (
     target_weights,
 )
 from rgd.weightings import Weighting
-from rgd.weightings._base import kernel_of, require_state, resolve_weighting
+from rgd.weightings._call import kernel_of, require_state, resolve_weighting
 
 
 @overload

@@ -40,7 +40,7 @@ from rgd.jax._batch import (
 )
 from rgd.stats import MOST_GROUPS, GroupStats, WeightStats
 from rgd.weightings import Weighting
-from rgd.weightings._base import resolve_weighting
+from rgd.weightings._call import resolve_weighting
 
 
 @overload

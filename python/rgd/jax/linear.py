@@ -60,7 +60,8 @@ from rgd.jax._targets import (
     target_weights,
 )
 from rgd.weightings import Weighting
-from rgd.weightings._base import holds_everywhere, kernel_of, require_state, resolve_weighting
+from rgd.weightings._call import kernel_of, require_state, resolve_weighting
+from rgd.weightings._fields import holds_everywhere
 
 CHUNK_BYTES = 32 << 20
 

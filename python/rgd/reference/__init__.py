@@ -1,7 +1,7 @@
 """The equations of the weightings as written, in float64 NumPy: the oracle of the tests.
 
 Nothing here is quick, and nothing is shared with `rgd.weightings` but its classes, as keys: each equation is
-one function, to be read beside its paper and checked by eye. With losses `l`, base measure `p` (ones, or
+one function, to be read beside its paper and checked by eye. With losses `l`, measure `p` (ones, or
 `sample_weight`), `total` for a sum over the samples that take part and `mean(x) = total(p * x) / total(p)`,
 the pointwise weights are
 
@@ -18,9 +18,9 @@ and those that depend on the batch, most of them the solution of a worst case, a
     w = maximum(l - eta, 0) / gamma              # ChiSquare: eta makes mean(w) one
     v = maximum(l - eta, 0)                      # ChiSquareBall: eta makes mean((w - 1) ** 2) / 2 the radius
     w = v / mean(v)
-    w = share / alpha                            # CVaR: share of a sample in the worst alpha of the mass
+    w = share / alpha                            # CVaR: share of a sample in the worst alpha of the measure
     w = minimum(1 / alpha, exp((l - eta) / nu))  # CVaR with smoothing nu: eta makes mean(w) one
-    w = kept * inner(l, p * kept)                # Trimmed: kept is 0 in the worst share of the mass, else 1
+    w = kept * inner(l, p * kept)                # Trimmed: kept is 0 in the worst share, else 1
     u = decay * u + (1 - decay) * mean(inner(l)) # MovingAverage
     w = inner(l) / u
     q = q * exp(step_size * mean_losses)         # GroupDRO, the mean loss of each group

@@ -13,8 +13,8 @@ from rgd.reference._equations import (
     Mask,
     State,
     array_of,
-    base_of,
     mask_of,
+    measure_of,
     one_a_sample,
     product,
     sample_weights,
@@ -90,7 +90,7 @@ def cross_entropy(
 ) -> Any:
     """The re-weighted cross-entropy, reduced as `torch.nn.CrossEntropyLoss` reduces.
 
-    With `l` from `cross_entropy_losses`, `w` its weights, `p` the base measure and `c[y]` the class weight of
+    With `l` from `cross_entropy_losses`, `w` its weights, `p` the measure and `c[y]` the class weight of
     each target (1 for class probabilities), the value is
 
         p * w * l                              # reduction="none"
@@ -114,7 +114,7 @@ def cross_entropy(
             has weight 0.
         logit_adjustment: Numbers (C,) that are added to the logits; None for zeros.
         where: Booleans that broadcast to the losses' shape. A target where it is False is as one ignored.
-        sample_weight: The base measure `p`, finite numbers >= 0, one a sample of the leading dimension or,
+        sample_weight: The measure `p`, finite numbers >= 0, one a sample of the leading dimension or,
             with `per="element"`, one a target. A target where it is 0 is as one ignored.
         groups: The group of each sample or target, integers shaped as `sample_weight`.
         state: State of a weighting that remembers.
@@ -141,12 +141,12 @@ def cross_entropy(
         Kumar et al., Algorithm 1 and section 3.
     """
     problem = _problem(logits, target, weight, ignore_index, label_smoothing, logit_adjustment, where)
-    weights, base, after = _target_weights(
+    weights, measure, after = _target_weights(
         problem, weighting, per, sample_weight=sample_weight, groups=groups, state=state
     )
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        value = np.where(base > 0, base * product(weights, problem.losses, problem.losses), 0.0)
-        denominator = _denominator(problem, base, reduction)
+        value = np.where(measure > 0, measure * product(weights, problem.losses, problem.losses), 0.0)
+        denominator = _denominator(problem, measure, reduction)
         if reduction != "none":
             value = np.sum(value) / denominator
     return value if state is None else (value, after)
@@ -175,7 +175,7 @@ def cross_entropy_grad(
         dl/dz_k = (1 - e) * c_y * (p_k - [k = y]) + (e / C) * (p_k * sum_j c_j - c_k)
 
     with `p = softmax(logits)`, and class probabilities `t`, smoothed to `t'_k = (1 - e) * t_k + e / C`, give
-    it `dl/dz_k = p_k * sum_j c_j * t'_j - c_k * t'_k`; both times the target's weight and base measure and,
+    it `dl/dz_k = p_k * sum_j c_j * t'_j - c_k * t'_k`; both times the target's weight and measure and,
     for "mean", over its denominator.
 
     Args:
@@ -189,7 +189,7 @@ def cross_entropy_grad(
         per: "element" or "sample", as in `cross_entropy`.
         logit_adjustment: As in `cross_entropy`, and so are the next four.
         where: Which targets take part.
-        sample_weight: The base measure.
+        sample_weight: The measure.
         groups: The group of each sample or target.
         state: State of a weighting that remembers.
 
@@ -209,12 +209,12 @@ def cross_entropy_grad(
         Kumar et al., Algorithm 1: the step `sum_i w_i * grad l_i / n`.
     """
     problem = _problem(logits, target, weight, ignore_index, label_smoothing, logit_adjustment, where)
-    weights, base, after = _target_weights(
+    weights, measure, after = _target_weights(
         problem, weighting, per, sample_weight=sample_weight, groups=groups, state=state
     )
-    denominator = _denominator(problem, base, reduction)
+    denominator = _denominator(problem, measure, reduction)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        w, p, loss = (np.expand_dims(x, problem.class_axis) for x in (weights, base, problem.losses))
+        w, p, loss = (np.expand_dims(x, problem.class_axis) for x in (weights, measure, problem.losses))
         gradient = p * product(w, problem.gradients, loss) / denominator
         gradient = np.where(p > 0, gradient, 0.0 * problem.gradients)
     return gradient if state is None else (gradient, after)
@@ -345,7 +345,7 @@ def _target_weights(
     groups: npt.ArrayLike | None,
     state: State,
 ) -> tuple[Array, Array, State]:
-    """The weight and the base measure of each target, 0 for one that takes no part, and the state after."""
+    """The weight and the measure of each target, 0 for one that takes no part, and the state after."""
     losses, counted = problem.losses, problem.counted
     if per == "element":
         shape, means, part = losses.shape, losses, counted
@@ -356,20 +356,22 @@ def _target_weights(
         means, part = np.sum(losses, axis=axes) / np.maximum(number, 1), number > 0
     else:
         raise ValueError(f"per must be 'element' or 'sample', got {per!r}")
-    part, base = base_of(shape, part, sample_weight)
+    part, measure = measure_of(shape, part, sample_weight)
     group = None if groups is None else np.ravel(one_a_sample("groups", array_of("groups", groups), shape))
     result = sample_weights(
-        np.ravel(means), weighting, np.ravel(part), sample_weight=np.ravel(base), groups=group, state=state
+        np.ravel(means), weighting, np.ravel(part), sample_weight=np.ravel(measure), groups=group, state=state
     )
     weights, after = (result, None) if state is None else result
-    weights, base = (one_a_sample("weights", np.reshape(x, shape), losses.shape) for x in (weights, base))
-    return np.where(counted, weights, 0.0), np.where(counted, base, 0.0), after
+    weights, measure = (
+        one_a_sample("weights", np.reshape(x, shape), losses.shape) for x in (weights, measure)
+    )
+    return np.where(counted, weights, 0.0), np.where(counted, measure, 0.0), after
 
 
-def _denominator(problem: _Problem, base: Array, reduction: Reduction) -> float:
-    """What a reduction divides by, for a base measure that is 0 where a target takes no part."""
+def _denominator(problem: _Problem, measure: Array, reduction: Reduction) -> float:
+    """What a reduction divides by, for a measure that is 0 where a target takes no part."""
     if reduction == "mean":
-        return float(np.sum(base * problem.class_weights)) or math.nan
+        return float(np.sum(measure * problem.class_weights)) or math.nan
     if reduction not in ("none", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     return 1.0

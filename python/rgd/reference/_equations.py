@@ -38,18 +38,18 @@ class Batch(NamedTuple):
     """The samples that take part, one entry each; never empty."""
 
     losses: Array
-    base: Array
-    """The base measure `p`, positive."""
+    measure: Array
+    """The measure `p`, positive."""
     groups: Integers | None
 
     @property
-    def mass(self) -> float:
+    def total(self) -> float:
         """`total(p)`, the number of samples where `p` is one."""
-        return float(np.sum(self.base))
+        return float(np.sum(self.measure))
 
     def mean(self, values: Array | Mask) -> float:
         """`total(p * values) / total(p)`."""
-        return float(np.sum(self.base * values)) / self.mass
+        return float(np.sum(self.measure * values)) / self.total
 
 
 def sample_weights(
@@ -73,7 +73,7 @@ def sample_weights(
         weighting: Turns losses into weights.
         where: Booleans that broadcast to the losses' shape. A loss where it is False has weight 0 and takes
             no part in the others' weights.
-        sample_weight: The base measure `p`, finite numbers >= 0 of the losses' shape or one a sample of the
+        sample_weight: The measure `p`, finite numbers >= 0 of the losses' shape or one a sample of the
             leading dimension; None for ones. A loss where it is 0 is as one where `where` is False.
         groups: The group of each loss, integers shaped as `sample_weight`.
         state: State of a weighting that remembers.
@@ -101,11 +101,11 @@ def sample_weights(
         raise ValueError(
             f"{weighting} needs its state: give state=weighting.init(), then what the call before returned"
         )
-    part, base = base_of(losses.shape, where, sample_weight)
+    part, measure = measure_of(losses.shape, where, sample_weight)
     group = None if groups is None else one_a_sample("groups", array_of("groups", groups), losses.shape)
     weights = np.zeros(losses.shape)
     if np.any(part):
-        batch = Batch(losses[part], base[part], None if group is None else group[part])
+        batch = Batch(losses[part], measure[part], None if group is None else group[part])
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             weights[part], after = step(weighting, batch, state)
         state = after if np.all(np.isfinite(batch.losses)) else state
@@ -127,7 +127,7 @@ def reweighted_mean(
         losses: Losses, any shape but (), any real dtype; computed with in float64.
         weighting: Turns losses into weights.
         where: Booleans that broadcast to the losses' shape: which losses take part.
-        sample_weight: The base measure `p`, as in `sample_weights`.
+        sample_weight: The measure `p`, as in `sample_weights`.
         groups: The group of each loss, as in `sample_weights`.
         state: State of a weighting that remembers.
 
@@ -148,14 +148,14 @@ def reweighted_mean(
     losses = per_sample("losses", losses)
     result = sample_weights(losses, weighting, where, sample_weight=sample_weight, groups=groups, state=state)
     weights, after = (result, None) if state is None else result
-    part, base = base_of(losses.shape, where, sample_weight)
+    part, measure = measure_of(losses.shape, where, sample_weight)
     with np.errstate(invalid="ignore", over="ignore"):
-        total = float(np.sum(base[part] * product(weights, losses, losses)[part]))
-    mean = quotient(total, float(np.sum(base[part])))
+        total = float(np.sum(measure[part] * product(weights, losses, losses)[part]))
+    mean = quotient(total, float(np.sum(measure[part])))
     return mean if state is None else (mean, after)
 
 
-# The equation of each member, for a batch in which everything takes part and has mass.
+# The equation of each member, for a batch in which everything takes part and has a measure above 0.
 
 
 @functools.singledispatch
@@ -358,7 +358,7 @@ def _chi_square(weighting: ChiSquare, batch: Batch) -> Array:
 def _chi_square_ball(weighting: ChiSquareBall, batch: Batch) -> Array:
     """`w = max(l - eta, 0) / mean(max(l - eta, 0))` with `mean((w - 1) ** 2) / 2` the radius.
 
-    Where the losses above `eta` are known, with `share` of the mass, mean `m` and variance `v`, the square
+    Where the losses above `eta` are known, with `share` of the measure, mean `m` and variance `v`, the square
     `mean(w ** 2)` is `(1 + v / (m - eta) ** 2) / share`, which is solved for `m - eta`.
     """
     losses, radius = batch.losses, weighting.radius
@@ -392,7 +392,8 @@ def _chi_square_ball(weighting: ChiSquareBall, batch: Batch) -> Array:
 def _cvar(weighting: CVaR, batch: Batch) -> Array:
     """`1 / alpha` on the worst; with smoothing `w = min(1 / alpha, exp((l - eta) / nu))` with `mean(w) = 1`.
 
-    Where the capped losses are known, the rest share what is left of the mass in proportion to `exp(l / nu)`.
+    Where the capped losses are known, the rest share what is left of the measure in proportion to
+    `exp(l / nu)`.
     """
     losses, alpha, smoothing = batch.losses, weighting.alpha, weighting.smoothing
     if np.any(np.isnan(losses)):
@@ -434,7 +435,7 @@ def _trimmed(weighting: Trimmed, batch: Batch, state: State) -> tuple[Array, Sta
     kept = 1 - _share_of_worst(batch, weighting.fraction)
     part = kept > 0
     groups = None if batch.groups is None else batch.groups[part]
-    rest = Batch(batch.losses[part], (batch.base * kept)[part], groups)
+    rest = Batch(batch.losses[part], (batch.measure * kept)[part], groups)
     weights = np.zeros(batch.losses.shape)
     inner, state = step(weighting.weighting, rest, state)
     weights[part] = kept[part] * inner
@@ -474,9 +475,9 @@ def _group_dro(weighting: GroupDRO, batch: Batch, state: State) -> tuple[Array, 
         raise ValueError(
             f"groups must be in 0..{number - 1}, got {int(np.min(groups))}..{int(np.max(groups))}"
         )
-    mass = np.bincount(groups, weights=batch.base, minlength=number)
-    total = np.bincount(groups, weights=batch.base * batch.losses, minlength=number)
-    mean = np.where(mass > 0, total / mass, 0.0)
+    counts = np.bincount(groups, weights=batch.measure, minlength=number)
+    sums = np.bincount(groups, weights=batch.measure * batch.losses, minlength=number)
+    mean = np.where(counts > 0, sums / counts, 0.0)
     if weighting.step_size > 0 and np.max(mean) == math.inf:
         unnormalised = np.where(mean == math.inf, 1.0, 0.0)
     else:
@@ -484,7 +485,7 @@ def _group_dro(weighting: GroupDRO, batch: Batch, state: State) -> tuple[Array, 
         exponent = np.log(state["shares"]) + rise
         unnormalised = np.exp(_above(exponent, np.max(exponent)))
     shares = unnormalised / np.sum(unnormalised)
-    return batch.mass * shares[groups] / mass[groups], {"shares": shares}
+    return batch.total * shares[groups] / counts[groups], {"shares": shares}
 
 
 def _above(values: Array, origin: Any) -> Array:
@@ -493,10 +494,10 @@ def _above(values: Array, origin: Any) -> Array:
 
 
 def _without_lowest(batch: Batch, weighting: Weighting, kept: float) -> Array:
-    """The weights without losses of -inf, which weigh 0; the others have the share `kept` of the mass."""
+    """The weights without losses of -inf, which weigh 0; the others have the share `kept` of the measure."""
     part = batch.losses > -math.inf
     weights = np.zeros(batch.losses.shape)
-    weights[part] = equation(weighting, Batch(batch.losses[part], batch.base[part], None)) / kept
+    weights[part] = equation(weighting, Batch(batch.losses[part], batch.measure[part], None)) / kept
     return weights
 
 
@@ -526,11 +527,11 @@ def _above_root(gaps: Array, lies_below: Callable[[float], bool]) -> Mask:
 
 
 def _share_of_worst(batch: Batch, fraction: float) -> Array:
-    """How much of each sample is in the `fraction` of the mass with the largest losses, ties alike."""
+    """How much of each sample is in the `fraction` of the measure with the largest losses, ties alike."""
     levels, place = np.unique(batch.losses, return_inverse=True)
-    mass = np.bincount(place, weights=batch.base, minlength=levels.size)
-    above = np.concatenate([[0.0], np.cumsum(mass[::-1])[:-1]])[::-1]
-    return np.minimum(np.maximum((fraction * batch.mass - above) / mass, 0.0), 1.0)[place]
+    counts = np.bincount(place, weights=batch.measure, minlength=levels.size)
+    above = np.concatenate([[0.0], np.cumsum(counts[::-1])[:-1]])[::-1]
+    return np.minimum(np.maximum((fraction * batch.total - above) / counts, 0.0), 1.0)[place]
 
 
 # Cross-entropy.
@@ -559,17 +560,19 @@ def mask_of(where: npt.ArrayLike | None, shape: tuple[int, ...]) -> Mask:
     return np.broadcast_to(array_of("where", True if where is None else where, np.bool_), shape)
 
 
-def base_of(
+def measure_of(
     shape: tuple[int, ...], where: npt.ArrayLike | None, sample_weight: npt.ArrayLike | None
 ) -> tuple[Mask, Array]:
-    """Which losses take part, and their base measure, 0 for the others."""
-    base = np.ones(shape) if sample_weight is None else array_of("sample_weight", sample_weight, np.float64)
-    base = one_a_sample("sample_weight", base, shape)
-    refused = base[~((base >= 0) & (base < math.inf))]
+    """Which losses take part, and their measure, 0 for the others."""
+    measure = (
+        np.ones(shape) if sample_weight is None else array_of("sample_weight", sample_weight, np.float64)
+    )
+    measure = one_a_sample("sample_weight", measure, shape)
+    refused = measure[~((measure >= 0) & (measure < math.inf))]
     if refused.size:
         raise ValueError(f"sample_weight must hold finite numbers >= 0, got {refused[0]}")
-    base = np.where(mask_of(where, shape), base, 0.0)
-    return base > 0, base
+    measure = np.where(mask_of(where, shape), measure, 0.0)
+    return measure > 0, measure
 
 
 def one_a_sample(name: str, values: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:

@@ -11,7 +11,7 @@ from rgd.reference._equations import (
     Array,
     Integers,
     array_of,
-    base_of,
+    measure_of,
     one_a_sample,
     per_sample,
     product,
@@ -37,7 +37,7 @@ def weight_stats(
         weights: Weights `w`, of the same shape.
         weighting: What the weights came from; None leaves `clipped_share` unknown.
         where: Booleans that broadcast to the losses' shape: which samples take part.
-        sample_weight: The base measure `p`, as in `sample_weights`.
+        sample_weight: The measure `p`, as in `sample_weights`.
         groups: The group of each loss, as in `sample_weights`; None for no statistics of groups.
 
     Returns:
@@ -54,55 +54,57 @@ def weight_stats(
     losses, weights = per_sample("losses", losses), array_of("weights", weights, np.float64)
     if losses.shape != weights.shape:
         raise ValueError(f"weights must have the shape of losses, {losses.shape}, got {weights.shape}")
-    part, base = base_of(losses.shape, where, sample_weight)
+    part, measure = measure_of(losses.shape, where, sample_weight)
     group = None if groups is None else one_a_sample("groups", array_of("groups", groups), losses.shape)
-    losses, w, p = losses[part], weights[part], base[part]
-    count, mass = losses.size, float(np.sum(p))
+    losses, w, p = losses[part], weights[part], measure[part]
+    count, total = losses.size, float(np.sum(p))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         weight = float(np.sum(p * w))
         q = p * w / weight
-        logarithm = np.log(np.where(q == 0, 1.0, q * mass / p))
+        logarithm = np.log(np.where(q == 0, 1.0, q * total / p))
         clipped = None if weighting is None else 0.0
         if weighting is not None and weighting.clip < math.inf:
-            clipped = quotient(float(np.sum(p * (losses > weighting.clip))), mass)
+            clipped = quotient(float(np.sum(p * (losses > weighting.clip))), total)
         return WeightStats(
-            mean_loss=quotient(float(np.sum(p * losses)), mass),
+            mean_loss=quotient(float(np.sum(p * losses)), total),
             worst_tenth=_worst_tenth(losses, p),
-            objective=quotient(float(np.sum(p * product(w, losses, losses))), mass),
-            effective_sample_size=quotient(count * weight**2, mass * float(np.sum(p * w**2))),
+            objective=quotient(float(np.sum(p * product(w, losses, losses))), total),
+            effective_sample_size=quotient(count * weight**2, total * float(np.sum(p * w**2))),
             kl_to_uniform=float(np.sum(q * logarithm)) if count else math.nan,
             max_weight=float(np.max(w)) if count else math.nan,
             clipped_share=clipped,
             count=count,
-            mean_weight=quotient(weight, mass),
+            mean_weight=quotient(weight, total),
             groups=None if group is None else _group_stats(losses, w, p, group[part]),
         )
 
 
-def _worst_tenth(losses: Array, base: Array) -> float:
+def _worst_tenth(losses: Array, measure: Array) -> float:
     """`eta + total(p * max(0, l - eta)) / (0.1 * total(p))`, least at an `eta` that has a tenth above it.
 
     That is the mean of the worst tenth (Rockafellar and Uryasev, 2000, theorem 1).
     """
     if not losses.size or np.any(np.isnan(losses)):
         return math.nan
-    tenth = 0.1 * float(np.sum(base))
+    tenth = 0.1 * float(np.sum(measure))
     order = np.argsort(losses)
-    above = float(np.sum(base)) - np.cumsum(base[order])
+    above = float(np.sum(measure)) - np.cumsum(measure[order])
     eta = losses[order][np.argmax(above <= tenth)]
     excess = np.where(losses > eta, losses - eta, 0.0)
-    return float(eta + np.sum(base * excess) / tenth)
+    return float(eta + np.sum(measure * excess) / tenth)
 
 
-def _group_stats(losses: Array, weights: Array, base: Array, groups: Integers) -> GroupStats:
+def _group_stats(losses: Array, weights: Array, measure: Array, groups: Integers) -> GroupStats:
     """`GroupStats` of the groups up to the largest; with numbers above a million, of those that are there."""
     largest = int(np.max(groups, initial=-1))
     numbers = np.unique(groups).tolist() if largest >= MOST_GROUPS else range(largest + 1)
     members = [groups == group for group in numbers]
-    weight = float(np.sum(base * weights))
+    weight = float(np.sum(measure * weights))
     return GroupStats(
-        mean_loss=tuple(quotient(float(np.sum((base * losses)[m])), float(np.sum(base[m]))) for m in members),
-        weight_share=tuple(quotient(float(np.sum((base * weights)[m])), weight) for m in members),
+        mean_loss=tuple(
+            quotient(float(np.sum((measure * losses)[m])), float(np.sum(measure[m]))) for m in members
+        ),
+        weight_share=tuple(quotient(float(np.sum((measure * weights)[m])), weight) for m in members),
         count=tuple(int(np.count_nonzero(m)) for m in members),
         numbers=tuple(numbers) if largest >= MOST_GROUPS else None,
     )

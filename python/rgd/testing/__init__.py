@@ -14,7 +14,7 @@ from rgd.testing._formula import FORMULA_CHECKS
 from rgd.testing._fronts import FRONT_CHECKS
 from rgd.testing._subject import Subject
 from rgd.weightings import Weighting
-from rgd.weightings._base import resolve_weighting
+from rgd.weightings._call import resolve_weighting
 
 __all__ = ["check_weighting"]
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from rgd.testing._subject import SIZE, SLACK, Subject, named, same, structure
 from rgd.weightings import Batch, Weighting
-from rgd.weightings._base import check_new_state, map_state
+from rgd.weightings._call import check_new_state, map_state
 
 
 def _check_value(subject: Subject) -> None:
@@ -87,7 +87,12 @@ def _check_single_precision(subject: Subject) -> None:
     for case, expected, before, _ in subject.follow():
         if np.isfinite(case.losses[case.where]).all():
             actual = subject.weights(
-                case.situation, case.losses, where=case.where, mass=case.mass, state=before, dtype=np.float32
+                case.situation,
+                case.losses,
+                where=case.where,
+                measure=case.measure,
+                state=before,
+                dtype=np.float32,
             )
             sentence = f"gives other weights in float32 than in float64 for {case.situation}"
             subject.compare(actual, expected, sentence, losses=case.losses, dtype=np.float32)
@@ -135,10 +140,10 @@ def _check_mask(subject: Subject) -> None:
         subject.compare(masked[kept], without, f"{sentence} min and max)", losses=losses[kept])
 
 
-def _check_base_measure(subject: Subject) -> None:
+def _check_measure(subject: Subject) -> None:
     """A sample of integer `sample_weight` k is as good as k samples."""
-    copies = np.repeat(np.arange(SIZE), subject.mass)
-    weights = subject.weights("a batch with sample_weight", subject.losses, mass=subject.mass)
+    copies = np.repeat(np.arange(SIZE), subject.measure)
+    weights = subject.weights("a batch with sample_weight", subject.losses, measure=subject.measure)
     repeated = subject.weights("a batch of repeated samples", subject.losses[copies], members=copies)
     sentence = (
         "gives a sample of sample_weight k another weight than k samples (use batch.sum and batch.mean)"
@@ -147,7 +152,7 @@ def _check_base_measure(subject: Subject) -> None:
 
 
 def _check_mean_one(subject: Subject) -> None:
-    """With `mean_one`, weights average to one under every base measure."""
+    """With `mean_one`, weights average to one under every measure."""
     if not subject.weighting.mean_one:
         return
     fractions = np.random.default_rng(2).random(SIZE)
@@ -157,9 +162,9 @@ def _check_mean_one(subject: Subject) -> None:
         ("a batch of one", subject.losses[:1], np.ones(1)),
         ("a batch of equal losses", np.full(SIZE, 1.5), fractions),
     )
-    for situation, losses, mass in batches:
-        weights = subject.weights(situation, losses, mass=mass)
-        mean = float(np.sum(mass * weights) / np.sum(mass))
+    for situation, losses, measure in batches:
+        weights = subject.weights(situation, losses, measure=measure)
+        mean = float(np.sum(measure * weights) / np.sum(measure))
         if abs(mean - 1) > SLACK * losses.size * np.finfo(np.float64).eps:
             subject.fail(f"is declared mean_one, but its weights average to {mean:.16g} over {situation}")
 
@@ -227,7 +232,7 @@ FORMULA_CHECKS: tuple[Callable[[Subject], None], ...] = (
     _check_ties,
     _check_order,
     _check_mask,
-    _check_base_measure,
+    _check_measure,
     _check_mean_one,
     _check_pointwise,
     _check_clip,

@@ -11,7 +11,7 @@ import numpy as np
 
 import rgd
 from rgd.testing._subject import Case, Subject, named, pairs, structure
-from rgd.weightings._base import kernel_of, map_state
+from rgd.weightings._call import kernel_of, map_state
 
 _Call = Callable[[Case, Any], tuple[Any, Any]]
 """Maps a case and the state before it to the weights, as NumPy, and the state after it."""
@@ -37,10 +37,12 @@ def _compare_cases(subject: Subject, where: str, call: _Call, dtype: Any = np.fl
 def _compare_rows(subject: Subject, where: str, call: Callable[..., Any], dtype: Any = np.float64) -> None:
     """Two cases as the rows of one array through a vmapped function."""
     cases = subject.cases()[:2]
-    rows = [np.stack([getattr(case, name) for case in cases]) for name in ("losses", "where", "mass")]
+    rows = [np.stack([getattr(case, name) for case in cases]) for name in ("losses", "where", "measure")]
     weights = _attempt(subject, where, call, *rows)
     for row, case in zip(weights, cases, strict=True):
-        expected = subject.weights(case.situation, case.losses, where=case.where, mass=case.mass, dtype=dtype)
+        expected = subject.weights(
+            case.situation, case.losses, where=case.where, measure=case.measure, dtype=dtype
+        )
         sentence = f"gives other weights in {where} than by its formula in NumPy for {case.situation}"
         subject.compare(row, expected, sentence, losses=case.losses, dtype=dtype)
 
@@ -52,9 +54,9 @@ def _check_numpy(subject: Subject) -> None:
     weigh_with: Any = rgd.sample_weights
 
     def call(case: Case, state: Any) -> tuple[Any, Any]:
-        # The kernel serves batches without a base measure, whatever the weighting.
-        plain = bool(case.where.all()) and bool((case.mass == 1).all())
-        options: dict[str, Any] = {} if plain else {"where": case.where, "sample_weight": case.mass}
+        # The kernel serves batches without a measure, whatever the weighting.
+        plain = bool(case.where.all()) and bool((case.measure == 1).all())
+        options: dict[str, Any] = {} if plain else {"where": case.where, "sample_weight": case.measure}
         return _split(
             weigh_with(case.losses, subject.weighting, groups=case.groups, **options, **_known(state))
         )
@@ -81,13 +83,15 @@ def _check_torch(subject: Subject) -> None:
     weighting = subject.weighting
     groups = None if subject.groups is None else torch.tensor(subject.groups)
 
-    def plain(losses: Any, where: Any, mass: Any, state: Any) -> Any:
-        return sample_weights(losses, weighting, where=where, sample_weight=mass, groups=groups, state=state)
+    def plain(losses: Any, where: Any, measure: Any, state: Any) -> Any:
+        return sample_weights(
+            losses, weighting, where=where, sample_weight=measure, groups=groups, state=state
+        )
 
     def calls(function: Any, dtype: Any) -> _Call:
         def call(case: Case, state: Any) -> tuple[Any, Any]:
-            losses, mass = torch.tensor(case.losses, dtype=dtype), torch.tensor(case.mass, dtype=dtype)
-            weights, state = _split(function(losses, torch.tensor(case.where), mass, state))
+            losses, measure = torch.tensor(case.losses, dtype=dtype), torch.tensor(case.measure, dtype=dtype)
+            weights, state = _split(function(losses, torch.tensor(case.where), measure, state))
             return weights.numpy(), None if state is None else map_state(np.asarray, state)
 
         return call
@@ -111,8 +115,8 @@ def _check_torch(subject: Subject) -> None:
 
     first = _first(subject)
 
-    def row(losses: Any, where: Any, mass: Any) -> Any:
-        return plain(losses, where, mass, first)
+    def row(losses: Any, where: Any, measure: Any) -> Any:
+        return plain(losses, where, measure, first)
 
     def vmapped(*rows: Any) -> Any:
         return _split(torch.func.vmap(row)(*(torch.tensor(row) for row in rows)))[0].numpy()
@@ -130,13 +134,15 @@ def _check_jax(subject: Subject) -> None:
         enable_x64 = importlib.import_module("jax.experimental").enable_x64
     groups = None if subject.groups is None else jnp.asarray(subject.groups)
 
-    def plain(weighting: Any, losses: Any, where: Any, mass: Any, state: Any) -> Any:
-        return sample_weights(losses, weighting, where=where, sample_weight=mass, groups=groups, state=state)
+    def plain(weighting: Any, losses: Any, where: Any, measure: Any, state: Any) -> Any:
+        return sample_weights(
+            losses, weighting, where=where, sample_weight=measure, groups=groups, state=state
+        )
 
     traced = jax.jit(plain)
 
     def call(case: Case, state: Any) -> tuple[Any, Any]:
-        result = traced(subject.weighting, jnp.asarray(case.losses), case.where, case.mass, state)
+        result = traced(subject.weighting, jnp.asarray(case.losses), case.where, case.measure, state)
         weights, state = _split(result)
         return np.asarray(weights), None if state is None else map_state(np.asarray, state)
 
@@ -145,14 +151,14 @@ def _check_jax(subject: Subject) -> None:
 
     first = _first(subject)
 
-    def row(losses: Any, where: Any, mass: Any) -> Any:
-        return _split(plain(subject.weighting, losses, where, mass, first))[0]
+    def row(losses: Any, where: Any, measure: Any) -> Any:
+        return _split(plain(subject.weighting, losses, where, measure, first))[0]
 
     def rows_of(dtype: Any) -> Callable[..., Any]:
         function: Any = jax.jit(jax.vmap(row))
 
-        def rows(losses: Any, where: Any, mass: Any) -> Any:
-            return np.asarray(function(jnp.asarray(losses, dtype), where, jnp.asarray(mass, jnp.float32)))
+        def rows(losses: Any, where: Any, measure: Any) -> Any:
+            return np.asarray(function(jnp.asarray(losses, dtype), where, jnp.asarray(measure, jnp.float32)))
 
         return rows
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rgd.weightings import Batch, Weighting
-from rgd.weightings._base import map_state, weigh
+from rgd.weightings._call import map_state, weigh
 
 SIZE = 12
 
@@ -25,7 +25,7 @@ class Case(NamedTuple):
     situation: str
     losses: Floats
     where: npt.NDArray[np.bool_]
-    mass: Floats
+    measure: Floats
     groups: npt.NDArray[np.int64] | None
 
 
@@ -41,7 +41,7 @@ class Subject:
         self.losses = rng.permutation(128)[:SIZE] / 16
         self.losses[10] = 1 / 16
         self.losses[[2, 5]] = self.losses[8]
-        self.mass = np.array([2, 0, 1, 3, 1, 1, 2, 5, 2, 0, 1, 4])
+        self.measure = np.array([2, 0, 1, 3, 1, 1, 2, 5, 2, 0, 1, 4])
         self.groups: npt.NDArray[np.int64] | None = None
         if groups is not None:
             self.groups = rng.integers(0, groups, SIZE)
@@ -56,7 +56,7 @@ class Subject:
         losses: Any,
         *,
         where: Any = None,
-        mass: Any = None,
+        measure: Any = None,
         members: Any = None,
         state: Any = None,
         dtype: Any = np.float64,
@@ -66,9 +66,9 @@ class Subject:
         `members` are the indices of the samples, for their groups; None for the first ones.
         """
         losses = np.asarray(losses, dtype)
-        base = None if mass is None else np.asarray(mass, dtype)
+        p = None if measure is None else np.asarray(measure, dtype)
         if where is not None:
-            base = np.where(where, np.ones(losses.size, dtype) if base is None else base, 0)
+            p = np.where(where, np.ones(losses.size, dtype) if p is None else p, 0)
         groups = self.groups
         if groups is not None:
             groups = groups[: losses.size] if members is None else groups[members]
@@ -76,7 +76,7 @@ class Subject:
             state = map_state(np.asarray, self.weighting.init() if state is None else state)
         with np.errstate(all="ignore"):
             try:
-                batch = Batch(losses, base, groups, concrete=True)
+                batch = Batch(losses, p, groups, concrete=True)
                 weights, state = weigh(self.weighting, batch, state)
             except Exception as error:
                 self.fail(f"raised {named(error)} for {situation}")
@@ -121,7 +121,9 @@ class Subject:
         hidden = np.where(some, self.losses, math.nan)
         return [
             Case("an ordinary batch", self.losses, everywhere, ones, self.groups),
-            Case("a batch with where and sample_weight", hidden, some, self.mass.astype(float), self.groups),
+            Case(
+                "a batch with where and sample_weight", hidden, some, self.measure.astype(float), self.groups
+            ),
             Case("a batch with a NaN loss", with_nan, everywhere, ones, self.groups),
             Case("a batch with an infinite loss", with_infinity, everywhere, ones, self.groups),
             Case("a batch that is masked out", hidden, np.zeros(SIZE, np.bool_), ones, self.groups),
@@ -134,7 +136,7 @@ class Subject:
         found: list[tuple[Case, Floats, Any, Any]] = []
         for case in self.cases():
             weights, after = self.run(
-                case.situation, case.losses, where=case.where, mass=case.mass, state=before, dtype=dtype
+                case.situation, case.losses, where=case.where, measure=case.measure, state=before, dtype=dtype
             )
             found.append((case, weights, before, after))
             before = after

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from rgd.torch._modes import graph_is_kept, is_exporting, may_be_recomputed, recomputes
 from rgd.weightings import Weighting
-from rgd.weightings._base import map_state, require_state, weigh
 from rgd.weightings._batch import Batch
+from rgd.weightings._call import map_state, require_state, weigh
 
 # Guards states and totals of all modules, so that calls from several threads count once each. One lock for
 # all: it is held for a few operations on n numbers, and a module with a lock of its own could not be copied.

@@ -11,7 +11,9 @@ from torch import Tensor
 from rgd.torch._distributed import Sync
 from rgd.torch._state import Memory, WeightingState, functional_state
 from rgd.weightings import KL, Batch, Weighting
-from rgd.weightings._base import Kernel, fields, kernel_of, map_numbers, numbers_of, weigh
+from rgd.weightings._base import Kernel
+from rgd.weightings._call import kernel_of, weigh
+from rgd.weightings._fields import fields, map_numbers, numbers_of
 
 __all__ = ["KernelPlan", "Plan", "Weigher", "WeightingState", "functional_state", "same_but_for_numbers"]
 

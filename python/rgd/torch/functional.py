@@ -36,7 +36,7 @@ from rgd.torch.backends._in_place import check_in_place
 from rgd.torch.backends._options import Options, accumulator
 from rgd.torch.backends._registry import autocasts, choose, must_forget, values_can_be_read
 from rgd.weightings import Weighting
-from rgd.weightings._base import resolve_weighting
+from rgd.weightings._call import resolve_weighting
 
 
 def sample_weights(

@@ -22,7 +22,7 @@ from rgd.torch._weigher import Plan, functional_state
 from rgd.torch.backends._options import Options
 from rgd.torch.loss import RGDLoss
 from rgd.weightings import Weighting
-from rgd.weightings._base import resolve_weighting
+from rgd.weightings._call import resolve_weighting
 
 
 def linear_cross_entropy(

@@ -36,7 +36,8 @@ from rgd.torch.backends._options import Options
 from rgd.torch.backends._registry import in_transform
 from rgd.torch.functional import classify, weighted
 from rgd.weightings import ERM, Weighting
-from rgd.weightings._base import fields, resolve_weighting
+from rgd.weightings._call import resolve_weighting
+from rgd.weightings._fields import fields
 
 
 class InitSignature:

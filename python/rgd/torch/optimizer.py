@@ -25,7 +25,7 @@ from rgd.torch._weigher import Plan, Weigher
 from rgd.torch.functional import base_of, weighted
 from rgd.torch.loss import InitSignature, state_for, tau_of, with_tau
 from rgd.weightings import Weighting
-from rgd.weightings._base import resolve_weighting
+from rgd.weightings._call import resolve_weighting
 
 
 class _Shared:

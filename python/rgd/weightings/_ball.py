@@ -13,10 +13,10 @@ class Gaps(NamedTuple):
 
     Attributes:
         batch: The batch without losses of -inf, which no member with a ball gives weight.
-        left: The share of the mass in it, 0-d.
+        left: The share of the measure in it, 0-d.
         values: Gaps to the largest loss over the range of the losses, in [-1, 0], shape (n,).
         on_top: 1 for the samples of the largest loss, else 0, shape (n,).
-        share: The share of the mass left on those, 0-d.
+        share: The share of the measure left on those, 0-d.
         infinite: Whether the largest loss is infinite, so that it gets all the weight, 0-d.
     """
 
@@ -65,9 +65,9 @@ def with_corners(  # noqa: PLR0917
 
 
 def _above_minus_infinity(batch: Batch) -> tuple[Batch, Any]:
-    """The batch without losses of -inf, and the share of the mass that is in it, 0-d."""
+    """The batch without losses of -inf, and the share of the measure that is in it, 0-d."""
     lowest = batch.losses == -float("inf")
     if batch.concrete and not bool(batch.any(lowest)):
         return batch, batch.scalar(1.0)
-    rest = batch.reweighed(batch.xp.where(lowest, 0.0, batch.base))
+    rest = batch.reweighed(batch.xp.where(lowest, 0.0, batch.measure))
     return rest, rest.count / batch.count

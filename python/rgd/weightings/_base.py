@@ -1,16 +1,12 @@
-"""The base class of every weighting: what a member is, and how the fronts call it."""
+"""The protocol: the base class of every weighting, and the numbers that it may have."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import math
 import numbers
-import operator
 import sys
-import types
-import typing
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -63,7 +59,7 @@ class Weighting:
         """The weights of a batch.
 
         Args:
-            batch: The losses, shape (n,) with n > 0, and the sums that heed mask and base measure.
+            batch: The losses, shape (n,) with n > 0, and the sums that heed mask and measure.
 
         Returns:
             Weights, shape (n,), of the losses' kind of array. What stands where a sample takes no part does
@@ -209,265 +205,6 @@ def readable(value: Any) -> list[float]:
     return [float(number) for number in value.reshape(-1)]
 
 
-def holds_everywhere(weighting: Weighting) -> Any:
-    """Whether every traced number of a weighting is allowed: True, or a traced bool.
-
-    A number that can be read was checked at construction.
-    """
-    allowed: Any = weighting.numbers_fit()
-    for field in fields(weighting):
-        inner = getattr(weighting, field.name)
-        if isinstance(inner, Weighting):
-            allowed = allowed & holds_everywhere(inner)
-    for name, check in weighting.settings:
-        value = getattr(weighting, name)
-        if is_array(value):
-            allowed = allowed & check.holds(value)
-    return allowed
-
-
-def resolve_weighting(weighting: Any, tau: Any = None) -> Weighting:
-    """The weighting a caller asked for by `weighting=`, or by `tau=`, its short form.
-
-    Args:
-        weighting: A weighting, or None.
-        tau: Clipping factor of `KL(tau)`, or None. With neither given: `KL(tau=1.0)`.
-
-    Raises:
-        ValueError: If both are given.
-        TypeError: If `weighting` is not a weighting.
-    """
-    if weighting is None:
-        from rgd.weightings.kl import KL  # noqa: PLC0415 - a member; the base knows none but the default
-
-        return KL(tau)
-    if tau is not None:
-        raise ValueError("give tau or weighting, not both: tau=t is short for weighting=rgd.KL(tau=t)")
-    if isinstance(weighting, Weighting):
-        return weighting
-    if isinstance(weighting, type):
-        raise TypeError(
-            f"weighting must be an instance of rgd.Weighting, got the class {weighting.__name__}: "
-            f"call it, as in {weighting.__name__}(...)"
-        )
-    hint = f": did you mean tau={weighting!r}?" if isinstance(weighting, (int, float)) else ""
-    raise TypeError(f"weighting must be an rgd.Weighting, such as rgd.KL(tau=1.0), got {weighting!r}{hint}")
-
-
-def refuse_more_than_fields(weighting: Weighting) -> None:
-    """Refuse a weighting that keeps a value beside its fields: a schedule or a trace would not change it."""
-    extra = set(getattr(weighting, "__dict__", ())) - {field.name for field in fields(weighting)}
-    if extra:
-        name = type(weighting).__name__
-        raise TypeError(
-            f"{name} keeps {', '.join(sorted(extra))} beside its dataclass fields, which would not follow "
-            f"when a number is scheduled or traced: make {name} a frozen dataclass whose fields are all it "
-            "has, and compute the rest in weights(batch)"
-        )
-
-
-def kernel_of(weighting: Weighting) -> Kernel | None:
-    """`weighting.kernel()`, if the class that defines its weights is the one that defines the kernel."""
-    return weighting.kernel() if weighting.kernel_counts and not weighting.stateful else None
-
-
-def weigh(weighting: Weighting, batch: Batch, state: Any = None) -> tuple[Any, Any]:
-    """The weights of a batch with losses, and the state after it: how every front calls a member.
-
-    Args:
-        weighting: The member.
-        batch: Its losses, at least one.
-        state: Its state, as arrays of the losses' kind; None for a member that keeps none.
-
-    Returns:
-        Weights, shape (n,), 0 where a sample takes no part, and the state. The state is as it was where no
-        sample takes part, or a loss that takes part is not finite.
-
-    Raises:
-        ValueError: If the member returns weights of another shape than the losses'.
-    """
-    xp = batch.xp
-    if not weighting.stateful:
-        weights = weighting.weights(batch)
-    else:
-        name, result = type(weighting).__name__, cast("Any", weighting.step(batch, state))
-        if not (isinstance(result, tuple) and len(cast("Any", result)) == 2):
-            raise TypeError(
-                f"{name}.step must return the weights and the new state, as in return weights, state"
-            )
-        weights, new = cast("Any", result)
-        check_new_state(name, state, new)
-        usable = (batch.count > 0) & ~batch.any(~xp.isfinite(batch.losses))
-
-        def keep(before: Any, after: Any) -> Any:
-            return xp.astype(xp.where(usable, after, before), before.dtype)
-
-        state = map_state(keep, state, new)
-    if getattr(weights, "shape", None) != batch.losses.shape:
-        raise ValueError(
-            f"{type(weighting).__name__}.weights must return one weight for each loss, shape "
-            f"{tuple(batch.losses.shape)}, got {_shape(weights)}"
-        )
-    return batch.only(weights), state
-
-
-def check_new_state(name: str, old: Any, new: Any) -> None:
-    """Refuse a state of another structure, shapes or kind of number than before."""
-    misfit = _misfit(old, new, lambda before, after: after <= before)
-    if misfit is None:
-        return
-    before, after = misfit
-    if _shape_of(before) == _shape_of(after) and not _has_parts(after):
-        raise TypeError(
-            f"{name}.init begins with {_kind_of(before)}, and {name}.step returns {_kind_of(after)} in its "
-            "place, which would be cut: begin with a number of that kind in init(), such as 0.0"
-        )
-    raise ValueError(
-        f"{name}.step must return a state of the structure and shapes that init() has, got {_brief(after)} "
-        f"in the place of {_brief(before)}"
-    )
-
-
-def _misfit(old: Any, new: Any, ranks_fit: Callable[[int, int], bool]) -> tuple[Any, Any] | None:
-    """The first part of a state whose place another cannot take, and that other; None where all fit."""
-    if isinstance(old, dict):
-        keys = cast("dict[Any, Any]", old).keys()
-        if not isinstance(new, dict) or cast("dict[Any, Any]", new).keys() != keys:
-            return cast("Any", (old, new))
-        parts: Any = [(old[key], new[key]) for key in keys]
-    elif isinstance(old, (tuple, list)):
-        if not isinstance(new, (tuple, list)) or len(cast("Any", new)) != len(cast("Any", old)):
-            return cast("Any", (old, new))
-        parts = list(zip(cast("Any", old), cast("Any", new), strict=True))
-    else:
-        fits = not _has_parts(new) and _shape_of(new) == _shape_of(old) and ranks_fit(_rank(old), _rank(new))
-        return None if fits else (old, new)
-    for before, after in parts:
-        found = _misfit(before, after, ranks_fit)
-        if found is not None:
-            return found
-    return None
-
-
-def _has_parts(state: Any) -> bool:
-    return isinstance(state, (dict, tuple, list))
-
-
-def _shape_of(leaf: Any) -> tuple[int, ...]:
-    return tuple(getattr(leaf, "shape", ()))
-
-
-def _rank(leaf: Any) -> int:
-    """0 for a truth value, 1 for an integer, 2 for a real number: a leaf of a lower rank would cut it."""
-    return ("truth values", "an integer", "a real number").index(_kind_of(leaf))
-
-
-def _kind_of(leaf: Any) -> str:
-    dtype = str(getattr(leaf, "dtype", type(leaf).__name__))
-    return "truth values" if "bool" in dtype else "an integer" if "int" in dtype else "a real number"
-
-
-def _brief(state: Any) -> str:
-    if isinstance(state, dict):
-        return f"a dict of {sorted(map(str, cast('dict[Any, Any]', state)))}"
-    if isinstance(state, (tuple, list)):
-        return f"a {type(cast('Any', state)).__name__} of {len(cast('Any', state))}"
-    return f"shape {tuple(getattr(state, 'shape', ()))}"
-
-
-def require_state(weighting: Weighting, state: Any, *, readable: bool = True) -> None:
-    """Refuse a call without the state that a weighting needs, with one that it does not, or with another's.
-
-    Args:
-        weighting: The weighting.
-        state: What the caller gave.
-        readable: Whether shapes and kinds can be compared now, and not in a graph that is being compiled.
-    """
-    name = type(weighting).__name__
-    if weighting.stateful and state is None:
-        raise ValueError(
-            f"{name} remembers earlier batches: start with state = weighting.init(), pass state=state, and "
-            "keep the state that comes back: result, state = ...(..., state=state). "
-            "rgd.torch.RGDLoss and RGD keep it themselves"
-        )
-    if state is None:
-        return
-    if not weighting.stateful:
-        raise ValueError(f"{name} keeps no state: leave state out")
-    misfit = _misfit(weighting.init(), state, operator.eq) if readable else None
-    if misfit is not None:
-        expected, given = misfit
-        what = _brief(expected), _brief(given)
-        what = what if what[0] != what[1] else (_kind_of(expected), _kind_of(given))
-        raise ValueError(
-            f"state is not one of {name}: begin with state = weighting.init() and pass on what the last call "
-            f"returned; expected {what[0]}, got {what[1]}"
-        )
-
-
-def map_state(function: Callable[..., Any], *states: Any) -> Any:
-    """`function` of the leaves of one or more states of equal structure, in that structure."""
-    first: Any = states[0]
-    if isinstance(first, dict):
-        return {key: map_state(function, *(s[key] for s in states)) for key in cast("dict[str, Any]", first)}
-    if isinstance(first, (tuple, list)):
-        sequence: Any = cast("Any", first)
-        kind: Any = sequence.__class__
-        parts = [map_state(function, *part) for part in zip(*states, strict=True)]
-        return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
-    return function(*states)
-
-
-def map_numbers(weighting: Weighting, function: Callable[[Any], Any]) -> Weighting:
-    """The weighting with `function` of each of its numbers in their place; nothing is checked.
-
-    Numbers are the fields that `numbers_of` names, of nested weightings too. None stays None.
-    """
-    refuse_more_than_fields(weighting)
-    copy = object.__new__(type(weighting))
-    names = numbers_of(type(weighting))
-    for field in fields(weighting):
-        value = getattr(weighting, field.name)
-        if isinstance(value, Weighting):
-            value = map_numbers(value, function)
-        elif field.name in names and value is not None:
-            value = function(value)
-        object.__setattr__(copy, field.name, value)
-    return copy
-
-
-def fields(weighting: Weighting | type) -> tuple[dataclasses.Field[Any], ...]:
-    """The dataclass fields of a weighting; none where its class is no dataclass."""
-    return dataclasses.fields(cast("Any", weighting)) if dataclasses.is_dataclass(weighting) else ()
-
-
-@functools.cache
-def numbers_of(kind: type) -> frozenset[str]:
-    """The names of the fields of a weighting that hold a real number, or arrays of them.
-
-    They are those annotated with `float`; bool, int, str and the like are part of what a weighting is, and
-    not numbers that a schedule changes.
-    """
-    found: set[str] = set()
-    for field in fields(kind):
-        hint = _hint(kind, field.type)
-        parts = typing.get_args(hint) if _is_union(hint) else (hint,)
-        if float in parts or "setting" in field.metadata:
-            found.add(field.name)
-    return frozenset(found)
-
-
-def _hint(kind: type, annotation: Any) -> Any:
-    """What an annotation stands for, read on its own: a name that another one uses may not be known here."""
-    if not isinstance(annotation, str):
-        return annotation
-    try:
-        return eval(annotation, {**vars(typing), **vars(sys.modules[kind.__module__])})
-    except Exception:
-        spelled = annotation.replace(" ", "").removeprefix("typing.")
-        return float if spelled in ("float", "float|None", "None|float", "Optional[float]") else annotation
-
-
 def observe_subclasses(observe: Callable[[type[Weighting]], None]) -> None:
     """Call `observe` with every subclass of `Weighting`, those that are defined later too."""
     _observers.append(observe)
@@ -479,14 +216,6 @@ def observe_subclasses(observe: Callable[[type[Weighting]], None]) -> None:
 
 
 _observers: list[Callable[[type[Weighting]], None]] = []
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
-
-
-def _shape(weights: Any) -> Any:
-    return tuple(weights.shape) if hasattr(weights, "shape") else type(weights).__name__
 
 
 def _reserved() -> set[str]:

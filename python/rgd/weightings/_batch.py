@@ -1,7 +1,9 @@
-"""What a weighting is given: the losses of a batch, their base measure, and the sums that heed it."""
+"""What a weighting is given: the losses of a batch, their measure, and the sums that heed it."""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from typing import Any
 
 import array_api_compat
@@ -10,18 +12,19 @@ import array_api_compat
 class Batch:
     """The losses of a batch, as a weighting sees them.
 
-    `p_i`, the base measure, is the caller's `sample_weight`, and 1 for each sample where none was given. A
+    `p_i`, the measure, is the caller's `sample_weight`, and 1 for each sample where none was given. A
     sample that is masked out, or whose `p_i` is 0, takes no part.
 
     Args:
         losses: One loss a sample, shape (n,), float32 or float64, of NumPy, torch or JAX.
-        base: The base measure `p`, shape (n,), of the losses' dtype, >= 0, and 0 for a sample that takes no
+        measure: The measure `p`, shape (n,), of the losses' dtype, >= 0, and 0 for a sample that takes no
             part; None for ones.
         groups: The group of each sample, integers of shape (n,), or None.
         xp: The array namespace of the losses, as `array_api_compat` gives it; None to ask for it.
         concrete: Whether values may be read now, without waiting for a device or a trace.
         any_size: Whether the formula is recorded for batches of other sizes too, so that this one's must not
             decide anything.
+        base: The old name of `measure`, for one more release.
 
     Attributes:
         losses: One loss a sample, shape (n,), without gradient; 0 where a sample takes no part.
@@ -32,7 +35,7 @@ class Batch:
 
     Example:
         >>> import numpy as np, rgd
-        >>> batch = rgd.Batch(np.array([1.0, 3.0]), base=np.array([3.0, 1.0]))
+        >>> batch = rgd.Batch(np.array([1.0, 3.0]), measure=np.array([3.0, 1.0]))
         >>> float(batch.count), float(batch.mean(batch.losses)), float(batch.max(batch.losses))
         (4.0, 1.5, 3.0)
     """
@@ -40,13 +43,19 @@ class Batch:
     def __init__(
         self,
         losses: Any,
-        base: Any = None,
+        measure: Any = None,
         groups: Any = None,
         *,
         xp: Any = None,
         concrete: bool = False,
         any_size: bool = False,
+        base: Any = None,
     ) -> None:
+        if base is not None:
+            if measure is not None:
+                raise TypeError("give measure alone: base is its old name")
+            _warn_of_base()
+            measure = base
         self.xp = array_api_compat.array_namespace(losses) if xp is None else xp
         if groups is not None and groups.dtype.itemsize < 4:
             # A narrower dtype would wrap the number of a group that it is compared with.
@@ -54,19 +63,25 @@ class Batch:
         self.groups = groups
         self.concrete = concrete
         self.any_size = any_size
-        self._base = base
-        self._takes_part = None if base is None else base != 0
-        self.losses = losses if base is None else self.xp.where(self._takes_part, losses, 0.0)
+        self._measure = measure
+        self._takes_part = None if measure is None else measure != 0
+        self.losses = losses if measure is None else self.xp.where(self._takes_part, losses, 0.0)
+
+    @property
+    def measure(self) -> Any:
+        """The measure `p`, shape (n,): 0 where a sample takes no part."""
+        return self.xp.ones_like(self.losses) if self._measure is None else self._measure
 
     @property
     def base(self) -> Any:
-        """The base measure `p`, shape (n,): 0 where a sample takes no part."""
-        return self.xp.ones_like(self.losses) if self._base is None else self._base
+        """The old name of `measure`, for one more release."""
+        _warn_of_base()
+        return self.measure
 
     @property
     def count(self) -> Any:
         """How many samples take part, `sum_i p_i`: a 0-d array of the losses' dtype."""
-        return self.xp.sum(self.base)
+        return self.xp.sum(self.measure)
 
     def sum(self, values: Any) -> Any:
         """`sum_i p_i x_i` over the samples that take part.
@@ -77,9 +92,9 @@ class Batch:
         Returns:
             The sum over the last axis.
         """
-        if self._base is None:
+        if self._measure is None:
             return self.xp.sum(values, axis=-1)
-        return self.xp.sum(self.xp.where(self._takes_part, self._base * values, 0.0), axis=-1)
+        return self.xp.sum(self.xp.where(self._takes_part, self._measure * values, 0.0), axis=-1)
 
     def mean(self, values: Any) -> Any:
         """`sum_i p_i x_i / sum_i p_i` over the samples that take part; arguments and shapes as for `sum`."""
@@ -99,10 +114,10 @@ class Batch:
             condition = condition & self._takes_part
         return self.xp.any(condition, axis=-1)
 
-    def reweighed(self, base: Any) -> Batch:
-        """The same batch under another base measure, 0 wherever this one is."""
+    def reweighed(self, measure: Any) -> Batch:
+        """The same batch under another measure, 0 wherever this one is."""
         return Batch(
-            self.losses, base, self.groups, xp=self.xp, concrete=self.concrete, any_size=self.any_size
+            self.losses, measure, self.groups, xp=self.xp, concrete=self.concrete, any_size=self.any_size
         )
 
     def only(self, values: Any) -> Any:
@@ -119,10 +134,17 @@ class Batch:
         return self.xp.zeros_like(self.losses[0]) + value
 
     def cumulative_sum(self, values: Any) -> Any:
-        """`x_1, x_1 + x_2, ...`, shape (n,), without the base measure."""
+        """`x_1, x_1 + x_2, ...`, shape (n,), without the measure."""
         # The method, which every library has: the compat function asks for the namespace, which
         # torch.compile cannot trace without a warning.
         return values.cumsum(0)
 
     def _or(self, values: Any, other: float) -> Any:
         return values if self._takes_part is None else self.xp.where(self._takes_part, values, other)
+
+
+def _warn_of_base() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.compiler.is_compiling():
+        return  # a graph that may not break cannot warn
+    warnings.warn("base of rgd.Batch is now called measure", DeprecationWarning, stacklevel=3)

@@ -8,7 +8,7 @@ from rgd.weightings._batch import Batch
 
 
 def edge_of_tail(batch: Batch, fraction: Any) -> Any:
-    """The smallest loss that belongs to the share `fraction` of the mass with the largest losses.
+    """The smallest loss that belongs to the share `fraction` of the measure with the largest losses.
 
     Args:
         batch: The batch.
@@ -19,8 +19,8 @@ def edge_of_tail(batch: Batch, fraction: Any) -> Any:
     """
     xp = batch.xp
     order = xp.argsort(batch.losses, descending=True)
-    mass = batch.cumulative_sum(xp.take(batch.base, order, axis=0))
-    reached = mass >= fraction * batch.count - _rounding(batch)
+    measure = batch.cumulative_sum(xp.take(batch.measure, order, axis=0))
+    reached = measure >= fraction * batch.count - _rounding(batch)
     edge = xp.max(xp.where(reached, xp.take(batch.losses, order, axis=0), -float("inf")))
     smallest, largest = batch.min(batch.losses), batch.max(batch.losses)
     # A fraction of 1 may be missed by a rounding, and one of 0 is reached by samples that take no part.
@@ -29,7 +29,7 @@ def edge_of_tail(batch: Batch, fraction: Any) -> Any:
 
 
 def share_in_tail(batch: Batch, fraction: Any) -> Any:
-    """The part of each sample that belongs to the share `fraction` of the mass with the largest losses.
+    """The part of each sample that belongs to the share `fraction` of the measure with the largest losses.
 
     It is 1 above the edge of the tail and 0 below it. The samples at the edge, those of one loss, share what
     is left in equal parts; a part that is 0 or 1 but for rounding is 0 or 1.
@@ -54,5 +54,5 @@ def share_in_tail(batch: Batch, fraction: Any) -> Any:
 
 
 def _rounding(batch: Batch) -> Any:
-    """How far a sum of the base measure may be off."""
+    """How far a sum of the measure may be off."""
     return 8.0 * batch.xp.finfo(batch.losses.dtype).eps * batch.count

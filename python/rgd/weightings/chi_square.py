@@ -66,13 +66,13 @@ class ChiSquare(Weighting):
 
 @dataclasses.dataclass(frozen=True)
 class ChiSquareBall(Weighting):
-    """Weights of the worst distribution within a chi-square ball around the base measure.
+    """Weights of the worst distribution within a chi-square ball around the measure.
 
     `w_i = max(0, l_i - eta) / mean(max(0, l - eta))` with `eta` the root of
     `(mean(w^2) - 1) / 2 = radius`: the solution of `max_q <q, l>` subject to `mean((w - 1)^2) / 2 <= radius`
     with `w = q / p`. A radius of `(1 / m - 1) / 2` or more, where the samples of the largest loss have the
-    share `m` of the mass, puts all weight on those; equal losses get equal weights. Infinite losses share all
-    the weight, whatever the radius.
+    share `m` of the measure, puts all weight on those; equal losses get equal weights. Infinite losses share
+    all the weight, whatever the radius.
 
     Args:
         radius: Radius of the ball, a number >= 0. 0 is plain empirical risk minimization.

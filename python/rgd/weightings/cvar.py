@@ -15,7 +15,7 @@ from rgd.weightings._tail import edge_of_tail, share_in_tail
 
 @dataclasses.dataclass(frozen=True)
 class CVaR(Weighting):
-    """Conditional value at risk: weight `1 / alpha` on the share `alpha` of the mass with the largest losses.
+    """Conditional value at risk: weight `1 / alpha` on the worst share `alpha` of the measure.
 
     The sample at the edge of that share counts in part, and samples of equal loss count alike. The objective
     `mean(w * l)` is the mean loss of the worst share, also known as the superquantile.

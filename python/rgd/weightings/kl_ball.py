@@ -13,12 +13,13 @@ from rgd.weightings._root import root
 
 @dataclasses.dataclass(frozen=True)
 class KLBall(Weighting):
-    """Weights of the worst distribution within a Kullback-Leibler ball around the base measure.
+    """Weights of the worst distribution within a Kullback-Leibler ball around the measure.
 
     The weights are `q / p` with `q` the solution of `max_q <q, l>` subject to `KL(q || p) <= radius`:
     `w = softmax(l / gamma) / p`, with `gamma` the root of `KL = radius`. They average to one. A radius of
-    `-log(m)` or more, where the samples of the largest loss have the share `m` of the mass, puts all weight
-    on those; equal losses get equal weights. Infinite losses share all the weight, whatever the radius.
+    `-log(m)` or more, where the samples of the largest loss have the share `m` of the measure, puts all
+    weight on those; equal losses get equal weights. Infinite losses share all the weight, whatever the
+    radius.
 
     Args:
         radius: Radius of the ball in nats, a number >= 0. 0 is plain empirical risk minimization.

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from rgd.weightings._base import Weighting, setting, weigh
+from rgd.weightings._base import Weighting, setting
 from rgd.weightings._batch import Batch
+from rgd.weightings._call import weigh
 from rgd.weightings._tail import share_in_tail
 
 
 @dataclasses.dataclass(frozen=True)
 class Trimmed(Weighting):
-    """Leaves out the share `fraction` of the mass with the largest losses, and weights the rest.
+    """Leaves out the share `fraction` of the measure with the largest losses, and weights the rest.
 
     The sample at the edge of that share is left out in part, and samples of equal loss alike. The weighting
     sees what is left. The objective still divides by all, so the weights do not average to one.
@@ -60,7 +61,7 @@ class Trimmed(Weighting):
         """The same, with the state of the inner weighting."""
         xp = batch.xp
         kept = 1.0 - share_in_tail(batch, self.fraction)
-        weights, state = weigh(self.weighting, batch.reweighed(batch.base * kept), state)
+        weights, state = weigh(self.weighting, batch.reweighed(batch.measure * kept), state)
         weights = kept * weights
         return xp.where(batch.any(xp.isnan(batch.losses)), float("nan"), weights), state
 
