@@ -19,12 +19,18 @@ def weights(losses, weighting, base=None):
 
     That is what a root's tolerance allows, and what the rounding of sums over the batch moves.
     """
-    with mpmath.workdps(DIGITS):
+    with mpmath.workdps(DIGITS + orders_of_magnitude(losses)):
         losses = [mpmath.mpf(float(loss)) for loss in losses]
         base = [mpmath.mpf(1 if base is None else float(base[i])) for i in range(len(losses))]
         if not losses:
             return [], []
         return equation(weighting, losses, base)
+
+
+def orders_of_magnitude(losses):
+    """How many digits lie between the largest and the smallest loss that is not 0."""
+    sizes = [abs(float(loss)) for loss in losses if loss != 0]
+    return math.ceil(math.log10(max(sizes)) - math.log10(min(sizes))) if sizes else 0
 
 
 def divergence(weights):
@@ -112,7 +118,7 @@ def _kl_ball(weighting, losses, base):
     high = expand(excess, start, 1, lambda value: value >= 0)
     low = expand(excess, high - 1, -1, lambda value: value <= 0)
     log_beta = mpmath.findroot(
-        excess, (low, high), solver="anderson", tol=mpmath.mpf(10) ** (10 - 2 * DIGITS)
+        excess, (low, high), solver="anderson", tol=mpmath.mpf(10) ** (10 - 2 * mpmath.mp.dps)
     )
     beta, values, mean_gap = moments(log_beta)
     variance = mean([value * (gap - mean_gap) ** 2 for value, gap in zip(values, gaps, strict=True)], base)
@@ -226,7 +232,7 @@ def shares_of_worst(losses, base, fraction):
 
 def bisect(increasing, low, high):
     """The root of an increasing function, to the working precision."""
-    for _ in range(4 * DIGITS):
+    for _ in range(4 * mpmath.mp.dps):
         middle = (low + high) / 2
         low, high = (middle, high) if increasing(middle) < 0 else (low, middle)
     return high
