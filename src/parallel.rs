@@ -1,8 +1,8 @@
 //! The thread pool: private, built at the first large call, and built anew in a forked child.
 //!
 //! Work is cut into blocks whose bounds depend on the sizes alone, never on the number of threads. A sum `sum_b s_b` is
-//! taken of the blocks' sums `s_b` in the order of the blocks, so that results are the same, bit for bit, for any number of
-//! threads.
+//! taken of the blocks' sums `s_b` in the order of the blocks, so that results are the same, bit for bit, for any
+//! number of threads.
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::cell::Cell;
@@ -90,8 +90,8 @@ thread_local! {
     static WATCH: Cell<Option<Watch>> = const { Cell::new(None) };
 }
 
-/// Runs `kernel`, which is given up with [`Stop::Interrupted`] soon after `interrupted` has come true. It is asked on this
-/// thread, between blocks, at most once in 0.2 s.
+/// Runs `kernel`, which is given up with [`Stop::Interrupted`] soon after `interrupted` has come true. It is asked on
+/// this thread, between blocks, at most once in 0.2 s.
 pub fn watch<R>(interrupted: fn() -> bool, kernel: impl FnOnce() -> R) -> R {
     struct Restore(Option<Watch>);
     impl Drop for Restore {
@@ -114,8 +114,8 @@ fn is_interrupted() -> bool {
     due && (watch.interrupted)()
 }
 
-/// Gives up the kernel that is running if it is time to ask for an interrupt, and there is one. [`for_each_block`] does so
-/// itself; this is for long loops on one thread.
+/// Gives up the kernel that is running if it is time to ask for an interrupt, and there is one. [`for_each_block`] does
+/// so itself; this is for long loops on one thread.
 pub fn stop_if_interrupted() {
     if is_interrupted() {
         Stop::Interrupted.raise();

@@ -1,11 +1,11 @@
 //! Weighted sums, the sums that the statistics of a batch of weights are made of, and widening to `f64`.
 //!
-//! With base measure `p` (1 where none is given): `sum_i p_i w_i l_i`, `sum_i p_i w_i^2` and so on, in `f64`, summed per
-//! block of a fixed size and then over the blocks in order. A sample with `p_i = 0` takes no part. A weight of zero gives
-//! a product of zero, also with an infinite loss; a NaN loss stays NaN.
+//! With base measure `p` (1 where none is given): `sum_i p_i w_i l_i`, `sum_i p_i w_i^2` and so on, in `f64`, summed
+//! per block of a fixed size and then over the blocks in order. A sample with `p_i = 0` takes no part. A weight of zero
+//! gives a product of zero, also with an infinite loss; a NaN loss stays NaN.
 
 use crate::layout::{Shared, Values};
-use crate::numeric::{Isa, Kernel, Real, dispatch};
+use crate::numeric::{Isa, Kernel, MulAdd, Real, dispatch};
 use crate::parallel::{for_each_block, map_blocks};
 use std::mem::MaybeUninit;
 
@@ -66,7 +66,7 @@ impl Kernel for Products<'_> {
         for (values, weights) in self.values.chunks(ROW).zip(self.weights.chunks(ROW)) {
             for ((lane, &v), &w) in self.lanes.iter_mut().zip(values).zip(weights) {
                 let v = if w == 0.0 && !v.is_nan() { 0.0 } else { v };
-                *lane = Real::mul_add::<I>(v, w, *lane);
+                *lane = MulAdd::mul_add::<I>(v, w, *lane);
             }
         }
     }

@@ -1,6 +1,6 @@
 //! The functions of `rgd._rgd` for boosted trees.
 
-use super::python::{read_weighting, released, values};
+use super::call::{read_weighting, released, values};
 use super::tensor::{Dtype, Tensor, distinct};
 use crate::boosting::{self, Error, Inputs, Loss, Outputs, Weights};
 use crate::layout::Values;

@@ -1,6 +1,30 @@
-//! The edges of the crate: the only rooms that know Python, `DLPack` and XLA. They check and translate; kernels compute.
+//! The edges of the crate: the only rooms that know Python, `DLPack` and XLA. They check and translate; kernels
+//! compute.
+//!
+//! `rgd._rgd` has one function for each kernel. They are private to the Python package, whose fronts allocate the
+//! outputs; `python/rgd/_rgd.pyi` describes them.
 
 mod boosting;
-mod python;
+mod call;
+mod cross_entropy;
 mod tensor;
+mod weights;
 mod xla;
+
+use pyo3::prelude::*;
+
+#[pymodule]
+mod _rgd {
+    #[pymodule_export]
+    use super::boosting::{boosting_derivatives, boosting_losses};
+    #[pymodule_export]
+    use super::cross_entropy::{
+        cross_entropy, cross_entropy_gradient, cross_entropy_losses, label_out_of_range,
+    };
+    #[pymodule_export]
+    use super::tensor::Borrowed;
+    #[pymodule_export]
+    use super::weights::{sample_weights, weight_sums, weighted_sum, widen};
+    #[pymodule_export]
+    use super::xla::xla_handler;
+}

@@ -5,9 +5,10 @@
 //! checked: its numbers must not contradict each other, and every element must have an address. Only its producer knows
 //! whether that memory is its own.
 //!
-//! A [`Tensor`] keeps its producer's memory alive, so a view may be used for as long as the tensor it borrows from exists. Rust cannot see Python's other
-//! references to that memory: as with every `NumPy` function, the caller promises that nobody writes to an input or
-//! touches an output during a call. Outputs may be uninitialised, so their elements are `MaybeUninit`. [`distinct`] refuses arguments of one call that share memory with an output.
+//! A [`Tensor`] keeps its producer's memory alive, so a view may be used for as long as the tensor it borrows from
+//! exists. Rust cannot see Python's other references to that memory: as with every `NumPy` function, the caller
+//! promises that nobody writes to an input or touches an output during a call. Outputs may be uninitialised, so their
+//! elements are `MaybeUninit`. [`distinct`] refuses arguments of one call that share memory with an output.
 
 use dlpark::ffi::{DLDataType, DLDataTypeCode, DLDevice, DLDeviceType};
 use dlpark::python::{ImportRequest, ImportedDlpack};
@@ -161,8 +162,8 @@ impl<D> Described<D> {
         }
     }
 
-    /// The lowest address and the one past the highest of a tensor with elements; `None` if they are no addresses, or if
-    /// there are more elements or bytes than can be counted.
+    /// The lowest address and the one past the highest of a tensor with elements; `None` if they are no addresses, or
+    /// if there are more elements or bytes than can be counted.
     fn span(&self, itemsize: usize) -> Option<(usize, usize)> {
         let (mut count, mut low, mut high) = (1isize, 0isize, 0isize);
         for (&stride, &size) in self.strides.iter().zip(&self.shape) {

@@ -1,15 +1,17 @@
 //! The fused cross-entropy as a custom call of XLA on the CPU, through its foreign function interface (FFI).
 //!
 //! Mirrors the part of `xla/ffi/api/c_api.h` (shipped with jaxlib) that a handler needs, version 0.1, which every later
-//! version of the interface serves. Of a row of logits `x`, its label `y` and its settings `(norm, smoothing, numbers...)` the
-//! call writes the loss `l`, its weight `w`, and the gradient of `norm w l`, which may take the place of the logits. The
-//! attribute `kind` names the weighting that has these numbers, which must be pointwise. A fourth operand is added to the
-//! logits of each class: of shape `(..., C)` for rows of shape `(..., n)`, or `(..., 0)` for nothing.
+//! version of the interface serves. Of a row of logits `x`, its label `y` and its settings `(norm, smoothing,
+//! numbers...)` the call writes the loss `l`, its weight `w`, and the gradient of `norm w l`, which may take the place
+//! of the logits. The attribute `kind` names the weighting that has these numbers, which must be pointwise. A fourth
+//! operand is added to the logits of each class: of shape `(..., C)` for rows of shape `(..., n)`, or `(..., 0)` for
+//! nothing.
 //!
-//! XLA promises: buffers are dense, row-major and aligned, live as long as the call, and an output shares memory with an
-//! input only where the caller of `jax.ffi.ffi_call` allowed it, and then exactly. Outputs are uninitialised, and a buffer
-//! of no elements may be null. This module promises: nothing is written but outputs and, of structures of XLA's, fields
-//! within their stated size; no panic crosses the boundary; no thread is started, since XLA runs handlers on its own.
+//! XLA promises: buffers are dense, row-major and aligned, live as long as the call, and an output shares memory with
+//! an input only where the caller of `jax.ffi.ffi_call` allowed it, and then exactly. Outputs are uninitialised, and a
+//! buffer of no elements may be null. This module promises: nothing is written but outputs and, of structures of XLA's,
+//! fields within their stated size; no panic crosses the boundary; no thread is started, since XLA runs handlers on its
+//! own.
 
 use crate::cross_entropy::{Gradient, Inputs, Overwrite, Reduction, Settings, Target, with_norms};
 use crate::numeric::{Element, Real};
@@ -17,10 +19,11 @@ use crate::parallel::Stop;
 use crate::weightings::Weighting;
 use half::{bf16, f16};
 use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2};
+use pyo3::prelude::*;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::mem::{MaybeUninit, offset_of, size_of};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::ptr::null_mut;
+use std::ptr::{null, null_mut};
 
 #[repr(C)]
 struct Extension {
@@ -128,7 +131,7 @@ impl ByteSpan {
 
 /// `XLA_FFI_CallFrame` without its later field `future`.
 #[repr(C)]
-pub(crate) struct CallFrame {
+struct CallFrame {
     struct_size: usize,
     extensions: *mut Extension,
     api: *const Api,
@@ -174,7 +177,7 @@ const BLOCK: usize = 1 << 15;
 ///
 /// # Safety
 /// `frame` is null or points to a call frame of XLA's.
-pub(crate) unsafe extern "C" fn handler(frame: *mut CallFrame) -> *mut c_void {
+unsafe extern "C" fn handler(frame: *mut CallFrame) -> *mut c_void {
     // SAFETY: what the caller promises.
     let Some(frame) = (unsafe { frame.as_ref() }) else { return null_mut() };
     // SAFETY: the extensions are a list of XLA's; the metadata one is written within its stated size.
@@ -404,8 +407,8 @@ unsafe fn fill<T: Element>(call: &Call) -> Result<(), String> {
         norms.extend(part.clone().map(|row| settings_of(row).0[0]));
         let own: Vec<f64> = own.iter().map(|number| number.to_f64()).collect();
         let shape = (end - start, classes);
-        // SAFETY: rows of two buffers of `rows` rows each, which are one buffer or do not overlap. XLA allows a result to be
-        // written, and nothing else touches these rows.
+        // SAFETY: rows of two buffers of `rows` rows each, which are one buffer or do not overlap. XLA allows a result
+        // to be written, and nothing else touches these rows.
         let (logits, memory, to) = unsafe {
             let (x, grad) = (x.add(start * classes), grad.add(start * classes));
             let to = if in_place {
@@ -452,16 +455,21 @@ unsafe fn fill<T: Element>(call: &Call) -> Result<(), String> {
     Ok(())
 }
 
-/// The address of the handler, for a capsule.
-pub(crate) fn address() -> *const c_void {
+/// The XLA FFI handler of the fused cross-entropy, in the capsule that `jax.ffi.register_ffi_target` takes.
+#[pyfunction]
+pub(super) fn xla_handler(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
     let handler: unsafe extern "C" fn(*mut CallFrame) -> *mut c_void = handler;
-    handler as *const c_void
+    // SAFETY: the interpreter is attached, the address is that of a function, which lives as long as the module's code,
+    // and a capsule without a name is what jax expects.
+    unsafe {
+        let capsule = pyo3::ffi::PyCapsule_New(handler as *mut c_void, null(), None);
+        Bound::from_owned_ptr_or_err(py, capsule)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::ptr::null;
 
     #[test]
     fn the_metadata_query_is_answered_without_an_api_and_within_its_size() {

@@ -3,37 +3,12 @@
 //! A target takes no part if its index is `ignore_index` or its sample weight `p` is 0. The denominator of the mean is
 //! `sum_i p_i c_{y_i}` over those that do, with class weights `c` (for class probabilities: `sum_i p_i`).
 
-use super::Inputs;
+use super::arguments::{Inputs, Target};
 use super::shape::{Dimensions, Error};
 use crate::numeric::{Element, Isa, Kernel, Real, dispatch};
 use crate::parallel::{STRETCH, filled, stop_if_interrupted};
 use crate::reduce::total;
 use ndarray::ArrayViewD;
-
-/// What the logits are held against.
-#[derive(Debug)]
-pub enum Target<'a, T> {
-    /// A class index each, of the logits' shape without the class axis.
-    Int64(ArrayViewD<'a, i64>),
-    /// The same in 32 bits.
-    Int32(ArrayViewD<'a, i32>),
-    /// A probability for each class, of the logits' shape.
-    Probabilities(ArrayViewD<'a, T>),
-}
-
-impl<T> Target<'_, T> {
-    pub(super) fn shape(&self) -> &[usize] {
-        match self {
-            Self::Int64(t) => t.shape(),
-            Self::Int32(t) => t.shape(),
-            Self::Probabilities(t) => t.shape(),
-        }
-    }
-
-    pub(super) fn is_probabilities(&self) -> bool {
-        matches!(self, Self::Probabilities(_))
-    }
-}
 
 /// The denominator of the mean, and how many targets take part.
 #[derive(Debug, Clone, Copy, PartialEq)]

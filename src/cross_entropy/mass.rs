@@ -3,10 +3,9 @@
 //! With class weights `c`, smoothing `e` and `C` classes, a label `y` has `(1 - e) c_y` on `y` and `t_k = e c_k / C` on
 //! every class; a distribution `q` has `t_k = c_k ((1 - e) q_k + e / C)` and nothing apart.
 
-use super::labels::Target;
-use super::rows::read_tile;
+use super::arguments::Target;
 use crate::layout::Shared;
-use crate::numeric::{Element, LANES, Real};
+use crate::numeric::{Element, LANES, Real, read_tile};
 use crate::parallel::with_capacity;
 use crate::reduce;
 
@@ -61,8 +60,8 @@ impl<T: Element> SoftMass<T> {
     }
 }
 
-/// `t z`, and 0 where a class has no mass: a logit of -inf is then worth nothing. A NaN logit reaches the loss by the sum
-/// of exponentials.
+/// `t z`, and 0 where a class has no mass: a logit of -inf is then worth nothing. A NaN logit reaches the loss by the
+/// sum of exponentials.
 #[inline(always)]
 pub(super) fn times<A: Real>(t: A, z: A) -> A {
     if t == A::default() { t } else { t * z }

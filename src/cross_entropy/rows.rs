@@ -1,14 +1,15 @@
 //! The loop for contiguous rows of many classes: the lanes run along the classes.
 //!
 //! A row is read twice, for its maximum `m` and for `exp(x_k - m)` with its sums, and then turned into the gradient. A
-//! group of rows stays in the second-level cache from the first of these steps to the last. The exponentials are kept in
-//! the gradient's own memory, which may be that of the logits, or, where its type is too narrow for them, in scratch memory.
+//! group of rows stays in the second-level cache from the first of these steps to the last. The exponentials are kept
+//! in the gradient's own memory, which may be that of the logits, or, where its type is too narrow for them, in scratch
+//! memory.
 
-use super::groups::{GROUP, Group, Plan, Problem};
 use super::labels::Label;
 use super::mass::{NoMass, ProbabilityMass, RowMass, SmoothingMass, SoftMass, times};
+use super::problem::{GROUP, Group, Plan, Problem};
 use crate::layout::Run;
-use crate::numeric::{Element, Isa, Kernel, LANES, Real};
+use crate::numeric::{Element, Isa, Kernel, LANES, Real, read_tile, write_tile};
 use crate::parallel::with_capacity;
 use std::sync::atomic::{Ordering, compiler_fence};
 
@@ -18,22 +19,6 @@ pub(super) struct Rows<'a, 'b, T: Element> {
     pub plan: Plan<'a, T::Real>,
     pub start: usize,
     pub end: usize,
-}
-
-/// # Safety
-/// [`LANES`] numbers may be read there.
-#[inline(always)]
-pub(super) unsafe fn read_tile<T: Copy>(address: *const T) -> [T; LANES] {
-    // SAFETY: what the caller promises.
-    unsafe { address.cast::<[T; LANES]>().read() }
-}
-
-/// # Safety
-/// [`LANES`] numbers may be written there.
-#[inline(always)]
-unsafe fn write_tile<T: Copy>(address: *mut T, tile: [T; LANES]) {
-    // SAFETY: what the caller promises.
-    unsafe { address.cast::<[T; LANES]>().write(tile) }
 }
 
 impl<T: Element> Kernel for Rows<'_, '_, T> {
@@ -136,8 +121,8 @@ struct RowSteps<'a, 'b, T: Element> {
 
 impl<T: Element> RowSteps<'_, '_, T> {
     /// # Safety
-    /// `rows`, `grads` and `exps` have `count` rows; the last two are this call's alone, and overlap `rows` only where row
-    /// `i` is the same for every `i`.
+    /// `rows`, `grads` and `exps` have `count` rows; the last two are this call's alone, and overlap `rows` only where
+    /// row `i` is the same for every `i`.
     #[inline(always)]
     unsafe fn run<I: Isa, M: RowMass<T::Real>>(self, group: &mut Group<T::Real>, mass: impl Fn(usize) -> M) {
         let Self { p, rows, exps, .. } = self;
@@ -282,8 +267,8 @@ impl<A: Real> RowLogits<A> for AdjustedRow<'_, A> {
 /// Widens a row, and adds an adjustment to it.
 ///
 /// # Safety
-/// The addresses are of rows of at least [`LANES`] numbers that do not overlap, the latter this call's alone; there is an
-/// adjustment for every class.
+/// The addresses are of rows of at least [`LANES`] numbers that do not overlap, the latter this call's alone; there is
+/// an adjustment for every class.
 #[inline(always)]
 unsafe fn row_widen<T: Element>(
     row: *const T,
@@ -383,8 +368,8 @@ struct RowSums<A> {
 }
 
 impl<A: Real> RowSums<A> {
-    /// Adds the lanes from `first` on to the sums, and returns the exponentials of all lanes. The loops are separate and
-    /// short, so that the compiler unrolls each of them.
+    /// Adds the lanes from `first` on to the sums, and returns the exponentials of all lanes. The loops are separate
+    /// and short, so that the compiler unrolls each of them.
     #[inline(always)]
     fn add<I: Isa>(
         &mut self,
@@ -419,8 +404,8 @@ impl<A: Real> RowSums<A> {
 /// mass `t`.
 ///
 /// # Safety
-/// `source` and `exps`, whose memory may be the same, are rows of at least [`LANES`] numbers, the latter this call's alone,
-/// and `mass` is that of a row as long.
+/// `source` and `exps`, whose memory may be the same, are rows of at least [`LANES`] numbers, the latter this call's
+/// alone, and `mass` is that of a row as long.
 #[inline(always)]
 unsafe fn row_exps<A: Real, I: Isa, M: RowMass<A>>(
     source: &impl RowLogits<A>,

@@ -3,7 +3,7 @@
 //! Logits of shape `(C,)`, `(N, C)` or `(N, C, d1, ..., dk)` have targets of the shape without `C`. A unit is what has
 //! one weight: a target, or with `per_sample` all targets of a sample of the leading axis.
 
-use super::{Gradient, Inputs, Settings};
+use super::arguments::{Gradient, Inputs, Reduction, Settings};
 use crate::numeric::Element;
 use std::fmt;
 
@@ -87,7 +87,7 @@ impl<'a> Dimensions<'a> {
 
     /// The length that an objective must have.
     pub fn objectives(&self, settings: &Settings) -> usize {
-        if settings.reduction == super::Reduction::None { self.targets } else { 1 }
+        if settings.reduction == Reduction::None { self.targets } else { 1 }
     }
 
     /// Refuses an argument that has another length than it must have.

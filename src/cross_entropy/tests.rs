@@ -3,7 +3,7 @@
 use super::*;
 use crate::weightings::{Kl, KlBall};
 use half::{bf16, f16};
-use ndarray::{Array, ArrayD, Axis, IxDyn, ShapeBuilder};
+use ndarray::{Array, ArrayD, ArrayViewMutD, Axis, IxDyn, ShapeBuilder};
 use proptest::prelude::*;
 
 mod adjustment;
@@ -222,7 +222,9 @@ proptest! {
         let shape = [4, classes, 3, 5];
         let logits = Array::from_shape_vec(IxDyn(&shape), noise(4 * classes * 15, seed).collect()).unwrap();
         let labels = Array::from_shape_fn(IxDyn(&[4, 3, 5]), |i| ((i[0] + i[1] * 7 + i[2]) % classes) as i32);
-        let inputs = |logits, target| Inputs { logits, target, class_weight: None, logit_adjustment: None, sample_weight: None };
+        let inputs = |logits, target| Inputs {
+            logits, target, class_weight: None, logit_adjustment: None, sample_weight: None
+        };
         let plain = run(&inputs(logits.view(), Target::Int32(labels.view())), KL, &SETTINGS).unwrap();
         let mut classes_last = ArrayD::zeros(IxDyn(&shape).f());
         classes_last.assign(&logits);

@@ -3,15 +3,15 @@
 //! A tile holds at most [`GROUP`] targets and all classes, widened, each class a row of the tile. It is turned in place
 //! from logits `x_k` into `exp(x_k - m)` and then into the gradient.
 
-use super::groups::{BLOCK, GROUP, Group, Plan, Problem};
 use super::mass::{SoftMass, times};
+use super::problem::{BLOCK, GROUP, Group, Plan, Problem};
 use crate::layout::Run;
 use crate::numeric::{Element, Isa, Kernel, LANES, Real};
 use crate::parallel::filled;
 use std::mem::MaybeUninit;
 
-/// Classes whose sums are taken in the accumulator's type; more are summed in `f64`, a chunk after the other, so that the
-/// rounding error of a sum does not grow with the number of classes.
+/// Classes whose sums are taken in the accumulator's type; more are summed in `f64`, a chunk after the other, so that
+/// the rounding error of a sum does not grow with the number of classes.
 const CHUNK: usize = 32;
 
 /// The targets `start..end` of a problem, a tile after the other.

@@ -4,7 +4,7 @@
 //! rounded to the nearest value when they are written. All conversions are free of branches.
 
 use super::exp_ln::{exp_nonpositive_f32, exp_nonpositive_f64};
-use super::isa::Isa;
+use super::isa::{Isa, MulAdd};
 use half::{bf16, f16};
 use std::ops::{Add, AddAssign, Div, Mul, Sub};
 
@@ -17,6 +17,7 @@ pub trait Real:
     + Mul<Output = Self>
     + Div<Output = Self>
     + AddAssign
+    + MulAdd
     + Default
 {
     /// Negative infinity.
@@ -25,9 +26,6 @@ pub trait Real:
     fn from_f64(x: f64) -> Self;
     /// Exact.
     fn to_f64(self) -> f64;
-    /// `self * a + b`, rounded once where the instruction set can.
-    #[must_use]
-    fn mul_add<I: Isa>(self, a: Self, b: Self) -> Self;
     /// `exp(self)` for `self <= 0`, to 2 ulp; results below the smallest normal number are 0, NaN stays NaN.
     #[must_use]
     fn exp_nonpositive<I: Isa>(self) -> Self;
@@ -74,11 +72,6 @@ macro_rules! real {
             #[inline(always)]
             fn to_f64(self) -> f64 {
                 self as f64
-            }
-
-            #[inline(always)]
-            fn mul_add<I: Isa>(self, a: Self, b: Self) -> Self {
-                if I::FMA { $t::mul_add(self, a, b) } else { self * a + b }
             }
 
             #[inline(always)]

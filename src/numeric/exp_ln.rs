@@ -1,10 +1,9 @@
-//! The exponential and the logarithm by polynomials, without branches, and sums and products with their rounding errors.
+//! `exp` and `ln` by polynomials, without branches, and sums and products with their rounding errors.
 //!
 //! `exp(x) = 2^n exp(r)` with `n = round(x / ln 2)` and `|r| <= ln(2) / 2`, where `exp(r)` is its Taylor series;
 //! `ln(2^e m) = e ln 2 + ln m` with `m` in `[sqrt(1/2), sqrt(2))`, where `ln m` is a series in `(m - 1) / (m + 1)`.
 
-use super::element::Real;
-use super::isa::Isa;
+use super::isa::{Isa, MulAdd};
 
 /// `1/2!, 1/3!, ...`: the Taylor series of `(exp(r) - 1 - r) / r^2`.
 macro_rules! taylor {
@@ -21,24 +20,24 @@ macro_rules! taylor {
 }
 
 macro_rules! exp_nonpositive {
-    ($name:ident, $t:ident, $bits:ident, mantissa $mantissa:literal, ln2 $ln2_hi:literal $ln2_lo:literal, min $min:literal,
-     terms $terms:literal) => {
+    ($name:ident, $t:ident, $bits:ident, mantissa $mantissa:literal, ln2 $ln2_hi:literal $ln2_lo:literal,
+     min $min:literal, terms $terms:literal) => {
         #[inline(always)]
         pub(super) fn $name<I: Isa>(x: $t) -> $t {
             const ROUND: $t = 1.5 * (1u64 << $mantissa) as $t;
             const ONE: $bits = (1.0 as $t).to_bits();
             const TAYLOR: [$t; $terms] = taylor!($t, $terms);
-            let t = Real::mul_add::<I>(x, std::$t::consts::LOG2_E, ROUND);
+            let t = MulAdd::mul_add::<I>(x, std::$t::consts::LOG2_E, ROUND);
             let n = t - ROUND;
-            let r = Real::mul_add::<I>(n, -$ln2_hi, x);
-            let r = Real::mul_add::<I>(n, -$ln2_lo, r);
+            let r = MulAdd::mul_add::<I>(n, -$ln2_hi, x);
+            let r = MulAdd::mul_add::<I>(n, -$ln2_lo, r);
             let mut q = TAYLOR[$terms - 1];
             let mut k = $terms - 1;
             while k > 0 {
                 k -= 1;
-                q = Real::mul_add::<I>(q, r, TAYLOR[k]);
+                q = MulAdd::mul_add::<I>(q, r, TAYLOR[k]);
             }
-            let p = Real::mul_add::<I>(r * r, q, r) + 1.0;
+            let p = MulAdd::mul_add::<I>(r * r, q, r) + 1.0;
             let power = $t::from_bits((t.to_bits() << $mantissa).wrapping_add(ONE));
             if x < $min { 0.0 } else { p * power }
         }
@@ -46,12 +45,13 @@ macro_rules! exp_nonpositive {
 }
 
 // ln 2 in two parts, the first with enough trailing zeros that its product with n is exact.
-exp_nonpositive!(exp_nonpositive_f32, f32, u32, mantissa 23, ln2 0.693_359_4 -2.121_944_4e-4, min -87.336_54, terms 6);
+exp_nonpositive!(exp_nonpositive_f32, f32, u32, mantissa 23, ln2 0.693_359_4 -2.121_944_4e-4,
+                 min -87.336_54, terms 6);
 exp_nonpositive!(exp_nonpositive_f64, f64, u64, mantissa 52,
                  ln2 6.931_471_803_691_238e-1 1.908_214_929_270_587_7e-10, min -708.396_418_532_264_1, terms 12);
 
-/// `factor * exp(hi + lo)` for any `hi`, a `lo` of at most a few ulp of it and a `factor` from 1 to `2^60`, to 2 ulp over
-/// the whole range of `f64`, subnormal results included.
+/// `factor * exp(hi + lo)` for any `hi`, a `lo` of at most a few ulp of it and a `factor` from 1 to `2^60`, to 2 ulp
+/// over the whole range of `f64`, subnormal results included.
 #[inline(always)]
 #[must_use]
 pub fn exp<I: Isa>(hi: f64, lo: f64, factor: f64) -> f64 {
@@ -59,19 +59,19 @@ pub fn exp<I: Isa>(hi: f64, lo: f64, factor: f64) -> f64 {
     const ONE: u64 = 1.0f64.to_bits();
     const TAYLOR: [f64; 12] = taylor!(f64, 12);
     let power = |n: f64| f64::from_bits(((n + ROUND).to_bits() << 52).wrapping_add(ONE));
-    let n = Real::mul_add::<I>(hi, std::f64::consts::LOG2_E, ROUND) - ROUND;
-    let r = Real::mul_add::<I>(n, -6.931_471_803_691_238e-1, hi);
-    let r_lo = Real::mul_add::<I>(n, -1.908_214_929_270_587_7e-10, lo);
+    let n = MulAdd::mul_add::<I>(hi, std::f64::consts::LOG2_E, ROUND) - ROUND;
+    let r = MulAdd::mul_add::<I>(n, -6.931_471_803_691_238e-1, hi);
+    let r_lo = MulAdd::mul_add::<I>(n, -1.908_214_929_270_587_7e-10, lo);
     let r = r + r_lo;
     let mut q = TAYLOR[11];
     let mut k = 11;
     while k > 0 {
         k -= 1;
-        q = Real::mul_add::<I>(q, r, TAYLOR[k]);
+        q = MulAdd::mul_add::<I>(q, r, TAYLOR[k]);
     }
-    let p = Real::mul_add::<I>(r * r, q, r) + 1.0;
+    let p = MulAdd::mul_add::<I>(r * r, q, r) + 1.0;
     // 2^n in two factors, for n reaches past the exponents of normal numbers; only the last product can be subnormal.
-    let half = Real::mul_add::<I>(n, 0.5, ROUND) - ROUND;
+    let half = MulAdd::mul_add::<I>(n, 0.5, ROUND) - ROUND;
     let y = p * factor * power(half) * power(n - half);
     if hi > 709.79 {
         f64::INFINITY
@@ -108,11 +108,12 @@ pub fn ln<I: Isa>(x: f64) -> f64 {
     let mut k = 9;
     while k > 0 {
         k -= 1;
-        r = Real::mul_add::<I>(r, z, SERIES[k]);
+        r = MulAdd::mul_add::<I>(r, z, SERIES[k]);
     }
     let half_square = 0.5 * f * f;
-    let tail = Real::mul_add::<I>(s, Real::mul_add::<I>(r, z, half_square), e * 1.908_214_929_270_587_7e-10);
-    let y = Real::mul_add::<I>(e, 6.931_471_803_691_238e-1, f - (half_square - tail));
+    let tail =
+        MulAdd::mul_add::<I>(s, MulAdd::mul_add::<I>(r, z, half_square), e * 1.908_214_929_270_587_7e-10);
+    let y = MulAdd::mul_add::<I>(e, 6.931_471_803_691_238e-1, f - (half_square - tail));
     if x < f64::INFINITY { y } else { x }
 }
 
@@ -155,6 +156,7 @@ pub fn two_difference(a: f64, b: f64) -> (f64, f64) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::element::Real;
     #[cfg(not(target_arch = "aarch64"))]
     use super::super::isa::Baseline;
     use super::super::isa::{Fused, Kernel, dispatch};

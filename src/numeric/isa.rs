@@ -14,6 +14,25 @@ pub trait Isa: Copy {
     const FMA: bool;
 }
 
+/// A float that can be multiplied and added in one instruction.
+pub trait MulAdd: Sized {
+    /// `self * a + b`, rounded once where the instruction set can.
+    #[must_use]
+    fn mul_add<I: Isa>(self, a: Self, b: Self) -> Self;
+}
+
+macro_rules! mul_add {
+    ($($t:ident)*) => {
+        $(impl MulAdd for $t {
+            #[inline(always)]
+            fn mul_add<I: Isa>(self, a: Self, b: Self) -> Self {
+                if I::FMA { $t::mul_add(self, a, b) } else { self * a + b }
+            }
+        })*
+    };
+}
+mul_add!(f32 f64);
+
 /// A computation that [`dispatch`] compiles for each instruction set. `run` must be `#[inline(always)]`.
 pub trait Kernel {
     /// What it returns.

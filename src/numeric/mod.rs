@@ -1,12 +1,15 @@
-//! The arithmetic of the kernels: float types, the exponential and the logarithm, and the choice of an instruction set.
+//! The arithmetic of the kernels: float types, `exp` and `ln`, and the choice of an instruction set.
 //!
-//! [`isa`] compiles a kernel once for each instruction set, [`element`] says which floats tensors hold and which floats
-//! are computed in, [`exp_ln`] computes `exp` and `ln` without branches, so that loops over them become vector code.
+//! [`isa`] compiles a kernel once for each instruction set, [`exp_ln`] computes `exp` and `ln` without branches, so
+//! that loops over them become vector code, [`element`] says which floats tensors hold and which floats are computed
+//! in, and [`tile`] reads and writes as many numbers as a step of a kernel has lanes.
 
 pub mod element;
 pub mod exp_ln;
 pub mod isa;
+pub mod tile;
 
 pub use element::{Element, Real};
 pub use exp_ln::{exp, ln, two_difference, two_product};
-pub use isa::{Isa, Kernel, LANES, dispatch};
+pub use isa::{Isa, Kernel, LANES, MulAdd, dispatch};
+pub use tile::{read_tile, write_tile};

@@ -4,7 +4,8 @@
 //! `w_i = n exp(e_i - max e) / sum_j exp(e_j - max e)` with `e_i = s min(l_i, tau)`. The scale `s` may be negative, and
 //! `tau` infinite.
 
-use super::{BlockMap, BlockSum, Compensated, Extent, Member, Pointwise, fill, put_on, sum, write};
+use super::blocks::{BlockMap, BlockSum, Compensated, Extent, fill, put_on, sum, write};
+use super::member::{Member, Pointwise};
 use crate::layout::Vector;
 use crate::numeric::{Element, Isa, Real, exp, two_difference, two_product};
 use std::mem::MaybeUninit;
@@ -112,8 +113,8 @@ impl BlockSum for ExpSum {
     }
 }
 
-/// `w_i = exp(exponent_i) / mean_j exp(exponent_j)`; the origin of the exponent is the loss that makes it largest. Where
-/// that is infinite, all weight lies on such losses.
+/// `w_i = exp(exponent_i) / mean_j exp(exponent_j)`; the origin of the exponent is the loss that makes it largest.
+/// Where that is infinite, all weight lies on such losses.
 pub(super) fn softmax<T: Element, W: Real>(
     losses: &Vector<T>,
     weights: &mut [MaybeUninit<W>],

@@ -3,10 +3,11 @@
 //! `w_i = n softmax(l / gamma)_i` with `gamma` the root of `KL(softmax(l / gamma) || uniform) = radius`. Where the ball
 //! is larger than any such distribution, all weight lies on the largest losses.
 
+use super::blocks::{BlockSum, Compensated, Extent, put_on, sum};
 use super::kl::{ExpSum, Exponent, softmax};
-use super::{BlockSum, Compensated, Extent, Member, put_on, sum};
+use super::member::Member;
 use crate::layout::Vector;
-use crate::numeric::{Element, Isa, Real, exp};
+use crate::numeric::{Element, Isa, MulAdd, Real, exp};
 use std::mem::MaybeUninit;
 
 /// The settings of the ball.
@@ -93,7 +94,7 @@ impl BlockSum for Divergence {
             let mut k = 8;
             while k > 0 {
                 k -= 1;
-                q = Real::mul_add::<I>(q, v, SERIES[k]);
+                q = MulAdd::mul_add::<I>(q, v, SERIES[k]);
             }
             let phi = if v.abs() < 0.1 { v * v * q } else { *vw - w + 1.0 };
             *l = if *l == f64::NEG_INFINITY { 0.0 } else { phi };
@@ -121,14 +122,14 @@ fn unit_of(extent: Extent) -> f64 {
 
 /// The exponent `beta (l - max l)` with the inverse temperature `beta = 1 / gamma` at which `KL(softmax(beta l) ||
 /// uniform) = radius`; `None` if the ball reaches the distribution on the largest losses alone, or these are infinite.
-/// `beta` is NaN where a loss is. Losses of `-inf` weigh nothing at any `beta > 0`, which takes `log(n / k)` of the radius
-/// where `k` losses are left. If no radius remains, `beta` is next to 0, and those `k` have equal weights.
+/// `beta` is NaN where a loss is. Losses of `-inf` weigh nothing at any `beta > 0`, which takes `log(n / k)` of the
+/// radius where `k` losses are left. If no radius remains, `beta` is next to 0, and those `k` have equal weights.
 ///
 /// `KL` grows with `beta`, from 0 to `log(n / m)`. Newton's iteration solves `sqrt(KL) = sqrt(radius)`, nearly linear
 /// in `beta` as long as `KL` is small, or `log(limit - KL) = log(limit - radius)`, nearly linear where it saturates; a
 /// bracket that every evaluation tightens keeps it safe. `KL` is flat, and Newton's step too long, between the `beta`
-/// that tells a far outlier from the rest and the one that tells the rest apart: such a step goes up by a factor that is
-/// squared each time, and a wide bracket is halved in the logarithm.
+/// that tells a far outlier from the rest and the one that tells the rest apart: such a step goes up by a factor that
+/// is squared each time, and a wide bracket is halved in the logarithm.
 fn temperature<T: Element>(
     losses: &Vector<T>,
     mut radius: f64,

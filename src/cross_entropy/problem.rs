@@ -1,29 +1,21 @@
-//! A group of targets between the two passes over its logits: from sums over the classes to losses, weights and factors.
+//! The inputs of a call by their addresses, and a group of targets between the two steps over its logits: from sums
+//! over the classes to losses, weights and factors.
 //!
 //! With the largest logit `m`, the mass `h` on the label `y` and the soft mass `t`, a target's loss is
 //! `l = h (log S - (x_y - m)) + (sum_k t_k) log S - sum_k t_k (x_k - m)` with `S = sum_k exp(x_k - m)`. The gradient of
 //! `f l` is `f (h + sum_k t_k) / S exp(x_k - m) - f t_k`, at the label less `f h`, where `f = norm p w`.
 
+use super::arguments::{Gradient, Inputs, Target};
 use super::labels::{Label, Labels};
 use super::mass::SoftMass;
-use super::rows::Rows;
 use super::shape::Dimensions;
-use super::tiles::Tiles;
-use super::{Gradient, Inputs};
 use crate::layout::{Positions, Shared};
-use crate::numeric::{Element, Isa, LANES, Real, dispatch, ln};
-use crate::parallel::for_each_block;
+use crate::numeric::{Element, Isa, Real, ln};
 use crate::weightings::Weighting;
 use std::mem::MaybeUninit;
 
-/// Classes from which on lanes run along a contiguous row.
-const ROW_CLASSES: usize = 24;
-
 /// Logits of a block, the unit of work of a thread.
 pub(super) const BLOCK: usize = 1 << 15;
-
-/// Logits below which waking a thread costs more than it saves.
-const PARALLEL: usize = 1 << 18;
 
 /// Where the weights come from, and so what a pass writes.
 #[derive(Clone, Copy)]
@@ -86,7 +78,7 @@ impl<'a, T: Element> Problem<'a, T> {
         };
         let (g_strides, g_class) = (without_class(g_strides), g_strides[class_axis]);
         let q_strides = match &inputs.target {
-            super::Target::Probabilities(q) => without_class(q.strides()),
+            Target::Probabilities(q) => without_class(q.strides()),
             _ => vec![0; dims.shape.len()],
         };
         Self {
@@ -105,26 +97,6 @@ impl<'a, T: Element> Problem<'a, T> {
             on_label: 1.0 - label_smoothing,
             soft: SoftMass::new(&inputs.target, classes, inputs.class_weight, label_smoothing),
         }
-    }
-
-    /// Works through all targets as the plan says.
-    pub fn run(&self, plan: Plan<T::Real>, threads: usize) {
-        let targets = self.positions.len();
-        let threads = if targets * self.classes < PARALLEL { 1 } else { threads };
-        let rows = self.logits_class == 1
-            && self.classes >= ROW_CLASSES
-            && (self.grad.is_none() || self.grad_class == 1)
-            && !matches!(self.soft, SoftMass::Probabilities { class_stride, .. } if class_stride != 1);
-        let size = (BLOCK / self.classes.max(1)).max(1);
-        let size = if rows { size } else { size.next_multiple_of(LANES) };
-        for_each_block(targets.div_ceil(size), threads, |i| {
-            let (start, end) = (i * size, targets.min((i + 1) * size));
-            if rows {
-                dispatch(Rows { problem: self, plan, start, end });
-            } else {
-                dispatch(Tiles { problem: self, plan, start, end });
-            }
-        });
     }
 
     /// The gradient's address, if the plan writes it.

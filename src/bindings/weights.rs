@@ -1,0 +1,84 @@
+//! The functions of `rgd._rgd` for losses and their weights.
+
+use super::call::{for_float, read_weighting, released, same_shape, values};
+use super::tensor::{Tensor, distinct};
+use crate::layout::Vector;
+use crate::numeric::Element;
+use crate::{reduce, weightings};
+use pyo3::prelude::*;
+
+#[pyfunction]
+#[allow(clippy::needless_pass_by_value)] // PyO3 reads a sequence of numbers as a vector only
+pub(super) fn sample_weights(
+    py: Python,
+    losses: &Bound<PyAny>,
+    weights: &Bound<PyAny>,
+    kind: &str,
+    numbers: Vec<f64>,
+    threads: usize,
+) -> PyResult<()> {
+    let weighting = read_weighting(kind, &numbers)?;
+    let (losses, mut weights) = (Tensor::import("losses", losses)?, Tensor::import("weights", weights)?);
+    same_shape(["losses", "weights"], &losses, &weights)?;
+    distinct(&[&weights], &[&losses])?;
+    for_float!(losses.dtype(), "losses", T => {
+        let losses = Vector::new(losses.view::<T>()?);
+        let weights = weights.slice_mut::<<T as Element>::Real>()?;
+        released(py, || weightings::sample_weights(&losses, weighting, weights, threads))
+    })
+}
+
+#[pyfunction]
+pub(super) fn widen(py: Python, values: &Bound<PyAny>, out: &Bound<PyAny>, threads: usize) -> PyResult<()> {
+    let (read, mut out) = (Tensor::import("values", values)?, Tensor::import("out", out)?);
+    same_shape(["values", "out"], &read, &out)?;
+    distinct(&[&out], &[&read])?;
+    let (values, out) = (self::values("values", &read)?, out.slice_mut::<f64>()?);
+    released(py, || reduce::widen(&*values, out, threads))
+}
+
+#[pyfunction]
+#[pyo3(signature = (values, weights, base, threads))]
+pub(super) fn weighted_sum(
+    py: Python,
+    values: &Bound<PyAny>,
+    weights: &Bound<PyAny>,
+    base: Option<&Bound<PyAny>>,
+    threads: usize,
+) -> PyResult<f64> {
+    let (read, weights) = (Tensor::import("values", values)?, Tensor::import("weights", weights)?);
+    same_shape(["values", "weights"], &read, &weights)?;
+    let base = base.map(|base| Tensor::import("base", base)).transpose()?;
+    if let Some(base) = &base {
+        same_shape(["values", "base"], &read, base)?;
+    }
+    let (values, weights) = (self::values("values", &read)?, self::values("weights", &weights)?);
+    let base = base.as_ref().map(|base| self::values("base", base)).transpose()?;
+    released(py, || reduce::weighted_sum(&*values, &*weights, base.as_deref().map(|base| base as _), threads))
+}
+
+type Sums = (usize, f64, f64, f64, f64, f64, f64, f64, f64);
+
+#[pyfunction]
+#[pyo3(signature = (losses, weights, base, clip, threads))]
+pub(super) fn weight_sums(
+    py: Python,
+    losses: &Bound<PyAny>,
+    weights: &Bound<PyAny>,
+    base: Option<&Bound<PyAny>>,
+    clip: f64,
+    threads: usize,
+) -> PyResult<Sums> {
+    let (losses, weights) = (Tensor::import("losses", losses)?, Tensor::import("weights", weights)?);
+    same_shape(["losses", "weights"], &losses, &weights)?;
+    let base = base.map(|base| Tensor::import("base", base)).transpose()?;
+    if let Some(base) = &base {
+        same_shape(["losses", "base"], &losses, base)?;
+    }
+    let (losses, weights) = (values("losses", &losses)?, values("weights", &weights)?);
+    let base = base.as_ref().map(|base| values("base", base)).transpose()?;
+    let s = released(py, || {
+        reduce::weight_sums(&*losses, &*weights, base.as_deref().map(|base| base as _), clip, threads)
+    })?;
+    Ok((s.count, s.mass, s.loss, s.weight, s.objective, s.square, s.entropy, s.largest, s.clipped))
+}
