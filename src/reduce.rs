@@ -21,8 +21,9 @@ const ROW: usize = 64;
 /// Elements below which waking a thread costs more than it saves.
 const PARALLEL: usize = 32 * BLOCK;
 
-/// The sums over a batch of losses `l` and their weights `w` with base measure `p`.
+/// The sums over a batch of losses `l` and their weights `w` with base measure `p`. Python gets them by these names.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[cfg_attr(feature = "python", derive(pyo3::IntoPyObject))]
 pub struct WeightSums {
     /// How many have `p > 0`.
     pub count: usize,

@@ -236,7 +236,7 @@ def weight_stats(
     if members is not None:
         by_group = group_stats(_wide(loss_source), _wide(weight_source), measure, members)
     tail = worst_tenth(_wide(loss_source), measure)
-    return stats_from_sums(WeightSums(*sums), weighting, worst_tenth=tail, groups=by_group)
+    return stats_from_sums(WeightSums(**sums), weighting, worst_tenth=tail, groups=by_group)
 
 
 def _measure_of(source: Source, where: Any, sample_weight: Any) -> _Measure:

@@ -71,9 +71,7 @@ def weighted_sum(values: Any, weights: Any, base: Any | None, threads: int) -> f
         threads: The largest number of threads to use.
     """
 
-def weight_sums(
-    losses: Any, weights: Any, base: Any | None, clip: float, threads: int
-) -> tuple[int, float, float, float, float, float, float, float, float]:
+def weight_sums(losses: Any, weights: Any, base: Any | None, clip: float, threads: int) -> dict[str, Any]:
     """The sums that the statistics are made of, in one pass over losses `l`, weights `w` and base `p`.
 
     Samples of weight zero count like any other; those with `p = 0` take no part.
@@ -86,9 +84,8 @@ def weight_sums(
         threads: The largest number of threads to use.
 
     Returns:
-        count (how many have `p > 0`), mass `sum p`, loss `sum p l`, weight `sum p w`, objective `sum p w l`
-        (0 where `w = 0`, unless `l` is NaN), square `sum p w^2`, entropy `sum p w log w`, largest (the
-        largest `w`; 0 for an empty batch), and clipped `sum p [l > clip]`.
+        The sums by the names of the fields of `rgd.stats.WeightSums`. A product `w l` is 0 where `w = 0`,
+        unless `l` is NaN, and the largest weight of an empty batch is 0.
     """
 
 def cross_entropy(

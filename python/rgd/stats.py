@@ -195,7 +195,7 @@ _NEAR_ZERO = 0.1
 
 
 class WeightSums(NamedTuple):
-    """The sums the statistics are made of, as `_rgd.weight_sums` returns them.
+    """The sums the statistics are made of, as `_rgd.weight_sums` returns them by name.
 
     Attributes:
         count: How many samples take part.

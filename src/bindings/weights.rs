@@ -4,7 +4,8 @@ use super::call::{for_float, read_weighting, released, same_shape, values};
 use super::tensor::{Tensor, distinct};
 use crate::layout::Vector;
 use crate::numeric::Element;
-use crate::{reduce, weightings};
+use crate::reduce::{self, WeightSums};
+use crate::weightings;
 use pyo3::prelude::*;
 
 #[pyfunction]
@@ -57,8 +58,6 @@ pub(super) fn weighted_sum(
     released(py, || reduce::weighted_sum(&*values, &*weights, base.as_deref().map(|base| base as _), threads))
 }
 
-type Sums = (usize, f64, f64, f64, f64, f64, f64, f64, f64);
-
 #[pyfunction]
 #[pyo3(signature = (losses, weights, base, clip, threads))]
 pub(super) fn weight_sums(
@@ -68,7 +67,7 @@ pub(super) fn weight_sums(
     base: Option<&Bound<PyAny>>,
     clip: f64,
     threads: usize,
-) -> PyResult<Sums> {
+) -> PyResult<WeightSums> {
     let (losses, weights) = (Tensor::import("losses", losses)?, Tensor::import("weights", weights)?);
     same_shape(["losses", "weights"], &losses, &weights)?;
     let base = base.map(|base| Tensor::import("base", base)).transpose()?;
@@ -77,8 +76,7 @@ pub(super) fn weight_sums(
     }
     let (losses, weights) = (values("losses", &losses)?, values("weights", &weights)?);
     let base = base.as_ref().map(|base| values("base", base)).transpose()?;
-    let s = released(py, || {
+    released(py, || {
         reduce::weight_sums(&*losses, &*weights, base.as_deref().map(|base| base as _), clip, threads)
-    })?;
-    Ok((s.count, s.mass, s.loss, s.weight, s.objective, s.square, s.entropy, s.largest, s.clipped))
+    })
 }

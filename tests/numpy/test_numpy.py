@@ -20,6 +20,7 @@ from numpy_losses import (
     weigh,
 )
 from rgd import _rgd, reference
+from rgd.stats import WeightSums
 
 LOSSES = {
     "ordinary": lambda rng: rng.exponential(size=37),
@@ -279,6 +280,7 @@ def test_the_number_of_threads_changes_no_bit_of_the_sums(dtype, with_base):
     weights = weigh(losses, rgd.KL())
     sums = _rgd.weight_sums(losses, weights, base, 1.0, 1)
     total = _rgd.weighted_sum(losses, weights, base, 1)
+    assert tuple(sums) == WeightSums._fields
     for threads in [2, 3, 8]:
         assert _rgd.weight_sums(losses, weights, base, 1.0, threads) == sums
         assert _rgd.weighted_sum(losses, weights, base, threads) == total

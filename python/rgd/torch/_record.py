@@ -213,7 +213,7 @@ def sums_of(losses: Tensor, weights: Tensor, base: Tensor | None, clip: float) -
     if losses.is_cpu and type(losses) is Tensor and type(weights) is Tensor:
         base = None if base is None else base.double().contiguous()
         threads = torch.get_num_threads()
-        return WeightSums(*_rgd.weight_sums(losses.contiguous(), weights.contiguous(), base, clip, threads))
+        return WeightSums(**_rgd.weight_sums(losses.contiguous(), weights.contiguous(), base, clip, threads))
     return _sums(losses, weights, base, clip)
 
 
@@ -231,7 +231,7 @@ def stats_by_group(
 
 
 def _sums(losses: Tensor, weights: Tensor, base: Tensor | None, clip: float) -> WeightSums:
-    """What `_rgd.weight_sums` returns, by torch operations and one wait for the device."""
+    """The sums that `_rgd.weight_sums` takes, by torch operations and one wait for the device."""
     numbers = cast("list[float]", _sum_tensor(losses, weights, base, clip).tolist())  # pyright: ignore[reportUnknownMemberType]
     return WeightSums(int(numbers[0]), *numbers[1:])
 
