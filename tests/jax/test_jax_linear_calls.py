@@ -18,6 +18,14 @@ THREE_ROWS = 3 * 8 * CLASSES
 TOLERANCE = 20 * (ROWS + WIDTH + CLASSES + 16) * np.finfo(np.float64).eps
 
 
+@pytest.fixture
+def compiled_in_a_hurry():
+    """What is asked is which numbers come out, not how fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True)
 def float64():
     with enable_x64(True):
@@ -106,6 +114,7 @@ def test_no_array_of_all_logits_is_ever_made(options):
     assert allowed < rows * classes * 4 / 4
 
 
+@pytest.mark.usefixtures("compiled_in_a_hurry")
 @pytest.mark.parametrize(
     "options",
     [{}, {"reduction": "none"}, {"weighting": rgd.KL(2.0, normalize=True)}, {"backend": "rust"}],
@@ -115,27 +124,47 @@ def test_every_transformation_gives_what_it_gives_for_the_logits(options):
     inputs, kernel, labels = layer()
     pair = jnp.stack([inputs, 2 * inputs]), jnp.stack([kernel, jnp.cos(kernel)])
 
-    def results(function, **options):
-        def loss(inputs, kernel):
-            return jnp.sum(function(inputs, kernel, labels, **options))
+    def loss(inputs, kernel):
+        return jnp.sum(chunked(inputs, kernel, labels, **options))
 
-        def scanned(inputs, kernel):
-            return jax.lax.scan(lambda sums, _: (sums + loss(inputs, kernel), None), 0.0, length=2)[0]
+    def scanned(inputs, kernel):
+        return jax.lax.scan(lambda sums, _: (sums + loss(inputs, kernel), None), 0.0, length=2)[0]
 
-        gradient = jax.grad(loss, (0, 1))
+    gradient = jax.grad(loss, (0, 1))
+
+    @jax.jit
+    def transformed(inputs, kernel):
         return {
-            "plain": gradient(inputs, kernel),
             "vmap": jax.vmap(gradient)(*pair),
             "vmap of the inputs": jax.vmap(gradient, (0, None))(pair[0], kernel),
             "vmap of the kernel": jax.vmap(gradient, (None, 0))(inputs, pair[1]),
-            "remat": jax.jit(jax.grad(jax.checkpoint(loss), (0, 1)))(inputs, kernel),
+            "remat": jax.grad(jax.checkpoint(loss), (0, 1))(inputs, kernel),
             "scan": jax.grad(scanned, (0, 1))(inputs, kernel),
         }
 
-    plain = {key: value for key, value in options.items() if key != "backend"}
-    same(results(chunked, **options), results(whole, **plain))
+    @jax.jit
+    def of_logits(inputs, kernel):
+        plain = {key: value for key, value in options.items() if key != "backend"}
+        return jax.grad(lambda *given: jnp.sum(whole(*given, labels, **plain)), (0, 1))(inputs, kernel)
+
+    def of_both(*points):
+        return jax.tree.map(lambda *x: jnp.stack(x), *(of_logits(*point) for point in points))
+
+    once = of_logits(inputs, kernel)
+    same(gradient(inputs, kernel), once)
+    same(
+        transformed(inputs, kernel),
+        {
+            "vmap": of_both((pair[0][0], pair[1][0]), (pair[0][1], pair[1][1])),
+            "vmap of the inputs": of_both((pair[0][0], kernel), (pair[0][1], kernel)),
+            "vmap of the kernel": of_both((inputs, pair[1][0]), (inputs, pair[1][1])),
+            "remat": once,
+            "scan": jax.tree.map(lambda x: 2 * x, once),
+        },
+    )
 
 
+@pytest.mark.usefixtures("compiled_in_a_hurry")
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"backend": "rust"}], ids=str)
 def test_second_derivatives_are_those_of_the_logits(options):
     inputs, kernel, labels = layer()
@@ -149,7 +178,7 @@ def test_second_derivatives_are_those_of_the_logits(options):
         def slope(kernel):
             return jnp.vdot(jax.grad(loss)(kernel), direction)
 
-        return jax.grad(slope)(kernel), jax.jvp(jax.grad(loss), (kernel,), (direction,))[1]
+        return jax.jit(lambda k: (jax.grad(slope)(k), jax.jvp(jax.grad(loss), (k,), (direction,))[1]))(kernel)
 
     expected = products_with(whole, plain)
     same(products_with(chunked, options), expected)
@@ -187,6 +216,7 @@ def test_a_schedule_of_settings_compiles_once():
     assert step._cache_size() == 1
 
 
+@pytest.mark.usefixtures("compiled_in_a_hurry")
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"weight": np.ones(2)}], ids=str)
 def test_classes_may_be_spread_over_a_mapped_axis(options):
     """`jax.vmap` stands for the devices; test_jax_linear_devices.py asks real ones."""
@@ -206,7 +236,7 @@ def test_classes_may_be_spread_over_a_mapped_axis(options):
     def expected(inputs, kernel):
         return jnp.sum(whole(inputs, kernel, labels, **whole_options))
 
-    same(*(jax.value_and_grad(f, (0, 1))(inputs, kernel) for f in (spread, expected)))
+    same(*(jax.jit(jax.value_and_grad(f, (0, 1)))(inputs, kernel) for f in (spread, expected)))
 
 
 def test_the_value_is_that_of_the_reference():
