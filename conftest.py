@@ -1,5 +1,6 @@
 """Settings that all tests share. Doctests of modules whose client is not installed are left out."""
 
+import gc
 import importlib.util
 import itertools
 import os
@@ -13,6 +14,7 @@ NEEDS = {
     "python/rgd/integrations/lightning.py": "lightning",
     "python/rgd/sklearn.py": "sklearn",
 }
+pytest_plugins = ["durations"]
 collect_ignore = [path for path, client in NEEDS.items() if importlib.util.find_spec(client) is None]
 
 settings.register_profile("rgd", deadline=None, max_examples=60, derandomize=True)
@@ -22,6 +24,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Several processes share the cores; tests that are about threads set their number themselves. This stands
     # before torch is imported, which reads it then.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish():
+    """What the imports made stays: trainers collect garbage often, and need not look through all of it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -35,9 +47,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def workers():
-    """Three processes that stay alive for a whole module."""
+    """Three processes that stay alive for all tests of this process."""
     from workers import Workers  # noqa: PLC0415 - starts torch
 
     workers = Workers()

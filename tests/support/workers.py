@@ -31,7 +31,9 @@ def work(inbox, outbox):
 
 class Workers:
     def __init__(self):
-        context = multiprocessing.get_context("spawn")
+        # Forked from a process that has imported torch and done nothing with it.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["rgd.torch", "torch.distributed.fsdp"])
         self.outbox = context.Queue()
         self.inboxes = [context.Queue() for _ in range(3)]
         self.processes = [
