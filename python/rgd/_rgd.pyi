@@ -105,10 +105,16 @@ def cross_entropy(
     grad: Any | None,
     threads: int,
     logit_adjustment: Any | None = None,
+    z_loss: float = 0.0,
 ) -> tuple[float, int]:
     """Re-weighted cross-entropy, and its gradient where `grad` is given.
 
     A weight of zero gives a product and a gradient of zero, also for an infinite loss; a NaN loss stays NaN.
+
+    With a z-loss `z` the objective has `p * w * l + p * z * Z^2` in the place of `p * w * l`, `Z` the
+    logsumexp of the target's logits as adjusted. Neither the weight nor the class weight multiplies it,
+    "mean" divides it like the rest, and a target that takes no part adds nothing. Losses and weights do not
+    see it.
 
     Args:
         logits: (C,), (N, C) or (N, C, d1, ..., dk); float32, float64, float16 or bfloat16.
@@ -136,6 +142,7 @@ def cross_entropy(
         threads: The largest number of threads to use.
         logit_adjustment: (C,), contiguous, in the accumulator's dtype: added to the logits of each class as
             they are read. The gradient is that with respect to the logits; this is a constant.
+        z_loss: The factor `z`, a finite number >= 0.
 
     Returns:
         The denominator of "mean" (the sum of `p` times the target's class weight; for class probabilities,
@@ -157,8 +164,21 @@ def cross_entropy_losses(
     losses: Any,
     threads: int,
     logit_adjustment: Any | None = None,
+    logsumexp: Any | None = None,
 ) -> int:
     """Fill `losses`, one a target and 0 for an ignored one; arguments and errors as for `cross_entropy`.
+
+    Args:
+        logits: As for `cross_entropy`, like all that is not named here.
+        target: As there.
+        class_weight: As there.
+        ignore_index: As there.
+        label_smoothing: As there.
+        losses: Output, as there.
+        threads: As there.
+        logit_adjustment: As there.
+        logsumexp: Output like `losses`, if it is wanted: the logsumexp `Z` of each target's logits as
+            adjusted, of which a z-loss is made; 0 for an ignored target.
 
     Returns:
         The number of targets that are not ignored.
@@ -179,6 +199,8 @@ def cross_entropy_gradient(
     grad: Any | None,
     threads: int,
     logit_adjustment: Any | None = None,
+    z_loss: float = 0.0,
+    logsumexp: Any | None = None,
 ) -> tuple[float, int]:
     """The objective of given losses and weights, and its gradient where `grad` is given.
 
@@ -201,9 +223,95 @@ def cross_entropy_gradient(
         grad: Output, as there.
         threads: As there.
         logit_adjustment: As there.
+        z_loss: As there.
+        logsumexp: Input, needed where `z_loss` is not 0: as `cross_entropy_losses` fills it.
 
     Returns:
         As `cross_entropy`.
+
+    Raises:
+        ValueError: Also for a z-loss without `logsumexp`.
+    """
+
+def cross_entropy_rows(
+    logits: Any,
+    target: Any,
+    class_weight: Any | None,
+    norms: Any,
+    kind: str,
+    numbers: Sequence[float],
+    ignore_index: int,
+    label_smoothing: float,
+    losses: Any,
+    weights: Any,
+    grad: Any | None,
+    threads: int,
+    logit_adjustment: Any | None = None,
+    z_loss: float = 0.0,
+    logsumexp: Any | None = None,
+) -> int:
+    """Losses, pointwise weights, and the gradient of `sum_i norm_i * (w_i * l_i + z * Z_i^2)`.
+
+    A caller who makes the logits some rows at a time knows by what each row's part of the objective is
+    multiplied: its base measure over the divisor of all rows.
+
+    Args:
+        logits: As for `cross_entropy`, like all that is not named here.
+        target: As there.
+        class_weight: As there.
+        norms: One a target, contiguous, in the accumulator's dtype. Where it is 0 the gradient is 0, whatever
+            the weight; loss and weight are as for any other.
+        kind: As there, of a pointwise weighting.
+        numbers: As there.
+        ignore_index: As there.
+        label_smoothing: As there.
+        losses: Output, as there.
+        weights: Output, as there, one a target.
+        grad: Output, as there, if it is wanted.
+        threads: As there.
+        logit_adjustment: As there.
+        z_loss: As there.
+        logsumexp: Output, as for `cross_entropy_losses`.
+
+    Returns:
+        The number of targets that are not ignored.
+
+    Raises:
+        ValueError: Also if the weighting is not pointwise.
+    """
+
+def cross_entropy_rows_gradient(
+    logits: Any,
+    target: Any,
+    class_weight: Any | None,
+    norms: Any,
+    weights: Any | None,
+    ignore_index: int,
+    label_smoothing: float,
+    grad: Any,
+    threads: int,
+    logit_adjustment: Any | None = None,
+    z_loss: float = 0.0,
+) -> int:
+    """The gradient of `sum_i norm_i * (w_i * l_i + z * Z_i^2)` with given weights.
+
+    With the weights of `cross_entropy_rows` this is its gradient, to the last bit.
+
+    Args:
+        logits: As for `cross_entropy`, like all that is not named here.
+        target: As there.
+        class_weight: As there.
+        norms: As for `cross_entropy_rows`.
+        weights: One a target, contiguous, in the accumulator's dtype; None for ones.
+        ignore_index: As there.
+        label_smoothing: As there.
+        grad: Output, as there.
+        threads: As there.
+        logit_adjustment: As there.
+        z_loss: As there.
+
+    Returns:
+        The number of targets that are not ignored.
     """
 
 def boosting_losses(loss: str, margins: Any, labels: Any, losses: Any, threads: int) -> int | None:
@@ -263,11 +371,12 @@ def xla_handler() -> object:
     """The XLA FFI handler of the fused cross-entropy for the CPU, for `jax.ffi.register_ffi_target`.
 
     Its operands are logits (..., C), labels (...), int32, -1 for one that takes no part, settings
-    (..., 2 + K): norm (what multiplies the row's weighted loss, a sample weight included), label smoothing,
-    and the K numbers of the weighting of each row, and a logit adjustment, (C,), or (0,) for none, behind any
-    number of the rows' leading axes. Its string attribute `kind` names the weighting's kernel,
-    which must be pointwise; another name is an error of XLA's that lists the names known. Its results are
-    losses (...) and weights (...), in the settings' dtype (float64 for float64 logits, else float32), and the
-    gradient of `norm * w * l`, of the logits' shape and dtype. A label out of range makes its row of every
-    result NaN.
+    (..., 3 + K): norm (what multiplies the row's part of the objective, a sample weight included), label
+    smoothing, z-loss and the K numbers of the weighting of each row, and a logit adjustment, (C,), or (0,)
+    for none, behind any number of the rows' leading axes. Its string attribute `kind` names the weighting's
+    kernel, which must be pointwise; another name is an error of XLA's that lists the names known. Its results
+    are losses (...) and weights (...), in the settings' dtype (float64 for float64 logits, else float32), the
+    gradient of `norm * (w * l + z * Z^2)`, of the logits' shape and dtype, and `Z`, the logsumexp of each
+    row's logits as adjusted, (...), or (0,) where it is not wanted. A label out of range makes its row of
+    every result NaN.
     """

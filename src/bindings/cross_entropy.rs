@@ -3,7 +3,8 @@
 use super::call::{for_float, read_weighting, released};
 use super::tensor::{Dtype, HasDtype, Tensor, distinct};
 use crate::cross_entropy::{
-    self as ce, Given, Gradient, Inputs, Outputs, Overwrite, Reduction, Settings, Target, Totals,
+    self as ce, Given, Gradient, Inputs, NormedOutputs, Outputs, Overwrite, Reduction, Settings, Target,
+    Totals,
 };
 use crate::numeric::Element;
 use pyo3::exceptions::{PyIndexError, PyValueError};
@@ -84,29 +85,39 @@ impl<'py> Read<'py> {
     }
 }
 
+/// Outputs, and one more where there is one.
+fn outputs<'a, 'py>(outputs: &[&'a Tensor<'py>], optional: Option<&'a Tensor<'py>>) -> Vec<&'a Tensor<'py>> {
+    outputs.iter().copied().chain(optional).collect()
+}
+
 fn read_settings(
     ignore_index: i64,
     label_smoothing: f64,
     per_sample: bool,
-    reduction: &str,
+    reduction: Reduction,
     threads: usize,
+    z_loss: f64,
 ) -> PyResult<Settings> {
-    let reduction = match reduction {
-        "none" => Reduction::None,
-        "mean" => Reduction::Mean,
-        "sum" => Reduction::Sum,
-        other => {
-            return Err(PyValueError::new_err(format!(
-                "reduction must be 'none', 'mean' or 'sum', got '{other}'"
-            )));
-        }
-    };
     if !(0.0..=1.0).contains(&label_smoothing) {
         return Err(PyValueError::new_err(format!(
             "label_smoothing must lie in [0, 1], got {label_smoothing}"
         )));
     }
-    Ok(Settings { ignore_index, label_smoothing, per_sample, reduction, threads })
+    if !(0.0..f64::INFINITY).contains(&z_loss) {
+        return Err(PyValueError::new_err(format!("z_loss must be a finite number >= 0, got {z_loss}")));
+    }
+    Ok(Settings { ignore_index, label_smoothing, z_loss, per_sample, reduction, threads })
+}
+
+fn read_reduction(reduction: &str) -> PyResult<Reduction> {
+    match reduction {
+        "none" => Ok(Reduction::None),
+        "mean" => Ok(Reduction::Mean),
+        "sum" => Ok(Reduction::Sum),
+        other => {
+            Err(PyValueError::new_err(format!("reduction must be 'none', 'mean' or 'sum', got '{other}'")))
+        }
+    }
 }
 
 fn read_totals(totals: Result<Totals, ce::Error>) -> PyResult<(f64, usize)> {
@@ -120,7 +131,7 @@ fn read_totals(totals: Result<Totals, ce::Error>) -> PyResult<(f64, usize)> {
 #[pyfunction]
 #[pyo3(signature = (
     logits, target, class_weight, sample_weight, kind, numbers, ignore_index, label_smoothing, per_sample, reduction,
-    losses, weights, objective, grad, threads, logit_adjustment=None
+    losses, weights, objective, grad, threads, logit_adjustment=None, z_loss=0.0
 ))]
 #[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // one for each tensor and setting
 pub(super) fn cross_entropy(
@@ -141,8 +152,16 @@ pub(super) fn cross_entropy(
     grad: Option<&Bound<PyAny>>,
     threads: usize,
     logit_adjustment: Option<&Bound<PyAny>>,
+    z_loss: f64,
 ) -> PyResult<(f64, usize)> {
-    let settings = read_settings(ignore_index, label_smoothing, per_sample, reduction, threads)?;
+    let settings = read_settings(
+        ignore_index,
+        label_smoothing,
+        per_sample,
+        read_reduction(reduction)?,
+        threads,
+        z_loss,
+    )?;
     let weighting = read_weighting(kind, &numbers)?;
     let read = Read::import(logits, target, class_weight, logit_adjustment, sample_weight)?;
     let mut losses = Tensor::import("losses", losses)?;
@@ -164,7 +183,7 @@ pub(super) fn cross_entropy(
 
 #[pyfunction]
 #[pyo3(signature = (
-    logits, target, class_weight, ignore_index, label_smoothing, losses, threads, logit_adjustment=None
+    logits, target, class_weight, ignore_index, label_smoothing, losses, threads, logit_adjustment=None, logsumexp=None
 ))]
 #[allow(clippy::too_many_arguments)] // as above
 pub(super) fn cross_entropy_losses(
@@ -177,14 +196,17 @@ pub(super) fn cross_entropy_losses(
     losses: &Bound<PyAny>,
     threads: usize,
     logit_adjustment: Option<&Bound<PyAny>>,
+    logsumexp: Option<&Bound<PyAny>>,
 ) -> PyResult<usize> {
-    let settings = read_settings(ignore_index, label_smoothing, false, "none", threads)?;
+    let settings = read_settings(ignore_index, label_smoothing, false, Reduction::None, threads, 0.0)?;
     let read = Read::import(logits, target, class_weight, logit_adjustment, None)?;
     let mut losses = Tensor::import("losses", losses)?;
-    read.distinct_from(&[&losses], None, &[])?;
+    let mut logsumexp = logsumexp.map(|z| Tensor::import("logsumexp", z)).transpose()?;
+    read.distinct_from(&outputs(&[&losses], logsumexp.as_ref()), None, &[])?;
     let (_, counted) = for_float!(read.logits.dtype(), "logits", T => {
         let (inputs, losses) = (read.inputs::<T>()?, losses.slice_mut()?);
-        read_totals(released(py, || ce::losses(&inputs, &settings, losses))?)
+        let logsumexp = logsumexp.as_mut().map(Tensor::slice_mut).transpose()?;
+        read_totals(released(py, || ce::losses(&inputs, &settings, losses, logsumexp))?)
     })?;
     Ok(counted)
 }
@@ -192,7 +214,7 @@ pub(super) fn cross_entropy_losses(
 #[pyfunction]
 #[pyo3(signature = (
     logits, target, class_weight, sample_weight, ignore_index, label_smoothing, per_sample, reduction, losses, weights,
-    objective, grad, threads, logit_adjustment=None
+    objective, grad, threads, logit_adjustment=None, z_loss=0.0, logsumexp=None
 ))]
 #[allow(clippy::too_many_arguments)] // as above
 pub(super) fn cross_entropy_gradient(
@@ -211,20 +233,120 @@ pub(super) fn cross_entropy_gradient(
     grad: Option<&Bound<PyAny>>,
     threads: usize,
     logit_adjustment: Option<&Bound<PyAny>>,
+    z_loss: f64,
+    logsumexp: Option<&Bound<PyAny>>,
 ) -> PyResult<(f64, usize)> {
-    let settings = read_settings(ignore_index, label_smoothing, per_sample, reduction, threads)?;
+    let settings = read_settings(
+        ignore_index,
+        label_smoothing,
+        per_sample,
+        read_reduction(reduction)?,
+        threads,
+        z_loss,
+    )?;
     let read = Read::import(logits, target, class_weight, logit_adjustment, sample_weight)?;
     let (losses, weights) = (Tensor::import("losses", losses)?, Tensor::import("weights", weights)?);
+    let logsumexp = logsumexp.map(|z| Tensor::import("logsumexp", z)).transpose()?;
     let mut objective = Tensor::import("objective", objective)?;
     let mut grad = grad.map(|g| Tensor::import("grad", g)).transpose()?;
-    read.distinct_from(&[&objective], grad.as_ref(), &[&losses, &weights])?;
+    let given: Vec<&Tensor> = [&losses, &weights].into_iter().chain(&logsumexp).collect();
+    read.distinct_from(&[&objective], grad.as_ref(), &given)?;
     for_float!(read.logits.dtype(), "logits", T => {
         let inputs = read.inputs::<T>()?;
-        let given = Given { losses: losses.slice()?, weights: weights.slice()? };
+        let logsumexp = logsumexp.as_ref().map(Tensor::slice).transpose()?;
+        let given = Given { losses: losses.slice()?, weights: weights.slice()?, logsumexp };
         let objective = objective.slice_mut()?;
         let grad = read.gradient(grad.as_mut())?;
         read_totals(released(py, || ce::gradient(&inputs, given, &settings, objective, grad))?)
     })
+}
+
+#[pyfunction]
+#[pyo3(signature = (
+    logits, target, class_weight, norms, kind, numbers, ignore_index, label_smoothing, losses, weights, grad, threads,
+    logit_adjustment=None, z_loss=0.0, logsumexp=None
+))]
+#[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // as above
+pub(super) fn cross_entropy_rows(
+    py: Python,
+    logits: &Bound<PyAny>,
+    target: &Bound<PyAny>,
+    class_weight: Option<&Bound<PyAny>>,
+    norms: &Bound<PyAny>,
+    kind: &str,
+    numbers: Vec<f64>,
+    ignore_index: i64,
+    label_smoothing: f64,
+    losses: &Bound<PyAny>,
+    weights: &Bound<PyAny>,
+    grad: Option<&Bound<PyAny>>,
+    threads: usize,
+    logit_adjustment: Option<&Bound<PyAny>>,
+    z_loss: f64,
+    logsumexp: Option<&Bound<PyAny>>,
+) -> PyResult<usize> {
+    let settings = read_settings(ignore_index, label_smoothing, false, Reduction::Sum, threads, z_loss)?;
+    let weighting = read_weighting(kind, &numbers)?;
+    if !weighting.is_pointwise() {
+        return Err(PyValueError::new_err(format!(
+            "weights of kind '{kind}' with these numbers depend on the whole batch: give them to \
+             cross_entropy_rows_gradient"
+        )));
+    }
+    let read = Read::import(logits, target, class_weight, logit_adjustment, None)?;
+    let norms = Tensor::import("norms", norms)?;
+    let mut losses = Tensor::import("losses", losses)?;
+    let mut weights = Tensor::import("weights", weights)?;
+    let mut logsumexp = logsumexp.map(|z| Tensor::import("logsumexp", z)).transpose()?;
+    let mut grad = grad.map(|g| Tensor::import("grad", g)).transpose()?;
+    read.distinct_from(&outputs(&[&losses, &weights], logsumexp.as_ref()), grad.as_ref(), &[&norms])?;
+    let (_, counted) = for_float!(read.logits.dtype(), "logits", T => {
+        let (inputs, norms) = (read.inputs::<T>()?, norms.slice()?);
+        let out = NormedOutputs {
+            losses: losses.slice_mut()?,
+            weights: weights.slice_mut()?,
+            logsumexp: logsumexp.as_mut().map(Tensor::slice_mut).transpose()?,
+            grad: read.gradient(grad.as_mut())?,
+        };
+        read_totals(released(py, || ce::with_norms(&inputs, weighting, &settings, norms, out))?)
+    })?;
+    Ok(counted)
+}
+
+#[pyfunction]
+#[pyo3(signature = (
+    logits, target, class_weight, norms, weights, ignore_index, label_smoothing, grad, threads, logit_adjustment=None,
+    z_loss=0.0
+))]
+#[allow(clippy::too_many_arguments)] // as above
+pub(super) fn cross_entropy_rows_gradient(
+    py: Python,
+    logits: &Bound<PyAny>,
+    target: &Bound<PyAny>,
+    class_weight: Option<&Bound<PyAny>>,
+    norms: &Bound<PyAny>,
+    weights: Option<&Bound<PyAny>>,
+    ignore_index: i64,
+    label_smoothing: f64,
+    grad: &Bound<PyAny>,
+    threads: usize,
+    logit_adjustment: Option<&Bound<PyAny>>,
+    z_loss: f64,
+) -> PyResult<usize> {
+    let settings = read_settings(ignore_index, label_smoothing, false, Reduction::Sum, threads, z_loss)?;
+    let read = Read::import(logits, target, class_weight, logit_adjustment, None)?;
+    let norms = Tensor::import("norms", norms)?;
+    let weights = weights.map(|w| Tensor::import("weights", w)).transpose()?;
+    let mut grad = Tensor::import("grad", grad)?;
+    let given: Vec<&Tensor> = [&norms].into_iter().chain(&weights).collect();
+    read.distinct_from(&[], Some(&grad), &given)?;
+    let (_, counted) = for_float!(read.logits.dtype(), "logits", T => {
+        let (inputs, norms) = (read.inputs::<T>()?, norms.slice()?);
+        let weights = weights.as_ref().map(Tensor::slice).transpose()?;
+        let grad = read.gradient(Some(&mut grad))?;
+        read_totals(released(py, || ce::gradient_with_norms(&inputs, &settings, norms, weights, grad))?)
+    })?;
+    Ok(counted)
 }
 
 /// What is wrong with a label, in the words of the kernels, for those who find it elsewhere.

@@ -1,11 +1,11 @@
 //! The fused cross-entropy as a custom call of XLA on the CPU, through its foreign function interface (FFI).
 //!
 //! Mirrors the part of `xla/ffi/api/c_api.h` (shipped with jaxlib) that a handler needs, version 0.1, which every later
-//! version of the interface serves. Of a row of logits `x`, its label `y` and its settings `(norm, smoothing,
-//! numbers...)` the call writes the loss `l`, its weight `w`, and the gradient of `norm w l`, which may take the place
-//! of the logits. The attribute `kind` names the weighting that has these numbers, which must be pointwise. A fourth
-//! operand is added to the logits of each class: of shape `(..., C)` for rows of shape `(..., n)`, or `(..., 0)` for
-//! nothing.
+//! version of the interface serves. Of a row of logits `x`, its label `y` and its settings `(norm, smoothing, z,
+//! numbers...)` the call writes the loss `l`, its weight `w`, the gradient of `norm (w l + z Z^2)`, which may take the
+//! place of the logits, and `Z`, the logsumexp of the row, where the fourth result has elements. The attribute `kind`
+//! names the weighting that has these numbers, which must be pointwise. A fourth operand is added to the logits of each
+//! class: of shape `(..., C)` for rows of shape `(..., n)`, or `(..., 0)` for nothing.
 //!
 //! XLA promises: buffers are dense, row-major and aligned, live as long as the call, and an output shares memory with
 //! an input only where the caller of `jax.ffi.ffi_call` allowed it, and then exactly. Outputs are uninitialised, and a
@@ -13,7 +13,9 @@
 //! fields within their stated size; no panic crosses the boundary; no thread is started, since XLA runs handlers on its
 //! own.
 
-use crate::cross_entropy::{Gradient, Inputs, Overwrite, Reduction, Settings, Target, with_norms};
+use crate::cross_entropy::{
+    Gradient, Inputs, NormedOutputs, Overwrite, Reduction, Settings, Target, with_norms,
+};
 use crate::numeric::{Element, Real};
 use crate::parallel::Stop;
 use crate::weightings::Weighting;
@@ -274,9 +276,9 @@ impl Memory<'_> {
 }
 
 unsafe fn run(frame: &CallFrame) -> Result<(), String> {
-    if frame.args.size != 4 || frame.rets.size != 3 {
+    if frame.args.size != 4 || frame.rets.size != 4 {
         return Err(format!(
-            "expected 4 operands and 3 results, got {} and {}",
+            "expected 4 operands and 4 results, got {} and {}",
             frame.args.size, frame.rets.size
         ));
     }
@@ -286,13 +288,14 @@ unsafe fn run(frame: &CallFrame) -> Result<(), String> {
     // SAFETY: there are as many buffers.
     let [logits, labels, settings, adjustment] = unsafe { [0, 1, 2, 3].map(|i| Memory::of(&frame.args, i)) };
     // SAFETY: as above.
-    let outputs = unsafe { [0, 1, 2].map(|i| Memory::of(&frame.rets, i)) };
+    let outputs = unsafe { [0, 1, 2, 3].map(|i| Memory::of(&frame.rets, i)) };
     let Some((&classes, rows)) = logits.dims.split_last() else {
         return Err("logits have no class axis".into());
     };
     let Some((&width, settings_rows)) = settings.dims.split_last() else {
         return Err(
-            "settings have no last axis: expected norm, label smoothing and the weighting's numbers".into()
+            "settings have no last axis: expected norm, label smoothing, z-loss and the weighting's numbers"
+                .into(),
         );
     };
     let adjustment_fits = adjustment.dims.split_last().is_some_and(|(&count, parts)| {
@@ -302,13 +305,14 @@ unsafe fn run(frame: &CallFrame) -> Result<(), String> {
     if labels.dtype != S32
         || labels.dims != rows
         || settings_rows != rows
-        || width < 2
+        || width < 3
         || !adjustment_fits
         || outputs[0].dims != rows
         || outputs[1].dims != rows
         || outputs[2].dims != gradient_shape
         || outputs[2].dtype != logits.dtype
-        || outputs.iter().take(2).any(|out| out.dtype != settings.dtype)
+        || !(outputs[3].dims == rows || outputs[3].elements() == 0)
+        || [0, 1, 3].into_iter().any(|i| outputs[i].dtype != settings.dtype)
         || settings.dtype != if logits.dtype == F64 { F64 } else { F32 }
     {
         return Err("operands and results do not fit each other".into());
@@ -356,9 +360,9 @@ struct Call<'a> {
     settings: &'a Memory<'a>,
     /// What is added to the logits of each class, the same for all rows of a part, or nothing.
     adjustment: &'a Memory<'a>,
-    outputs: &'a [Memory<'a>; 3],
+    outputs: &'a [Memory<'a>; 4],
     classes: usize,
-    /// How many settings a row has: its norm, its label smoothing and the numbers of the weighting.
+    /// How many settings a row has: its norm, its label smoothing, its z-loss and the numbers of the weighting.
     width: usize,
     kind: &'a str,
 }
@@ -377,16 +381,17 @@ unsafe fn fill<T: Element>(call: &Call) -> Result<(), String> {
         ))
     };
     if rows == 0 || classes == 0 {
-        return read(&vec![0.0; width - 2]).map(|_| ());
+        return read(&vec![0.0; width - 3]).map(|_| ());
     }
     // SAFETY: checked shapes and dtypes.
     let (labels, settings) = unsafe { (call.labels.slice::<i32>(), call.settings.slice::<T::Real>()) };
     // SAFETY: as above.
     let adjustment = unsafe { call.adjustment.slice::<T::Real>() };
     let adjusted = if adjustment.is_empty() { rows } else { rows / (adjustment.len() / classes) };
-    let [losses, weights, grad] = call.outputs;
+    let [losses, weights, grad, logsumexp] = call.outputs;
     // SAFETY: checked shapes and dtypes; results do not overlap.
-    let (losses, weights) = unsafe { (losses.uninit::<T::Real>(), weights.uninit::<T::Real>()) };
+    let [losses, weights, logsumexp] =
+        unsafe { [losses, weights, logsumexp].map(|out| out.uninit::<T::Real>()) };
     let (x, grad) = (call.logits.data.cast::<T>(), grad.data.cast::<T>());
     let in_place = x == grad;
     let block = (BLOCK / classes).max(1);
@@ -428,18 +433,23 @@ unsafe fn fill<T: Element>(call: &Call) -> Result<(), String> {
         let settings = Settings {
             ignore_index: i64::from(IGNORED),
             label_smoothing: own[0],
+            z_loss: own[1],
             per_sample: false,
             reduction: Reduction::Sum,
             threads: 1,
         };
         let (losses, weights) = (&mut losses[part.clone()], &mut weights[part.clone()]);
-        with_norms(&inputs, read(&own[1..])?, &settings, &norms, losses, weights, to)
-            .map_err(|error| error.to_string())?;
+        let mut logsumexp = (!logsumexp.is_empty()).then(|| &mut logsumexp[part.clone()]);
+        let out = NormedOutputs { losses, weights, logsumexp: logsumexp.as_deref_mut(), grad: to };
+        with_norms(&inputs, read(&own[2..])?, &settings, &norms, out).map_err(|error| error.to_string())?;
         for (i, &label) in labels[part].iter().enumerate() {
             let nan = T::Real::from_f64(f64::NAN);
             if outside(&label) {
                 losses[i].write(nan);
                 weights[i].write(nan);
+                if let Some(logsumexp) = &mut logsumexp {
+                    logsumexp[i].write(nan);
+                }
             }
             if outside(&label) || label == IGNORED {
                 // Masked logits may hold anything, and 0 * NaN is NaN.

@@ -5,6 +5,7 @@ use ndarray::{ArrayViewD, ArrayViewMutD};
 use std::mem::MaybeUninit;
 
 /// How losses become an objective, as in `torch.nn.CrossEntropyLoss`; `p` is the sample weight, 1 where none is given.
+/// With [`Settings::z_loss`], `p_i w_i l_i + p_i z Z_i^2` takes the place of `p_i w_i l_i`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reduction {
     /// `p_i w_i l_i` each.
@@ -48,6 +49,9 @@ pub struct Settings {
     pub ignore_index: i64,
     /// In `[0, 1]`.
     pub label_smoothing: f64,
+    /// The factor `z` of `p_i z Z_i^2` in the objective, `Z_i` the logsumexp of the logits as adjusted. Neither the
+    /// weight nor the class weight multiplies it, and losses and weights do not see it. 0 for nothing.
+    pub z_loss: f64,
     /// Whether all targets of a sample of the leading axis share a weight, that of their mean loss.
     pub per_sample: bool,
     /// How losses become an objective.
@@ -78,7 +82,12 @@ pub struct Given<'a, A> {
     pub losses: &'a [A],
     /// One weight a target or, with `per_sample`, a sample; a constant of the gradient.
     pub weights: &'a [A],
+    /// The logsumexp of each target's logits, 0 for one that takes no part; needed where [`Settings::z_loss`] is not 0.
+    pub logsumexp: Option<&'a [A]>,
 }
+
+/// One output of each target, where it is wanted.
+pub type PerTarget<'a, A> = Option<&'a mut [MaybeUninit<A>]>;
 
 /// What [`super::cross_entropy`] fills, row-major and contiguous but for the gradient.
 #[derive(Debug)]
@@ -90,6 +99,19 @@ pub struct Outputs<'a, T: Element> {
     /// One value, or for [`Reduction::None`] one a target.
     pub objective: &'a mut [MaybeUninit<T::Real>],
     /// The gradient of the objective (for [`Reduction::None`]: of its sum) with respect to the logits.
+    pub grad: Gradient<'a, T>,
+}
+
+/// What [`super::with_norms`] fills, as [`Outputs`].
+#[derive(Debug)]
+pub struct NormedOutputs<'a, T: Element> {
+    /// One loss a target, 0 for one that takes no part.
+    pub losses: &'a mut [MaybeUninit<T::Real>],
+    /// One weight a target, 0 for one that takes no part.
+    pub weights: &'a mut [MaybeUninit<T::Real>],
+    /// The logsumexp of each target's logits, 0 for one that takes no part.
+    pub logsumexp: PerTarget<'a, T::Real>,
+    /// The gradient with respect to the logits.
     pub grad: Gradient<'a, T>,
 }
 

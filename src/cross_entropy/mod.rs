@@ -5,8 +5,9 @@
 //! pointwise weight depends on its own loss alone, so [`cross_entropy`] writes losses, weights and gradient in one pass
 //! over the logits. Weights that depend on more than that take two: [`losses`], and [`gradient`] of given weights.
 //!
-//! With a logit adjustment `a`, one number a class, `x_k` stands for the logit `x_k + a_k`, summed in the accumulator's
-//! type.
+//! With a z-loss `z`, the objective has `z Z^2` beside the weighted loss, `Z` the logsumexp of the logits, and the
+//! gradient `2 z Z softmax(x)`. With a logit adjustment `a`, one number a class, `x_k` stands for the logit `x_k +
+//! a_k`, summed in the accumulator's type.
 //!
 //! `arguments` is what a call is given, `shape` checks it, `labels` reads the targets, `mass` says how their mass lies
 //! on the classes. There are two loops over the logits: `rows` has the lanes along the classes, `tiles` across targets.
@@ -24,7 +25,9 @@ mod tiles;
 #[cfg(test)]
 mod tests;
 
-pub use arguments::{Given, Gradient, Inputs, Outputs, Overwrite, Reduction, Settings, Target};
+pub use arguments::{
+    Given, Gradient, Inputs, NormedOutputs, Outputs, Overwrite, PerTarget, Reduction, Settings, Target,
+};
 pub use labels::Totals;
 pub use shape::Error;
 
@@ -34,7 +37,7 @@ use crate::parallel::{filled, with_capacity};
 use crate::reduce::{self, product};
 use crate::weightings::{self, Weighting};
 use labels::Labels;
-use problem::{Plan, Problem};
+use problem::{Losses, Plan, Problem};
 use shape::Dimensions;
 use std::mem::MaybeUninit;
 
@@ -62,30 +65,34 @@ pub fn cross_entropy<T: Element>(
     dims.gradient(&grad)?;
     let (labels, totals) = Labels::read(inputs, &dims, settings.ignore_index)?;
 
-    let mut problem = Problem::new(inputs, &dims, &labels, settings.label_smoothing, &mut grad);
+    let mut problem = Problem::new(inputs, &dims, &labels, settings, &mut grad);
     problem.norm = norm(settings.reduction, &totals);
-    let on_losses = Shared(losses.as_mut_ptr());
+    let mut logsumexp =
+        (settings.z_loss != 0.0).then(|| filled(dims.targets, MaybeUninit::<T::Real>::uninit()));
+    let to_losses = Losses::new(losses, logsumexp.as_deref_mut());
     if weighting.is_pointwise() && !settings.per_sample {
         let weights = Shared(weights.as_mut_ptr());
-        pass::run(&problem, Plan::Pointwise { weighting, losses: on_losses, weights }, settings.threads);
+        pass::run(&problem, Plan::Pointwise { weighting, losses: to_losses, weights }, settings.threads);
     } else {
-        pass::run(&problem, Plan::Losses { losses: on_losses }, settings.threads);
+        pass::run(&problem, Plan::Losses { losses: to_losses }, settings.threads);
         // SAFETY: the pass wrote the loss of every target.
         let losses = unsafe { written(losses) };
         unit_weights(losses, &labels, &dims, weighting, settings.threads, weights);
         if problem.grad.is_some() {
             // SAFETY: the weight of every unit was written.
-            pass::run(&problem, Plan::Given { weights: unsafe { written(weights) } }, settings.threads);
+            pass::run(&problem, Plan::Given { weights: Some(unsafe { written(weights) }) }, settings.threads);
         }
     }
-    // SAFETY: either branch wrote all of both.
-    let (losses, weights) = unsafe { (written(losses), written(weights)) };
-    let given = Given { losses, weights };
+    // SAFETY: either branch wrote all of these.
+    let given = unsafe {
+        let logsumexp = logsumexp.as_deref().map(|logsumexp| written(logsumexp));
+        Given { losses: written(losses), weights: written(weights), logsumexp }
+    };
     write_objective(given, inputs.sample_weight, &labels, dims.unit, &totals, settings, objective);
     Ok(totals)
 }
 
-/// Fills `losses` alone, one a target, 0 for one that takes no part.
+/// Fills `losses` alone, one a target, 0 for one that takes no part, and the logsumexp of its logits if it is wanted.
 ///
 /// # Errors
 /// As [`cross_entropy`].
@@ -93,12 +100,14 @@ pub fn losses<T: Element>(
     inputs: &Inputs<T>,
     settings: &Settings,
     losses: &mut [MaybeUninit<T::Real>],
+    logsumexp: PerTarget<T::Real>,
 ) -> Result<Totals, Error> {
     let dims = Dimensions::of(inputs, settings)?;
     dims.length("losses", losses.len(), dims.targets)?;
+    dims.per_target("logsumexp", logsumexp.as_deref())?;
     let (labels, totals) = Labels::read(inputs, &dims, settings.ignore_index)?;
-    let problem = Problem::new(inputs, &dims, &labels, settings.label_smoothing, &mut Gradient::Unwanted);
-    pass::run(&problem, Plan::Losses { losses: Shared(losses.as_mut_ptr()) }, settings.threads);
+    let problem = Problem::new(inputs, &dims, &labels, settings, &mut Gradient::Unwanted);
+    pass::run(&problem, Plan::Losses { losses: Losses::new(losses, logsumexp) }, settings.threads);
     Ok(totals)
 }
 
@@ -119,18 +128,24 @@ pub fn gradient<T: Element>(
     dims.length("losses", given.losses.len(), dims.targets)?;
     dims.length("weights", given.weights.len(), dims.units)?;
     dims.length("objective", objective.len(), dims.objectives(settings))?;
+    dims.per_target("logsumexp", given.logsumexp)?;
+    if settings.z_loss != 0.0 && given.logsumexp.is_none() {
+        return Err(Error::Logsumexp);
+    }
     dims.gradient(&grad)?;
     let (labels, totals) = Labels::read(inputs, &dims, settings.ignore_index)?;
     if grad.is_wanted() {
-        let mut problem = Problem::new(inputs, &dims, &labels, settings.label_smoothing, &mut grad);
+        let mut problem = Problem::new(inputs, &dims, &labels, settings, &mut grad);
         problem.norm = norm(settings.reduction, &totals);
-        pass::run(&problem, Plan::Given { weights: given.weights }, settings.threads);
+        pass::run(&problem, Plan::Given { weights: Some(given.weights) }, settings.threads);
     }
     write_objective(given, inputs.sample_weight, &labels, dims.unit, &totals, settings, objective);
     Ok(totals)
 }
 
-/// Fills losses, pointwise weights and the gradient of `sum_i norm_i w_i l_i`, with a number `norm_i` for each target.
+/// Fills losses, pointwise weights, the logsumexp of the logits if it is wanted, and the gradient of `sum_i norm_i (w_i
+/// l_i + z Z_i^2)`, with a number `norm_i` for each target in the place of the base measure. Where it is 0, the
+/// gradient is 0 whatever the weight.
 ///
 /// # Errors
 /// As [`cross_entropy`].
@@ -142,21 +157,48 @@ pub fn with_norms<T: Element>(
     weighting: Weighting,
     settings: &Settings,
     norms: &[T::Real],
-    losses: &mut [MaybeUninit<T::Real>],
-    weights: &mut [MaybeUninit<T::Real>],
-    mut grad: Gradient<T>,
+    out: NormedOutputs<T>,
 ) -> Result<Totals, Error> {
     assert!(weighting.is_pointwise() && !settings.per_sample);
+    let NormedOutputs { losses, weights, logsumexp, mut grad } = out;
     let dims = Dimensions::of(inputs, settings)?;
     for (name, got) in [("norms", norms.len()), ("losses", losses.len()), ("weights", weights.len())] {
         dims.length(name, got, dims.targets)?;
     }
+    dims.per_target("logsumexp", logsumexp.as_deref())?;
     dims.gradient(&grad)?;
     let (labels, totals) = Labels::read(inputs, &dims, settings.ignore_index)?;
-    let mut problem = Problem::new(inputs, &dims, &labels, settings.label_smoothing, &mut grad);
+    let mut problem = Problem::new(inputs, &dims, &labels, settings, &mut grad);
     problem.base = Some(norms);
-    let (losses, weights) = (Shared(losses.as_mut_ptr()), Shared(weights.as_mut_ptr()));
+    let (losses, weights) = (Losses::new(losses, logsumexp), Shared(weights.as_mut_ptr()));
     pass::run(&problem, Plan::Pointwise { weighting, losses, weights }, settings.threads);
+    Ok(totals)
+}
+
+/// Fills the gradient of `sum_i norm_i (w_i l_i + z Z_i^2)` of given weights, ones where there are none, with a number
+/// `norm_i` for each target as in [`with_norms`].
+///
+/// # Errors
+/// As [`cross_entropy`].
+///
+/// # Panics
+/// If weights are shared by samples.
+pub fn gradient_with_norms<T: Element>(
+    inputs: &Inputs<T>,
+    settings: &Settings,
+    norms: &[T::Real],
+    weights: Option<&[T::Real]>,
+    mut grad: Gradient<T>,
+) -> Result<Totals, Error> {
+    assert!(!settings.per_sample);
+    let dims = Dimensions::of(inputs, settings)?;
+    dims.length("norms", norms.len(), dims.targets)?;
+    dims.per_target("weights", weights)?;
+    dims.gradient(&grad)?;
+    let (labels, totals) = Labels::read(inputs, &dims, settings.ignore_index)?;
+    let mut problem = Problem::new(inputs, &dims, &labels, settings, &mut grad);
+    problem.base = Some(norms);
+    pass::run(&problem, Plan::Given { weights }, settings.threads);
     Ok(totals)
 }
 
@@ -198,7 +240,7 @@ fn unit_weights<A: Real>(
 
 /// Writes the objective; a weight of zero gives a product of zero, unless the loss is NaN.
 fn write_objective<A: Real>(
-    Given { losses, weights }: Given<A>,
+    given: Given<A>,
     base: Option<&[A]>,
     labels: &Labels,
     unit: usize,
@@ -206,26 +248,52 @@ fn write_objective<A: Real>(
     settings: &Settings,
     objective: &mut [MaybeUninit<A>],
 ) {
+    let Given { losses, weights, logsumexp } = given;
+    let z_loss = settings.z_loss;
+    let logsumexp = if z_loss == 0.0 { None } else { logsumexp };
     if settings.reduction == Reduction::None {
         for (i, (out, &loss)) in objective.iter_mut().zip(losses).enumerate() {
             let weight = weights[i / unit];
             let weight = base.map_or(weight, |p| p[i / unit] * weight);
-            out.write(if labels.counts(i) { product(weight, loss) } else { A::default() });
+            let mut value = if labels.counts(i) { product(weight, loss) } else { A::default() };
+            if let Some(logsumexp) = logsumexp.filter(|_| labels.counts(i)) {
+                let p = base.map_or(1.0, |p| p[i / unit].to_f64());
+                let z = logsumexp[i].to_f64();
+                value = A::from_f64(value.to_f64() + z_loss * p * (z * z));
+            }
+            out.write(value);
         }
         return;
     }
-    let sum = if unit == 1 {
-        let (losses, weights, base) = (Vector::of(losses), Vector::of(weights), base.map(Vector::of));
-        let base = base.as_ref().map(|base| base as _);
-        reduce::weighted_sum(&losses, &weights, base, settings.threads)
+    let p = |u: usize| base.map_or(1.0, |p| p[u].to_f64());
+    let mut sum = if unit == 1 {
+        measured_sum(losses, weights, base, settings.threads)
     } else {
         let samples = losses.chunks(unit.max(1)).zip(weights).enumerate();
         reduce::total(samples.map(|(u, (losses, w))| {
-            let p = base.map_or(1.0, |p| p[u].to_f64());
             let loss = reduce::total(losses.iter().map(|l| l.to_f64()));
-            if p == 0.0 { 0.0 } else { product(p * w.to_f64(), loss) }
+            if p(u) == 0.0 { 0.0 } else { product(p(u) * w.to_f64(), loss) }
         }))
     };
+    if let Some(logsumexp) = logsumexp {
+        sum +=
+            z_loss
+                * if unit == 1 {
+                    measured_sum(logsumexp, logsumexp, base, settings.threads)
+                } else {
+                    let samples = logsumexp.chunks(unit.max(1)).enumerate();
+                    let square = |z: &A| z.to_f64() * z.to_f64();
+                    reduce::total(samples.map(|(u, z)| {
+                        if p(u) == 0.0 { 0.0 } else { p(u) * reduce::total(z.iter().map(square)) }
+                    }))
+                };
+    }
     let value = if settings.reduction == Reduction::Mean { sum / totals.divisor() } else { sum };
     objective[0].write(A::from_f64(value));
+}
+
+/// `sum_i p_i x_i y_i`.
+fn measured_sum<A: Real>(values: &[A], factors: &[A], measure: Option<&[A]>, threads: usize) -> f64 {
+    let (values, factors, measure) = (Vector::of(values), Vector::of(factors), measure.map(Vector::of));
+    reduce::weighted_sum(&values, &factors, measure.as_ref().map(|measure| measure as _), threads)
 }

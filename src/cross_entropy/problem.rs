@@ -3,9 +3,10 @@
 //!
 //! With the largest logit `m`, the mass `h` on the label `y` and the soft mass `t`, a target's loss is
 //! `l = h (log S - (x_y - m)) + (sum_k t_k) log S - sum_k t_k (x_k - m)` with `S = sum_k exp(x_k - m)`. The gradient of
-//! `f l` is `f (h + sum_k t_k) / S exp(x_k - m) - f t_k`, at the label less `f h`, where `f = norm p w`.
+//! `f l` is `f (h + sum_k t_k) / S exp(x_k - m) - f t_k`, at the label less `f h`, where `f = norm p w`. A z-loss adds
+//! `norm p z Z^2` with `Z = m + log S`, and so `2 norm p z Z` to `f (h + sum_k t_k)`.
 
-use super::arguments::{Gradient, Inputs, Target};
+use super::arguments::{Gradient, Inputs, PerTarget, Settings, Target};
 use super::labels::{Label, Labels};
 use super::mass::SoftMass;
 use super::shape::Dimensions;
@@ -21,11 +22,27 @@ pub(super) const BLOCK: usize = 1 << 15;
 #[derive(Clone, Copy)]
 pub(super) enum Plan<'a, A> {
     /// Writes the losses.
-    Losses { losses: Shared<MaybeUninit<A>> },
+    Losses { losses: Losses<A> },
     /// Writes the losses, their pointwise weights, and the gradient if it is wanted.
-    Pointwise { weighting: Weighting, losses: Shared<MaybeUninit<A>>, weights: Shared<MaybeUninit<A>> },
-    /// Writes the gradient, from one weight a unit.
-    Given { weights: &'a [A] },
+    Pointwise { weighting: Weighting, losses: Losses<A>, weights: Shared<MaybeUninit<A>> },
+    /// Writes the gradient, from one weight a unit; from ones where none are given.
+    Given { weights: Option<&'a [A]> },
+}
+
+/// Where the loss of each target goes and, if it is wanted, the logsumexp of its logits.
+#[derive(Clone, Copy)]
+pub(super) struct Losses<A> {
+    losses: Shared<MaybeUninit<A>>,
+    logsumexp: Option<Shared<MaybeUninit<A>>>,
+}
+
+impl<A> Losses<A> {
+    pub fn new(losses: &mut [MaybeUninit<A>], logsumexp: PerTarget<A>) -> Self {
+        Self {
+            losses: Shared(losses.as_mut_ptr()),
+            logsumexp: logsumexp.map(|logsumexp| Shared(logsumexp.as_mut_ptr())),
+        }
+    }
 }
 
 /// The inputs and the gradient of a call, by their addresses.
@@ -52,6 +69,7 @@ pub(super) struct Problem<'a, T: Element> {
     pub norm: f64,
     /// `1 - label_smoothing`.
     pub on_label: f64,
+    pub z_loss: f64,
     pub soft: SoftMass<T>,
 }
 
@@ -61,10 +79,11 @@ impl<'a, T: Element> Problem<'a, T> {
         inputs: &'a Inputs<T>,
         dims: &Dimensions,
         labels: &'a Labels,
-        label_smoothing: f64,
+        settings: &Settings,
         grad: &mut Gradient<T>,
     ) -> Self {
         let Dimensions { classes, class_axis, .. } = *dims;
+        let Settings { label_smoothing, z_loss, .. } = *settings;
         let logits = &inputs.logits;
         let without_class = |strides: &[isize]| -> Vec<isize> {
             strides.iter().enumerate().filter(|&(axis, _)| axis != class_axis).map(|(_, &s)| s).collect()
@@ -95,6 +114,7 @@ impl<'a, T: Element> Problem<'a, T> {
             unit: dims.unit,
             norm: 1.0,
             on_label: 1.0 - label_smoothing,
+            z_loss,
             soft: SoftMass::new(&inputs.target, classes, inputs.class_weight, label_smoothing),
         }
     }
@@ -144,13 +164,13 @@ impl<'a, T: Element> Problem<'a, T> {
             Plan::Losses { losses } => {
                 self.losses::<I>(labels, group, values);
                 // SAFETY: as above.
-                store(unsafe { losses.part(start, start + count) }, values);
+                unsafe { losses.store::<I>(labels, group, start, values) };
                 return;
             }
             Plan::Pointwise { weighting, losses, weights } => {
                 self.losses::<I>(labels, group, values);
                 // SAFETY: as above.
-                store(unsafe { losses.part(start, start + count) }, values);
+                unsafe { losses.store::<I>(labels, group, start, values) };
                 weighting.pointwise::<I>(values);
                 for value in &mut *values {
                     *value = T::Real::from_f64(*value).to_f64();
@@ -159,15 +179,18 @@ impl<'a, T: Element> Problem<'a, T> {
                 // SAFETY: as above.
                 store(unsafe { weights.part(start, start + count) }, values);
             }
-            Plan::Given { weights } => {
+            Plan::Given { weights: Some(weights) } => {
                 for (i, value) in values.iter_mut().enumerate() {
                     *value = weights[(start + i) / self.unit].to_f64();
                 }
             }
+            Plan::Given { weights: None } => values.fill(1.0),
         }
         if let Some(base) = self.base {
             for (i, value) in values.iter_mut().enumerate() {
-                *value *= base[(start + i) / self.unit].to_f64();
+                let p = base[(start + i) / self.unit].to_f64();
+                // Where the base measure is 0 there is no gradient, however large the weight.
+                *value = if p == 0.0 { 0.0 } else { *value * p };
             }
         }
         for value in &mut *values {
@@ -179,7 +202,20 @@ impl<'a, T: Element> Problem<'a, T> {
             *factor = T::Real::from_f64(value);
         }
         for i in 0..count {
-            group.exp_factor[i] = group.factor[i] * (group.label_mass[i] + group.soft_mass[i]) / group.sum[i];
+            group.exp_factor[i] = group.factor[i] * (group.label_mass[i] + group.soft_mass[i]);
+        }
+        if self.z_loss != 0.0 {
+            for (i, value) in values.iter_mut().enumerate() {
+                let p = self.base.map_or(1.0, |base| base[(start + i) / self.unit].to_f64());
+                *value = 2.0 * p * self.z_loss * self.norm * group.logsumexp::<I>(i);
+            }
+            clear_ignored(labels, values);
+            for (factor, &value) in group.exp_factor.iter_mut().zip(&*values) {
+                *factor += T::Real::from_f64(value);
+            }
+        }
+        for (factor, &sum) in group.exp_factor.iter_mut().zip(&group.sum[..count]) {
+            *factor = *factor / sum;
         }
     }
 
@@ -210,6 +246,25 @@ impl<'a, T: Element> Problem<'a, T> {
             *loss = T::Real::from_f64(*loss).to_f64();
         }
         clear_ignored(labels, losses);
+    }
+}
+
+impl<A: Real> Losses<A> {
+    /// Writes the losses of the targets from `start` on, and the logsumexp of their logits.
+    ///
+    /// # Safety
+    /// They are targets of the problem, and no other thread writes what belongs to them meanwhile.
+    #[inline(always)]
+    unsafe fn store<I: Isa>(self, labels: Option<&[Label]>, group: &Group<A>, start: usize, losses: &[f64]) {
+        let end = start + losses.len();
+        // SAFETY: what the caller promises.
+        store(unsafe { self.losses.part(start, end) }, losses);
+        let Some(logsumexp) = self.logsumexp else { return };
+        // SAFETY: as above.
+        for (i, out) in unsafe { logsumexp.part(start, end) }.iter_mut().enumerate() {
+            let counts = labels.is_none_or(|labels| labels[i].counts());
+            out.write(A::from_f64(if counts { group.logsumexp::<I>(i) } else { 0.0 }));
+        }
     }
 }
 
@@ -251,11 +306,17 @@ pub(super) struct Group<A> {
     pub totals: Vec<[f64; GROUP]>,
     /// What the gradient of the target's loss is multiplied by; 0 where the target takes no part.
     pub factor: [A; GROUP],
-    /// What the exponentials are multiplied by: `factor` times all mass over `sum`.
+    /// What the exponentials are multiplied by: `factor` times all mass, and what a z-loss adds, over `sum`.
     pub exp_factor: [A; GROUP],
 }
 
 impl<A: Real> Group<A> {
+    /// `log sum_k exp(x_k)` of a target.
+    #[inline(always)]
+    fn logsumexp<I: Isa>(&self, i: usize) -> f64 {
+        self.max[i].to_f64() + ln::<I>(self.sum[i].to_f64())
+    }
+
     pub fn new() -> Self {
         let zero = [A::default(); GROUP];
         Self {

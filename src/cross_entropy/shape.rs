@@ -23,6 +23,8 @@ pub enum Error {
     Shape(String),
     /// Sample weights were given with weights that depend on the batch; the kind of these.
     SampleWeight(&'static str),
+    /// The objective of given losses has a z-loss, and their logsumexp was not given.
+    Logsumexp,
 }
 
 impl fmt::Display for Error {
@@ -39,6 +41,9 @@ impl fmt::Display for Error {
                 f,
                 "the kernel takes sample_weight with pointwise weights only: weights of kind '{kind}' with \
                  sample_weight are computed by the front"
+            ),
+            Self::Logsumexp => f.write_str(
+                "a z_loss needs the logsumexp of each target: give what cross_entropy_losses has filled",
             ),
         }
     }
@@ -99,6 +104,11 @@ impl<'a> Dimensions<'a> {
             "{name} must have {wanted} elements for logits of shape {:?}, got {got}",
             self.logits
         )))
+    }
+
+    /// Refuses numbers, if there are any, that are not one a target.
+    pub fn per_target<A>(&self, name: &str, numbers: Option<&[A]>) -> Result<(), Error> {
+        self.length(name, numbers.map_or(self.targets, <[_]>::len), self.targets)
     }
 
     /// Refuses a gradient that has another shape than the logits.

@@ -13,6 +13,7 @@ jax = pytest.importorskip("jax")
 jnp = jax.numpy
 
 import rgd.jax as rj  # noqa: E402
+from rgd.jax import _ffi  # noqa: E402
 from x64 import enable_x64  # noqa: E402
 
 SHAPES = [(7, 5), (33, 101), (1, 3000), (2, 3, 64)]
@@ -64,6 +65,42 @@ def test_kernel_gives_the_value_and_gradient_of_jnp_and_of_the_reference(shape, 
         given.pop("tau", None)
         expected = reference.cross_entropy_grad(wide, np.asarray(labels), **given)
         close(gradient, np.moveaxis(expected, 1, -1), dtype, logits.size)
+
+
+@pytest.mark.parametrize("classes", [5, 101])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_raw_call_takes_a_z_loss_of_each_row_and_gives_the_logsumexp(classes, wanted):
+    _ffi.register()
+    logits, labels = problem((2, 9, classes))
+    codes = jnp.where(labels == -100, -1, labels).astype("int32")
+    rng = np.random.default_rng(1)
+    norm, adjustment = (
+        jnp.asarray(rng.random((2, 9)), "float32"),
+        jnp.asarray(rng.normal(size=classes), "float32"),
+    )
+    z = jnp.asarray(rng.choice([0.0, 0.3], (2, 9)), "float32")
+    numbers = [jnp.full((2, 9), number, "float32") for number in (0.1, 1.0, 0.5, 0.0)]
+    settings = jnp.stack([norm, numbers[0], z, *numbers[1:]], -1)
+    row, rest = jax.ShapeDtypeStruct((2, 9), "float32"), jax.ShapeDtypeStruct(logits.shape, "float32")
+    last = row if wanted else jax.ShapeDtypeStruct((2, 0), "float32")
+    call = jax.ffi.ffi_call(_ffi.TARGET, (row, row, rest, last))
+    losses, weights, gradient, logsumexp = call(logits, codes, settings, adjustment, kind="kl")
+    weights = jnp.where(codes == -1, 0, weights)
+
+    def objective(logits):
+        parts = jax.nn.log_softmax(logits + adjustment)
+        on_label = jnp.take_along_axis(parts, jnp.maximum(codes, 0)[..., None], -1)[..., 0]
+        of_row = -(0.9 * on_label + 0.1 * parts.mean(-1))
+        square = jax.scipy.special.logsumexp(logits + adjustment, axis=-1) ** 2
+        return jnp.sum(jnp.where(codes == -1, 0, norm * (weights * of_row + z * square)))
+
+    close(gradient, jax.grad(objective)(logits), "float32", classes)
+    plain = call(logits, codes, settings.at[..., 2].set(0), adjustment, kind="kl")
+    np.testing.assert_array_equal(losses, plain[0])
+    np.testing.assert_array_equal(weights, plain[1])
+    if wanted:
+        expected = jnp.where(codes == -1, 0, jax.scipy.special.logsumexp(logits + adjustment, axis=-1))
+        close(logsumexp, expected, "float32", classes)
 
 
 def test_numbers_may_be_traced_and_vmapped():

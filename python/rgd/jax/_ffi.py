@@ -71,7 +71,8 @@ def weighted_sum(
     if allowed is not True:
         norm = jnp.where(allowed, norm, jnp.nan)
     row_norm = norm if mass is None else norm * mass
-    settings = [jnp.broadcast_to(jnp.asarray(x, dtype), codes.shape) for x in (row_norm, smoothing, *numbers)]
+    of_row = (row_norm, smoothing, 0.0, *numbers)  # 0: no z-loss
+    settings = [jnp.broadcast_to(jnp.asarray(x, dtype), codes.shape) for x in of_row]
     added = jnp.zeros(0, dtype) if adjustment is None else adjustment.astype(dtype)
     constants = lax.stop_gradient((added, jnp.stack(settings, axis=-1), mass, norm, weighting))
     return _weighted_sum(Options(kind, smoothing), logits, codes, *constants)
@@ -130,10 +131,10 @@ def kernel(  # noqa: PLR0917
         del weighting
         row = jax.ShapeDtypeStruct(codes.shape, settings.dtype)
         like_logits = jax.ShapeDtypeStruct(logits.shape, logits.dtype)
-        call = jax.ffi.ffi_call(
-            TARGET, (row, row, like_logits), vmap_method="broadcast_all", input_output_aliases={0: 2}
-        )
-        outputs: Any = call(logits, codes, settings, added, kind=options.kind)
+        logsumexp = jax.ShapeDtypeStruct((0,), settings.dtype)  # not wanted
+        results = (row, row, like_logits, logsumexp)
+        call = jax.ffi.ffi_call(TARGET, results, vmap_method="broadcast_all", input_output_aliases={0: 2})
+        outputs: Any = call(logits, codes, settings, added, kind=options.kind)[:3]
         # JAX before 0.9 takes the outputs of a custom call for varying without being told.
         cast_needed = varying and hasattr(lax, "pcast")
         return tuple(lax.pcast(x, varying, to="varying") if cast_needed else x for x in outputs)

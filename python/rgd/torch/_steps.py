@@ -73,10 +73,9 @@ class RustStep(_Formula):
 
     def turn(self, logits: Tensor, target: Tensor, factors: Tensor) -> None:
         options = self._options
-        losses = torch.zeros_like(factors)
-        _rgd.cross_entropy_gradient(
-            logits, target, self._class_weight, None, options.ignore_index, options.label_smoothing, False,
-            "sum", losses, factors, losses.new_empty(()), logits, torch.get_num_threads(), self._adjustment,
+        _rgd.cross_entropy_rows_gradient(
+            logits, target, self._class_weight, factors, None, options.ignore_index, options.label_smoothing,
+            logits, torch.get_num_threads(), self._adjustment,
         )  # fmt: skip
 
     def weigh_and_turn(  # noqa: PLR0917
@@ -93,10 +92,9 @@ class RustStep(_Formula):
             super().weigh_and_turn(logits, target, base, norm, weigher, losses, weights)
             return
         options = self._options
-        _rgd.cross_entropy(
+        _rgd.cross_entropy_rows(
             logits, target, self._class_weight, norm, *weigher.plan.kernel, options.ignore_index,
-            options.label_smoothing, False, "sum", losses, weights, losses.new_empty(()), logits,
-            torch.get_num_threads(), self._adjustment,
+            options.label_smoothing, losses, weights, logits, torch.get_num_threads(), self._adjustment,
         )  # fmt: skip
 
 

@@ -51,9 +51,10 @@ proptest! {
         classes in prop::sample::select(vec![1, 5, 24, 31, 48, 65, 130, 700]),
         n in 1usize..9, inner in prop::sample::select(vec![None, Some(1), Some(3)]), soft: bool, masked: bool,
         per_sample: bool, reduction in prop::sample::select(REDUCTIONS.to_vec()),
-        label_smoothing in prop::sample::select(vec![0.0, 0.1, 1.0]), seed in 0u64..1000
+        label_smoothing in prop::sample::select(vec![0.0, 0.1, 1.0]), seed in 0u64..1000,
+        z_loss in prop::sample::select(vec![0.0, 0.3])
     ) {
-        let settings = Settings { label_smoothing, per_sample, reduction, ..SETTINGS };
+        let settings = Settings { label_smoothing, z_loss, per_sample, reduction, ..SETTINGS };
         let mut shape = vec![n, classes];
         shape.extend(inner);
         compare::<f32>(&shape, soft, &settings, masked, seed);

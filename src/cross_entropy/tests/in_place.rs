@@ -18,9 +18,10 @@ fn run_in_place<T: Element>(
     let [targets, units, values] = sizes(&inputs, settings);
     let (mut out, mut objective, memory) = (unwritten(targets), unwritten(values), Gradient::InPlace(right));
     let (losses, weights, totals) = if let Some(weights) = given {
-        losses(&inputs, settings, &mut out).unwrap();
-        let losses = read(&out);
-        let given = Given { losses: &losses, weights };
+        let mut logsumexp = unwritten(targets);
+        losses(&inputs, settings, &mut out, Some(&mut logsumexp)).unwrap();
+        let (losses, logsumexp) = (read(&out), read(&logsumexp));
+        let given = Given { losses: &losses, weights, logsumexp: Some(&logsumexp) };
         let totals = gradient(&inputs, given, settings, &mut objective, memory).unwrap();
         (losses, weights.to_vec(), totals)
     } else {
@@ -92,9 +93,10 @@ proptest! {
         classes in prop::sample::select(vec![1, 5, 24, 31, 48, 65, 130, 700]),
         n in 1usize..9, inner in 1usize..6, last in 0..3usize, soft: bool, per_sample: bool,
         reduction in prop::sample::select(REDUCTIONS.to_vec()),
-        label_smoothing in prop::sample::select(vec![0.0, 0.1, 1.0]), threads in 1usize..3, seed in 0u64..1000
+        label_smoothing in prop::sample::select(vec![0.0, 0.1, 1.0]), threads in 1usize..3, seed in 0u64..1000,
+        z_loss in prop::sample::select(vec![0.0, 0.3])
     ) {
-        let settings = Settings { label_smoothing, per_sample, reduction, threads, ..SETTINGS };
+        let settings = Settings { label_smoothing, z_loss, per_sample, reduction, threads, ..SETTINGS };
         let order = [[0, 1, 2], [0, 2, 1], [2, 0, 1]][last];
         let shape = [n, classes, inner];
         compare::<f32>(&shape, &order, soft, &settings, seed);
