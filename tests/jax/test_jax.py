@@ -23,13 +23,7 @@ from jax.test_util import check_grads  # noqa: E402
 from jax_cases import DTYPES, ROWS, exact, rounding  # noqa: E402
 from x64 import enable_x64  # noqa: E402
 
-
-@pytest.fixture(autouse=True, scope="module")
-def compiled_in_a_hurry():
-    """Most time goes into compiling; programs with all optimisations are those of test_jax_rust.py."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compiled_in_a_hurry")
 
 
 @pytest.fixture(params=DTYPES)

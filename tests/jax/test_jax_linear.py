@@ -23,18 +23,12 @@ jnp = jax.numpy
 import rgd.jax as rj  # noqa: E402
 from x64 import enable_x64  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("compiled_in_a_hurry")
+
 ROWS, WIDTH, CLASSES = 13, 5, 7
 ROW_BYTES = 8 * CLASSES
 CHUNKS = {"one row": 1, "three rows": 3 * ROW_BYTES, "all rows": 1 << 20}
 TOLERANCE = 20 * (ROWS + WIDTH + CLASSES + 16) * np.finfo(np.float64).eps
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compiled_in_a_hurry():
-    """What is asked is which numbers come out, not how fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)

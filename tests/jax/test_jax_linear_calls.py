@@ -18,14 +18,6 @@ THREE_ROWS = 3 * 8 * CLASSES
 TOLERANCE = 20 * (ROWS + WIDTH + CLASSES + 16) * np.finfo(np.float64).eps
 
 
-@pytest.fixture
-def compiled_in_a_hurry():
-    """What is asked is which numbers come out, not how fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(autouse=True)
 def float64():
     with enable_x64(True):

@@ -1,15 +1,13 @@
 """The linear cross-entropy with rows, classes or both spread over devices: equal to one device.
 
-Devices are made when the backend starts, so each number of them is a process of its own.
+Devices are made when the backend starts, so a process of its own has four, which all meshes are made of.
 """
-
-import os
-import subprocess
-import sys
 
 import pytest
 
 pytest.importorskip("jax")
+
+from devices import outcomes_on_four_devices
 
 PROGRAM = """
 import jax
@@ -20,8 +18,6 @@ from jax.sharding import Mesh, PartitionSpec as P
 import rgd, rgd.jax as rj
 
 jax.config.update("jax_enable_x64", True)
-assert len(jax.devices()) == DATA * CLASSES
-mesh = Mesh(np.array(jax.devices()).reshape(DATA, CLASSES), ("data", "classes"))
 rng = np.random.default_rng(0)
 inputs, kernel, bias = (jnp.asarray(rng.standard_normal(shape)) for shape in ((12, 4), (4, 6), (6,)))
 labels = jnp.asarray(rng.integers(0, 6, 12)).at[3].set(-100)
@@ -53,60 +49,74 @@ def chunked(operands, weight, labels, where, **options):
         inputs, kernel, labels, bias, weight=weight, where=where, chunk_bytes=200,
         axis_name="data", vocab_axis_name="classes", **options)
 
-cases = [{"label_smoothing": 0.1}, {"weighting": rgd.KLBall(0.3), "reduction": "sum", "logit_softcap": 2.0},
+CASES = [{"label_smoothing": 0.1}, {"weighting": rgd.KLBall(0.3), "reduction": "sum", "logit_softcap": 2.0},
          {"weighting": average, "state": average.init()}, {"reduction": "none"}]
-for options in cases:
-    none, has_aux = options.get("reduction") == "none", "state" in options
-    out = P("data") if none else P()
-    step = {"has_aux": has_aux}
 
-    def summed(function, options=options):
-        def objective(operands, *rest):
-            result = function(operands, *rest, **options)
-            return jnp.sum(result * jnp.cos(jnp.arange(12.0))) if none else result
-        return objective
+def summed(function, options):
+    none = options.get("reduction") == "none"
+    def objective(operands, *rest):
+        result = function(operands, *rest, **options)
+        return jnp.sum(result * jnp.cos(jnp.arange(12.0))) if none else result
+    return objective
 
-    expected = jax.value_and_grad(summed(whole), **step)(operands, *rest)
-    for check in (True, False) if not has_aux else (True,):
-        # The gradient of the sharded function ...
-        sharded = jax.shard_map(
-            lambda *a, options=options: chunked(*a, **options), mesh=mesh, check_vma=check,
-            in_specs=(specs, *rest_specs), out_specs=(out, P()) if has_aux else out)
-        objective = summed(lambda *a, sharded=sharded, **_: sharded(*a))
-        same(jax.jit(jax.value_and_grad(objective, **step))(operands, *rest), expected)
-    # ... and the gradient inside, where an input of every class's device has the gradient of all classes.
-    if none:
-        continue
-    inside = jax.value_and_grad(lambda *a, options=options: chunked(*a, **options), **step)
-    for function in (inside,) if has_aux else (inside, jax.value_and_grad(
-            jax.checkpoint(lambda *a, options=options: chunked(*a, **options)))):
-        spread = jax.shard_map(function, mesh=mesh, in_specs=(specs, *rest_specs),
-                               out_specs=((P(), P()) if has_aux else P(), specs))
-        same(jax.jit(spread)(operands, *rest), expected)
+EXPECTED = [jax.jit(jax.value_and_grad(summed(whole, options), has_aux="state" in options))(operands, *rest)
+            for options in CASES]
 
-# Rows alone are spread, the kernel is the same on all devices: its gradient is that of all rows.
-if CLASSES == 1:
+def spread_over(data, classes):
+    mesh = Mesh(np.array(jax.devices()[:data * classes]).reshape(data, classes), ("data", "classes"))
+    # Two axes meet each case in every way, the others in half of the ways each.
+    every = data > 1 < classes
+    for number, (options, expected) in enumerate(zip(CASES, EXPECTED, strict=True), start=data):
+        none, has_aux = options.get("reduction") == "none", "state" in options
+        out = P("data") if none else P()
+        step = {"has_aux": has_aux}
+        for check in (True,) if has_aux else (True, False) if every else (number % 2 == 0,):
+            # The gradient of the sharded function ...
+            sharded = jax.shard_map(
+                lambda *a, options=options: chunked(*a, **options), mesh=mesh, check_vma=check,
+                in_specs=(specs, *rest_specs), out_specs=(out, P()) if has_aux else out)
+            objective = summed(lambda *a, sharded=sharded, **_: sharded(*a), options)
+            same(jax.jit(jax.value_and_grad(objective, **step))(operands, *rest), expected)
+        # ... and the gradient inside, where an input of every class's device has the gradient of all classes.
+        if none:
+            continue
+        inside = jax.value_and_grad(lambda *a, options=options: chunked(*a, **options), **step)
+        for function in (inside,) if has_aux or not every else (inside, jax.value_and_grad(
+                jax.checkpoint(lambda *a, options=options: chunked(*a, **options)))):
+            spread = jax.shard_map(function, mesh=mesh, in_specs=(specs, *rest_specs),
+                                   out_specs=((P(), P()) if has_aux else P(), specs))
+            same(jax.jit(spread)(operands, *rest), expected)
+
+def rows_alone():
+    # The kernel is the same on all devices: its gradient is that of all rows.
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    of_logits = jax.value_and_grad(lambda *a: rj.cross_entropy(a[0] @ a[1], labels), (0, 1))
+    expected = jax.jit(of_logits)(inputs, kernel)
     for backend in ("jnp", "rust"):
         def step(inputs, kernel, labels):
             return jax.value_and_grad(lambda *a: rj.linear_cross_entropy(
                 *a, labels, axis_name="data", chunk_bytes=200, backend=backend), (0, 1))(inputs, kernel)
         spread = jax.shard_map(step, mesh=mesh, in_specs=(P("data"), P(), P("data")),
                                out_specs=(P(), (P("data"), P())))
-        same(jax.jit(spread)(inputs, kernel, labels), jax.value_and_grad(
-            lambda *a: rj.cross_entropy(a[0] @ a[1], labels), (0, 1))(inputs, kernel))
-print("equal")
+        same(jax.jit(spread)(inputs, kernel, labels), expected)
+
+CHECKS = {f"{d} by {c}": lambda d=d, c=c: spread_over(d, c) for d, c in ((1, 3), (2, 2), (2, 1))}
+CHECKS["rows alone"] = rows_alone
 """
 
 
-@pytest.mark.parametrize(("data", "classes"), [(1, 2), (1, 3), (2, 2), (2, 1)])
-def test_rows_and_classes_may_be_spread_over_devices(data, classes):
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={data * classes}"
-    # What is asked is which numbers come out: compiled in a hurry.
-    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    environment = {**os.environ, **quick, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    program = PROGRAM.replace("DATA", str(data)).replace("CLASSES", str(classes))
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.strip() == "equal"
+@pytest.fixture(scope="module")
+def outcomes():
+    return outcomes_on_four_devices(PROGRAM)
+
+
+MESHES = ["1 by 3", "2 by 2", "2 by 1", "rows alone"]
+
+
+def test_every_mesh_of_the_program_is_asked_for(outcomes):
+    assert set(outcomes) == set(MESHES)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_rows_and_classes_may_be_spread_over_devices(outcomes, mesh):
+    assert outcomes[mesh] == "equal"

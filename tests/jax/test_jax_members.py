@@ -18,6 +18,8 @@ jnp = jax.numpy
 import rgd.jax as rj  # noqa: E402
 from x64 import enable_x64  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("compiled_in_a_hurry")
+
 ROWS = 9
 TOLERANCE = 20 * (ROWS + 16) * np.finfo(np.float64).eps
 
@@ -86,14 +88,6 @@ every_member = pytest.mark.parametrize(
     "weighting", MEMBERS, ids=lambda member: str(member).partition(" at 0x")[0]
 )
 close = functools.partial(np.testing.assert_allclose, rtol=TOLERANCE, atol=TOLERANCE)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compiled_in_a_hurry():
-    """Most time goes into compiling; programs with all optimisations are those of test_jax_rust.py."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)
