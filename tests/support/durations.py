@@ -20,7 +20,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--quick",
         action="store_true",
-        help=f"run each test with one of its parameter sets, and none that takes {LONG} s or more",
+        help=f"run each test with one of its parameter sets, and none of {LONG} s or with processes",
     )
     group.addoption(
         "--store-durations", action="store_true", help=f"write what takes {LONG} s or more to {TABLE.name}"
@@ -49,7 +49,14 @@ def chosen(items):
 def pytest_collection_modifyitems(config, items):
     seconds = json.loads(TABLE.read_text(encoding="utf-8"))
     if config.getoption("--quick"):
-        kept = chosen([item for item in items if function_of(item.nodeid) not in seconds])
+        # The processes of groups take seconds to start.
+        kept = chosen(
+            [
+                item
+                for item in items
+                if function_of(item.nodeid) not in seconds and "workers" not in item.fixturenames
+            ]
+        )
         config.hook.pytest_deselected(items=list(set(items).difference(kept)))
         items[:] = kept
     longest = collections.defaultdict(float)
