@@ -6,7 +6,9 @@ import pytest
 import torch
 from rgd import KL, KLBall, MovingAverage
 from rgd.torch import RGDLoss, backend, cross_entropy, reweighted_mean, sample_weights
-from rgd.torch._weigher import Plan
+from rgd.torch._operators import flattened
+from rgd.torch._plan import Plan
+from rgd.torch._problem import Options, Problem
 from torch._dynamo.testing import CompileCounterWithBackend
 
 # torch's compiler reads the gradient of tensors that have none.
@@ -275,9 +277,11 @@ def test_the_cross_entropy_operator_passes_opcheck(weighting, per):
     soft = logits.detach().softmax(1)
     weight = torch.linspace(0.5, 2, 3)
     for reduction, (y, w) in itertools.product(["none", "mean"], [(target, weight), (soft, None)]):
-        settings = (None, *kernel(weighting), -100, 0.1, reduction, per)
-        torch.library.opcheck(CROSS_ENTROPY, (logits, y, w, *settings, True))
-    torch.library.opcheck(CROSS_ENTROPY, (logits.detach(), target, weight, *settings, False))
+        options = Options(label_smoothing=0.1, reduction=reduction, per=per)
+        given = Problem(logits, y, options, class_weight=w)
+        torch.library.opcheck(CROSS_ENTROPY, (*flattened(given), True, *kernel(weighting)))
+    given = Problem(logits.detach(), target, options, class_weight=weight)
+    torch.library.opcheck(CROSS_ENTROPY, (*flattened(given), False, *kernel(weighting)))
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS, ids=str)

@@ -461,19 +461,26 @@ def test_what_the_kernels_cannot_serve_is_an_error_where_they_are_asked_for():
 
 def test_the_environment_variable_is_the_default():
     program = """
-import importlib, os, torch, rgd.torch
+import torch, rgd.torch
 with rgd.torch.backend() as ran:
     rgd.torch.sample_weights(torch.ones(2))
 assert ran == ["composite"], ran
-os.environ["RGD_BACKEND"] = "gpu"
+"""
+    environment = {**os.environ, "RGD_BACKEND": "composite"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+
+
+def test_an_environment_variable_that_names_no_backend_is_an_error_at_the_first_call():
+    program = """
+import torch, rgd.torch
 try:
-    importlib.reload(importlib.import_module("rgd.torch.backends._registry"))
+    rgd.torch.sample_weights(torch.ones(2))
 except ValueError as error:
-    assert "variable RGD_BACKEND must be 'rust', 'composite' or None" in str(error)
+    assert "variable RGD_BACKEND must be 'rust', 'composite' or None" in str(error), error
 else:
     raise AssertionError
 """
-    environment = {**os.environ, "RGD_BACKEND": "composite"}
+    environment = {**os.environ, "RGD_BACKEND": "gpu"}
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 

@@ -8,9 +8,9 @@ import rgd
 import torch
 from family import BATCH_DEPENDENT, POINTWISE, label
 from linear_heads import B, C, Case, D, T, distance, same
-from rgd.torch import RGDLoss, _chunks, _steps, backend, linear_cross_entropy
-from rgd.torch._linear import _Call
+from rgd.torch import RGDLoss, backend, linear_cross_entropy
 from rgd.torch.backends import composite
+from rgd.torch.linear import _call, _chunks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -236,7 +236,7 @@ def test_the_bias_is_summed_in_float32_within_and_over_the_chunks(monkeypatch):
 
     monkeypatch.setattr(_chunks._Run, "collect", kept)
     finished = []
-    monkeypatch.setattr(_Call, "_finished", lambda call, found: finished.append(found) or found)
+    monkeypatch.setattr(_call._Call, "_finished", lambda call, found: finished.append(found) or found)
     case.chunked(chunk_bytes=16 * 4 * 2)
     assert [len(one) for one in rows] == [16] * 32
     gradients, (found,) = torch.cat(rows), finished
@@ -340,42 +340,26 @@ def test_a_frozen_head_costs_no_product_for_its_gradient():
     # A mode is not eager: count in the chunks themselves, which run below it.
     head = _head_of(case)
     with Count():
-        _chunks.in_one_pass(
-            head,
-            None,
-            None,
-            torch.ones(B * T, dtype=torch.float64),
-            _weigher(),
-            _chunks.Wanted(True, False, False),
-        )
+        norm = torch.ones(B * T, dtype=torch.float64)
+        _chunks.in_one_pass(head, None, norm, _weigher(), _chunks.Wanted(True, False, False))
     assert len(products) == 2
     products.clear()
     with Count():
-        _chunks.losses_of(head, None)
+        _chunks.losses_in_chunks(head)
     assert len(products) == 1
 
 
 def _head_of(case):
-    from rgd.torch._chunks import Head  # noqa: PLC0415
-    from rgd.torch._steps import ComposedStep  # noqa: PLC0415
-    from rgd.torch.backends._options import Options  # noqa: PLC0415
+    from rgd.torch._problem import Options, Problem  # noqa: PLC0415
 
-    step = ComposedStep(None, Options(-100, 0.0, "sum", "element"))
-    flat = case.input.detach().reshape(-1, D)
-    return Head(
-        flat,
-        case.weight.detach(),
-        case.bias.detach(),
-        case.target.reshape(-1),
-        None,
-        128,
-        torch.float64,
-        step,
-    )
+    flat, target = case.input.detach().reshape(-1, D), case.target.reshape(-1)
+    step = composite.ComposedStep(Problem(flat, target, Options(reduction="sum")))
+    weight, bias = case.weight.detach(), case.bias.detach()
+    return _chunks.ChunkedHead(flat, weight, bias, target, None, None, 128, torch.float64, step)
 
 
 def _weigher():
-    from rgd.torch._weigher import Plan, Weigher  # noqa: PLC0415
+    from rgd.torch._plan import Plan, Weigher  # noqa: PLC0415
 
     return Weigher(Plan(rgd.KL(1.0)))
 
@@ -460,13 +444,11 @@ def test_no_tensor_of_all_logits_is_made():
             return outcome
 
     case = Case(torch.float32, (rows,), classes=classes, features=4)
-    from rgd.torch import _linear  # noqa: PLC0415
-
     for weighting, reduction in ((rgd.KL(1.0), "mean"), (rgd.KLBall(0.1), "mean"), (rgd.KL(1.0), "none")):
         largest.clear()
         with pytest.MonkeyPatch.context() as patch:
             # The mode would send the call to the way of transforms, which makes all logits.
-            patch.setattr(_linear, "_served", lambda tensors, target: True)
+            patch.setattr(_call, "_served", lambda problem: True)
             with Watch():
                 case.results(
                     case.chunked, weighting=weighting, reduction=reduction, chunk_bytes=8 * classes * 4
@@ -480,8 +462,7 @@ def test_no_tensor_of_all_logits_is_made():
 def test_the_formula_of_a_chunk_gives_the_same_compiled(options, monkeypatch):
     # On a GPU the gradient's formula is compiled; here on the CPU.
     torch._dynamo.reset()
-    monkeypatch.setattr(
-        _steps, "_formula_for", lambda logits: torch.compile(composite.gradient, dynamic=False)
-    )
+    compiled = torch.compile(composite.gradient_of, dynamic=False)
+    monkeypatch.setattr(composite, "_formula_for", lambda logits: compiled)
     with backend("composite"):
         same(Case(torch.float32), tolerance=1e-6, chunk_bytes=4 * C * 4, **options)

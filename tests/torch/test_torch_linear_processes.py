@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from family import label
 from rgd.torch import LinearRGDLoss, linear_cross_entropy
-from rgd.torch.backends import composite
+from rgd.torch.backends import _formulas
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -162,7 +162,7 @@ def with_labels_that_are_no_class(rank, size):
     )
     with pytest.MonkeyPatch.context() as patch:
         # As on a GPU, where no value is read.
-        patch.setattr(composite, "values_can_be_read", lambda tensor: False)
+        patch.setattr(_formulas, "values_can_be_read", lambda tensor: False)
         unseen = linear_cross_entropy(input, weight[own], target, **options)
     return masked, unseen
 

@@ -120,10 +120,14 @@ def test_nor_in_a_linear_head(mask, weighting, name):
 @members
 def test_nor_in_a_linear_head_that_leaves_no_row_out(weighting, monkeypatch):
     # On a GPU all rows are computed: to find those that take part would wait for the device.
-    from rgd.torch import _chunks  # noqa: PLC0415
+    from rgd.torch.linear import _chunks  # noqa: PLC0415
 
     plain = _chunks._Run.__init__
-    monkeypatch.setattr(_chunks._Run, "__init__", lambda run, head, _, wanted: plain(run, head, None, wanted))
+
+    def with_all_rows(run, head, wanted):
+        plain(run, head._replace(takes_part=None), wanted)
+
+    monkeypatch.setattr(_chunks._Run, "__init__", with_all_rows)
     _, classes, broken, options = batch("zeros of samples")
     case = Case(rows=(N, T), classes=C)
     options |= {"weighting": weighting, "weight": case.class_weight, "label_smoothing": 0.1}

@@ -7,6 +7,9 @@ import pytest
 import rgd
 import torch
 from rgd.torch import RGD, LinearRGDLoss, RGDLoss, sample_weights
+from rgd.torch._head import Chunking, LinearHead
+from rgd.torch._operators import flattened
+from rgd.torch._problem import Options, Problem
 from torch import nn
 
 STATEFUL = {
@@ -185,32 +188,30 @@ def test_a_model_of_transformers_without_a_state_in_its_checkpoint_begins_with_t
     )
 
 
-@pytest.mark.parametrize("wrong", ["logits", "target", "class_weight", "base", "numbers", "adjustment"])
+@pytest.mark.parametrize("wrong", ["logits", "target", "class_weight", "measure", "numbers", "adjustment"])
 def test_an_operator_refuses_a_tensor_without_memory(wrong):
     given = {
         "logits": torch.zeros(3, 2),
         "target": torch.zeros(3, dtype=torch.long),
         "class_weight": torch.ones(2),
-        "base": torch.ones(3),
+        "measure": torch.ones(3),
         "numbers": torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64),
         "adjustment": torch.zeros(2),
     }
     given[wrong] = given[wrong].to("meta")
-    logits, target, class_weight, base, numbers, adjustment = given.values()
-    operators = torch.ops.rgd
-    reduced = -100, 0.0, "mean", "element", True, adjustment
+    numbers, losses = given.pop("numbers"), torch.ones(3)
+    plain, operators = flattened(Problem(options=Options(), **given)), torch.ops.rgd
     with pytest.raises(RuntimeError, match="meta device"):
-        operators.cross_entropy(logits, target, class_weight, base, "kl", numbers, *reduced)
-    if wrong != "numbers":
-        with pytest.raises(RuntimeError, match="meta device"):
-            operators.cross_entropy_gradient(logits, target, class_weight, base, base, base, *reduced)
-    if wrong not in ("numbers", "base"):
-        with pytest.raises(RuntimeError, match="meta device"):
-            operators.cross_entropy_losses(logits, target, class_weight, -100, 0.0, adjustment)
-        head = torch.ones(3, 4), torch.ones(2, 4), None, target, class_weight, None, adjustment
-        head = (given["logits"] if wrong == "logits" else head[0], *head[1:])
-        with pytest.raises(RuntimeError, match="meta device"):
-            operators.linear_losses(*head, -100, 0.0, None, 2, "float32", False)
+        operators.cross_entropy(*plain, True, "kl", numbers)
+    if wrong == "numbers":
+        return
+    with pytest.raises(RuntimeError, match="meta device"):
+        operators.cross_entropy_gradient(*plain, True, losses, losses)
+    with pytest.raises(RuntimeError, match="meta device"):
+        operators.cross_entropy_losses(*plain)
+    head = LinearHead(torch.ones(2, 2), None, Chunking())
+    with pytest.raises(RuntimeError, match="meta device"):
+        operators.linear_losses(*flattened(Problem(options=Options(), head=head, **given)))
 
 
 def test_weights_of_numbers_without_memory_are_refused():
@@ -219,7 +220,7 @@ def test_weights_of_numbers_without_memory_are_refused():
 
 
 def test_numbers_on_a_prepared_device_follow_the_weighting():
-    from rgd.torch._weigher import Plan  # noqa: PLC0415
+    from rgd.torch._plan import Plan  # noqa: PLC0415
 
     plan = Plan(rgd.KL(tau=1.0)).prepare()
     plan._live_on["somewhere"] = plan.live

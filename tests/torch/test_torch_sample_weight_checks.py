@@ -7,7 +7,9 @@ from base_measures import INF, NAN, SOME, base_measure, losses_of, mask, run
 from family import members
 from rgd import ERM, KL, CVaR, Focal, GroupDRO, Trimmed
 from rgd.torch import RGD, RGDLoss, backend, cross_entropy, reweighted_mean, sample_weights, weight_stats
-from rgd.torch._weigher import Plan
+from rgd.torch._operators import flattened
+from rgd.torch._plan import Plan
+from rgd.torch._problem import Options, Problem
 from torch_family import (
     GROUPS,
     N,
@@ -159,12 +161,15 @@ def test_the_operators_with_a_base_measure_pass_opcheck(per):
     logits, target, class_weight, _ = problem("indices")
     losses = F.cross_entropy(logits, target, class_weight, label_smoothing=0.1, reduction="none")
     weights = torch.ones_like(losses[:, 0] if per == "sample" else losses)
-    given = (logits.requires_grad_(), target, class_weight, base_measure(per))
-    options, plan = (-100, 0.1, "mean", per, True), Plan(KL(1.0))
-    operators = torch.ops.rgd
-    torch.library.opcheck(operators.cross_entropy.default, (*given, plan.kind, plan.numbers, *options))
-    torch.library.opcheck(operators.cross_entropy_gradient.default, (*given, losses, weights, *options))
-    torch.library.opcheck(operators.cross_entropy_losses.default, (*given[:3], -100, 0.1))
+    options, plan, operators = Options(label_smoothing=0.1, per=per), Plan(KL(1.0)), torch.ops.rgd
+    given = Problem(
+        logits.requires_grad_(), target, options, class_weight=class_weight, measure=base_measure(per)
+    )
+    plain = flattened(given.changed(logits=logits.detach()))
+    given = flattened(given)
+    torch.library.opcheck(operators.cross_entropy.default, (*given, True, plan.kind, plan.numbers))
+    torch.library.opcheck(operators.cross_entropy_gradient.default, (*given, True, losses, weights))
+    torch.library.opcheck(operators.cross_entropy_losses.default, plain)
 
 
 def test_meta_tensors_get_the_shape():

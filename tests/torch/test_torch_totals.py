@@ -73,7 +73,7 @@ def test_the_worst_tenth_of_infinite_losses_is_infinite_and_of_nan_or_nothing_na
 
 
 def test_the_tail_of_operations_on_other_devices_is_that_of_the_cpu(monkeypatch):
-    from rgd.torch import _record  # noqa: PLC0415
+    from rgd.torch import stats  # noqa: PLC0415
 
     losses, base = torch.rand(101, dtype=torch.float64), torch.rand(101, dtype=torch.float64)
     base[::3] = 0
@@ -82,10 +82,10 @@ def test_the_tail_of_operations_on_other_devices_is_that_of_the_cpu(monkeypatch)
         """Takes the path of tensors that NumPy cannot read."""
 
     for mass in (None, base):
-        expected = _record.tail_of(losses, mass)
-        got = _record.tail_of(losses.as_subclass(Elsewhere), mass)
+        expected = stats.tail_of(losses, mass)
+        got = stats.tail_of(losses.as_subclass(Elsewhere), mass)
         assert got == pytest.approx(expected, rel=101 * 20 * EPS)
-    assert math.isnan(_record.tail_of(torch.tensor([1.0, math.nan]).as_subclass(Elsewhere), None))
+    assert math.isnan(stats.tail_of(torch.tensor([1.0, math.nan]).as_subclass(Elsewhere), None))
 
 
 @pytest.mark.parametrize("per", ["element", "sample"])

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from rgd import reference
 from rgd.torch import backend, cross_entropy, linear_cross_entropy
-from rgd.torch._chunks import Head, Wanted, gradients_of, losses_of
-from rgd.torch._steps import ComposedStep
-from rgd.torch.backends._options import Options
+from rgd.torch._problem import Options, Problem
+from rgd.torch.backends.composite import ComposedStep
+from rgd.torch.linear._chunks import ChunkedHead, Wanted, gradients_in_chunks, losses_in_chunks
 
 WIDTH = 4
 DEVICES = [
@@ -128,12 +128,12 @@ def test_rows_that_cannot_be_counted_without_waiting_are_set_to_zero():
     weight = torch.randn(7, WIDTH, generator=generator, dtype=torch.float64)
     target = torch.tensor([1, -100, 0, 6, 2])
     hidden[1] = math.nan
-    step = ComposedStep(None, Options(-100, 0.0, "sum", "element"))
-    head = Head(hidden, weight, None, target, None, 2, torch.float64, step)
+    step = ComposedStep(Problem(hidden, target, Options(reduction="sum")))
     counted = target != -100
     wanted, factors = Wanted(True, True, False), counted.double()
     for mask in (counted, OnAnotherDevice(counted)):
-        losses, found = losses_of(head, mask), gradients_of(head, mask, factors, wanted)
+        head = ChunkedHead(hidden, weight, None, target, mask, None, 2, torch.float64, step)
+        losses, found = losses_in_chunks(head), gradients_in_chunks(head, factors, wanted)
         assert losses.isfinite().all()
         assert found.input.isfinite().all()
         assert found.weight.isfinite().all()

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from rgd.integrations._inputs import keywords_of, refuse_packed_rows, refuse_unknown
 from rgd.stats import WeightStats
-from rgd.torch._linear_checks import Chunking
-from rgd.torch._modes import evaluates
-from rgd.torch.backends._registry import autocasts
+from rgd.torch._head import Chunking
+from rgd.torch._modes import autocasts, evaluates
 from rgd.torch.linear import LinearRGDLoss
 from rgd.weightings import Weighting
 

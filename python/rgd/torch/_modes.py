@@ -1,10 +1,11 @@
-"""What torch is doing around a call: training, evaluating, or computing a forward pass again."""
+"""What torch is doing around a call: training, evaluating, compiling, transforming, or repeating a pass."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 _internals: Any = torch._C  # pyright: ignore[reportPrivateUsage]
@@ -13,6 +14,20 @@ graph_is_kept: Any = _internals._autograd._get_current_graph_task_keep_graph
 """Whether the backward pass that is running keeps its graph for another one."""
 saved_tensors_hooks: Any = _internals._autograd._top_saved_tensors_default_hooks
 """The hooks on saved tensors that hold now, or None; its argument: whether they must not be traced."""
+_transforms_active = _internals._are_functorch_transforms_active
+_dispatch_modes = _internals._len_torch_dispatch_stack
+_tracing_state = _internals._get_tracing_state
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+"""The types of tensors that have no behaviour of their own."""
+# Asked once, here: older torch cannot compile a call of is_autocast_available.
+_AUTOCASTING = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "hpu", "mps", "mtia", "privateuseone", "xla", "xpu")
+    if torch.amp.is_autocast_available(kind)
+)
+
+
+# --- training, evaluating, repeating ---
 
 
 def evaluates() -> bool:
@@ -27,7 +42,7 @@ def evaluates() -> bool:
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return True
     differentiates = not _internals._is_fwd_grad_enabled() or _forward_ad._current_level >= 0
-    return not differentiates and _internals._get_tracing_state() is None
+    return not differentiates and _tracing_state() is None
 
 
 def recomputes() -> bool:
@@ -42,6 +57,9 @@ def may_be_recomputed() -> bool:
     return saved_tensors_hooks(False) is not None or not (torch.is_grad_enabled() or evaluates())
 
 
+# --- compiling, exporting, transforming ---
+
+
 def is_exporting() -> bool:
     """Whether `torch.export` is tracing."""
     return _compiler._is_exporting_flag if _HAS_EXPORTING_FLAG else torch.compiler.is_exporting()
@@ -50,3 +68,51 @@ def is_exporting() -> bool:
 # The flag itself where there is one: torch 2.8 traces `is_exporting` as True in any compiled graph.
 _compiler: Any = torch.compiler
 _HAS_EXPORTING_FLAG = hasattr(_compiler, "_is_exporting_flag")
+
+
+def in_transform() -> bool:
+    """Whether a `torch.func` transform is active, whose tensors end with it."""
+    return _transforms_active()
+
+
+def must_forget() -> bool:
+    """Whether the tensors of this call must not outlive it: in a `torch.func` transform or `torch.export`."""
+    return _transforms_active() or (torch.compiler.is_compiling() and is_exporting())
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device; never for one that knows no autocast, as "meta"."""
+    return device_type in _AUTOCASTING and torch.is_autocast_enabled(device_type)
+
+
+# --- plain tensors in plain calls ---
+
+
+def on_the_cpu_and_eager(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether all tensors are plain ones on the CPU, and no mode asks for more than plain eager calls."""
+    for tensor in tensors:
+        if tensor is not None and not (type(tensor) in PLAIN and tensor.is_cpu):
+            return False
+    return _mode_is_eager()
+
+
+def plain_and_eager(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether all tensors are plain ones with memory, and no mode asks for more than plain eager calls."""
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in PLAIN or tensor.is_meta):
+            return False
+    return _mode_is_eager()
+
+
+def _mode_is_eager() -> bool:
+    return (
+        not _transforms_active()
+        and _forward_ad._current_level < 0
+        and not _dispatch_modes()
+        and _tracing_state() is None
+    )
+
+
+def values_can_be_read(tensor: Tensor) -> bool:
+    """Whether the values of a tensor may be looked at without waiting for a device or ending a trace."""
+    return not torch.compiler.is_compiling() and on_the_cpu_and_eager((tensor,))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from rgd.weightings._base import Kernel
+from rgd.weightings import Weighting
 
 _MARK = "rgd: weighted"
 _without_graph: Any = WeakIdKeyDictionary()
@@ -28,14 +28,14 @@ _KEEPING = frozenset((
 _MOST_NODES = 256
 
 
-def mark_weighted(losses: Tensor, kernel: Kernel | None) -> None:
+def mark_weighted(losses: Tensor, weighting: Weighting) -> None:
     """Mark the losses of a call with `reduction="none"`, unless the weights are those of plain training.
 
     Args:
         losses: What the call is about to return.
-        kernel: The kernel of its weighting.
+        weighting: What weighted them.
     """
-    if torch.compiler.is_compiling() or _is_plain(kernel):
+    if torch.compiler.is_compiling() or weighting.is_plain:
         return
     node: Any = losses.grad_fn
     if node is None:
@@ -44,29 +44,24 @@ def mark_weighted(losses: Tensor, kernel: Kernel | None) -> None:
         node.metadata[_MARK] = True
 
 
-def refuse_weighted(losses: Tensor, kernel: Kernel | None, name: str = "losses") -> None:
+def refuse_weighted(losses: Tensor, weighting: Weighting, name: str = "losses") -> None:
     """Refuse losses that are weighted already where another weighting would weight them again.
 
     Args:
         losses: The losses of a call.
-        kernel: The kernel of the weighting of the call.
+        weighting: The weighting of the call.
         name: What the message calls them.
 
     Raises:
         ValueError: If they are.
     """
-    if torch.compiler.is_compiling() or _is_plain(kernel) or not _is_marked(losses):
+    if torch.compiler.is_compiling() or weighting.is_plain or not _is_marked(losses):
         return
     raise ValueError(
         f'{name} are weighted already, by an rgd loss with reduction="none", and would be weighted twice: '
         'give the plain loss of each sample, as F.cross_entropy(..., reduction="none") computes it, or use '
         "the weighted ones as they are, losses.mean()"
     )
-
-
-def _is_plain(kernel: Kernel | None) -> bool:
-    """Whether a kernel gives every loss the weight 1, as that of `ERM` does: exponential, at scale 0."""
-    return kernel is not None and kernel[0] == "kl" and kernel[1][1] == 0
 
 
 def _is_marked(losses: Tensor) -> bool:

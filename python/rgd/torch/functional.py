@@ -4,37 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rgd.stats import WeightStats, clip_of, stats_from_sums
 from rgd.torch._checks import (
-    FLOATS,
-    REDUCTIONS,
-    UNITS,
-    check_base,
-    check_choice,
     check_class_weight,
-    check_classification,
     check_dense,
-    check_flag,
-    check_groups,
-    check_label_smoothing,
     check_logit_adjustment,
     check_losses,
-    check_where,
-    in_unit,
     refuse_dtype,
-    targets_shape,
 )
 from rgd.torch._distributed import Sync
-from rgd.torch._record import Record, stats_by_group, sums_of, tail_of
-from rgd.torch._weigher import Plan, Weigher, functional_state
+from rgd.torch._dtypes import FLOATS, accumulator
+from rgd.torch._measure import check_groups, check_sample_weight, check_where, measure_of, without_factor
+from rgd.torch._modes import autocasts, must_forget, values_can_be_read
+from rgd.torch._plan import Plan, Weigher
+from rgd.torch._problem import Given, Options, Problem, problem_of
+from rgd.torch._state import functional_state
 from rgd.torch._weighted import mark_weighted, refuse_weighted
-from rgd.torch.backends import composite as _composite
-from rgd.torch.backends._in_place import check_in_place
-from rgd.torch.backends._options import Options, accumulator
-from rgd.torch.backends._registry import autocasts, choose, must_forget, values_can_be_read
+from rgd.torch.backends._formulas import reduce_losses, units_of
+from rgd.torch.backends._registry import choose
+from rgd.torch.stats import Record, stats_by_group, sums_of, tail_of
 from rgd.weightings import Weighting
 from rgd.weightings._call import resolve_weighting
 
@@ -90,16 +80,18 @@ def sample_weights(
         Kumar et al., arXiv 2306.09222, Algorithm 1.
     """
     check_losses(losses)
-    base = base_of(losses.shape, losses, where, sample_weight)
-    sharing = Sync(process_group, sync)
-    weigher = _weigher(losses, resolve_weighting(weighting, tau), groups, state, sharing)
-    refuse_weighted(losses, weigher.plan.kernel)
-    if base is not None and sample_weight is not None:
-        base, weigher.unit = in_unit(base, base.dtype, "mean")
-    weights = choose(losses, base).sample_weights(losses, base, weigher)
-    if base is not None and not values_can_be_read(base):
-        # `check_base` marks a wrong number by NaN where it cannot raise; a pointwise formula may not see it.
-        weights = weights.masked_fill(base.isnan(), float("nan"))
+    measure, factor = measure_of(losses.shape, losses, where, sample_weight), 1.0
+    plan, sharing = Plan(resolve_weighting(weighting, tau)), Sync(process_group, sync)
+    members = check_groups(groups, losses.shape, losses.device, "element")
+    given = functional_state(plan.weighting, state, losses.device)
+    refuse_weighted(losses, plan.weighting)
+    if measure is not None and sample_weight is not None:
+        measure, factor = without_factor(measure, measure.dtype, "mean")
+    weigher = Weigher(plan, members, given, sharing, factor)
+    weights = choose((losses, None, measure)).sample_weights(losses, measure, weigher)
+    if measure is not None and not values_can_be_read(measure):
+        # A wrong number is NaN in the measure where it cannot raise; a pointwise formula may not see it.
+        weights = weights.masked_fill(measure.isnan(), float("nan"))
     return weights if state is None else (weights, weigher.state)
 
 
@@ -155,9 +147,10 @@ def reweighted_mean(
         Kumar et al., arXiv 2306.09222, Algorithm 1.
     """
     check_losses(losses)
-    sharing = Sync(process_group, sync)
-    weigher = _weigher(losses, resolve_weighting(weighting, tau), groups, state, sharing)
-    objective, _ = weighted(losses, weigher, "mean", "element", where, sample_weight)
+    plan, sharing = Plan(resolve_weighting(weighting, tau)), Sync(process_group, sync)
+    members = check_groups(groups, losses.shape, losses.device, "element")
+    weigher = Weigher(plan, members, functional_state(plan.weighting, state, losses.device), sharing)
+    objective, _ = reweighted(losses, weigher, where=where, sample_weight=sample_weight)
     return objective if state is None else (objective, weigher.state)
 
 
@@ -239,19 +232,15 @@ def cross_entropy(
         Kumar et al., arXiv 2306.09222, Algorithm 1. Logit adjustment: Menon et al., arXiv 2007.07314,
         equation 10.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_choice("per", per, UNITS)
-    weight, logit_adjustment = check_class_weight(weight), check_logit_adjustment(logit_adjustment)
-    options = Options(
-        ignore_index, check_label_smoothing(label_smoothing), reduction, per, check_flag("inplace", inplace)
-    )
-    plan = Plan(resolve_weighting(weighting, tau))
-    given = functional_state(plan.weighting, state, getattr(logits, "device", None))
-    sharing = Sync(process_group, sync)
-    objective, _, new = classify(
-        logits, target, weight, options, plan, sharing, where, sample_weight, groups, given, logit_adjustment
-    )
-    return objective if state is None else (objective, new)
+    class_weight, adjustment = check_class_weight(weight), check_logit_adjustment(logit_adjustment)
+    options = Options(ignore_index, label_smoothing, reduction, per, inplace).checked()
+    plan, sharing = Plan(resolve_weighting(weighting, tau)), Sync(process_group, sync)
+    memory = functional_state(plan.weighting, state, getattr(logits, "device", None))
+    given = Given(logits, target, class_weight, adjustment, where, sample_weight, groups)
+    problem = problem_of(given, options)
+    weigher = Weigher(plan, problem.groups, memory, sharing, problem.factor)
+    objective, _ = compute(problem, weigher)
+    return objective if state is None else (objective, weigher.state)
 
 
 def weight_stats(
@@ -300,121 +289,67 @@ def weight_stats(
             f"weights must have the shape and device of losses, {tuple(losses.shape)} on {losses.device}, "
             f"got {tuple(weights.shape)} on {weights.device}"
         )
-    base = base_of(losses.shape, losses, where, sample_weight)
-    if base is not None and sample_weight is not None:
-        base, _ = in_unit(base, base.dtype, "mean")
+    measure = measure_of(losses.shape, losses, where, sample_weight)
+    if measure is not None and sample_weight is not None:
+        measure, _ = without_factor(measure, measure.dtype, "mean")
     plain, weights = losses.detach(), weights.detach()
     members = check_groups(groups, losses.shape, losses.device, "element")
-    by_group = None if members is None else stats_by_group(plain, weights, base, members)
-    sums = sums_of(plain, weights, base, clip_of(weighting))
-    return stats_from_sums(sums, weighting, worst_tenth=tail_of(plain, base), groups=by_group)
+    by_group = None if members is None else stats_by_group(plain, weights, measure, members)
+    sums = sums_of(plain, weights, measure, clip_of(weighting))
+    return stats_from_sums(sums, weighting, worst_tenth=tail_of(plain, measure), groups=by_group)
 
 
-def weighted(  # noqa: PLR0917
+def compute(problem: Problem, weigher: Weigher) -> tuple[Tensor, Record | None]:
+    """The objective of a problem of logits, and the record of its weights if it may be kept.
+
+    The state after the call is left in the weigher.
+    """
+    objective, record = choose(problem.tensors).cross_entropy(problem, weigher)
+    return finished(objective, problem, weigher), record
+
+
+def finished(objective: Tensor, problem: Problem, weigher: Weigher) -> Tensor:
+    """The objective in the dtype that the caller gets, marked if it holds weighted losses."""
+    if objective.dtype != problem.dtype and not autocasts(objective.device.type):
+        objective = objective.to(problem.dtype)
+    if problem.options.reduction == "none":
+        mark_weighted(objective, weigher.plan.weighting)
+    return objective
+
+
+def reweighted(
     losses: Tensor,
     weigher: Weigher,
-    reduction: str,
-    per: str,
-    where: Tensor | None,
-    sample_weight: Tensor | None,
-) -> tuple[Tensor, Record | None]:
-    """The reduction of `p w l`, and the record of the weights, if its tensors may outlive the call."""
-    refuse_weighted(losses, weigher.plan.kernel)
-    if where is not None:
-        check_where(where, losses.shape, losses.device)
-    base = check_base(sample_weight, losses.shape, losses.device, per)
-    values = losses.to(accumulator(losses.dtype))
-    given = base
-    if base is not None:
-        base, weigher.unit = in_unit(base, values.dtype, reduction)
-    if where is not None:
-        values = values.masked_fill(~where, 0)
-    units, unit_base = _composite.units_of(values, where, base, per)
-    backend = choose(units, unit_base)
-    weights = backend.sample_weights(units, unit_base, weigher).to(values.dtype)
-    objective, denominator = _composite.reduce_losses(values, weights, where, base, reduction)
-    record = None
-    if not must_forget():
-        plain = values.detach()
-        record = Record(plain, weights, denominator, base, where, weigher.groups, backend.name)
-    objective = objective.to(losses.dtype)
-    if reduction == "none":
-        mark_weighted(objective, weigher.plan.kernel)
-    return objective, in_ones(record, given, weigher.unit)
-
-
-def classify(  # noqa: PLR0917
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    options: Options,
-    plan: Plan,
-    sync: Sync,
+    *,
+    reduction: str = "mean",
+    per: str = "element",
     where: Tensor | None = None,
     sample_weight: Tensor | None = None,
-    groups: Tensor | None = None,
-    state: Any = None,
-    logit_adjustment: Tensor | None = None,
-) -> tuple[Tensor, Record | None, Any]:
-    """The re-weighted cross-entropy for checked options, the record if it may be kept, and the state."""
-    check_classification(logits, target, class_weight, options.ignore_index)
-    if options.inplace and logits.requires_grad and torch.is_grad_enabled():
-        check_in_place(logits, target)
-    check_logit_adjustment(logit_adjustment, logits)
-    adjustment = None if logit_adjustment is None else logit_adjustment.detach()
-    given = logits.dtype
-    if not target.is_floating_point():
-        # An ignore_index that int32 cannot hold would be wrapped into one that it can.
-        narrow = target.dtype is torch.int32 and -(2**31) <= options.ignore_index < 2**31
-        target = target if narrow or target.dtype is torch.int64 else target.to(torch.int64)
-    elif target.dtype != logits.dtype:
-        dtype = torch.promote_types(target.dtype, logits.dtype)
-        logits, target = logits.to(dtype), target.to(dtype)
-    base = None
-    if where is not None or sample_weight is not None or groups is not None:
-        shape, per = targets_shape(logits), options.per if logits.dim() > 1 else "element"
-        base = base_of(shape, logits, where, sample_weight, per)
-        groups = check_groups(groups, shape, logits.device, per)
-        target = _composite.labels_in_use(target, base, options.ignore_index)
-    weigher, full = Weigher(plan, groups, state, sync), base
-    if base is not None and sample_weight is not None:
-        base, weigher.unit = in_unit(base, accumulator(logits.dtype), options.reduction)
-    backend = choose(logits, target, class_weight, base, adjustment)
-    objective, record = backend.cross_entropy(
-        logits, target, class_weight, base, options, weigher, adjustment
-    )
-    if objective.dtype != given and not autocasts(logits.device.type):
-        objective = objective.to(given)
-    if options.reduction == "none":
-        mark_weighted(objective, plan.kernel)
-    return objective, in_ones(record, full, weigher.unit), weigher.state
+) -> tuple[Tensor, Record | None]:
+    """The reduction of `p w l` for any losses, and the record of the weights if it may be kept.
 
-
-def in_ones(record: Record | None, base: Tensor | None, unit: float) -> Record | None:
-    """A record whose base measure was measured in a unit, with the one that was given."""
-    if record is None or unit == 1.0:
-        return record
-    denominator = record.denominator
-    wide = denominator.double() if isinstance(denominator, Tensor) else denominator
-    return record.changed(base=base, denominator=wide * unit)
-
-
-def _weigher(
-    losses: Tensor, weighting: Weighting, groups: Tensor | None, state: Any, sync: Sync | None
-) -> Weigher:
-    members = check_groups(groups, losses.shape, losses.device, "element")
-    return Weigher(Plan(weighting), members, functional_state(weighting, state, losses.device), sync)
-
-
-def base_of(
-    shape: torch.Size, like: Tensor, where: Tensor | None, sample_weight: Tensor | None, per: str = "element"
-) -> Tensor | None:
-    """The base measure of losses of a shape, of the device and dtype of `like`: one a target or a sample.
-
-    It is 0 where `where` is False; None where both are left out.
+    The state after the call is left in the weigher.
     """
-    base = check_base(sample_weight, shape, like.device, per)
-    if where is None:
-        return base
-    check_where(where, shape[:1] if per == "sample" else shape, like.device)
-    return where.to(accumulator(like.dtype)) if base is None else base.masked_fill(~where, 0)
+    refuse_weighted(losses, weigher.plan.weighting)
+    if where is not None:
+        check_where(where, losses.shape, losses.device)
+    measure = given = check_sample_weight(sample_weight, losses.shape, losses.device, per)
+    values = losses.to(accumulator(losses.dtype))
+    if measure is not None:
+        measure, weigher.factor = without_factor(measure, values.dtype, reduction)
+    if where is not None:
+        values = values.masked_fill(~where, 0)
+    units, unit_measure = units_of(values, where, measure, per)
+    backend = choose((units, None, unit_measure))
+    weights = backend.sample_weights(units, unit_measure, weigher).to(values.dtype)
+    objective, divisor = reduce_losses(values, weights, where, measure, reduction)
+    record = None
+    if not must_forget():
+        if weigher.factor != 1.0:
+            divisor = divisor.double() if isinstance(divisor, Tensor) else divisor
+            measure, divisor = given, divisor * weigher.factor
+        record = Record(values.detach(), weights, divisor, measure, where, weigher.groups, backend.name)
+    objective = objective.to(losses.dtype)
+    if reduction == "none":
+        mark_weighted(objective, weigher.plan.weighting)
+    return objective, record

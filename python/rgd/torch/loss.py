@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import numbers
 import weakref
 from collections.abc import Callable
 from typing import Any, cast
@@ -15,26 +14,20 @@ from torch import Tensor, nn
 from rgd.stats import WeightStats
 from rgd.torch._checks import (
     EVALUATIONS,
-    REDUCTIONS,
-    UNITS,
     check_choice,
     check_class_weight,
-    check_flag,
-    check_groups,
-    check_label_smoothing,
     check_logit_adjustment,
     check_losses,
     check_not_broadcast,
 )
 from rgd.torch._distributed import Sync
-from rgd.torch._modes import evaluates, is_exporting, recomputes
-from rgd.torch._record import Record
+from rgd.torch._measure import check_groups
+from rgd.torch._modes import evaluates, in_transform, is_exporting, recomputes
+from rgd.torch._plan import Plan, Weigher
+from rgd.torch._problem import Given, Options, problem_of
 from rgd.torch._state import Memory, WeightingState
-from rgd.torch._totals import Advisor, Totals, remark_on
-from rgd.torch._weigher import Plan, Weigher
-from rgd.torch.backends._options import Options
-from rgd.torch.backends._registry import in_transform
-from rgd.torch.functional import classify, weighted
+from rgd.torch.functional import compute, reweighted
+from rgd.torch.stats import Advisor, Record, Totals, remark_on
 from rgd.weightings import ERM, Weighting
 from rgd.weightings._call import resolve_weighting
 from rgd.weightings._fields import fields
@@ -150,18 +143,14 @@ class RGDLoss(nn.Module):
         sync: bool = True,
     ) -> None:
         nn.Module.__init__(self)
-        check_choice("reduction", reduction, REDUCTIONS)
-        check_choice("per", per, UNITS)
+        options = Options(ignore_index, label_smoothing, reduction, per, inplace).checked()
         check_choice("evaluate", evaluate, EVALUATIONS)
         weight, logit_adjustment = check_class_weight(weight), check_logit_adjustment(logit_adjustment)
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
-        smoothing = check_label_smoothing(label_smoothing)
         if base is not None:
             _check_base_loss(base)
-            if check_flag("inplace", inplace):
+            if inplace:
                 raise ValueError("inplace is for the built-in cross-entropy: leave it out with base")
-            if weight is not None or ignore_index != -100 or smoothing != 0.0:
+            if weight is not None or ignore_index != -100 or label_smoothing != 0.0:
                 raise ValueError(
                     "weight, ignore_index and label_smoothing are settings of the built-in cross-entropy: "
                     "with base, give them to base itself"
@@ -176,12 +165,8 @@ class RGDLoss(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("logit_adjustment", logit_adjustment)
         self.base = base
-        self.ignore_index = int(ignore_index)
-        self.reduction = reduction
-        self.label_smoothing = smoothing
-        self.per = per
+        self.ignore_index, self.label_smoothing, self.reduction, self.per, self.inplace = options
         self.evaluate = evaluate
-        self.inplace = check_flag("inplace", inplace)
         self._plan: Plan
         self.weighting_state: WeightingState | None = None
         self._sync = Sync(process_group, sync)
@@ -279,25 +264,27 @@ class RGDLoss(nn.Module):
             hint = ": base must return one loss a sample"
             losses = check_losses(self.base(*given, **kwargs), "what base returns", hint)
             check_not_broadcast(self.base, losses, (*given, *kwargs.values()))
-        plan, state, sync = self._part_of(losses)
+        plan, memory, sync = self._part_of(losses)
         groups = None if plan is _PLAIN else groups
-        memory = None if state is None else self._memory(state)
         if self.base is None:
-            options = Options(self.ignore_index, self.label_smoothing, self.reduction, self.per, self.inplace)
-            objective, record, _ = classify(
-                losses, cast("Tensor", target), self.weight, options, plan, sync,
-                where, sample_weight, groups, memory, self.logit_adjustment,
-            )  # fmt: skip
+            by_class = self.weight, self.logit_adjustment
+            problem = problem_of(
+                Given(losses, target, *by_class, where, sample_weight, groups), self._options
+            )
+            weigher = Weigher(plan, problem.groups, memory, sync, problem.factor)
+            objective, record = compute(problem, weigher)
         else:
             groups = check_groups(groups, losses.shape, losses.device, self.per)
-            weigher = Weigher(plan, groups, memory, sync)
-            objective, record = weighted(losses, weigher, self.reduction, self.per, where, sample_weight)
+            objective, record = reweighted(
+                losses, Weigher(plan, groups, memory, sync),
+                reduction=self.reduction, per=self.per, where=where, sample_weight=sample_weight,
+            )  # fmt: skip
             record = None if record is None else record.guarded()
         if plan is not _PLAIN:
             self._keep(record, losses if self.base is None else None)
         return objective
 
-    def _part_of(self, *trained: Tensor | None) -> tuple[Plan, WeightingState | None, Sync]:
+    def _part_of(self, *trained: Tensor | None) -> tuple[Plan, Memory | None, Sync]:
         """Weighting, state and sharing of a call; none of them in an evaluation, which trains nothing."""
         if self.evaluate == "plain":
             if evaluates():
@@ -306,7 +293,8 @@ class RGDLoss(nn.Module):
                 needs = (isinstance(one, Tensor) and one.requires_grad for one in trained)
                 if not (torch.is_grad_enabled() and any(needs)):
                     return _PLAIN, None, _ALONE
-        return self._plan, self.weighting_state, self._sync
+        state = self.weighting_state
+        return self._plan, None if state is None else self._memory(state), self._sync
 
     def _keep(self, record: Record | None, logits: Tensor | None = None) -> None:
         """Keep what a call leaves behind: its record, and in training its part of the totals."""
@@ -437,6 +425,11 @@ class RGDLoss(nn.Module):
         """Everything but what calls have left behind."""
         advisor = None if self._advisor is None else Advisor()
         return {**self.__dict__, "_record": None, "_logits": None, "_totals": None, "_advisor": advisor}
+
+
+def options_of(loss: RGDLoss) -> Options:
+    """The options of a loss as they are now: attributes may be set."""
+    return Options(loss.ignore_index, loss.label_smoothing, loss.reduction, loss.per, loss.inplace)
 
 
 def state_for(

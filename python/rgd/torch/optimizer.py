@@ -16,14 +16,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rgd.torch._checks import check_groups, check_losses
+from rgd.torch._checks import check_losses
 from rgd.torch._distributed import Sync
+from rgd.torch._measure import check_groups, measure_of
 from rgd.torch._modes import evaluates, recomputes
+from rgd.torch._plan import Plan, Weigher
 from rgd.torch._state import Memory, WeightingState
-from rgd.torch._totals import Advisor
-from rgd.torch._weigher import Plan, Weigher
-from rgd.torch.functional import base_of, weighted
+from rgd.torch.functional import reweighted
 from rgd.torch.loss import InitSignature, state_for, tau_of, with_tau
+from rgd.torch.stats import Advisor
 from rgd.weightings import Weighting
 from rgd.weightings._call import resolve_weighting
 
@@ -212,7 +213,7 @@ class RGD(torch.optim.Optimizer):
         memory = None if state is None else Memory(state.to(losses.device), trains)
         members = check_groups(groups, losses.shape, losses.device, "element")
         weigher = Weigher(self._now.plan, members, memory, self._sync)
-        objective, record = weighted(losses, weigher, "mean", "element", where, sample_weight)
+        objective, record = reweighted(losses, weigher, where=where, sample_weight=sample_weight)
         looks = trains and not torch.compiler.is_compiling() and not recomputes()
         if self._advisor is not None and record is not None and looks:
             self._advisor.look(record, self.weighting)
@@ -252,7 +253,7 @@ class RGD(torch.optim.Optimizer):
         if isinstance(losses, Tensor) and not (losses.requires_grad and torch.is_grad_enabled()):  # pyright: ignore[reportUnnecessaryIsInstance]
             check_losses(losses)
             check_groups(groups, losses.shape, losses.device, "element")
-            base_of(losses.shape, losses, where, sample_weight)
+            measure_of(losses.shape, losses, where, sample_weight)
             raise RuntimeError(
                 "losses does not require grad, so there is nothing to call backward on: compute it from the "
                 "parameters, outside of torch.no_grad() and without detach()"

@@ -34,6 +34,8 @@ class Weighting:
             `rgd.testing.check_weighting` tests; nothing is normalised by it.
         clip: The loss from which on a weight no longer changes; infinite where there is none. It is used by
             the statistics.
+        is_plain: Whether every weight is 1, as in plain training.
+        kernel_name: The name of the Rust kernel whose numbers `of_kernel` reads.
         kernel_counts: Whether `kernel` is defined in the class that defines `weights`; set for each subclass.
         settings: The names of the numbers that are checked, and their ranges; set for each subclass.
 
@@ -52,6 +54,8 @@ class Weighting:
     pointwise: ClassVar[bool] = False
     mean_one: ClassVar[bool] = False
     clip: ClassVar[float] = math.inf
+    is_plain: ClassVar[bool] = False
+    kernel_name: ClassVar[str] = ""
     kernel_counts: ClassVar[bool] = False
     settings: ClassVar[tuple[tuple[str, Setting], ...]] = ()
 
@@ -86,6 +90,11 @@ class Weighting:
         inherit the kernel of another.
         """
         return None
+
+    @classmethod
+    def of_kernel(cls, numbers: tuple[float, ...]) -> Weighting:
+        """The weighting whose `kernel` gives these numbers: for a compiled graph, which knows them alone."""
+        raise NotImplementedError(f"{cls.__name__} must define of_kernel(cls, numbers) beside kernel_name")
 
     def numbers_fit(self) -> Any:
         """Whether traced numbers fit each other: True, or a traced bool. Others are checked when given."""
@@ -125,6 +134,8 @@ class Weighting:
                 )
         owners = [next(kind for kind in cls.__mro__ if name in vars(kind)) for name in ("kernel", "weights")]
         cls.kernel_counts = owners[0] is owners[1]
+        if "kernel_name" in vars(cls):
+            by_kernel[cls.kernel_name] = cls
         # The fields of a dataclass are still class attributes here. Their metadata is read now, and not when
         # a weighting is made: that may be within a compiled graph.
         for name, field in list(vars(cls).items()):
@@ -216,6 +227,8 @@ def observe_subclasses(observe: Callable[[type[Weighting]], None]) -> None:
 
 
 _observers: list[Callable[[type[Weighting]], None]] = []
+by_kernel: dict[str, type[Weighting]] = {}
+"""The classes whose `of_kernel` reads the numbers of a kernel, by its name."""
 
 
 def _reserved() -> set[str]:

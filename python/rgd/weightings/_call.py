@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, cast
 
-from rgd.weightings._base import Kernel, Weighting
+from rgd.weightings._base import Kernel, Weighting, by_kernel
 from rgd.weightings._batch import Batch
 from rgd.weightings.kl import KL
 
@@ -47,6 +47,12 @@ def resolve_weighting(weighting: Any, tau: Any = None, scale: Any = None) -> Wei
 def kernel_of(weighting: Weighting) -> Kernel | None:
     """`weighting.kernel()`, if the class that defines its weights is the one that defines the kernel."""
     return weighting.kernel() if weighting.kernel_counts and not weighting.stateful else None
+
+
+def weighting_of(kernel: Kernel) -> Weighting:
+    """The weighting of a kernel's name and numbers: the inverse of `kernel_of`, for the same weights."""
+    name, numbers = kernel
+    return by_kernel[name].of_kernel(numbers)
 
 
 def weigh(weighting: Weighting, batch: Batch, state: Any = None) -> tuple[Any, Any]:

@@ -25,6 +25,7 @@ class ERM(Weighting):
 
     pointwise = True
     mean_one = True
+    is_plain = True
 
     def weights(self, batch: Batch) -> Any:
         """Ones."""

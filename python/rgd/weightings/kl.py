@@ -63,6 +63,8 @@ class KL(Weighting):
         `normalize=True`).
     """
 
+    kernel_name = "kl"
+
     tau: float = setting("a positive number", lambda tau: tau > 0, default=None, optional=True)
     _: dataclasses.KW_ONLY
     scale: float | None = setting(
@@ -133,7 +135,18 @@ class KL(Weighting):
 
     def kernel(self) -> Kernel:
         """The kernel `kl`: `tau`, the scale, and 1 where weights are normalised."""
-        return "kl", (self.tau, self.effective_scale, 1.0 if self.normalize else 0.0)
+        return self.kernel_name, (self.tau, self.effective_scale, 1.0 if self.normalize else 0.0)
+
+    @classmethod
+    def of_kernel(cls, numbers: tuple[float, ...]) -> KL:
+        """The weighting of a kernel's numbers."""
+        tau, scale, normalize = numbers
+        return cls(tau, scale=scale, normalize=bool(normalize))
+
+    @property
+    def is_plain(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether every weight is 1: at scale 0."""
+        return self.effective_scale == 0.0
 
     def _exponent(self, batch: Batch) -> Any:
         """`s * min(l, tau)`; with `normalize=True` less its largest value."""

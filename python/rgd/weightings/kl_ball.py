@@ -37,6 +37,8 @@ class KLBall(Weighting):
         Kumar et al., arXiv 2306.09222, section 3 (the constrained form of DRO with a KL divergence).
     """
 
+    kernel_name = "kl_ball"
+
     radius: float = setting("a number >= 0 (nats)", lambda radius: radius >= 0)
 
     mean_one = True
@@ -78,4 +80,9 @@ class KLBall(Weighting):
 
     def kernel(self) -> Kernel:
         """The kernel `kl_ball`: the radius."""
-        return "kl_ball", (self.radius,)
+        return self.kernel_name, (self.radius,)
+
+    @classmethod
+    def of_kernel(cls, numbers: tuple[float, ...]) -> KLBall:
+        """The ball of a kernel's numbers."""
+        return cls(*numbers)

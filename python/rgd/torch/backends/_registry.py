@@ -1,8 +1,7 @@
-"""Which backend computes a call: the Rust kernels, or plain torch operations.
+"""Which backend computes a call: the Rust kernels, plain torch operations, or one that was registered.
 
 All backends give the same numbers, so the choice is made silently: the first one that serves the tensors of
-the call. `backend` overrides it, and shows it, for debugging. A new backend is a class with a `name` and the
-three methods of `Backend`, and a call of `register`.
+the call. `backend` overrides it, and shows it, for debugging. docs/add_a_backend.md adds one.
 """
 
 from __future__ import annotations
@@ -10,18 +9,15 @@ from __future__ import annotations
 import os
 import threading
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from rgd.torch._modes import is_exporting
-
-if TYPE_CHECKING:
-    from rgd.torch._record import Record
-    from rgd.torch._weigher import Weigher
-    from rgd.torch.backends._options import Options
+from rgd.torch._plan import Weigher
+from rgd.torch._problem import Problem
+from rgd.torch.backends._steps import Step
+from rgd.torch.stats import Record
 
 ENVIRONMENT = "RGD_BACKEND"
 
@@ -32,56 +28,43 @@ class Backend(Protocol):
     name: str
 
     def refusal(self, tensors: tuple[Tensor | None, ...], compiling: bool) -> str | None:
-        """Why a call on these tensors, eager or compiled, cannot be served; None where it can."""
+        """Why a call on these tensors, eager or compiled, cannot be served; None where it can.
+
+        Args:
+            tensors: Losses and their measure; or `Problem.tensors`, of which the second is the target.
+            compiling: Whether the call is recorded in a compiled graph.
+        """
         ...
 
-    def sample_weights(self, losses: Tensor, base: Tensor | None, weigher: Weigher) -> Tensor:
+    def sample_weights(self, losses: Tensor, measure: Tensor | None, weigher: Weigher) -> Tensor:
         """Weights of the losses' shape, without grad; the state after the call is left in `weigher`."""
         ...
 
-    def cross_entropy(  # noqa: PLR0917
-        self,
-        logits: Tensor,
-        target: Tensor,
-        class_weight: Tensor | None,
-        base: Tensor | None,
-        options: Options,
-        weigher: Weigher,
-        adjustment: Tensor | None = None,
-    ) -> tuple[Tensor, Record | None]:
+    def cross_entropy(self, problem: Problem, weigher: Weigher) -> tuple[Tensor, Record | None]:
         """The re-weighted objective, in the dtype losses are computed in, and the record of its weights.
-
-        `adjustment`, (C,) without grad, is added to the logits, in the dtype that losses are computed in.
 
         There is no record where its tensors must not outlive the call.
         """
         ...
 
+    def step(self, problem: Problem) -> Step:
+        """What computes the chunks of a linear head.
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
-_internals: Any = torch._C  # pyright: ignore[reportPrivateUsage]
-_transforms_active = _internals._are_functorch_transforms_active
-_dispatch_modes = _internals._len_torch_dispatch_stack
-_tracing_state = _internals._get_tracing_state
-_forward_ad: Any = forward_ad
-# Asked once, here: older torch cannot compile a call of is_autocast_available.
-_AUTOCASTING = frozenset(
-    kind
-    for kind in ("cpu", "cuda", "hpu", "mps", "mtia", "privateuseone", "xla", "xpu")
-    if torch.amp.is_autocast_available(kind)
-)
+        The problem's class weight and adjustment are without grad, contiguous, in the accumulator's dtype.
+        """
+        ...
+
 
 _backends: list[Backend] = []
 
 
-def register(backend: Backend, *, first: bool = False) -> None:
-    """Add a backend: behind those there are, or with `first` before them."""
-    _backends.insert(0 if first else len(_backends), backend)
+def register(backend: Backend) -> None:
+    """Add a backend. It is asked before those there are."""
+    _backends.insert(0, backend)
 
 
 def _check(name: Any, source: str) -> str | None:
-    # RGD_BACKEND is checked while this module is imported, when no backend is registered yet.
-    known = [backend.name for backend in _backends] or ["rust", "composite"]
+    known = [one.name for one in _backends]
     if name is not None and name not in known:
         allowed = ", ".join(repr(one) for one in known)
         raise ValueError(f"{source} must be {allowed} or None (the default choice), got {name!r}")
@@ -89,13 +72,17 @@ def _check(name: Any, source: str) -> str | None:
 
 
 class _State:
-    """An object, not a class of variables: torch 2.8 compiles those once and for all."""
+    """An object, not a class of variables: torch 2.8 compiles those once and for all.
+
+    Attributes:
+        forced: The name of the backend that must be taken, or None.
+        ran: Where the names of the backends that ran are noted, or None.
+    """
 
     def __init__(self) -> None:
-        self._environment = _check(
-            os.environ.get(ENVIRONMENT) or None, f"the environment variable {ENVIRONMENT}"
-        )
         self._blocks: list[tuple[str | None, list[str]]] = []
+        # Looked at by `choose`: the backend that it names may be registered later than now.
+        self._environment = os.environ.get(ENVIRONMENT) or None
         self.forced = self._environment
         self.ran: list[str] | None = None
 
@@ -122,24 +109,28 @@ _lock = threading.Lock()
 _state = _State()
 
 
-def choose(*tensors: Tensor | None) -> Backend:
+def choose(tensors: tuple[Tensor | None, ...]) -> Backend:
     """The backend of a call on these tensors.
 
     Raises:
         RuntimeError: If a backend is asked for that cannot serve the call. (In a compiled graph one that can
             takes its place.)
+        ValueError: If the environment asks for a backend that there is not.
     """
     forced, compiling = _state.forced, torch.compiler.is_compiling()
-    chosen = _backends[-1]
+    chosen, known = _backends[-1], forced is None
     for one in _backends:
         if forced is not None and one.name != forced:
             continue
+        known = True
         reason = one.refusal(tensors, compiling)
         if reason is None:
             chosen = one
             break
         if forced is not None and not compiling:
             raise RuntimeError(f'backend("{forced}") was asked for, but {reason}')
+    if not known:
+        _check(forced, f"the environment variable {ENVIRONMENT}")
     if not compiling and _state.ran is not None:
         _state.ran.append(chosen.name)
     return chosen
@@ -155,7 +146,7 @@ class backend:  # noqa: N801 - used as a function
     it changes.
 
     Args:
-        name: "rust", "composite", or None for the default choice.
+        name: "rust", "composite", the name of a backend that was registered, or None for the default choice.
 
     Returns:
         A context manager that gives a list: the backend of each call within the block, "rust" or
@@ -192,72 +183,3 @@ class backend:  # noqa: N801 - used as a function
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _state.leave(self._block)
-
-
-def must_forget() -> bool:
-    """Whether the tensors of this call must not outlive it: in a `torch.func` transform or `torch.export`."""
-    return _transforms_active() or (torch.compiler.is_compiling() and is_exporting())
-
-
-def in_transform() -> bool:
-    """Whether a `torch.func` transform is active, whose tensors end with it."""
-    return _transforms_active()
-
-
-def autocasts(device_type: str) -> bool:
-    """Whether autocast is on for a kind of device; never for one that knows no autocast, as "meta"."""
-    return device_type in _AUTOCASTING and torch.is_autocast_enabled(device_type)
-
-
-def served_in_eager_mode(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether all tensors are plain ones on the CPU, and no mode asks for more than plain eager calls."""
-    for tensor in tensors:
-        if tensor is not None and not (type(tensor) in _PLAIN and tensor.is_cpu):
-            return False
-    return _mode_is_eager()
-
-
-def plain_and_eager(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether all tensors are plain ones with memory, and no mode asks for more than plain eager calls."""
-    for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta):
-            return False
-    return _mode_is_eager()
-
-
-def _mode_is_eager() -> bool:
-    return (
-        not _transforms_active()
-        and _forward_ad._current_level < 0
-        and not _dispatch_modes()
-        and _tracing_state() is None
-    )
-
-
-def served_in_graphs(tensors: tuple[Tensor | None, ...]) -> bool:
-    """While compiling: whether the graph may call the Rust kernels as an operator.
-
-    An exported graph holds torch operations, so that it runs where `rgd` is not installed.
-    """
-    for tensor in tensors:
-        if tensor is not None and tensor.device.type != "cpu":
-            return False
-    return not is_exporting() and not _transforms_active()
-
-
-def values_can_be_read(tensor: Tensor) -> bool:
-    """Whether the values of a tensor may be looked at without waiting for a device or ending a trace."""
-    return not torch.compiler.is_compiling() and served_in_eager_mode((tensor,))
-
-
-def why_not_plain(tensors: tuple[Tensor | None, ...]) -> str:
-    """What of the tensors or the mode keeps a call from the Rust kernels."""
-    for tensor in tensors:
-        if tensor is not None and tensor.device.type != "cpu":
-            return f"a tensor is on {tensor.device}: the Rust kernels serve the CPU"
-        if tensor is not None and type(tensor) not in _PLAIN:
-            return f"a tensor is a {type(tensor).__name__}: the Rust kernels serve plain tensors"
-    return (
-        "a torch.func transform, forward-mode differentiation, a dispatch mode or a tracer is active: the "
-        "Rust kernels serve plain eager calls"
-    )

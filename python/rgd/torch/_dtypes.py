@@ -1,21 +1,15 @@
-"""What a re-weighted cross-entropy depends on besides tensors and the weighting, and the dtypes it uses."""
+"""The dtypes of the torch front: what it takes, and what it computes in."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class Options(NamedTuple):
-    """The options of `nn.CrossEntropyLoss`, what a weight belongs to, whether the logits are overwritten."""
-
-    ignore_index: int
-    label_smoothing: float
-    reduction: str
-    per: str
-    inplace: bool = False
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INTEGERS = (
+    torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -22,8 +22,25 @@ from rgd.stats import (
     worst_tenth,
 )
 from rgd.torch._distributed import gather, reduce_max, reduce_sums
-from rgd.torch.backends._options import wide
+from rgd.torch._dtypes import wide
+from rgd.torch._problem import Problem
 from rgd.weightings import Weighting
+
+
+class Filled(NamedTuple):
+    """What a backend computes for a problem.
+
+    Attributes:
+        losses: One a target, detached.
+        weights: One a unit.
+        divisor: What "mean" divides by.
+        all_count: Whether it is known that no target is ignored.
+    """
+
+    losses: Tensor
+    weights: Tensor
+    divisor: float | Tensor
+    all_count: bool = False
 
 
 class Record(NamedTuple):
@@ -32,9 +49,9 @@ class Record(NamedTuple):
     Attributes:
         losses: One a target, 0 where the target is ignored.
         weights: One a target, or one a sample of the leading axis; 0 where all is ignored.
-        denominator: What the mean divides by; a tensor where it lies on a device that nobody has waited for.
-        base: The base measure of each weight; None for ones.
-        counted: Which losses count, bool; None for all that `base` counts.
+        divisor: What the mean divides by; a tensor where it lies on a device that nobody has waited for.
+        measure: The base measure of each weight; None for ones.
+        counted: Which losses count, bool; None for all that `measure` counts.
         groups: The group of each weight, where they were given.
         backend: What computed it.
         version: How often `losses` had been changed in place, where they are the caller's; else None.
@@ -42,12 +59,22 @@ class Record(NamedTuple):
 
     losses: Tensor
     weights: Tensor
-    denominator: float | Tensor
-    base: Tensor | None
+    divisor: float | Tensor
+    measure: Tensor | None
     counted: Tensor | None
     groups: Tensor | None
     backend: str
     version: int | None = None
+
+    @classmethod
+    def of(cls, problem: Problem, filled: Filled, backend: str) -> Record:
+        """The record of a problem, with the measure that was given, whatever it was divided by since."""
+        measure, divisor = problem.measure, filled.divisor
+        if problem.factor != 1.0:
+            divisor = divisor.double() if isinstance(divisor, Tensor) else divisor
+            measure, divisor = problem.given_measure, divisor * problem.factor
+        counted = None if filled.all_count else problem.counted
+        return cls(filled.losses, filled.weights, divisor, measure, counted, problem.groups, backend)
 
     def changed(self, **changes: Any) -> Record:
         """As `_replace`, which torch 2.8 does not compile."""
@@ -56,9 +83,9 @@ class Record(NamedTuple):
 
     def with_copies(self) -> Record:
         """The record with copies of base measure and groups, which the caller may change in place."""
-        if self.base is None and self.groups is None:
+        if self.measure is None and self.groups is None:
             return self
-        return self.changed(base=_copy(self.base), groups=_copy(self.groups))
+        return self.changed(measure=_copy(self.measure), groups=_copy(self.groups))
 
     def guarded(self) -> Record:
         """The record of losses and a mask of the caller: a copy of that, and word of changes of those."""
@@ -77,7 +104,7 @@ class Record(NamedTuple):
 
     def units(self) -> Units:
         """What has a weight each: targets, or samples with their mean losses."""
-        losses, base, counted = self.losses, self.base, self.counted
+        losses, measure, counted = self.losses, self.measure, self.counted
         number = of_targets = None
         if self.weights.dim() < losses.dim():
             of_targets = losses.flatten(1).to(wide(losses))
@@ -86,17 +113,17 @@ class Record(NamedTuple):
             losses, counted = of_targets / number.clamp(min=1), number > 0
         if counted is not None:
             kept = counted.to(wide(losses))
-            base = kept if base is None else kept * base
-        return Units(losses, self.weights, base, of_targets, number)
+            measure = kept if measure is None else kept * measure
+        return Units(losses, self.weights, measure, of_targets, number)
 
-    def in_a_unit(self) -> Record:
-        """The record with its base measure in a unit near the largest of it, so that no sum overflows."""
-        if self.base is None or not self.base.numel():
+    def without_factor(self) -> Record:
+        """The record with its measure divided by a power of two, so that no sum overflows."""
+        if self.measure is None or not self.measure.numel():
             return self
-        unit = unit_of(float(self.base.max()))
-        if unit == 1.0:
+        factor = unit_of(float(self.measure.max()))
+        if factor == 1.0:
             return self
-        return self._replace(base=self.base / unit, denominator=self.denominator / unit)
+        return self._replace(measure=self.measure / factor, divisor=self.divisor / factor)
 
     def stats(
         self, weighting: Weighting | None, groups: Tensor | None = None, group: Any = None
@@ -109,26 +136,26 @@ class Record(NamedTuple):
             RuntimeError: If the losses were changed in place since the call.
         """
         self.check_unchanged()
-        record = self.in_a_unit() if group is None else self
+        record = self.without_factor() if group is None else self
         units = record.units()
-        losses, weights, base = units.losses, units.weights, units.base
-        sums, denominator = units.sums(clip_of(weighting)), float(record.denominator)
-        # The number of targets: what the denominator is without class weights, by which a loss is divided.
+        losses, weights, measure = units.losses, units.weights, units.measure
+        sums, divisor = units.sums(clip_of(weighting)), float(record.divisor)
+        # The number of targets: what the divisor is without class weights, by which a loss is divided.
         targets = sums.mass
         if units.number is not None:
-            targets = float((units.number if base is None else units.number * base).sum())
+            targets = float((units.number if measure is None else units.number * measure).sum())
         groups = self.groups if groups is None else groups
-        tail: Any = losses, base
+        tail: Any = losses, measure
         if group is not None:
-            sums, denominator, targets = _over_processes(sums, denominator, targets, losses.device, group)
-            own = [losses.reshape(-1), torch.ones_like(losses) if base is None else base]
+            sums, divisor, targets = _over_processes(sums, divisor, targets, losses.device, group)
+            own = [losses.reshape(-1), torch.ones_like(losses) if measure is None else measure]
             tail = gather([vector.reshape(-1).to(wide(losses)) for vector in own], group)[0]
-        by_group = None if groups is None else stats_by_group(losses, weights, base, groups, group)
+        by_group = None if groups is None else stats_by_group(losses, weights, measure, groups, group)
         return stats_from_sums(
             sums,
             weighting,
-            worst_tenth=tail_of(*tail) * quotient(targets, denominator),
-            denominator=denominator,
+            worst_tenth=tail_of(*tail) * quotient(targets, divisor),
+            denominator=divisor,
             groups=by_group,
         )
 
@@ -139,23 +166,23 @@ class Units(NamedTuple):
     Attributes:
         losses: One a target or a sample.
         weights: The weight of each.
-        base: The base measure of each, 0 for what takes no part; None for ones.
+        measure: The base measure of each, 0 for what takes no part; None for ones.
         of_targets: Where they are samples, the sum of the losses of each one's targets; else None.
         number: Where they are samples, how many targets each has; else None.
     """
 
     losses: Tensor
     weights: Tensor
-    base: Tensor | None
+    measure: Tensor | None
     of_targets: Tensor | None
     number: Tensor | None
 
     def sums(self, clip: float) -> WeightSums:
         """The sums of the statistics: shares and weights over units, losses and objective over targets."""
-        sums = sums_of(self.losses, self.weights, self.base, clip)
+        sums = sums_of(self.losses, self.weights, self.measure, clip)
         if self.of_targets is None:
             return sums
-        over_targets = sums_of(self.of_targets, self.weights, self.base, math.inf)
+        over_targets = sums_of(self.of_targets, self.weights, self.measure, math.inf)
         return sums._replace(loss=over_targets.loss, objective=over_targets.objective)
 
     def are_on_the_host(self) -> bool:
@@ -164,24 +191,24 @@ class Units(NamedTuple):
 
     def sum_tensor(self, clip: float) -> Tensor:
         """The same as a vector on the device, without waiting for it; in a compiled graph too."""
-        sums = _sum_tensor(self.losses, self.weights, self.base, clip)
+        sums = _sum_tensor(self.losses, self.weights, self.measure, clip)
         if self.of_targets is None:
             return sums
-        over_targets = _sum_tensor(self.of_targets, self.weights, self.base, math.inf)
+        over_targets = _sum_tensor(self.of_targets, self.weights, self.measure, math.inf)
         replaced = [WeightSums._fields.index(name) for name in ("loss", "objective")]
         sums[replaced] = over_targets[replaced]
         return sums
 
 
-def tail_of(losses: Tensor, base: Tensor | None) -> float:
+def tail_of(losses: Tensor, measure: Tensor | None) -> float:
     """The mean loss of the worst tenth of the mass; waits for the device."""
     if losses.is_cpu and type(losses) is Tensor:
         arrays = [
-            None if one is None else np.asarray(one.detach().to(wide(losses))) for one in (losses, base)
+            None if one is None else np.asarray(one.detach().to(wide(losses))) for one in (losses, measure)
         ]
         return worst_tenth(cast("Any", arrays[0]), arrays[1])
     losses = losses.detach().reshape(-1).to(wide(losses))
-    mass = torch.ones_like(losses) if base is None else base.reshape(-1).to(losses.dtype)
+    mass = torch.ones_like(losses) if measure is None else measure.reshape(-1).to(losses.dtype)
     if not losses.numel():
         return math.nan
     losses, order = losses.masked_fill(mass == 0, 0).sort(descending=True)  # NaN first
@@ -193,12 +220,12 @@ def tail_of(losses: Tensor, base: Tensor | None) -> float:
 
 
 def _over_processes(
-    sums: WeightSums, denominator: float, targets: float, device: torch.device, group: Any
+    sums: WeightSums, divisor: float, targets: float, device: torch.device, group: Any
 ) -> tuple[WeightSums, float, float]:
     """Each number over all processes of a group."""
-    *totals, denominator, targets = reduce_sums([*sums, denominator, targets], device, group)
+    *totals, divisor, targets = reduce_sums([*sums, divisor, targets], device, group)
     largest = reduce_max(sums.largest, device, group)
-    return WeightSums(int(totals[0]), *totals[1:])._replace(largest=largest), denominator, targets
+    return WeightSums(int(totals[0]), *totals[1:])._replace(largest=largest), divisor, targets
 
 
 _FIELDS = Record._fields
@@ -208,21 +235,22 @@ def _copy(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.clone()
 
 
-def sums_of(losses: Tensor, weights: Tensor, base: Tensor | None, clip: float) -> WeightSums:
+def sums_of(losses: Tensor, weights: Tensor, measure: Tensor | None, clip: float) -> WeightSums:
     """The sums of the statistics, over tensors of one shape."""
     if losses.is_cpu and type(losses) is Tensor and type(weights) is Tensor:
-        base = None if base is None else base.double().contiguous()
+        measure = None if measure is None else measure.double().contiguous()
         threads = torch.get_num_threads()
-        return WeightSums(**_rgd.weight_sums(losses.contiguous(), weights.contiguous(), base, clip, threads))
-    return _sums(losses, weights, base, clip)
+        sums = _rgd.weight_sums(losses.contiguous(), weights.contiguous(), measure, clip, threads)
+        return WeightSums(**sums)
+    return _sums(losses, weights, measure, clip)
 
 
 def stats_by_group(
-    losses: Tensor, weights: Tensor, base: Tensor | None, groups: Tensor, group: Any = None
+    losses: Tensor, weights: Tensor, measure: Tensor | None, groups: Tensor, group: Any = None
 ) -> GroupStats:
     """The statistics of each group, over the processes of a process group if there is one."""
     vectors = [losses.to(wide(losses)), weights.to(wide(losses)), groups.to(torch.int64)]
-    vectors += [] if base is None else [base.to(wide(losses))]
+    vectors += [] if measure is None else [measure.to(wide(losses))]
     vectors = [vector.detach().reshape(-1) for vector in vectors]
     if group is not None:
         vectors = gather(vectors, group)[0]
@@ -230,19 +258,19 @@ def stats_by_group(
     return group_stats(arrays[0], arrays[1], arrays[3] if len(arrays) > 3 else None, arrays[2])
 
 
-def _sums(losses: Tensor, weights: Tensor, base: Tensor | None, clip: float) -> WeightSums:
+def _sums(losses: Tensor, weights: Tensor, measure: Tensor | None, clip: float) -> WeightSums:
     """The sums that `_rgd.weight_sums` takes, by torch operations and one wait for the device."""
-    numbers = cast("list[float]", _sum_tensor(losses, weights, base, clip).tolist())  # pyright: ignore[reportUnknownMemberType]
+    numbers = cast("list[float]", _sum_tensor(losses, weights, measure, clip).tolist())  # pyright: ignore[reportUnknownMemberType]
     return WeightSums(int(numbers[0]), *numbers[1:])
 
 
-def _sum_tensor(losses: Tensor, weights: Tensor, base: Tensor | None, clip: float) -> Tensor:
+def _sum_tensor(losses: Tensor, weights: Tensor, measure: Tensor | None, clip: float) -> Tensor:
     """The same as a vector on the device."""
     dtype = wide(losses)
     if not losses.numel():
         return torch.zeros(len(WeightSums._fields), dtype=dtype, device=losses.device)
     losses, weights = losses.detach().to(dtype), weights.detach().to(dtype)
-    p = torch.ones_like(losses) if base is None else base.to(dtype)
+    p = torch.ones_like(losses) if measure is None else measure.to(dtype)
     counted = p != 0
     losses, weights = losses.masked_fill(~counted, 0), weights.masked_fill(~counted, 0)
     safe = losses.masked_fill((weights == 0) & ~losses.isnan(), 0)

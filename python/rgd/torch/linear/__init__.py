@@ -7,20 +7,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rgd.torch._checks import (
-    REDUCTIONS,
-    UNITS,
-    check_choice,
-    check_class_weight,
-    check_label_smoothing,
-    check_logit_adjustment,
-)
+from rgd.torch._checks import check_class_weight, check_logit_adjustment
 from rgd.torch._distributed import Sync
-from rgd.torch._linear import classify_linear
-from rgd.torch._linear_checks import Chunking, check_head
-from rgd.torch._weigher import Plan, functional_state
-from rgd.torch.backends._options import Options
-from rgd.torch.loss import RGDLoss
+from rgd.torch._head import Chunking, LinearHead
+from rgd.torch._plan import Plan, Weigher
+from rgd.torch._problem import Given, Options, problem_of
+from rgd.torch._state import functional_state
+from rgd.torch.linear._call import compute_linear
+from rgd.torch.loss import RGDLoss, options_of
 from rgd.weightings import Weighting
 from rgd.weightings._call import resolve_weighting
 
@@ -124,19 +118,16 @@ def linear_cross_entropy(
     References:
         Kumar et al., arXiv 2306.09222, Algorithm 1, for the weights.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_choice("per", per, UNITS)
-    weight, logit_adjustment = check_class_weight(weight), check_logit_adjustment(logit_adjustment)
-    options = Options(ignore_index, check_label_smoothing(label_smoothing), reduction, per)
+    class_weight, adjustment = check_class_weight(weight), check_logit_adjustment(logit_adjustment)
+    options = Options(ignore_index, label_smoothing, reduction, per).checked()
     chunking = Chunking(logit_softcap, shift, chunk_bytes, accumulate_dtype, vocab_group).checked()
-    plan = Plan(resolve_weighting(weighting, tau))
-    check_head(input, linear_weight, linear_bias)
-    given = functional_state(plan.weighting, state, input.device)
-    objective, _, new = classify_linear(
-        input, linear_weight, linear_bias, target, weight, options, chunking, plan, Sync(process_group, sync),
-        where, sample_weight, groups, given, logit_adjustment,
-    )  # fmt: skip
-    return objective if state is None else (objective, new)
+    plan, sharing = Plan(resolve_weighting(weighting, tau)), Sync(process_group, sync)
+    given = Given(input, target, class_weight, adjustment, where, sample_weight, groups)
+    problem = problem_of(given, options, LinearHead(linear_weight, linear_bias, chunking))
+    memory = functional_state(plan.weighting, state, problem.logits.device)
+    weigher = Weigher(plan, problem.groups, memory, sharing, problem.factor)
+    objective, _ = compute_linear(problem, weigher)
+    return objective if state is None else (objective, weigher.state)
 
 
 class LinearRGDLoss(RGDLoss):
@@ -228,17 +219,6 @@ class LinearRGDLoss(RGDLoss):
             warn=warn, process_group=process_group, sync=sync,
         )  # fmt: skip
         self._chunking = Chunking(logit_softcap, shift, chunk_bytes, accumulate_dtype, vocab_group).checked()
-        self._make_head(in_features, num_classes, bias, device, dtype, linear_weight)
-
-    def _make_head(  # noqa: PLR0917
-        self,
-        in_features: int | None,
-        num_classes: int | None,
-        bias: bool,
-        device: Any,
-        dtype: torch.dtype | None,
-        linear_weight: nn.Parameter | None,
-    ) -> None:
         if linear_weight is None:
             if in_features is None or num_classes is None:
                 raise TypeError(
@@ -249,23 +229,9 @@ class LinearRGDLoss(RGDLoss):
                 in_features, num_classes, bias=bias, device=device, dtype=dtype
             )
             return
-        if not isinstance(linear_weight, nn.Parameter):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                "linear_weight must be an nn.Parameter, as lm_head.weight is, got "
-                f"{type(linear_weight).__name__}: LinearRGDLoss.tie(lm_head) takes a module"
-            )
-        if linear_weight.dim() != 2:
-            raise ValueError(f"linear_weight must have shape (C, D), got {tuple(linear_weight.shape)}")
-        classes, features = linear_weight.shape
-        if in_features not in (None, features) or num_classes not in (None, classes):
-            raise ValueError(
-                f"linear_weight has shape {(classes, features)}, which does not fit "
-                f"in_features={in_features} and num_classes={num_classes}: leave these out"
-            )
         if bias or device is not None or dtype is not None:
             raise ValueError("bias, device and dtype are for a new head: leave them out with linear_weight")
-        self.linear = nn.Linear(features, classes, bias=False, device="meta")
-        self.linear.weight = linear_weight
+        self.linear = _head_of(linear_weight, in_features, num_classes)
 
     @classmethod
     def tie(cls, lm_head: nn.Module, **settings: Any) -> LinearRGDLoss:
@@ -331,19 +297,15 @@ class LinearRGDLoss(RGDLoss):
                 "the loss takes input and target (and where=, sample_weight=, groups=), got "
                 + ("no target" if target is None else f"{len(args) + len(kwargs)} more arguments")
             )
-        weight, bias = (
-            cast("Tensor", self.linear.weight),
-            cast("Tensor | None", getattr(self.linear, "bias", None)),
-        )
-        plan, state, sync = self._part_of(input, weight)
-        plain = plan is not self._plan
-        options = Options(self.ignore_index, self.label_smoothing, self.reduction, self.per)
-        memory = None if state is None else self._memory(state)
-        objective, record, _ = classify_linear(
-            input, weight, bias, target, self.weight, options, self._chunking, plan, sync,
-            where, sample_weight, None if plain else groups, memory, self.logit_adjustment,
-        )  # fmt: skip
-        if not plain:
+        weight, bias = cast("Any", self.linear.weight), getattr(self.linear, "bias", None)
+        plan, memory, sync = self._part_of(input, weight)
+        is_plain = plan is not self._plan
+        by_class = self.weight, self.logit_adjustment
+        given = Given(input, target, *by_class, where, sample_weight, None if is_plain else groups)
+        problem = problem_of(given, options_of(self), LinearHead(weight, bias, self._chunking))
+        weigher = Weigher(plan, problem.groups, memory, sync, problem.factor)
+        objective, record = compute_linear(problem, weigher)
+        if not is_plain:
             self._keep(record)
         return objective
 
@@ -351,6 +313,26 @@ class LinearRGDLoss(RGDLoss):
         """The settings, for `repr`."""
         given = {name: value for name, value in self._chunking._asdict().items() if value}
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in given.items())])
+
+
+def _head_of(weight: nn.Parameter, in_features: int | None, num_classes: int | None) -> nn.Module:
+    """A head around a parameter that is there already."""
+    if not isinstance(weight, nn.Parameter):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            "linear_weight must be an nn.Parameter, as lm_head.weight is, got "
+            f"{type(weight).__name__}: LinearRGDLoss.tie(lm_head) takes a module"
+        )
+    if weight.dim() != 2:
+        raise ValueError(f"linear_weight must have shape (C, D), got {tuple(weight.shape)}")
+    classes, features = weight.shape
+    if in_features not in (None, features) or num_classes not in (None, classes):
+        raise ValueError(
+            f"linear_weight has shape {(classes, features)}, which does not fit "
+            f"in_features={in_features} and num_classes={num_classes}: leave these out"
+        )
+    head = nn.Linear(features, classes, bias=False, device="meta")
+    head.weight = weight
+    return head
 
 
 cast("Any", torch.jit).ignore(LinearRGDLoss.forward)

@@ -5,50 +5,27 @@ product fills it, losses and weights are read from it, the gradient with respect
 and two more products carry that on to the gradients of input and head.
 
 A pointwise weight is known inside the chunk, so `in_one_pass` needs these three products and no more. Weights
-that depend on the batch are known after `losses_of`; `gradients_of` then makes the logits once more.
+that depend on the batch are known after `losses_in_chunks`; then `gradients_in_chunks` makes the logits once
+more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rgd.torch._weigher import Weigher
+from rgd.torch._dtypes import accumulator
+from rgd.torch._plan import Weigher
 from rgd.torch.backends._memory import empty
-from rgd.torch.backends._options import accumulator
+from rgd.torch.backends._steps import Rows, Step
 
 # With fewer rows, the matrix products spend their time reading and writing the head.
 _LEAST_ROWS = 128
 _DEFAULT_BYTES = 1 << 25
 _PRODUCT_BYTES = 1 << 20
-
-
-class Step(Protocol):
-    """What is computed from the logits of one chunk, (n, C)."""
-
-    def losses(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The loss of each row, (n,), in the accumulator's dtype."""
-        ...
-
-    def turn(self, logits: Tensor, target: Tensor, factors: Tensor) -> None:
-        """Overwrite logits with the gradient of `sum_i factors_i l_i`."""
-        ...
-
-    def weigh_and_turn(  # noqa: PLR0917
-        self,
-        logits: Tensor,
-        target: Tensor,
-        base: Tensor | None,
-        norm: Tensor,
-        weigher: Weigher,
-        losses: Tensor,
-        weights: Tensor,
-    ) -> None:
-        """Fill losses and pointwise weights; overwrite logits with the gradient of `sum_i norm_i w_i l_i`."""
-        ...
 
 
 class Wanted(NamedTuple):
@@ -67,7 +44,7 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-class Head(NamedTuple):
+class ChunkedHead(NamedTuple):
     """A linear head and how its chunks are computed; tensors are detached and of one dtype.
 
     Attributes:
@@ -75,6 +52,7 @@ class Head(NamedTuple):
         weight: (C, D).
         bias: (C,), or None.
         target: Class indices, int64 or int32, (N,), or probabilities, (N, C).
+        takes_part: Which rows take part, (N,), bool; None for all of them.
         softcap: Logits are `softcap * tanh(z / softcap)`; None for `z` itself.
         rows: How many rows a chunk has at most.
         dtype: The dtype that the gradients of weight and bias are summed in.
@@ -85,6 +63,7 @@ class Head(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     target: Tensor
+    takes_part: Tensor | None
     softcap: float | None
     rows: int
     dtype: torch.dtype
@@ -129,8 +108,8 @@ class _Chunk(NamedTuple):
 class _Run:
     """One pass over the chunks: the buffers, and the gradients as they are summed."""
 
-    def __init__(self, head: Head, takes_part: Tensor | None, wanted: Wanted) -> None:
-        self.head = head
+    def __init__(self, head: ChunkedHead, wanted: Wanted) -> None:
+        self.head, takes_part = head, head.takes_part
         # Rows that take no part are left out on the CPU. Elsewhere, to find them would wait for the device.
         # They are set to 0 there, since 0 times NaN is NaN.
         self._kept = self._mask = None
@@ -210,55 +189,44 @@ class _Run:
         return Gradients(self._input, self._weight, self._bias)
 
 
-def losses_of(head: Head, takes_part: Tensor | None) -> Tensor:
-    """The loss of each row, (N,), 0 for one that takes no part.
-
-    Args:
-        head: The head.
-        takes_part: (N,), bool; None for all rows.
-    """
-    run = _Run(head, takes_part, Wanted(False, False, False))
+def losses_in_chunks(head: ChunkedHead) -> Tensor:
+    """The loss of each row, (N,), 0 for one that takes no part."""
+    run = _Run(head, Wanted(False, False, False))
     losses = head.input.new_empty(run.count, dtype=accumulator(head.input.dtype))
     for chunk, logits in run:
         losses[chunk.own] = head.step.losses(logits, chunk.target)
     return run.spread(losses)
 
 
-def in_one_pass(  # noqa: PLR0917
-    head: Head,
-    takes_part: Tensor | None,
-    base: Tensor | None,
-    norm: Tensor,
-    weigher: Weigher,
-    wanted: Wanted,
+def in_one_pass(
+    head: ChunkedHead, measure: Tensor | None, norm: Tensor, weigher: Weigher, wanted: Wanted
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Losses and pointwise weights, (N,), and the gradients of `sum_i norm_i w_i l_i`.
 
     Args:
         head: The head.
-        takes_part: (N,), bool; None for all rows.
-        base: The base measure of the rows, (N,), 0 for one that takes no part; None for ones.
+        measure: The base measure of the rows, (N,), 0 for one that takes no part; None for ones.
         norm: (N,), 0 for rows that take no part.
         weigher: A pointwise weighting, with the group of each row if it is to know them.
         wanted: Which gradients are asked for.
     """
-    run = _Run(head, takes_part, wanted)
+    run = _Run(head, wanted)
     losses = head.input.new_empty(run.count, dtype=accumulator(head.input.dtype))
     weights = torch.empty_like(losses)
     for chunk, logits in run:
         groups = None if weigher.groups is None else chunk.of(weigher.groups)
-        head.step.weigh_and_turn(
-            logits, chunk.target, None if base is None else chunk.of(base), chunk.of(norm),
-            Weigher(weigher.plan, groups), losses[chunk.own], weights[chunk.own],
-        )  # fmt: skip
+        p = None if measure is None else chunk.of(measure)
+        rows = Rows(logits, chunk.target, p, chunk.of(norm))
+        own = losses[chunk.own], weights[chunk.own]
+        head.step.weigh_and_write_gradient(rows, Weigher(weigher.plan, groups), *own)
         run.collect(chunk, logits)
     return run.spread(losses), run.spread(weights), run.gradients()
 
 
-def gradients_of(head: Head, takes_part: Tensor | None, factors: Tensor, wanted: Wanted) -> Gradients:
+def gradients_in_chunks(head: ChunkedHead, factors: Tensor, wanted: Wanted) -> Gradients:
     """The gradients of `sum_i factors_i l_i`, with a number `factors_i` for each row, (N,)."""
-    run = _Run(head, takes_part, wanted)
+    run = _Run(head, wanted)
     for chunk, logits in run:
-        head.step.turn(logits, chunk.target, chunk.of(factors))
+        head.step.write_gradient(logits, chunk.target, chunk.of(factors))
         run.collect(chunk, logits)
     return run.gradients()

@@ -12,17 +12,17 @@ from torch import Tensor
 
 from rgd.stats import WeightStats, WeightSums, clip_of, group_stats_from_sums, stats_from_sums
 from rgd.torch._distributed import all_of, reduce_max, reduce_sums
-from rgd.torch._record import Record, Units
 from rgd.torch._state import is_first_pass, one_at_a_time
+from rgd.torch.stats._record import Record, Units
 from rgd.weightings import Weighting
 
-# Where a sum is a maximum; the last number is the denominator.
+# Where a sum is a maximum; the last number is the divisor.
 _LARGEST = WeightSums._fields.index("largest")
 _ZERO = [0.0] * (len(WeightSums._fields) + 1)
 
 
 class Totals:
-    """The sums of the statistics over the calls since they were set to zero, and those of the denominators.
+    """The sums of the statistics over the calls since they were set to zero, and those of the divisors.
 
     Plain numbers for eager calls on the CPU. Otherwise a tensor on the device of the losses: nothing waits
     for it, and a compiled graph adds to it.
@@ -39,16 +39,16 @@ class Totals:
             self._add(record, weighting)
 
     def _add(self, record: Record, weighting: Weighting) -> None:
-        units, clip, denominator = record.units(), clip_of(weighting), record.denominator
-        if units.are_on_the_host() and not isinstance(denominator, Tensor):
-            self._numbers = _merged(self._numbers, [*units.sums(clip), denominator])
+        units, clip, divisor = record.units(), clip_of(weighting), record.divisor
+        if units.are_on_the_host() and not isinstance(divisor, Tensor):
+            self._numbers = _merged(self._numbers, [*units.sums(clip), divisor])
             if record.groups is not None:
                 self._add_groups(units, record.groups)
             return
         sums = units.sum_tensor(clip)
-        if not isinstance(denominator, Tensor):
-            denominator = sums.new_full((), denominator)
-        sums = torch.cat([sums, denominator.to(sums).reshape(1)])
+        if not isinstance(divisor, Tensor):
+            divisor = sums.new_full((), divisor)
+        sums = torch.cat([sums, divisor.to(sums).reshape(1)])
         before = torch.zeros_like(sums) if self._sums is None else self._sums.to(sums.device)
         both = before + sums
         both[_LARGEST] = torch.maximum(before[_LARGEST], sums[_LARGEST])
@@ -58,7 +58,7 @@ class Totals:
 
     def _add_groups(self, units: Units, groups: Tensor) -> None:
         losses, weights = (np.asarray(one.detach().double()).ravel() for one in (units.losses, units.weights))
-        p = np.ones_like(losses) if units.base is None else np.asarray(units.base.double()).ravel()
+        p = np.ones_like(losses) if units.measure is None else np.asarray(units.measure.double()).ravel()
         there = p != 0
         losses, weights, p = losses[there], weights[there], p[there]
         numbers, index = np.unique(np.asarray(groups).ravel()[there], return_inverse=True)
@@ -88,9 +88,9 @@ class Totals:
             for number, row in part.items():
                 merged_groups[number] = merged_groups.get(number, 0.0) + row
         by_group = group_stats_from_sums(merged_groups) if merged_groups else None
-        *sums, denominator = numbers
+        *sums, divisor = numbers
         merged = WeightSums(int(sums[0]), *sums[1:])._replace(largest=largest)
-        return stats_from_sums(merged, weighting, denominator=denominator, groups=by_group)
+        return stats_from_sums(merged, weighting, denominator=divisor, groups=by_group)
 
 
 def _merged(one: list[float], other: list[float]) -> list[float]:

@@ -1,0 +1,140 @@
+"""The base measure `p` of a call, from `where=` and `sample_weight=`, and the groups, one for each unit.
+
+A unit is what shares a weight: a target, or with `per="sample"` a sample of the leading axis.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rgd._arrays import unit_of, unit_of_products
+from rgd.torch._checks import check_dense, no_tensor, refuse_dtype
+from rgd.torch._dtypes import FLOATS, INTEGERS, accumulator
+from rgd.torch._modes import values_can_be_read
+
+
+def measure_of(
+    shape: torch.Size, like: Tensor, where: Any, sample_weight: Any, per: str = "element"
+) -> Tensor | None:
+    """The base measure of losses of a shape, of the device and dtype of `like`: one number a unit.
+
+    It is 0 where `where` is False; None where both are left out.
+    """
+    measure = check_sample_weight(sample_weight, shape, like.device, per)
+    if where is None:
+        return measure
+    check_where(where, shape[:1] if per == "sample" else shape, like.device)
+    return where.to(accumulator(like.dtype)) if measure is None else measure.masked_fill(~where, 0)
+
+
+def check_where(where: Any, shape: torch.Size, device: torch.device) -> None:
+    """Refuse what is no mask of losses of a shape, on a device."""
+    if isinstance(where, Tensor):
+        check_dense("where", where)
+    if not isinstance(where, Tensor) or where.dtype is not torch.bool:
+        got = where.dtype if isinstance(where, Tensor) else type(where).__name__
+        raise TypeError(f"where must be a torch.Tensor of bool, got {got}: compare it, as in where=mask > 0")
+    if where.shape != shape:
+        raise ValueError(
+            f"where must have the shape of the losses, {tuple(shape)}, got {tuple(where.shape)}: "
+            "where.expand_as(losses) repeats it along axes of size 1"
+        )
+    if where.device != device:
+        raise ValueError(f"losses is on {device} and where on {where.device}: move both to one device")
+
+
+def check_sample_weight(
+    sample_weight: Any, losses_shape: torch.Size, device: torch.device, per: str
+) -> Tensor | None:
+    """The base measure `p` of each unit, in a float dtype; None stays None.
+
+    Args:
+        sample_weight: What the caller gave: numbers >= 0, of the losses' shape, or one for each sample of the
+            leading axis.
+        losses_shape: The losses' shape.
+        device: Where the losses are.
+        per: "element" where a unit is a loss, "sample" where it is a sample.
+
+    Returns:
+        A tensor of the units' shape, without grad. Where values cannot be read now, one that is negative or
+        not finite is NaN in it.
+    """
+    if sample_weight is None:
+        return None
+    if not isinstance(sample_weight, Tensor):
+        raise TypeError(no_tensor("sample_weight", sample_weight))
+    check_dense("sample_weight", sample_weight)
+    if sample_weight.dtype not in (*FLOATS, *INTEGERS):
+        refuse_dtype("sample_weight", sample_weight, "hold numbers")
+    p = _by_unit("sample_weight", sample_weight, losses_shape, device, per).detach()
+    p = p.to(torch.float64 if p.dtype is torch.float64 else torch.float32)
+    allowed = (p >= 0) & (p < float("inf"))
+    if values_can_be_read(p):
+        if not bool(allowed.all()):
+            raise ValueError(f"sample_weight must hold finite numbers >= 0, got {float(p[~allowed][0])}")
+        return p
+    return p.masked_fill(~allowed, float("nan"))
+
+
+def check_groups(groups: Any, losses_shape: torch.Size, device: torch.device, per: str) -> Tensor | None:
+    """The group of each unit, int64; None stays None. Arguments as for `check_sample_weight`."""
+    if groups is None:
+        return None
+    if isinstance(groups, Tensor):
+        check_dense("groups", groups)
+    if not isinstance(groups, Tensor):
+        raise TypeError(no_tensor("groups", groups, "a torch.Tensor of integers"))
+    if groups.dtype not in INTEGERS:
+        raise TypeError(f"groups must be a torch.Tensor of integers, got {groups.dtype}: call groups.long()")
+    return _by_unit("groups", groups, losses_shape, device, per).to(torch.int64)
+
+
+def without_factor(measure: Tensor, dtype: torch.dtype, reduction: str) -> tuple[Tensor, float]:
+    """A base measure divided by a power of two so that `dtype` can hold it, and that factor.
+
+    "mean" and the weights do not depend on the factor. Where values cannot be read now, it is 1.
+
+    Raises:
+        ValueError: If `dtype` cannot hold the measure, and `reduction` depends on its size.
+    """
+    if not measure.numel() or not values_can_be_read(measure):
+        return measure, 1.0
+    largest = float(measure.max())
+    if reduction == "mean":
+        factor = unit_of_products(largest)
+        wide = measure.double() if unit_of(largest) != 1.0 else measure
+        return (measure, 1.0) if factor == 1.0 else (wide / factor, factor)
+    if largest > torch.finfo(dtype).max:
+        raise ValueError(
+            f"sample_weight holds {largest:g}, more than {dtype} can, and reduction={reduction!r} depends on "
+            "its size: give float64 losses or input, or smaller numbers"
+        )
+    return measure, 1.0
+
+
+def spread(values: Tensor, losses: Tensor) -> Tensor:
+    """Values of targets as they are; those of samples in a shape that broadcasts along their targets."""
+    return values.view(-1, *[1] * (losses.dim() - 1)) if losses.dim() > values.dim() else values
+
+
+def _by_unit(name: str, values: Tensor, losses_shape: torch.Size, device: torch.device, per: str) -> Tensor:
+    """Values of the units' shape, from ones of the losses' shape or of one entry a sample."""
+    if values.device != device:
+        raise ValueError(f"losses are on {device} and {name} on {values.device}: move both to one device")
+    units = losses_shape[:1] if per == "sample" else losses_shape
+    if values.shape == units:
+        return values
+    if values.shape == losses_shape[:1]:
+        return values.view(-1, *[1] * (len(losses_shape) - 1)).expand(losses_shape)
+    if per == "sample":
+        raise ValueError(
+            f'{name} must have one entry a sample, shape {tuple(units)}, with per="sample", got '
+            f"{tuple(values.shape)}"
+        )
+    raise ValueError(
+        f"{name} must have the shape of the losses, {tuple(losses_shape)}, or one entry a sample, "
+        f"{tuple(losses_shape[:1])}, got {tuple(values.shape)}"
+    )

@@ -1,0 +1,87 @@
+"""A problem as the arguments of an operator of torch, which compiled graphs call.
+
+A weighting comes beside it as `(kind, numbers)`: the name of its kernel and a float64 tensor. So a schedule
+that changes a number compiles nothing again, and a new kernel changes no schema.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from rgd.torch._head import Chunking, LinearHead
+from rgd.torch._problem import Options, Problem
+
+PROBLEM = (
+    "Tensor logits, Tensor target, Tensor? class_weight, Tensor? adjustment, Tensor? measure, "
+    "Tensor? head_weight, Tensor? head_bias, int ignore_index, float label_smoothing, str reduction, "
+    "str per, float? logit_softcap, bool shift, int? chunk_bytes, str? accumulate_dtype"
+)
+"""The part of an operator's schema that a problem takes."""
+LENGTH = PROBLEM.count(",") + 1
+library: Any = torch.library
+
+
+def flattened(problem: Problem) -> tuple[Any, ...]:
+    """The arguments that `PROBLEM` names; `rebuilt` is the inverse."""
+    options = problem.options
+    chunking = Chunking() if problem.head is None else problem.head.chunking
+    dtype = chunking.accumulate_dtype
+    return (
+        *problem.tensors, options.ignore_index, options.label_smoothing, options.reduction, options.per,
+        chunking.logit_softcap, chunking.shift, chunking.chunk_bytes,
+        None if dtype is None else str(dtype).removeprefix("torch."),
+    )  # fmt: skip
+
+
+def rebuilt(arguments: tuple[Any, ...]) -> Problem:
+    """The problem of the first `LENGTH` arguments of an operator."""
+    logits, target, class_weight, adjustment, measure, weight, bias, *settings = arguments[:LENGTH]
+    options, (softcap, shift, chunk_bytes, name) = Options(*settings[:4]), settings[4:]
+    head = None
+    if weight is not None:
+        dtype = None if name is None else getattr(torch, name)
+        head = LinearHead(weight, bias, Chunking(softcap, shift, chunk_bytes, dtype))
+    return Problem(logits, target, options, logits.dtype, class_weight, adjustment, measure, head=head)
+
+
+def define(schemas: Mapping[str, str]) -> None:
+    """Define operators, by their names and schemas."""
+    for name, schema in schemas.items():
+        library.define(f"rgd::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register what an operator returns where it is only traced, which needs no memory.
+
+    A call that mixes tensors of the meta device with others ends there too, and would return memory that
+    nobody has written to.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*given: Any, **named: Any) -> Any:
+            devices = {str(one.device) for one in (*given, *named.values()) if isinstance(one, Tensor)}
+            if "meta" in devices and len(devices) > 1:
+                raise RuntimeError(
+                    f"{name} got tensors on {', '.join(sorted(devices))}, and one on the meta device has no "
+                    "memory: move all of them to one device"
+                )
+            return function(*given, **named)
+
+        library.register_fake(name)(checked)
+        return function
+
+    return register
+
+
+def numbers_of(tensor: Tensor) -> tuple[float, ...]:
+    """The numbers of a kernel, read from their tensor."""
+    return tuple(cast("list[float]", tensor.tolist()))  # pyright: ignore[reportUnknownMemberType]
+
+
+def or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """A gradient, or an empty tensor in the place of one that was not asked for."""
+    return like.new_empty(0) if gradient is None else gradient

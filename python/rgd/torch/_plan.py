@@ -1,0 +1,197 @@
+"""A weighting made ready for torch: its kernel and its numbers as data; and its part in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat.torch as xp
+import numpy as np
+import torch
+from torch import Tensor
+
+from rgd._arrays import unit_of
+from rgd.torch._distributed import Sync, gather
+from rgd.torch._dtypes import accumulator, wide
+from rgd.torch._modes import is_exporting, values_can_be_read
+from rgd.torch._state import Memory
+from rgd.weightings import Batch, Weighting
+from rgd.weightings._base import Kernel
+from rgd.weightings._call import kernel_of, weigh, weighting_of
+from rgd.weightings._fields import fields, map_numbers, numbers_of
+
+
+class Plan:
+    """A weighting, and what a call needs of it, computed once.
+
+    A compiled graph must not be compiled again when a schedule changes a number. So it reads the numbers from
+    tensors, `numbers` and those in `live`, which stay the same objects as long as only numbers change. They
+    are on the CPU whatever the default device is, with a copy on each device that was prepared.
+
+    Attributes:
+        weighting: As given, its numbers Python floats.
+        kernel: Its Rust kernel and the numbers of that, or None.
+        kind: The kernel's name, or None.
+        numbers: The kernel's numbers, float64 on the CPU, or None.
+        live: The weighting with each number a 0-d float64 tensor on the CPU.
+        pointwise: `weighting.pointwise`.
+        stateful: `weighting.stateful`.
+    """
+
+    def __init__(self, weighting: Weighting, kernel: Kernel | None = None) -> None:
+        self.weighting = weighting
+        self.kernel: Kernel | None = kernel_of(weighting) if kernel is None else kernel
+        self.kind = None if self.kernel is None else self.kernel[0]
+        self.pointwise = weighting.pointwise
+        self.stateful = weighting.stateful
+        self._numbers: Tensor | None = None
+        self._live: Weighting | None = None
+        self._live_on: dict[str, Weighting] = {}
+
+    @classmethod
+    def of_kernel(cls, kind: str, numbers: tuple[float, ...]) -> Plan:
+        """The plan of a kernel, known by its name and numbers alone, as an operator gets it."""
+        return cls(weighting_of((kind, numbers)), (kind, numbers))
+
+    @property
+    def numbers(self) -> Tensor | None:
+        if self._numbers is None and self.kernel is not None:
+            self._numbers = _as_tensor(self.kernel[1])
+        return self._numbers
+
+    @property
+    def live(self) -> Weighting:
+        if self._live is None:
+            self._live = map_numbers(self.weighting, _as_tensor)
+        return self._live
+
+    def in_graphs(self, device: torch.device) -> Weighting:
+        """The weighting that a compiled graph reads: `live`, or its copy on a device that was prepared."""
+        if self._live is None:
+            return self.weighting
+        return self._live_on.get(str(device), self._live)
+
+    def prepare(self, device: torch.device | None = None) -> Plan:
+        """Make the tensors now, outside of any compiled graph; those on a device too."""
+        _ = self.numbers, self.live
+        if device is not None and device.type not in ("cpu", "meta") and str(device) not in self._live_on:
+            self._live_on[str(device)] = map_numbers(
+                self.weighting, lambda number: _as_tensor(number, device)
+            )
+        return self
+
+    def replaced(self, weighting: Weighting) -> Plan:
+        """The plan of another weighting: this one's tensors with new values, if only numbers differ."""
+        new = Plan(weighting)
+        if new.kind != self.kind or not same_but_for_numbers(weighting, self.weighting):
+            return new.prepare()
+        with torch.no_grad():
+            if self.numbers is not None and new.kernel is not None:
+                self.numbers.copy_(_as_tensor(new.kernel[1]))
+            for live in (self.live, *self._live_on.values()):
+                _copy_numbers(weighting, live)
+        new._numbers, new._live, new._live_on = self._numbers, self._live, self._live_on
+        return new
+
+
+class Weigher:
+    """What weights the losses of one call: a plan, the groups, the state, and who shares the batch.
+
+    Attributes:
+        plan: The weighting, made ready.
+        groups: The group of each weight's unit, integers of the units' shape, or None.
+        state: The state before the call and, once `weigh` has run, after it; or the `Memory` of a module,
+            which moves it; None for a weighting that keeps none.
+        group: The processes that share the batch, or None.
+        factor: The power of two that the base measure of the call was divided by.
+    """
+
+    __slots__ = ("factor", "group", "groups", "plan", "state")
+
+    def __init__(
+        self,
+        plan: Plan,
+        groups: Tensor | None = None,
+        state: Any = None,
+        sync: Sync | None = None,
+        factor: float = 1.0,
+    ) -> None:
+        self.plan = plan
+        self.groups = groups
+        self.state = state
+        self.factor = factor
+        alone = sync is None or (plan.pointwise and not plan.stateful)
+        self.group = None if alone else sync.group()  # pyright: ignore[reportOptionalMemberAccess]
+
+    def weigh(self, losses: Tensor, measure: Tensor | None) -> Tensor:
+        """The weights of a batch by the weighting's formula; the state after it takes the place of `state`.
+
+        Args:
+            losses: Any shape, floating.
+            measure: The base measure, of the losses' shape, 0 where a loss takes no part; None for ones.
+
+        Returns:
+            Weights of the losses' shape, without grad; float64 for float64 losses, else float32.
+        """
+        dtype = wide(losses)
+        flat = losses.detach().reshape(-1).to(dtype)
+        p = None if measure is None else measure.detach().reshape(-1).to(dtype)
+        if p is not None and self.group is None and unit_of(self.factor) == 1.0 != self.factor:
+            p = p * self.factor  # a formula may count by it: it sees the numbers that were given
+        groups = None if self.groups is None else self.groups.reshape(-1)
+        given = tuple(one for one in (flat, p, groups) if one is not None)
+        own = slice(0, flat.shape[0])
+        if self.group is not None:
+            # Other processes may have another factor.
+            vectors = [flat, torch.ones_like(flat) if p is None else p * self.factor]
+            vectors += [] if groups is None else [groups]
+            (flat, p, *rest), first = gather(vectors, self.group)
+            groups = rest[0] if rest else None
+            own = slice(first, first + own.stop)
+        if flat.shape[0] == 0:
+            return losses.detach().to(accumulator(losses.dtype))
+        exporting = torch.compiler.is_compiling() and is_exporting()
+        batch = Batch(flat, p, groups, xp=xp, concrete=values_can_be_read(flat), any_size=exporting)
+        in_graph = torch.compiler.is_compiling() and not exporting
+        weighting = self.plan.in_graphs(flat.device) if in_graph else self.plan.weighting
+        if isinstance(self.state, Memory):
+            weights = self.state.weigh(weighting, batch, given)
+        else:
+            weights, self.state = weigh(weighting, batch, self.state)
+        return weights[own].reshape(losses.shape).to(accumulator(losses.dtype))
+
+    def kernel_serves(self, measure: Tensor | None) -> bool:
+        """Whether the kernel of the weighting computes the weights of this call."""
+        plan = self.plan
+        return plan.kind is not None and self.group is None and (measure is None or plan.pointwise)
+
+
+def _as_tensor(numbers: Any, device: torch.device | str = "cpu") -> Tensor:
+    narrow = torch.device(device).type == "mps"
+    return torch.tensor(numbers, dtype=torch.float32 if narrow else torch.float64, device=device)
+
+
+def _copy_numbers(source: Weighting, live: Weighting) -> None:
+    for field in fields(source):
+        value, target = getattr(source, field.name), getattr(live, field.name)
+        if isinstance(value, Weighting):
+            _copy_numbers(value, target)
+        elif isinstance(target, Tensor):
+            target.fill_(float(value))
+
+
+def same_but_for_numbers(one: Any, other: Any) -> bool:
+    """Whether two weightings, nested ones included, differ in the values of their numbers alone."""
+    if one.__class__ is not other.__class__:
+        return False
+    numbers = numbers_of(one.__class__)
+    for field in fields(one):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(a, Weighting) or isinstance(b, Weighting):
+            if not same_but_for_numbers(a, b):
+                return False
+        elif field.name in numbers:
+            if (a is None) != (b is None):
+                return False
+        elif a is not b and not bool(np.array_equal(a, b)):
+            return False
+    return True

@@ -1,0 +1,378 @@
+"""One call of the cross-entropy: its tensors and options, checked here once and then handed on whole."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from rgd.torch._checks import (
+    REDUCTIONS,
+    UNITS,
+    DtypeError,
+    MismatchError,
+    check_choice,
+    check_dense,
+    check_flag,
+    check_label_smoothing,
+    no_tensor,
+    refuse_dtype,
+)
+from rgd.torch._dtypes import FLOATS, INTEGERS, accumulator
+from rgd.torch._head import LinearHead
+from rgd.torch._measure import check_groups, measure_of, spread, without_factor
+from rgd.torch._modes import plain_and_eager
+
+
+class Options(NamedTuple):
+    """The settings of a cross-entropy: those of `nn.CrossEntropyLoss`, and a few more.
+
+    Attributes:
+        ignore_index: The class index of targets that take no part.
+        label_smoothing: In [0, 1].
+        reduction: "none", "mean" or "sum".
+        per: "element" where a target has a weight, "sample" where all targets of a sample share one.
+        inplace: Whether the gradient overwrites the logits.
+    """
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    reduction: str = "mean"
+    per: str = "element"
+    inplace: bool = False
+
+    def checked(self) -> Options:
+        """The same with plain numbers.
+
+        Raises:
+            TypeError, ValueError: If an option is not allowed.
+        """
+        check_choice("reduction", self.reduction, REDUCTIONS)
+        check_choice("per", self.per, UNITS)
+        index: Any = self.ignore_index
+        if isinstance(index, bool) or not isinstance(index, numbers.Integral):
+            raise TypeError(f"ignore_index must be an integer, got {index!r}")
+        smoothing = check_label_smoothing(self.label_smoothing)
+        return Options(int(index), smoothing, self.reduction, self.per, check_flag("inplace", self.inplace))
+
+
+class Given(NamedTuple):
+    """The tensors of a call as the caller gave them, not checked yet.
+
+    Attributes:
+        input: Logits, or the hidden states of a linear head.
+        target: Class indices or probabilities.
+        class_weight: (C,); checked on its own before, as the adjustment.
+        adjustment: What is added to the logits, (C,).
+        where: A mask.
+        sample_weight: The base measure.
+        groups: The group of each unit.
+    """
+
+    input: Any
+    target: Any
+    class_weight: Tensor | None = None
+    adjustment: Tensor | None = None
+    where: Any = None
+    sample_weight: Any = None
+    groups: Any = None
+
+
+class Problem(NamedTuple):
+    """A cross-entropy to compute: tensors that fit each other, in the dtypes that backends read.
+
+    Attributes:
+        logits: (C,), (N, C) or (N, C, d1, ..., dk); with a linear head hidden states, (N, D) or (B, T, D).
+        target: Class indices, int64 or int32, of the losses' shape, `ignore_index` where a target takes no
+            part; or class probabilities.
+        options: The settings.
+        dtype: That of the input as it was given, and of the objective.
+        class_weight: (C,), or None.
+        adjustment: What is added to the logits, (C,) without grad, or None.
+        measure: The base measure of each unit, without grad, 0 where it takes no part; None for ones.
+        factor: The power of two that `measure` was divided by.
+        given_measure: The base measure before that.
+        groups: The group of each unit, int64, or None.
+        head: What makes logits of hidden states; None where `logits` are logits.
+        segments: The place of the sequences of a packed row. No call sets it yet, nor the three below.
+        normalizer: The place of a divisor that the caller gives.
+        reference: The place of the losses of a reference model.
+        returns: The place of the names of what else a call shall return.
+    """
+
+    logits: Tensor
+    target: Tensor
+    options: Options
+    dtype: torch.dtype = torch.float32
+    class_weight: Tensor | None = None
+    adjustment: Tensor | None = None
+    measure: Tensor | None = None
+    factor: float = 1.0
+    given_measure: Tensor | None = None
+    groups: Tensor | None = None
+    head: LinearHead | None = None
+    segments: Tensor | None = None
+    normalizer: Tensor | float | None = None
+    reference: Tensor | None = None
+    returns: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What a backend reads: logits, target, class weight, adjustment, measure, head's weight and bias."""
+        head = (None, None) if self.head is None else (self.head.weight, self.head.bias)
+        return (self.logits, self.target, self.class_weight, self.adjustment, self.measure, *head)
+
+    def with_tensors(self, tensors: Sequence[Tensor | None]) -> Problem:
+        """The same settings for other `tensors`, such as those that autograd has kept."""
+        logits, target, class_weight, adjustment, measure, weight, bias = cast("Any", tensors)
+        head = None if self.head is None else LinearHead(weight, bias, self.head.chunking, self.head.shard)
+        return Problem(logits, target, self.options, self.dtype, class_weight, adjustment, measure, head=head)
+
+    def without_tensors(self) -> Problem:
+        """The settings alone, for a graph of autograd to hold beside the tensors that it keeps itself."""
+        return self.with_tensors((None,) * 7)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the target holds class indices, and not probabilities."""
+        return not self.target.is_floating_point()
+
+    @property
+    def classes(self) -> int:
+        """C."""
+        if self.head is not None:
+            return self.head.classes
+        return self.logits.shape[1 if self.logits.dim() > 1 else 0]
+
+    @property
+    def losses_shape(self) -> torch.Size:
+        """The shape of the losses: one a target."""
+        shape = self.target.shape
+        if self.has_labels:
+            return shape
+        return shape[:-1] if self.head is not None else targets_shape(shape)
+
+    @property
+    def counted(self) -> Tensor | None:
+        """Which targets are not ignored, bool, of the losses' shape; None for class probabilities."""
+        return self.target != self.options.ignore_index if self.has_labels else None
+
+    @property
+    def wants_gradient(self) -> bool:
+        """Whether autograd asks for the gradient of the logits."""
+        return self.logits.requires_grad and torch.is_grad_enabled()
+
+    def changed(self, **changes: Any) -> Problem:
+        """As `_replace`, which torch 2.8 does not compile."""
+        values: dict[str, Any] = {**dict(zip(_FIELDS, self, strict=True)), **changes}
+        return Problem(**values)
+
+
+_FIELDS = Problem._fields
+
+
+def problem_of(given: Given, options: Options, head: LinearHead | None = None) -> Problem:
+    """The problem that a call poses: the only place that checks whether its tensors fit each other.
+
+    Args:
+        given: The tensors; class weights and adjustment are vectors of floats.
+        options: The settings, checked.
+        head: A linear head, if `given.input` are hidden states; its settings are checked.
+
+    Raises:
+        TypeError: If a dtype does not fit.
+        ValueError: If a shape, a device, a value or a setting does not fit.
+    """
+    logits, target, class_weight, adjustment, where, sample_weight, groups = given
+    if head is None:
+        shape = _check_logits(logits, target)
+        classes = logits.shape[1 if logits.dim() > 1 else 0]
+        if options.inplace and logits.requires_grad and torch.is_grad_enabled():
+            _check_in_place(logits, target)
+    else:
+        head = head.checked(logits)
+        _check_hidden(logits, target, head, options)
+        shape, classes = logits.shape[:-1], head.classes
+    _check_by_class("weight", class_weight, classes, target)
+    _check_by_class("logit_adjustment", adjustment, classes, target)
+    if target.is_floating_point() and options.ignore_index >= 0:
+        raise ValueError(
+            f"ignore_index does not apply to class probabilities, got {options.ignore_index}: leave it out"
+        )
+    if head is not None and head.chunking.shift:
+        target = target[:, 1:]
+        shape = target.shape
+        where, sample_weight, groups = (_shifted(one, logits) for one in (where, sample_weight, groups))
+    dtype = logits.dtype
+    if not target.is_floating_point():
+        # An ignore_index that int32 cannot hold would be wrapped into one that it can.
+        narrow = target.dtype is torch.int32 and -(2**31) <= options.ignore_index < 2**31
+        target = target if narrow or target.dtype is torch.int64 else target.to(torch.int64)
+    elif head is None and target.dtype != logits.dtype:
+        wider = torch.promote_types(target.dtype, logits.dtype)
+        logits, target = logits.to(wider), target.to(wider)
+    adjustment = None if adjustment is None else adjustment.detach()
+    if where is None and sample_weight is None and groups is None:
+        return Problem(logits, target, options, dtype, class_weight, adjustment, head=head)
+    per = options.per if len(shape) > 0 else "element"
+    measure = given_measure = measure_of(shape, logits, where, sample_weight, per)
+    groups, factor = check_groups(groups, shape, logits.device, per), 1.0
+    if measure is not None and not target.is_floating_point():
+        # What stands where the measure is 0 may be no class at all.
+        target = target.masked_fill(spread(measure, target) == 0, options.ignore_index)
+    if measure is not None and sample_weight is not None:
+        measure, factor = without_factor(measure, accumulator(logits.dtype), options.reduction)
+    return Problem(
+        logits, target, options, dtype, class_weight, adjustment, measure, factor, given_measure, groups, head
+    )
+
+
+def targets_shape(shape: torch.Size) -> torch.Size:
+    """The shape of the losses of logits: (C,), (N, C) or (N, C, d1, ..., dk) without the class axis."""
+    return shape[:1] + shape[2:] if len(shape) > 1 else torch.Size(())
+
+
+def _check_logits(logits: Any, target: Any) -> torch.Size:
+    """Refuse logits and a target that do not fit each other; the shape of the losses."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(no_tensor("input", logits))
+    if not isinstance(target, Tensor):
+        raise TypeError(no_tensor("target", target))
+    check_dense("input", logits)
+    check_dense("target", target)
+    if target.is_floating_point() and logits.dtype in (*INTEGERS, torch.bool):
+        raise DtypeError(
+            f"input holds {logits.dtype} and target {target.dtype}, so they look swapped: the logits come "
+            "first, loss(logits, target)"
+        )
+    if logits.dtype not in FLOATS:
+        refuse_dtype("input", logits, "hold float logits")
+    if logits.dim() == 0:
+        raise ValueError("input must have a class axis: shape (C,), (N, C) or (N, C, d1, ..., dk), got ()")
+    shape, expected = logits.shape, targets_shape(logits.shape)
+    if target.is_floating_point():
+        _check_target_dtype(target)
+        if target.shape != shape:
+            raise MismatchError(
+                f"target has shape {tuple(target.shape)} and {target.dtype}: class probabilities must have "
+                f"the shape of input, {tuple(shape)}; class indices must be integers"
+            )
+    elif target.dtype in INTEGERS:
+        if target.shape != expected:
+            raise MismatchError(
+                f"target must have shape {tuple(expected)} for input of shape {tuple(shape)}, "
+                f"got {tuple(target.shape)}{_shape_hint(target.shape, shape)}"
+            )
+    else:
+        _check_target_dtype(target)
+    _check_device("target", target, logits.device)
+    return expected
+
+
+def _check_hidden(input: Tensor, target: Any, head: LinearHead, options: Options) -> None:
+    """Refuse a target and settings that do not fit a linear head."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a torch.Tensor, got {type(target).__name__}")
+    check_dense("target", target)
+    _check_target_dtype(target)
+    probabilities, shift, shard = target.is_floating_point(), head.chunking.shift, head.shard
+    rows = input.shape[:-1]
+    expected = (*rows, head.classes) if probabilities else tuple(rows)
+    if tuple(target.shape) != expected:
+        what = "class probabilities" if probabilities else "class indices"
+        raise MismatchError(
+            f"target holds {what}, which must have shape {expected} for input of shape "
+            f"{tuple(input.shape)} and {head.classes} classes, got {tuple(target.shape)}"
+        )
+    _check_device("target", target, input.device)
+    if shift and input.dim() != 3:
+        raise MismatchError(
+            f"shift=True needs input of shape (B, T, D), got {tuple(input.shape)}: for one sequence give "
+            "input.unsqueeze(0) and target.unsqueeze(0)"
+        )
+    if probabilities and (shift or shard is not None):
+        name = "shift" if shift else "vocab_group"
+        raise ValueError(f"{name} takes class indices, got class probabilities as target")
+    if shard is not None and options.label_smoothing > 0 and not shard.even:
+        raise ValueError(
+            "label_smoothing over a vocabulary in slices of different sizes is refused, since slices are "
+            "mostly uneven where one is padded, and the padding would get its share of the label: split "
+            "the vocabulary evenly, or leave label_smoothing out"
+        )
+
+
+def _check_target_dtype(target: Tensor) -> None:
+    if target.dtype not in (FLOATS if target.is_floating_point() else INTEGERS):
+        refuse_dtype("target", target, "hold class indices (int64) or class probabilities (floats)")
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"input is on {device} and {name} on {tensor.device}: move both to one device")
+
+
+def _check_by_class(name: str, numbers: Tensor | None, classes: int, target: Tensor) -> None:
+    if numbers is None:
+        return
+    if numbers.shape[0] != classes:
+        raise MismatchError(
+            f"{name} must hold one number for each of the {classes} classes, got {numbers.shape[0]}"
+        )
+    _check_device(name, numbers, target.device)
+
+
+def _check_in_place(logits: Tensor, target: Tensor) -> None:
+    """Refuse logits whose memory the gradient cannot take."""
+    if torch.compiler.is_compiling() or not plain_and_eager((logits, target)):
+        raise RuntimeError(
+            "inplace=True serves plain tensors in eager calls: leave it out in compiled graphs, which plan "
+            "their memory themselves, in torch.func transforms and for tensor subclasses"
+        )
+    if logits.is_leaf:
+        raise ValueError(
+            "inplace=True would overwrite logits that are a leaf, a tensor of yours that requires grad: it "
+            "is for what a layer has computed"
+        )
+    if logits.dtype is torch.float16:
+        raise ValueError(
+            "inplace=True does not serve float16, whose gradient is computed in float32 until the loss "
+            "scale is known: use bfloat16, or leave it out"
+        )
+    if target.is_floating_point() and target.requires_grad:
+        raise ValueError("inplace=True does not serve class probabilities that require grad: detach them")
+    if target.is_floating_point() and torch.promote_types(target.dtype, logits.dtype) != logits.dtype:
+        raise ValueError(
+            f"inplace=True needs class probabilities no wider than the logits, {logits.dtype}, got "
+            f"{target.dtype}: convert them"
+        )
+
+
+def _shape_hint(target: torch.Size, shape: torch.Size) -> str:
+    """What class indices of a wrong shape were probably meant to be."""
+    if target == shape and len(shape) == 1:
+        return (
+            ". For one logit a sample, which says yes or no: "
+            'RGDLoss(base=nn.BCEWithLogitsLoss(reduction="none")) with target.float()'
+        )
+    if target == shape:
+        return (
+            ". One-hot targets of integers: give class indices, target.argmax(1), or probabilities, "
+            "target.float()"
+        )
+    if len(shape) > 2 and target == shape[:-1]:
+        return (
+            ". The class axis is the second: for logits of shape (N, T, C) give input.transpose(1, 2)"
+            if len(shape) == 3
+            else ". The class axis is the second: give input.movedim(-1, 1)"
+        )
+    return ""
+
+
+def _shifted(values: Any, input: Tensor) -> Any:
+    """Entries of the targets that are used, of a tensor of the targets' shape; one entry a sample stays."""
+    if not isinstance(values, Tensor) or values.shape != input.shape[:2]:
+        return values
+    return values[:, 1:]

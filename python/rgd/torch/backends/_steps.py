@@ -1,0 +1,66 @@
+"""What a backend computes from the logits of one chunk of a linear head."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from rgd.torch._plan import Weigher
+from rgd.torch._problem import Problem
+
+
+class Rows(NamedTuple):
+    """The rows of a chunk.
+
+    Attributes:
+        logits: (n, C); a step may overwrite them.
+        target: Class indices, (n,), or probabilities, (n, C).
+        measure: The base measure of each row, (n,), 0 for one that takes no part; None for ones.
+        norm: What multiplies `w l` of each row in the objective, (n,), 0 for one that takes no part.
+    """
+
+    logits: Tensor
+    target: Tensor
+    measure: Tensor | None
+    norm: Tensor
+
+
+class Step(Protocol):
+    """What is computed from the logits of one chunk, (n, C)."""
+
+    def losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss of each row, (n,), in the accumulator's dtype."""
+        ...
+
+    def write_gradient(self, logits: Tensor, target: Tensor, factors: Tensor) -> None:
+        """Overwrite logits with the gradient of `sum_i factors_i l_i`."""
+        ...
+
+    def weigh_and_write_gradient(self, rows: Rows, weigher: Weigher, losses: Tensor, weights: Tensor) -> None:
+        """Fill losses and pointwise weights, (n,); overwrite logits with the gradient of `sum norm w l`."""
+        ...
+
+
+class FormulaStep(Step):
+    """A step whose weights come from the weighting's formula, between the losses and the gradient.
+
+    Args:
+        problem: The call; its class weight and adjustment are without grad, contiguous and in the
+            accumulator's dtype.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem.changed(measure=None, given_measure=None, groups=None, head=None)
+
+    def losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def write_gradient(self, logits: Tensor, target: Tensor, factors: Tensor) -> None:
+        raise NotImplementedError
+
+    def weigh_and_write_gradient(self, rows: Rows, weigher: Weigher, losses: Tensor, weights: Tensor) -> None:
+        losses[...] = self.losses(rows.logits, rows.target)
+        weights[...] = weigher.weigh(losses, rows.measure)
+        factors = (rows.norm * weights).masked_fill(rows.norm == 0, 0)
+        self.write_gradient(rows.logits, rows.target, factors)

@@ -1,0 +1,178 @@
+"""The Rust kernels for torch tensors on the CPU: outputs allocated, gradients kept, autograd told.
+
+A pointwise weight depends on its own loss, and the loss on its row of logits, all of which the forward pass
+has in cache. So it leaves the gradient of the objective ready, and the backward pass multiplies it by what
+comes from above, or, where that is 1, hands it on as it is. Other weights take two passes over the logits:
+one for the losses, and, once the weights are known, one for the gradient.
+
+Eager calls go through an `autograd.Function`, the cheapest way. A compiled graph calls the same kernels by
+operators, which `torch.compile` need not look into.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from rgd.torch._dtypes import accumulator
+from rgd.torch._modes import (
+    PLAIN,
+    graph_is_kept,
+    in_transform,
+    is_exporting,
+    on_the_cpu_and_eager,
+    saved_tensors_hooks,
+)
+from rgd.torch._plan import Weigher
+from rgd.torch._problem import Problem
+from rgd.torch.backends._formulas import differentiable_gradient, units_of
+from rgd.torch.backends._in_place import Overwritten
+from rgd.torch.backends._steps import Step
+from rgd.torch.backends.rust import _ops
+from rgd.torch.backends.rust._kernels import (
+    Computed,
+    RustStep,
+    fill,
+    fill_gradient,
+    fill_losses,
+    fill_weights,
+    scaled,
+)
+from rgd.torch.stats import Record
+
+
+class Rust:
+    """The Rust kernels: serve plain tensors on the CPU, eagerly and as operators of compiled graphs."""
+
+    name = "rust"
+
+    def refusal(self, tensors: tuple[Tensor | None, ...], compiling: bool) -> str | None:
+        """Why the kernels cannot serve a call; None where they can."""
+        if compiling:
+            if not _served_in_graphs(tensors):
+                return "the graph is exported, transformed, or not for the CPU"
+        elif not on_the_cpu_and_eager(tensors):
+            return _why_not(tensors)
+        target = tensors[1]
+        if target is not None and target.requires_grad and torch.is_grad_enabled():
+            return (
+                "class probabilities that require grad take torch operations: call target.detach() first, or "
+                "leave the choice to rgd"
+            )
+        return None
+
+    def sample_weights(self, losses: Tensor, measure: Tensor | None, weigher: Weigher) -> Tensor:
+        """The weights by the weighting's kernel where it has one, by its formula where not."""
+        if not weigher.kernel_serves(measure):
+            return weigher.weigh(losses, measure)
+        plan = weigher.plan
+        if torch.compiler.is_compiling():
+            weights = _ops.sample_weights(losses.detach(), plan.kind, plan.numbers)
+        else:
+            weights = fill_weights(losses.detach(), cast("Any", plan.kernel))
+        return weights if measure is None else weights.masked_fill(measure == 0, 0)
+
+    def cross_entropy(self, problem: Problem, weigher: Weigher) -> tuple[Tensor, Record | None]:
+        """The re-weighted objective, and the record of its weights."""
+        logits, with_grad = problem.logits, problem.wants_gradient
+        if with_grad and logits.dtype is torch.float16:
+            # float16 has no room for the gradient of a mean before the loss scale has been applied to it.
+            target = problem.target if problem.has_labels else problem.target.float()
+            problem = problem.changed(logits=logits.float(), target=target)
+        if problem.measure is not None:
+            measure = problem.measure.detach().to(accumulator(logits.dtype)).contiguous()
+            problem = problem.changed(measure=measure)
+        if torch.compiler.is_compiling():
+            computed = _compute_by_operators(problem, weigher, with_grad)
+            return computed.objective, Record.of(problem, computed.filled, self.name)
+        if weigher.kernel_serves(problem.measure):
+            computed = fill(problem, cast("Any", weigher.plan.kernel), with_grad)
+        else:
+            computed = _compute_in_two_passes(problem, weigher, with_grad)
+        objective = computed.objective
+        if with_grad and problem.options.inplace:
+            objective = cast("Tensor", Overwritten.apply(problem.logits, objective))
+        elif with_grad:
+            objective = cast("Tensor", _Objective.apply(problem.logits, problem, computed))
+        return objective, Record.of(problem, computed.filled, self.name)
+
+    def step(self, problem: Problem) -> Step:
+        """The step over a chunk of a linear head."""
+        return RustStep(problem)
+
+
+class _Objective(torch.autograd.Function):
+    """Hands the objective on, and keeps its gradient for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, problem: Problem, computed: Computed) -> Tensor:
+        # To read saved tensors is an error where one was changed in place since. The gradient is kept apart,
+        # so that only a second derivative reads them. Hooks offload or drop what is saved: they get it all.
+        hooked = saved_tensors_hooks(False) is not None
+        kept = computed.grad if hooked else None
+        ctx.save_for_backward(kept, computed.filled.weights, *problem.tensors)
+        ctx.grad = None if hooked else computed.grad
+        ctx.problem = problem.without_tensors()
+        return computed.objective
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (above,) = grad_outputs
+        grad, kept = ctx.grad, graph_is_kept()
+        if not kept:
+            ctx.grad = None
+        if torch.is_grad_enabled():
+            _, weights, *tensors = ctx.saved_tensors
+            gradient = differentiable_gradient(ctx.problem.with_tensors(tensors), weights, above)
+        else:
+            grad = ctx.saved_tensors[0] if grad is None else grad
+            if above.dim() or above.item() != 1.0:
+                gradient = scaled(grad, above)
+            else:
+                # The caller may change what it gets in place, and a kept graph needs it once more.
+                gradient = grad.clone() if kept else grad
+        return gradient, None, None
+
+
+def _compute_in_two_passes(problem: Problem, weigher: Weigher, with_grad: bool) -> Computed:
+    """First the losses, then, with the weights they call for, the gradient."""
+    losses = fill_losses(problem)
+    weights = weigher.weigh(*units_of(losses, problem.counted, problem.measure, problem.options.per))
+    return fill_gradient(problem, losses, weights.to(losses.dtype), with_grad)
+
+
+def _compute_by_operators(problem: Problem, weigher: Weigher, with_grad: bool) -> Computed:
+    """The same by operators, for a compiled graph: their objective carries the gradient."""
+    class_weight = None if problem.class_weight is None else problem.class_weight.detach()
+    problem = problem.changed(target=problem.target.detach(), class_weight=class_weight)
+    if weigher.kernel_serves(problem.measure):
+        return _ops.cross_entropy(problem, weigher.plan, with_grad)
+    losses = _ops.cross_entropy_losses(problem)
+    weights = weigher.weigh(*units_of(losses, problem.counted, problem.measure, problem.options.per))
+    return _ops.cross_entropy_gradient(problem, losses, weights.to(losses.dtype), with_grad)
+
+
+def _served_in_graphs(tensors: tuple[Tensor | None, ...]) -> bool:
+    """While compiling: whether the graph may call the kernels as operators.
+
+    An exported graph holds torch operations, so that it runs where `rgd` is not installed.
+    """
+    for tensor in tensors:
+        if tensor is not None and tensor.device.type != "cpu":
+            return False
+    return not is_exporting() and not in_transform()
+
+
+def _why_not(tensors: tuple[Tensor | None, ...]) -> str:
+    """What of the tensors or the mode keeps a call from the kernels."""
+    for tensor in tensors:
+        if tensor is not None and tensor.device.type != "cpu":
+            return f"a tensor is on {tensor.device}: the Rust kernels serve the CPU"
+        if tensor is not None and type(tensor) not in PLAIN:
+            return f"a tensor is a {type(tensor).__name__}: the Rust kernels serve plain tensors"
+    return (
+        "a torch.func transform, forward-mode differentiation, a dispatch mode or a tracer is active: the "
+        "Rust kernels serve plain eager calls"
+    )

@@ -1,0 +1,131 @@
+"""The kernels of Rust on torch's tensors: outputs allocated, and the steps over the chunks of a head."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rgd import _rgd
+from rgd.torch._dtypes import accumulator
+from rgd.torch._plan import Weigher
+from rgd.torch._problem import Problem, targets_shape
+from rgd.torch.backends._memory import empty_like
+from rgd.torch.backends._steps import FormulaStep, Rows
+from rgd.torch.stats import Filled
+from rgd.weightings._base import Kernel
+
+
+class Computed(NamedTuple):
+    """What the kernels compute for one call.
+
+    Attributes:
+        objective: The objective, reduced.
+        grad: Its gradient with respect to the logits (for "none", that of the sum); None if not wanted.
+        filled: Losses, weights and divisor.
+    """
+
+    objective: Tensor
+    grad: Tensor | None
+    filled: Filled
+
+
+def fill_weights(losses: Tensor, kernel: Kernel) -> Tensor:
+    """The weights of losses by the kernel of a weighting."""
+    weights = losses.new_empty(losses.shape, dtype=accumulator(losses.dtype))
+    _rgd.sample_weights(_plain(losses), weights, *kernel, torch.get_num_threads())
+    return weights
+
+
+def fill(problem: Problem, kernel: Kernel, with_grad: bool) -> Computed:
+    """Losses, weights, objective and gradient in one call of the kernels."""
+    logits, target = _plain(problem.logits.detach()), _plain(problem.target.detach())
+    ignore_index, smoothing, reduction, per, inplace = problem.options
+    losses = _empty_losses(logits, target)
+    # empty_like takes a third of the time of new_empty.
+    weights = losses.new_empty(losses.shape[:1]) if per == "sample" else torch.empty_like(losses)
+    objective = torch.empty_like(losses) if reduction == "none" else losses.new_empty(())
+    grad = (logits if inplace else empty_like(logits)) if with_grad else None
+    divisor, count = _rgd.cross_entropy(
+        logits, target, _by_class(problem.class_weight, losses.dtype), problem.measure, *kernel,
+        ignore_index, smoothing, per == "sample", reduction, losses, weights, objective, grad,
+        torch.get_num_threads(), _by_class(problem.adjustment, losses.dtype),
+    )  # fmt: skip
+    return Computed(objective, grad, Filled(losses, weights, divisor, count == losses.numel()))
+
+
+def fill_losses(problem: Problem) -> Tensor:
+    """The loss of each target."""
+    logits, target = _plain(problem.logits.detach()), _plain(problem.target.detach())
+    losses, options = _empty_losses(logits, target), problem.options
+    _rgd.cross_entropy_losses(
+        logits, target, _by_class(problem.class_weight, losses.dtype), options.ignore_index,
+        options.label_smoothing, losses, torch.get_num_threads(), _by_class(problem.adjustment, losses.dtype),
+    )  # fmt: skip
+    return losses
+
+
+def fill_gradient(problem: Problem, losses: Tensor, weights: Tensor, with_grad: bool) -> Computed:
+    """Objective and gradient of given losses and weights."""
+    logits, target = _plain(problem.logits.detach()), _plain(problem.target.detach())
+    ignore_index, smoothing, reduction, per, inplace = problem.options
+    objective = torch.empty_like(losses) if reduction == "none" else losses.new_empty(())
+    grad = (logits if inplace else empty_like(logits)) if with_grad else None
+    divisor, count = _rgd.cross_entropy_gradient(
+        logits, target, _by_class(problem.class_weight, losses.dtype), problem.measure, ignore_index,
+        smoothing, per == "sample", reduction, losses, weights.contiguous(), objective, grad,
+        torch.get_num_threads(), _by_class(problem.adjustment, losses.dtype),
+    )  # fmt: skip
+    return Computed(objective, grad, Filled(losses, weights, divisor, count == losses.numel()))
+
+
+def scaled(grad: Tensor, above: Tensor) -> Tensor:
+    """The gradient of the sum of the objective's elements, times what comes from above."""
+    if above.dim() or grad.dim() == 1:
+        above = above.unsqueeze(1 if grad.dim() > 1 else 0)
+    return grad * above.to(grad.dtype)
+
+
+class RustStep(FormulaStep):
+    """The kernels on a chunk, in place on its logits."""
+
+    def losses(self, logits: Tensor, target: Tensor) -> Tensor:
+        return fill_losses(self.problem.changed(logits=logits, target=target))
+
+    def write_gradient(self, logits: Tensor, target: Tensor, factors: Tensor) -> None:
+        problem, options = self.problem, self.problem.options
+        losses = torch.zeros_like(factors)
+        _rgd.cross_entropy_gradient(
+            logits, target, problem.class_weight, None, options.ignore_index, options.label_smoothing, False,
+            "sum", losses, factors, losses.new_empty(()), logits, torch.get_num_threads(), problem.adjustment,
+        )  # fmt: skip
+
+    def weigh_and_write_gradient(self, rows: Rows, weigher: Weigher, losses: Tensor, weights: Tensor) -> None:
+        if weigher.plan.kernel is None:
+            super().weigh_and_write_gradient(rows, weigher, losses, weights)
+            return
+        problem, options = self.problem, self.problem.options
+        _rgd.cross_entropy(
+            rows.logits, rows.target, problem.class_weight, rows.norm, *weigher.plan.kernel,
+            options.ignore_index, options.label_smoothing, False, "sum", losses, weights,
+            losses.new_empty(()), rows.logits, torch.get_num_threads(), problem.adjustment,
+        )  # fmt: skip
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor without a lazy negation (of a conjugate's imaginary part), which DLPack cannot express."""
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
+
+
+def _empty_losses(logits: Tensor, target: Tensor) -> Tensor:
+    """An uninitialised loss for each target."""
+    dtype = accumulator(logits.dtype)
+    if not target.is_floating_point():
+        return torch.empty_like(target, dtype=dtype, memory_format=torch.contiguous_format)
+    return logits.new_empty(targets_shape(target.shape), dtype=dtype)
+
+
+def _by_class(numbers: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Numbers of the classes as the kernels read them."""
+    return None if numbers is None else _plain(numbers.detach()).to(dtype).contiguous()
