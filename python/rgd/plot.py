@@ -43,6 +43,7 @@ def weight_curve(
     weighting: Weighting | None = None,
     *,
     tau: float | None = None,
+    scale: float | None = None,
     losses: Any = None,
     groups: Any = None,
     state: Any = None,
@@ -56,8 +57,9 @@ def weight_curve(
     weights depend on groups too, the samples are marked without a curve.
 
     Args:
-        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
-        tau: Short for `weighting=KL(tau=tau)`.
+        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
+        tau: Short for `weighting=KL(tau, scale=scale)`.
+        scale: The dial; short for the same.
         losses: Losses of a batch, of any shape with at least one axis.
         groups: The group of each sample, as for `rgd.sample_weights`.
         state: The state of a weighting that remembers; None for `weighting.init()`.
@@ -77,7 +79,7 @@ def weight_curve(
         >>> ax.get_xlabel(), ax.get_ylabel()
         ('loss of the sample', 'weight')
     """
-    weighting = resolve_weighting(weighting, tau)
+    weighting = resolve_weighting(weighting, tau, scale)
     given = None if losses is None else _numbers("losses", losses)
     batch = None if given is None else given.ravel()
     if batch is None and not weighting.pointwise:
@@ -174,6 +176,7 @@ def heaviest_samples(
     weighting: Weighting | None = None,
     *,
     tau: float | None = None,
+    scale: float | None = None,
     groups: Any = None,
     state: Any = None,
     count: int = 10,
@@ -188,8 +191,9 @@ def heaviest_samples(
 
     Args:
         losses: Losses of the batch, shape (N,).
-        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
-        tau: Short for `weighting=KL(tau=tau)`.
+        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
+        tau: Short for `weighting=KL(tau, scale=scale)`.
+        scale: The dial; short for the same.
         groups: The group of each sample, as for `rgd.sample_weights`.
         state: The state of a weighting that remembers; None for `weighting.init()`.
         count: How many to show.
@@ -213,8 +217,8 @@ def heaviest_samples(
         ['b', 'c']
     """
     ranked = _Ranked(
-        losses, resolve_weighting(weighting, tau), groups=groups, state=state, count=count, names=names,
-        images=images,
+        losses, resolve_weighting(weighting, tau, scale), groups=groups, state=state, count=count,
+        names=names, images=images,
     )  # fmt: skip
     weights, values = ranked.weights, ranked.losses
     chosen = np.lexsort((-values, -weights))[:count]
@@ -233,6 +237,7 @@ def largest_losses(
     weighting: Weighting | None = None,
     *,
     tau: float | None = None,
+    scale: float | None = None,
     groups: Any = None,
     state: Any = None,
     count: int = 10,
@@ -248,6 +253,7 @@ def largest_losses(
         losses: As for `heaviest_samples`.
         weighting: As for `heaviest_samples`.
         tau: As for `heaviest_samples`.
+        scale: As for `heaviest_samples`.
         groups: As for `heaviest_samples`.
         state: As for `heaviest_samples`.
         count: As for `heaviest_samples`.
@@ -269,8 +275,8 @@ def largest_losses(
         ['b', 'c']
     """
     ranked = _Ranked(
-        losses, resolve_weighting(weighting, tau), groups=groups, state=state, count=count, names=names,
-        images=images,
+        losses, resolve_weighting(weighting, tau, scale), groups=groups, state=state, count=count,
+        names=names, images=images,
     )  # fmt: skip
     values = ranked.losses
     chosen = np.argsort(-values, kind="stable")[:count]

@@ -13,8 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rgd.integrations._criterion import HasCriterion
 from rgd.integrations._inputs import keywords_of, refuse_packed_rows, refuse_unknown
-from rgd.stats import WeightStats
 from rgd.torch._head import Chunking
 from rgd.torch._modes import autocasts, evaluates
 from rgd.torch.linear import LinearRGDLoss
@@ -32,6 +32,7 @@ def use_linear_rgd(
     weighting: Weighting | None = None,
     *,
     tau: float | None = None,
+    scale: float | None = None,
     per: str = "element",
     weight: Tensor | None = None,
     ignore_index: int = -100,
@@ -57,8 +58,9 @@ def use_linear_rgd(
     Args:
         model: A causal language model of transformers, before it is wrapped or compiled. One with adapters on
             other layers than the head is fine.
-        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
-        tau: Short for `weighting=KL(tau)`.
+        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
+        tau: Short for `weighting=KL(tau, scale=scale)`.
+        scale: The dial; short for the same.
         per: "element" weights each token by its own loss; "sample" weights all tokens of a row by their mean
             loss. "sample" refuses packed rows, by `position_ids` that restart, `cu_seq_lens_q`, `seq_idx` or
             an `attention_mask` that numbers sequences.
@@ -100,14 +102,14 @@ def use_linear_rgd(
     head = _head_of(model)
     softcap, scale = _logit_settings(model)
     criterion = LinearRGDLoss.tie(
-        head, weighting=weighting, tau=tau, per=per, weight=weight, ignore_index=ignore_index,
+        head, weighting=weighting, tau=tau, scale=scale, per=per, weight=weight, ignore_index=ignore_index,
         label_smoothing=label_smoothing, evaluate=evaluate, logit_softcap=softcap, chunk_bytes=chunk_bytes,
         accumulate_dtype=accumulate_dtype, process_group=process_group, sync=sync,
     )  # fmt: skip
     return LinearRGD(model, criterion, scale)
 
 
-class LinearRGD:
+class LinearRGD(HasCriterion):
     """What `use_linear_rgd` returns; see there.
 
     Args:
@@ -139,22 +141,9 @@ class LinearRGD:
         model._replicate_for_data_parallel = types.MethodType(_replicate_for_data_parallel, model)
 
     @property
-    def criterion(self) -> LinearRGDLoss:
+    def criterion(self) -> LinearRGDLoss:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The loss of the head."""
         return self._loss.criterion
-
-    @property
-    def weighting(self) -> Weighting:
-        """What turns losses into weights; another may be set between steps, as `WeightingSchedule` does."""
-        return self.criterion.weighting
-
-    @weighting.setter
-    def weighting(self, weighting: Weighting) -> None:
-        self.criterion.weighting = weighting
-
-    def stats(self) -> WeightStats:
-        """What the weights of the last weighted call were like, as `RGDLoss.stats()` tells."""
-        return self.criterion.stats()
 
     def remove(self) -> None:
         """Give the model its own loss back; once more does nothing."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rgd.integrations._criterion import HasCriterion
 from rgd.integrations._inputs import refuse_flattened_labels
 from rgd.integrations._linear_head import LinearRGD, use_linear_rgd
 from rgd.stats import WeightStats
@@ -75,6 +76,7 @@ def rgd_loss_func(
     weighting: Weighting | None = None,
     *,
     tau: float | None = None,
+    scale: float | None = None,
     per: str = "element",
     weight: Tensor | None = None,
     ignore_index: int = -100,
@@ -101,8 +103,9 @@ def rgd_loss_func(
     `use_linear_rgd` computes the same without them, in a fraction of the memory.
 
     Args:
-        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
-        tau: Short for `weighting=KL(tau)`.
+        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
+        tau: Short for `weighting=KL(tau, scale=scale)`.
+        scale: The dial; short for the same.
         per: "element" weights each label (a token) by its own loss; "sample" weights all labels of a row (a
             sequence) by their mean loss. The two are the same where a row has one label. "sample" needs one
             sequence a row. The function sees no `position_ids`, so it cannot know every packed row: it
@@ -162,8 +165,8 @@ def rgd_loss_func(
         if problem_type in _PROBLEM_BASES:
             base = _PROBLEM_BASES[problem_type](reduction="none")
     criterion = RGDLoss(
-        weight, ignore_index=ignore_index, label_smoothing=label_smoothing, tau=tau, weighting=weighting,
-        base=base, per=per, evaluate=evaluate,
+        weight, ignore_index=ignore_index, label_smoothing=label_smoothing, tau=tau, scale=scale,
+        weighting=weighting, base=base, per=per, evaluate=evaluate,
     )  # fmt: skip
     if base is not None:
         criterion.base = _FittedBase(base)
@@ -196,7 +199,7 @@ class _FittedBase(nn.Module):
         return losses
 
 
-class RGDLossFunc:
+class RGDLossFunc(HasCriterion):
     """What `rgd_loss_func` returns; see there.
 
     Args:
@@ -257,19 +260,6 @@ class RGDLossFunc:
                 num_items_in_batch = num_items_in_batch.to(loss.device)
             loss = loss / num_items_in_batch
         return loss if auxiliary is None else loss + auxiliary.to(loss.device)
-
-    @property
-    def weighting(self) -> Weighting:
-        """What turns losses into weights; another may be set between steps, as `WeightingSchedule` does."""
-        return self.criterion.weighting
-
-    @weighting.setter
-    def weighting(self, weighting: Weighting) -> None:
-        self.criterion.weighting = weighting
-
-    def stats(self) -> WeightStats:
-        """What the weights of the last weighted call were like, as `RGDLoss.stats()` tells."""
-        return self.criterion.stats()
 
     def __repr__(self) -> str:
         settings = f"shift_labels={self._shift_labels}, aux_loss_coef={self._aux_loss_coef}"

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rgd.integrations._criterion import HasCriterion
 from rgd.integrations._inputs import refuse_packed_rows, refuse_settings_of_the_loss
 from rgd.integrations._linear_head import use_linear_rgd
-from rgd.stats import WeightStats
 from rgd.torch._checks import check_flag
 from rgd.torch._modes import evaluates
 from rgd.torch.loss import RGDLoss
@@ -60,23 +60,10 @@ def _unchanged(losses: Tensor) -> Tensor:
     return losses
 
 
-class _Reweighted:
-    """What the trainers share: the weighting, and its statistics."""
+class _Reweighted(HasCriterion):
+    """What the trainers share: the weighting, its statistics, and their mean over pairs."""
 
     criterion: RGDLoss
-
-    @property
-    def weighting(self) -> Weighting:
-        """What turns losses into weights; another may be set between steps, as `WeightingSchedule` does."""
-        return self.criterion.weighting
-
-    @weighting.setter
-    def weighting(self, weighting: Weighting) -> None:
-        self.criterion.weighting = weighting
-
-    def stats(self) -> WeightStats:
-        """What the weights of the last training micro-batch were like, as `RGDLoss.stats()` tells."""
-        return self.criterion.stats()
 
     def _mean(self, losses: Tensor) -> Tensor:
         """The objective of losses of pairs; their plain mean in an evaluation."""
@@ -92,8 +79,9 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
 
     Args:
         *args: As for `trl.SFTTrainer`.
-        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
-        tau: Short for `weighting=KL(tau)`.
+        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
+        tau: Short for `weighting=KL(tau, scale=scale)`.
+        scale: The dial; short for the same.
         per: "element" weights each token by its own loss; "sample" weights all tokens of a sequence by their
             mean loss.
         linear: True to compute the head and its gradients in one pass in training, by `use_linear_rgd`.
@@ -117,11 +105,14 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
         *args: Any,
         weighting: Weighting | None = None,
         tau: float | None = None,
+        scale: float | None = None,
         per: str = "element",
         linear: bool = False,
         **kwargs: Any,
     ) -> None:
-        criterion = RGDLoss(base=_unchanged, reduction="none", weighting=weighting, tau=tau, per=per)
+        criterion = RGDLoss(
+            base=_unchanged, reduction="none", weighting=weighting, tau=tau, scale=scale, per=per
+        )
         super().__init__(*args, **kwargs)
         self.criterion = criterion
         self.linear = check_flag("linear", linear)
@@ -155,7 +146,7 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
                     "linear=True leaves no auxiliary loss of a mixture of experts to TRL: leave it out, or "
                     "switch output_router_logits off"
                 )
-            self.criterion = use_linear_rgd(trainer.model, weighting, tau=tau, per=per).criterion
+            self.criterion = use_linear_rgd(trainer.model, weighting, tau=tau, scale=scale, per=per).criterion
 
     def compute_loss(
         self,
@@ -216,8 +207,9 @@ class RGDDPOTrainer(_Reweighted, DPOTrainer):
 
     Args:
         *args: As for `trl.DPOTrainer`.
-        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
-        tau: Short for `weighting=KL(tau)`.
+        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
+        tau: Short for `weighting=KL(tau, scale=scale)`.
+        scale: The dial; short for the same.
         **kwargs: As for `trl.DPOTrainer`.
 
     Raises:
@@ -231,9 +223,14 @@ class RGDDPOTrainer(_Reweighted, DPOTrainer):
     """
 
     def __init__(
-        self, *args: Any, weighting: Weighting | None = None, tau: float | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        weighting: Weighting | None = None,
+        tau: float | None = None,
+        scale: float | None = None,
+        **kwargs: Any,
     ) -> None:
-        criterion = RGDLoss(base=_unchanged, weighting=weighting, tau=tau)
+        criterion = RGDLoss(base=_unchanged, weighting=weighting, tau=tau, scale=scale)
         super().__init__(*args, **kwargs)
         self.criterion = criterion
         trainer: Any = self
@@ -311,8 +308,9 @@ class RGDRewardTrainer(_Reweighted, RewardTrainer):
 
     Args:
         *args: As for `trl.RewardTrainer`.
-        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
-        tau: Short for `weighting=KL(tau)`.
+        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
+        tau: Short for `weighting=KL(tau, scale=scale)`.
+        scale: The dial; short for the same.
         **kwargs: As for `trl.RewardTrainer`.
 
     Raises:
@@ -325,9 +323,14 @@ class RGDRewardTrainer(_Reweighted, RewardTrainer):
     """
 
     def __init__(
-        self, *args: Any, weighting: Weighting | None = None, tau: float | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        weighting: Weighting | None = None,
+        tau: float | None = None,
+        scale: float | None = None,
+        **kwargs: Any,
     ) -> None:
-        criterion = RGDLoss(base=_unchanged, weighting=weighting, tau=tau)
+        criterion = RGDLoss(base=_unchanged, weighting=weighting, tau=tau, scale=scale)
         super().__init__(*args, **kwargs)
         self.criterion = criterion
 

@@ -34,6 +34,7 @@ def sample_weights(
     weighting: Weighting | None = None,
     *,
     tau: float | None = None,
+    scale: float | None = None,
     where: Tensor | None = None,
     sample_weight: Tensor | None = None,
     groups: Tensor | None = None,
@@ -47,8 +48,9 @@ def sample_weights(
 
     Args:
         losses: Losses of any shape with at least one axis; float32, float64, float16 or bfloat16.
-        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
-        tau: Short for `weighting=KL(tau)`.
+        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
+        tau: Short for `weighting=KL(tau, scale=scale)`.
+        scale: The dial; short for the same.
         where: Mask, bool, of the losses' shape. A loss where it is False, padding for instance, has weight
             0 and takes no part in the weights of the others, whatever it is.
         sample_weight: The base measure `p`, numbers >= 0, of the losses' shape or (N,). Weightings that
@@ -81,7 +83,7 @@ def sample_weights(
     """
     check_losses(losses)
     measure, factor = measure_of(losses.shape, losses, where, sample_weight), 1.0
-    plan, sharing = Plan(resolve_weighting(weighting, tau)), Sync(process_group, sync)
+    plan, sharing = Plan(resolve_weighting(weighting, tau, scale)), Sync(process_group, sync)
     members = check_groups(groups, losses.shape, losses.device, "element")
     given = functional_state(plan.weighting, state, losses.device)
     refuse_weighted(losses, plan.weighting)
@@ -100,6 +102,7 @@ def reweighted_mean(
     weighting: Weighting | None = None,
     *,
     tau: float | None = None,
+    scale: float | None = None,
     where: Tensor | None = None,
     sample_weight: Tensor | None = None,
     groups: Tensor | None = None,
@@ -112,8 +115,9 @@ def reweighted_mean(
     Args:
         losses: Losses of any shape with at least one axis, of samples, tasks, domains or sequences;
             float32, float64, float16 or bfloat16.
-        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
-        tau: Short for `weighting=KL(tau)`.
+        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
+        tau: Short for `weighting=KL(tau, scale=scale)`.
+        scale: The dial; short for the same.
         where: Mask, bool, of the losses' shape. Only losses where it is True are weighted and averaged. The
             others, be they NaN, reach neither the objective nor the gradient, which is 0 there.
         sample_weight: The base measure `p`, as for `sample_weights`.
@@ -147,7 +151,7 @@ def reweighted_mean(
         Kumar et al., arXiv 2306.09222, Algorithm 1.
     """
     check_losses(losses)
-    plan, sharing = Plan(resolve_weighting(weighting, tau)), Sync(process_group, sync)
+    plan, sharing = Plan(resolve_weighting(weighting, tau, scale)), Sync(process_group, sync)
     members = check_groups(groups, losses.shape, losses.device, "element")
     weigher = Weigher(plan, members, functional_state(plan.weighting, state, losses.device), sharing)
     objective, _ = reweighted(losses, weigher, where=where, sample_weight=sample_weight)
@@ -163,6 +167,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     tau: float | None = None,
+    scale: float | None = None,
     weighting: Weighting | None = None,
     per: str = "element",
     logit_adjustment: Tensor | None = None,
@@ -193,8 +198,9 @@ def cross_entropy(
             such a row is 0, or NaN where its logits hold NaN.
         reduction: "none", "mean" or "sum".
         label_smoothing: In [0, 1].
-        tau: Short for `weighting=KL(tau)`.
-        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` is given.
+        tau: Short for `weighting=KL(tau, scale=scale)`.
+        scale: The dial; short for the same.
+        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
         per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the
             leading axis by their mean loss, ignored ones left out.
         logit_adjustment: Numbers `a`, shape (C,), constants: every loss is that of `logits + a`, summed in
@@ -234,7 +240,7 @@ def cross_entropy(
     """
     class_weight, adjustment = check_class_weight(weight), check_logit_adjustment(logit_adjustment)
     options = Options(ignore_index, label_smoothing, reduction, per, inplace).checked()
-    plan, sharing = Plan(resolve_weighting(weighting, tau)), Sync(process_group, sync)
+    plan, sharing = Plan(resolve_weighting(weighting, tau, scale)), Sync(process_group, sync)
     memory = functional_state(plan.weighting, state, getattr(logits, "device", None))
     given = Given(logits, target, class_weight, adjustment, where, sample_weight, groups)
     problem = problem_of(given, options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import weakref
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from rgd.torch._checks import (
     check_losses,
     check_not_broadcast,
 )
+from rgd.torch._dial import Dial
 from rgd.torch._distributed import Sync
 from rgd.torch._measure import check_groups
 from rgd.torch._modes import evaluates, in_transform, is_exporting, recomputes
@@ -43,7 +43,7 @@ class InitSignature:
         return of_init.replace(parameters=list(of_init.parameters.values())[1:])
 
 
-class RGDLoss(nn.Module):
+class RGDLoss(Dial, nn.Module):
     """Cross-entropy, or any per-sample loss, in which each sample is weighted by its own loss.
 
     A drop-in for `nn.CrossEntropyLoss`.
@@ -52,7 +52,7 @@ class RGDLoss(nn.Module):
     reduced as `nn.CrossEntropyLoss` reduces losses. The weighting is a dial, `w_i = exp(scale * min(l_i,
     tau))`:
 
-    - `RGDLoss(weighting=rgd.KL(scale=-0.7))` resists wrong labels: a sample of large loss weighs less;
+    - `RGDLoss(scale=-0.7)` resists wrong labels: a sample of large loss weighs less;
     - `RGDLoss(weighting=rgd.ERM())` is plain training, `nn.CrossEntropyLoss`;
     - `RGDLoss(tau=3.0)` trains harder on what is hard: `scale` is `1 / (tau + 1)` (the paper's RGD, and with
       `tau=1.0` the default).
@@ -65,9 +65,10 @@ class RGDLoss(nn.Module):
         ignore_index: Class index of targets that count for nothing.
         reduction: "none", "mean" or "sum".
         label_smoothing: In [0, 1].
-        tau: Short for `weighting=KL(tau)`.
+        tau: Short for `weighting=KL(tau, scale=scale)`.
+        scale: The dial; short for the same.
         weighting: What turns losses into weights, a member of `rgd` or a subclass of `rgd.Weighting` of your
-            own; `KL(tau=1.0)` if neither it nor `tau` is given. `rgd.KL(scale=...)` sets the dial.
+            own; `KL(tau=1.0)` if none of the three is given.
         base: The per-sample loss to re-weight instead of cross-entropy: a callable whose result has at
             least one axis, such as `nn.BCEWithLogitsLoss(reduction="none")`. It takes its own settings, so
             `weight`, `ignore_index`, `label_smoothing` and `logit_adjustment` must be left alone.
@@ -115,8 +116,8 @@ class RGDLoss(nn.Module):
     """
 
     # TorchScript compiles properties, and reads annotations of a class but not those in its methods.
-    __jit_unused_properties__ = ("weighting", "tau", "backend", "last_weights")
-    __jit_ignored_attributes__ = ("tau",)  # it raises where the weighting has none
+    __jit_unused_properties__ = ("weighting", "tau", "scale", "backend", "last_weights")
+    __jit_ignored_attributes__ = ("tau", "scale")  # they raise where the weighting has none
     __signature__ = InitSignature()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> RGDLoss:
@@ -132,6 +133,7 @@ class RGDLoss(nn.Module):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         tau: float | None = None,
+        scale: float | None = None,
         weighting: Weighting | None = None,
         base: Callable[..., Tensor] | None = None,
         per: str = "element",
@@ -170,7 +172,7 @@ class RGDLoss(nn.Module):
         self._plan: Plan
         self.weighting_state: WeightingState | None = None
         self._sync = Sync(process_group, sync)
-        self.weighting = resolve_weighting(weighting, tau)
+        self.weighting = resolve_weighting(weighting, tau, scale)
         self._record: Record | None = None
         self._logits: weakref.ref[Tensor] | None = None
         self._totals: Totals | None = None
@@ -194,21 +196,6 @@ class RGDLoss(nn.Module):
         )
         plan = Plan(weighting).prepare() if plan is None else plan.replaced(weighting)
         object.__setattr__(self, "_plan", plan)
-
-    @property
-    def tau(self) -> float:
-        """The clipping factor of the weighting, for one that has it; to set it sets the weighting anew."""
-        return tau_of(self.weighting)
-
-    @tau.setter
-    def tau(self, tau: float) -> None:
-        self.weighting = with_tau(self.weighting, tau)
-
-    def __getattr__(self, name: str) -> Any:
-        # A property that raises AttributeError ends here. A module would say that there is no such name.
-        if name == "tau":
-            return tau_of(self.weighting)
-        return super().__getattr__(name)
 
     @property
     def backend(self) -> str | None:
@@ -269,7 +256,7 @@ class RGDLoss(nn.Module):
         if self.base is None:
             by_class = self.weight, self.logit_adjustment
             problem = problem_of(
-                Given(losses, target, *by_class, where, sample_weight, groups), self._options
+                Given(losses, target, *by_class, where, sample_weight, groups), options_of(self)
             )
             weigher = Weigher(plan, problem.groups, memory, sync, problem.factor)
             objective, record = compute(problem, weigher)
@@ -462,6 +449,7 @@ class _RGDCrossEntropyLoss(RGDLoss, nn.CrossEntropyLoss):
 
     # TorchScript ignores only what is in the class itself.
     tau = RGDLoss.tau  # pyright: ignore[reportIncompatibleMethodOverride]
+    scale = RGDLoss.scale  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 # It goes by the name that it was made by.
@@ -472,27 +460,6 @@ _RGDCrossEntropyLoss.__doc__ = RGDLoss.__doc__
 def _blank(has_base: bool) -> RGDLoss:
     """An instance without attributes, for a copy or a pickle to fill."""
     return nn.Module.__new__(RGDLoss if has_base else _RGDCrossEntropyLoss)
-
-
-class NoTauError(AttributeError, TypeError):
-    """A weighting without a clipping factor: for `hasattr` an AttributeError, and a TypeError as before."""
-
-
-def tau_of(weighting: Weighting) -> float:
-    """The clipping factor of a weighting.
-
-    Raises:
-        NoTauError: If it has none.
-    """
-    if not hasattr(weighting, "tau"):
-        raise NoTauError(f"{weighting} has no tau: set weighting=..., as in weighting=rgd.KL(tau=1.0)")
-    return cast("Any", weighting).tau
-
-
-def with_tau(weighting: Weighting, tau: float) -> Weighting:
-    """The weighting with another clipping factor."""
-    tau_of(weighting)
-    return dataclasses.replace(cast("Any", weighting), tau=tau)
 
 
 def _check_base_loss(base: Any) -> None:

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from rgd.torch._checks import check_losses
+from rgd.torch._dial import Dial, number_of
 from rgd.torch._distributed import Sync
 from rgd.torch._measure import check_groups, measure_of
 from rgd.torch._modes import evaluates, recomputes
 from rgd.torch._plan import Plan, Weigher
 from rgd.torch._state import Memory, WeightingState
 from rgd.torch.functional import reweighted
-from rgd.torch.loss import InitSignature, state_for, tau_of, with_tau
+from rgd.torch.loss import InitSignature, state_for
 from rgd.torch.stats import Advisor
 from rgd.weightings import Weighting
 from rgd.weightings._call import resolve_weighting
@@ -55,7 +56,7 @@ class _Now:
     was_asked: bool = False
 
 
-class RGD(torch.optim.Optimizer):
+class RGD(Dial, torch.optim.Optimizer):
     """Re-weighted gradient descent with any torch optimizer: it descends `mean(w * losses)`, `w` constant.
 
     The gradient of Algorithm 1, `1/n sum_i w_i grad(l_i)` with `w_i = exp(min(l_i, tau) / (tau + 1))`, is
@@ -67,8 +68,9 @@ class RGD(torch.optim.Optimizer):
         optimizer: Any `torch.optim.Optimizer`, not wrapped before. Attributes that `RGD` does not have are
             looked up there.
         weighting: What turns losses into weights, a member of `rgd` or a subclass of `rgd.Weighting`;
-            `KL(tau=1.0)` if neither it nor `tau` is given.
-        tau: Short for `weighting=KL(tau)`.
+            `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
+        tau: Short for `weighting=KL(tau, scale=scale)`.
+        scale: The dial; short for the same.
         warn: As in `RGDLoss`: whether to warn, once, where re-weighting cannot matter.
         process_group: As in `reweighted_mean`: for a weighting that depends on the batch, who shares it.
         sync: As in `reweighted_mean`.
@@ -131,11 +133,12 @@ class RGD(torch.optim.Optimizer):
         weighting: Weighting | None = None,
         *,
         tau: float | None = None,
+        scale: float | None = None,
         warn: bool = False,
         process_group: Any = None,
         sync: bool = True,
     ) -> None:
-        weighting = resolve_weighting(weighting, tau)
+        weighting = resolve_weighting(weighting, tau, scale)
         sharing = Sync(process_group, sync)
         advisor = Advisor() if warn else None
         self.__setstate__(
@@ -164,15 +167,6 @@ class RGD(torch.optim.Optimizer):
     def weighting_state(self) -> WeightingState | None:
         """What the weighting remembers, a module of buffers; None for one that remembers nothing."""
         return self._now.state
-
-    @property
-    def tau(self) -> float:
-        """The clipping factor of the weighting, for one that has it; to set it sets the weighting anew."""
-        return tau_of(self.weighting)
-
-    @tau.setter
-    def tau(self, tau: float) -> None:
-        self.weighting = with_tau(self.weighting, tau)
 
     def objective(
         self,
@@ -395,8 +389,8 @@ class RGD(torch.optim.Optimizer):
         # Reached only for what is not found here. `optimizer` itself is missing while a copy is being made.
         if name in ("optimizer", "_now"):
             raise AttributeError(name)
-        if name == "tau":  # a property that raises AttributeError ends here
-            return tau_of(self.weighting)
+        if name in ("tau", "scale"):  # a property that raises AttributeError ends here
+            return number_of(self.weighting, name)
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -119,6 +119,15 @@ class KL(Weighting):
         """The factor that multiplies the clipped loss: `scale`, or `1 / (tau + 1)` where none was given."""
         return 1.0 / (self.tau + 1.0) if self.scale is None else self.scale
 
+    def with_scale(self, scale: float | None) -> KL:
+        """The same with another scale.
+
+        Where its sign changes, and `tau` is the one chosen for the old sign, it is chosen for the new one.
+        """
+        new = dataclasses.replace(self, tau=None, scale=scale)
+        tau = self.tau if self.tau != KL(scale=self.scale).tau else new.tau
+        return dataclasses.replace(new, tau=tau)
+
     def numbers_fit(self) -> Any:
         """A traced `tau` may be infinite only where a scale was given, as at construction."""
         return True if self.scale is not None or not is_array(self.tau) else self.tau < math.inf

@@ -31,6 +31,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     logit_adjustment: Tensor | None = None,
     tau: float | None = None,
+    scale: float | None = None,
     weighting: Weighting | None = None,
     per: str = "element",
     where: Tensor | None = None,
@@ -67,7 +68,8 @@ def linear_cross_entropy(
         reduction: "none", "mean" or "sum".
         label_smoothing: In [0, 1].
         logit_adjustment: As for `cross_entropy`, shape (C,); added after a soft cap.
-        tau: Short for `weighting=KL(tau)`.
+        tau: Short for `weighting=KL(tau, scale=scale)`.
+        scale: The dial; short for the same.
         weighting: As for `cross_entropy`.
         per: As for `cross_entropy`: "element" weights each target, "sample" each entry of the leading axis, a
             sequence for an input of shape (B, T, D).
@@ -121,7 +123,7 @@ def linear_cross_entropy(
     class_weight, adjustment = check_class_weight(weight), check_logit_adjustment(logit_adjustment)
     options = Options(ignore_index, label_smoothing, reduction, per).checked()
     chunking = Chunking(logit_softcap, shift, chunk_bytes, accumulate_dtype, vocab_group).checked()
-    plan, sharing = Plan(resolve_weighting(weighting, tau)), Sync(process_group, sync)
+    plan, sharing = Plan(resolve_weighting(weighting, tau, scale)), Sync(process_group, sync)
     given = Given(input, target, class_weight, adjustment, where, sample_weight, groups)
     problem = problem_of(given, options, LinearHead(linear_weight, linear_bias, chunking))
     memory = functional_state(plan.weighting, state, problem.logits.device)
@@ -149,7 +151,8 @@ class LinearRGDLoss(RGDLoss):
         reduction: "none", "mean" or "sum".
         label_smoothing: In [0, 1].
         logit_adjustment: As for `cross_entropy`, shape (C,); added after a soft cap.
-        tau: Short for `weighting=KL(tau)`.
+        tau: Short for `weighting=KL(tau, scale=scale)`.
+        scale: The dial; short for the same.
         weighting: As for `RGDLoss`.
         per: As for `RGDLoss`.
         evaluate: As for `RGDLoss`.
@@ -201,6 +204,7 @@ class LinearRGDLoss(RGDLoss):
         label_smoothing: float = 0.0,
         logit_adjustment: Tensor | None = None,
         tau: float | None = None,
+        scale: float | None = None,
         weighting: Weighting | None = None,
         per: str = "element",
         evaluate: str = "plain",
@@ -215,8 +219,8 @@ class LinearRGDLoss(RGDLoss):
     ) -> None:
         super().__init__(
             weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
-            logit_adjustment=logit_adjustment, tau=tau, weighting=weighting, per=per, evaluate=evaluate,
-            warn=warn, process_group=process_group, sync=sync,
+            logit_adjustment=logit_adjustment, tau=tau, scale=scale, weighting=weighting, per=per,
+            evaluate=evaluate, warn=warn, process_group=process_group, sync=sync,
         )  # fmt: skip
         self._chunking = Chunking(logit_softcap, shift, chunk_bytes, accumulate_dtype, vocab_group).checked()
         if linear_weight is None:

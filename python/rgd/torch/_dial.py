@@ -1,0 +1,67 @@
+"""`tau` and `scale` of what has a weighting: the dial of `rgd.KL`, read and turned in place."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from rgd.weightings import Weighting
+
+
+class NoNumberError(AttributeError, TypeError):
+    """A weighting without `tau` or `scale`: for `hasattr` an AttributeError, and a TypeError as before."""
+
+
+class Dial:
+    """A loss, a loss function or an optimizer with a `weighting` that can be set."""
+
+    weighting: Any
+
+    @property
+    def tau(self) -> float:
+        """The clipping factor of the weighting, for one that has it; to set it sets the weighting anew."""
+        return number_of(self.weighting, "tau")
+
+    @tau.setter
+    def tau(self, tau: float) -> None:
+        number_of(self.weighting, "tau")
+        self.weighting = dataclasses.replace(self.weighting, tau=tau)
+
+    @property
+    def scale(self) -> float:
+        """The scaling factor of the weighting, for one that has it; to set it sets the weighting anew.
+
+        For `rgd.KL` that is the dial. Where its sign changes, and `tau` is the one that `KL` chooses for the
+        old sign, `KL` chooses it for the new one: infinite for a negative scale, else 1.
+        """
+        return number_of(self.weighting, "scale")
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        number_of(self.weighting, "scale")
+        turn = getattr(self.weighting, "with_scale", None)
+        new = dataclasses.replace(self.weighting, scale=scale) if turn is None else turn(scale)
+        self.weighting = new
+
+    def __getattr__(self, name: str) -> Any:
+        # A property that raises AttributeError ends here. A module would say that there is no such name.
+        if name in ("tau", "scale"):
+            return number_of(self.weighting, name)
+        inner = getattr(super(), "__getattr__", None)
+        if inner is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return inner(name)
+
+
+def number_of(weighting: Weighting, name: str) -> float:
+    """A number of a weighting; where it follows from others, what follows.
+
+    Raises:
+        NoNumberError: If there is no such number.
+    """
+    if not hasattr(weighting, name):
+        raise NoNumberError(
+            f"{weighting} has no {name}: set weighting=..., as in weighting=rgd.KL({name}=...)"
+        )
+    value = getattr(weighting, name)
+    return getattr(weighting, f"effective_{name}") if value is None else value
