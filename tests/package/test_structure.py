@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import graphlib
 import re
 from collections.abc import Iterator, Mapping, Set
@@ -16,8 +17,10 @@ RUST = sorted(
     if not {"tests", "tests.rs"} & set(file.relative_to(ROOT).parts)
 )
 
+PYTHON = sorted((ROOT / "python" / "rgd").rglob("*.py"))
+
 Module = tuple[str, ...]
-"""The names on the way from the crate to a module."""
+"""The names on the way from the crate, or from the package, to a module."""
 
 
 def circle_in(arrows: Mapping[str, Set[str]]) -> list[str]:
@@ -136,3 +139,69 @@ def test_a_rust_file_has_at_most_600_lines_of_120_columns(file: Path):
     lines = file.read_text().splitlines()
     assert len(lines) <= 600
     assert [line for line in lines if len(line) > 120] == []
+
+
+def python_module(file: Path) -> str:
+    parts = file.relative_to(ROOT / "python").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def python_arrows(files: Mapping[str, str]) -> dict[str, set[str]]:
+    """From each file to those that it imports, wherever in the file that is written.
+
+    Args:
+        files: The text of each file by the name of its module.
+    """
+    arrows: dict[str, set[str]] = {}
+    for module, text in files.items():
+        own = arrows.setdefault(module, set())
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                own |= {alias.name for alias in node.names} & files.keys()
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{module} imports relatively"
+                # A module of a package, or a name that the package's own file gives.
+                own |= {
+                    inner if inner in files else node.module
+                    for inner in (f"{node.module}.{alias.name}" for alias in node.names)
+                } & files.keys()
+        own.discard(module)
+    return arrows
+
+
+def test_no_files_of_the_package_import_each_other_in_a_circle():
+    extension = ROOT / "python" / "rgd" / "_rgd.pyi"
+    arrows = python_arrows({python_module(file): file.read_text() for file in [*PYTHON, extension]})
+    assert arrows["rgd.torch.loss"] >= {"rgd.torch._problem", "rgd.stats"}
+    assert circle_in(arrows) == []
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("from rgd.b import B", "def f():\n    from rgd import a"),
+        ("import rgd.b", "if TYPE_CHECKING:\n    from rgd.a import A"),
+    ],
+)
+def test_a_circle_of_python_files_is_found(a: str, b: str):
+    files = {"rgd": "from rgd.a import A", "rgd.a": a, "rgd.b": b}
+    assert set(circle_in(python_arrows(files))) == {"rgd.a", "rgd.b"}
+    assert circle_in(python_arrows({**files, "rgd.b": "import torch"})) == []
+
+
+@pytest.mark.parametrize("file", PYTHON, ids=lambda file: str(file.relative_to(ROOT / "python")))
+def test_a_python_file_has_at_most_600_lines(file: Path):
+    assert len(file.read_text().splitlines()) <= 600
+
+
+def test_no_function_takes_more_positional_parameters_than_one_can_read():
+    # `ruff` looks at all others (PLR0917).
+    exempt = [line for file in PYTHON for line in file.read_text().splitlines() if "PLR0917" in line]
+    assert all("the signature is torch's" in line for line in exempt)
+
+
+def test_no_front_asks_which_member_it_has_been_given():
+    for file in PYTHON:
+        parts = file.relative_to(ROOT / "python" / "rgd").parts
+        if parts[0] in ("torch", "jax"):
+            assert not re.search(r'== "kl"|KernelPlan', file.read_text()), file

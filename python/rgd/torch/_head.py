@@ -107,10 +107,28 @@ class LinearHead(NamedTuple):
             RuntimeError: If the vocabulary is split in a compiled function.
             TypeError, ValueError: If the tensors do not fit each other.
         """
-        for name, tensor in (("input", input), ("linear_weight", self.weight), ("linear_bias", self.bias)):
-            if tensor is not None or name != "linear_bias":
-                _check_tensor(name, tensor, input)
         weight, bias, chunking, _ = self
+        for name, tensor in (("input", input), ("linear_weight", weight), ("linear_bias", bias)):
+            if tensor is None and name == "linear_bias":
+                continue
+            if not isinstance(tensor, Tensor):
+                hint = ": give its weight, head.weight" if isinstance(tensor, torch.nn.Module) else ""
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
+            if tensor.is_nested or tensor.layout is not torch.strided:
+                check_dense(name, tensor)
+            if hasattr(tensor, "full_tensor") and not hasattr(input, "full_tensor"):
+                raise TypeError(
+                    f"{name} is a DTensor, the part of a parameter that FSDP keeps between calls: let the "
+                    "loss be a unit of its own, fully_shard(criterion) for criterion = "
+                    "LinearRGDLoss.tie(head), or read the head inside the forward pass of the unit that it "
+                    "belongs to"
+                )
+            if tensor.dtype not in FLOATS:
+                refuse_dtype(name, tensor, "be float32, float64, float16 or bfloat16")
+            if tensor.device != input.device:
+                raise MismatchError(
+                    f"input is on {input.device} and {name} on {tensor.device}: move both to one device"
+                )
         _check_shapes(tuple(input.shape), weight, bias)
         if not autocasts(input.device.type):
             for name, tensor in (("linear_weight", weight), ("linear_bias", bias)):
@@ -124,25 +142,6 @@ class LinearHead(NamedTuple):
         if torch.compiler.is_compiling():
             raise RuntimeError("vocab_group is for eager calls: keep the loss out of the compiled function")
         return LinearHead(weight, bias, chunking, _shard_of(chunking.vocab_group, weight))
-
-
-def _check_tensor(name: str, tensor: Any, input: Any) -> None:
-    if not isinstance(tensor, Tensor):
-        hint = ": give its weight, head.weight" if isinstance(tensor, torch.nn.Module) else ""
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
-    check_dense(name, tensor)
-    if hasattr(tensor, "full_tensor") and not hasattr(input, "full_tensor"):
-        raise TypeError(
-            f"{name} is a DTensor, the part of a parameter that FSDP keeps between calls: let the loss "
-            "be a unit of its own, fully_shard(criterion) for criterion = LinearRGDLoss.tie(head), or "
-            "read the head inside the forward pass of the unit that it belongs to"
-        )
-    if tensor.dtype not in FLOATS:
-        refuse_dtype(name, tensor, "be float32, float64, float16 or bfloat16")
-    if tensor.device != input.device:
-        raise MismatchError(
-            f"input is on {input.device} and {name} on {tensor.device}: move both to one device"
-        )
 
 
 def _check_shapes(shape: tuple[int, ...], weight: Tensor, bias: Tensor | None) -> None:

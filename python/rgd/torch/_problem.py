@@ -188,13 +188,13 @@ def problem_of(given: Given, options: Options, head: LinearHead | None = None) -
     """
     logits, target, class_weight, adjustment, where, sample_weight, groups = given
     if head is None:
-        shape = _check_logits(logits, target)
+        shape = _check_logits(given)
         classes = logits.shape[1 if logits.dim() > 1 else 0]
         if options.inplace and logits.requires_grad and torch.is_grad_enabled():
             _check_in_place(logits, target)
     else:
         head = head.checked(logits)
-        _check_hidden(logits, target, head, options)
+        _check_hidden(given, head, options)
         shape, classes = logits.shape[:-1], head.classes
     _check_by_class("weight", class_weight, classes, target)
     _check_by_class("logit_adjustment", adjustment, classes, target)
@@ -205,7 +205,8 @@ def problem_of(given: Given, options: Options, head: LinearHead | None = None) -
     if head is not None and head.chunking.shift:
         target = target[:, 1:]
         shape = target.shape
-        where, sample_weight, groups = (_shifted(one, logits) for one in (where, sample_weight, groups))
+        places = logits.shape[:2]
+        where, sample_weight, groups = (_shifted(one, places) for one in (where, sample_weight, groups))
     dtype = logits.dtype
     if not target.is_floating_point():
         # An ignore_index that int32 cannot hold would be wrapped into one that it can.
@@ -235,14 +236,16 @@ def targets_shape(shape: torch.Size) -> torch.Size:
     return shape[:1] + shape[2:] if len(shape) > 1 else torch.Size(())
 
 
-def _check_logits(logits: Any, target: Any) -> torch.Size:
+def _check_logits(given: Given) -> torch.Size:
     """Refuse logits and a target that do not fit each other; the shape of the losses."""
+    logits, target = given[:2]
     if not isinstance(logits, Tensor):
         raise TypeError(no_tensor("input", logits))
     if not isinstance(target, Tensor):
         raise TypeError(no_tensor("target", target))
-    check_dense("input", logits)
-    check_dense("target", target)
+    for name, tensor in (("input", logits), ("target", target)):
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            check_dense(name, tensor)
     if target.is_floating_point() and logits.dtype in (*INTEGERS, torch.bool):
         raise DtypeError(
             f"input holds {logits.dtype} and target {target.dtype}, so they look swapped: the logits come "
@@ -272,8 +275,9 @@ def _check_logits(logits: Any, target: Any) -> torch.Size:
     return expected
 
 
-def _check_hidden(input: Tensor, target: Any, head: LinearHead, options: Options) -> None:
+def _check_hidden(given: Given, head: LinearHead, options: Options) -> None:
     """Refuse a target and settings that do not fit a linear head."""
+    input, target = given[:2]
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a torch.Tensor, got {type(target).__name__}")
     check_dense("target", target)
@@ -371,8 +375,8 @@ def _shape_hint(target: torch.Size, shape: torch.Size) -> str:
     return ""
 
 
-def _shifted(values: Any, input: Tensor) -> Any:
+def _shifted(values: Any, places: torch.Size) -> Any:
     """Entries of the targets that are used, of a tensor of the targets' shape; one entry a sample stays."""
-    if not isinstance(values, Tensor) or values.shape != input.shape[:2]:
+    if not isinstance(values, Tensor) or values.shape != places:
         return values
     return values[:, 1:]

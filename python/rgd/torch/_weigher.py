@@ -1,9 +1,8 @@
-"""The old place of `rgd.torch._plan`, from which an RGDLoss pickled by rgd 0.1.0 takes its parts.
+"""The old place of `rgd.torch._plan`, where a loss that rgd 0.1.0 pickled looks for its parts.
 
 It goes with the next release.
 """
 
-from rgd.torch._plan import Plan, Weigher
-from rgd.torch._state import WeightingState
+from rgd.torch._plan import Plan
 
-__all__ = ["Plan", "Weigher", "WeightingState"]
+__all__ = ["Plan"]

@@ -348,7 +348,7 @@ def reweighted(
     units, unit_measure = units_of(values, where, measure, per)
     backend = choose((units, None, unit_measure))
     weights = backend.sample_weights(units, unit_measure, weigher).to(values.dtype)
-    objective, divisor = reduce_losses(values, weights, where, measure, reduction)
+    objective, divisor = reduce_losses(values, weights, counted=where, measure=measure, reduction=reduction)
     record = None
     if not must_forget():
         if weigher.factor != 1.0:

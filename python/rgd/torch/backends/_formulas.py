@@ -120,14 +120,20 @@ def units_of(
 
 def objective_of(problem: Problem, losses: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | float]:
     """The objective of given weights, and what "mean" divides by."""
-    counted = problem.counted
-    shares = shares_of(problem, losses.dtype)
-    return reduce_losses(losses, weights, counted, problem.measure, problem.options.reduction, shares)
+    return reduce_losses(
+        losses,
+        weights,
+        counted=problem.counted,
+        measure=problem.measure,
+        reduction=problem.options.reduction,
+        shares=shares_of(problem, losses.dtype),
+    )
 
 
-def reduce_losses(  # noqa: PLR0917
+def reduce_losses(
     losses: Tensor,
     weights: Tensor,
+    *,
     counted: Tensor | None,
     measure: Tensor | None,
     reduction: str,

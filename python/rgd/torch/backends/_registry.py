@@ -58,9 +58,43 @@ class Backend(Protocol):
 _backends: list[Backend] = []
 
 
-def register(backend: Backend) -> None:
-    """Add a backend. It is asked before those there are."""
+class Registration:
+    """A backend that was registered; `remove()` takes it out again."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def remove(self) -> None:
+        """Ask the backend no more; once more does nothing."""
+        _backends[:] = [one for one in _backends if one is not self._backend]
+
+
+def register(backend: Backend) -> Registration:
+    """Add a backend. It is asked before those there are.
+
+    Args:
+        backend: What has the `name` and the methods of `Backend`.
+
+    Returns:
+        A handle whose `remove()` takes the backend out again.
+
+    Raises:
+        TypeError: If a part of `Backend` is missing.
+        ValueError: If there is a backend of this name.
+    """
+    missing = [part for part in _PARTS if not hasattr(backend, part)]
+    if missing:
+        raise TypeError(
+            f"a backend has name, refusal, sample_weights, cross_entropy and step: {type(backend).__name__} "
+            f"has no {', '.join(missing)}"
+        )
+    if any(one.name == backend.name for one in _backends):
+        raise ValueError(f"there is a backend of the name {backend.name!r} already: choose another")
     _backends.insert(0, backend)
+    return Registration(backend)
+
+
+_PARTS = ("name", "refusal", "sample_weights", "cross_entropy", "step")
 
 
 def _check(name: Any, source: str) -> str | None:
