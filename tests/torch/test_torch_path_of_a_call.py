@@ -1,4 +1,4 @@
-"""The way of the input through the package: a `Problem` is handed on whole, so few functions receive the tensor."""
+"""The way of the input through the package: few functions receive it; a `Problem` is handed on whole."""
 
 import pathlib
 import sys
@@ -13,7 +13,7 @@ MOST_STAYS, MOST_RETURNS = 8, 2
 
 
 def stays_of(tensor, call):
-    """The functions of the package that receive a tensor, alone or in a plain tuple, in the order of their calls."""
+    """The functions of the package that receive a tensor, alone or in a plain tuple, as they are called."""
     found = []
 
     def watch(frame, event, argument):

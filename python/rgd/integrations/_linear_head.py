@@ -100,13 +100,13 @@ def use_linear_rgd(
     """
     model = _causal_model(model)
     head = _head_of(model)
-    softcap, scale = _logit_settings(model)
+    softcap, logit_scale = _logit_settings(model)
     criterion = LinearRGDLoss.tie(
         head, weighting=weighting, tau=tau, scale=scale, per=per, weight=weight, ignore_index=ignore_index,
         label_smoothing=label_smoothing, evaluate=evaluate, logit_softcap=softcap, chunk_bytes=chunk_bytes,
         accumulate_dtype=accumulate_dtype, process_group=process_group, sync=sync,
     )  # fmt: skip
-    return LinearRGD(model, criterion, scale)
+    return LinearRGD(model, criterion, logit_scale)
 
 
 class LinearRGD(HasCriterion):
@@ -115,12 +115,12 @@ class LinearRGD(HasCriterion):
     Args:
         model: The model, which is patched here.
         criterion: The loss of its head.
-        scale: What the model multiplies its logits by.
+        logit_scale: What the model multiplies its logits by.
     """
 
-    def __init__(self, model: Any, criterion: LinearRGDLoss, scale: float) -> None:
+    def __init__(self, model: Any, criterion: LinearRGDLoss, logit_scale: float) -> None:
         self._model = model
-        self._loss = _HeadLoss(criterion, scale)
+        self._loss = _HeadLoss(criterion, logit_scale)
         self._active = True
         original = cast("Any", type(model)).forward
         self._known = keywords_of(model)
@@ -203,9 +203,9 @@ class LinearRGD(HasCriterion):
 class _HeadLoss:
     """The loss of the head of a model, and what the model does between the two."""
 
-    def __init__(self, criterion: LinearRGDLoss, scale: float) -> None:
+    def __init__(self, criterion: LinearRGDLoss, logit_scale: float) -> None:
         self.criterion = criterion
-        self.scale = scale
+        self.logit_scale = logit_scale
         self.checked = False
         chunking = cast("Chunking", getattr(criterion, "_chunking"))  # noqa: B009
         self.softcap = chunking.logit_softcap
@@ -229,7 +229,7 @@ class _HeadLoss:
         # Under autocast the loss of half precision is float32, as the models' own are.
         single = hidden.dtype in _HALF and not autocasts(kind)
         with torch.autocast(kind, dtype=hidden.dtype) if single else contextlib.nullcontext():
-            hidden = hidden if self.scale == 1 else hidden * self.scale
+            hidden = hidden if self.logit_scale == 1 else hidden * self.logit_scale
             objective: Tensor = criterion(hidden, call.labels.to(hidden.device))
         if items is None:
             return objective
@@ -237,7 +237,7 @@ class _HeadLoss:
 
     def check(self, found: Tensor) -> None:
         """Refuse a model that changes its logits in a way that is not known here."""
-        expected = torch.tensor(_PROBES, dtype=torch.float64) * self.scale
+        expected = torch.tensor(_PROBES, dtype=torch.float64) * self.logit_scale
         expected = expected if self.softcap is None else self.softcap * torch.tanh(expected / self.softcap)
         probes = found.detach().reshape(-1)[1:].to("cpu", torch.float64)
         seen, wanted = cast("Any", probes).tolist(), cast("Any", expected).tolist()

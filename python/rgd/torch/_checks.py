@@ -138,6 +138,15 @@ def check_label_smoothing(label_smoothing: Any) -> float:
     return float(label_smoothing)
 
 
+def check_z_loss(z_loss: Any) -> float:
+    """Refuse a z-loss that is no finite number >= 0."""
+    if isinstance(z_loss, bool) or not isinstance(z_loss, numbers.Real):
+        raise TypeError(f"z_loss must be a number >= 0, such as 1e-4, got {z_loss!r}")
+    if not 0.0 <= float(z_loss) < float("inf"):
+        raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss}")
+    return float(z_loss)
+
+
 def check_class_weight(weight: Any) -> Tensor | None:
     """Class weights as a tensor, from one or from an array of NumPy, such as `rgd.class_balanced` returns."""
     if weight is None:

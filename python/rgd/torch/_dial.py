@@ -60,8 +60,9 @@ def number_of(weighting: Weighting, name: str) -> float:
         NoNumberError: If there is no such number.
     """
     if not hasattr(weighting, name):
+        example = {"tau": "tau=1.0", "scale": "scale=-0.7"}[name]
         raise NoNumberError(
-            f"{weighting} has no {name}: set weighting=..., as in weighting=rgd.KL({name}=...)"
+            f"{weighting} has no {name}: set weighting=..., as in weighting=rgd.KL({example})"
         )
     value = getattr(weighting, name)
     return getattr(weighting, f"effective_{name}") if value is None else value

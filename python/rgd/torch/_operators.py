@@ -18,7 +18,7 @@ from rgd.torch._problem import Options, Problem
 PROBLEM = (
     "Tensor logits, Tensor target, Tensor? class_weight, Tensor? adjustment, Tensor? measure, "
     "Tensor? head_weight, Tensor? head_bias, int ignore_index, float label_smoothing, str reduction, "
-    "str per, float? logit_softcap, bool shift, int? chunk_bytes, str? accumulate_dtype"
+    "str per, float z_loss, float? logit_softcap, bool shift, int? chunk_bytes, str? accumulate_dtype"
 )
 """The part of an operator's schema that a problem takes."""
 LENGTH = PROBLEM.count(",") + 1
@@ -32,7 +32,7 @@ def flattened(problem: Problem) -> tuple[Any, ...]:
     dtype = chunking.accumulate_dtype
     return (
         *problem.tensors, options.ignore_index, options.label_smoothing, options.reduction, options.per,
-        chunking.logit_softcap, chunking.shift, chunking.chunk_bytes,
+        options.z_loss, chunking.logit_softcap, chunking.shift, chunking.chunk_bytes,
         None if dtype is None else str(dtype).removeprefix("torch."),
     )  # fmt: skip
 
@@ -40,7 +40,8 @@ def flattened(problem: Problem) -> tuple[Any, ...]:
 def rebuilt(arguments: tuple[Any, ...]) -> Problem:
     """The problem of the first `LENGTH` arguments of an operator."""
     logits, target, class_weight, adjustment, measure, weight, bias, *settings = arguments[:LENGTH]
-    options, (softcap, shift, chunk_bytes, name) = Options(*settings[:4]), settings[4:]
+    ignore_index, smoothing, reduction, per, z_loss, softcap, shift, chunk_bytes, name = settings
+    options = Options(ignore_index, smoothing, reduction, per, z_loss=z_loss)
     head = None
     if weight is not None:
         dtype = None if name is None else getattr(torch, name)

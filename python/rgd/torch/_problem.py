@@ -18,6 +18,7 @@ from rgd.torch._checks import (
     check_dense,
     check_flag,
     check_label_smoothing,
+    check_z_loss,
     no_tensor,
     refuse_dtype,
 )
@@ -36,6 +37,7 @@ class Options(NamedTuple):
         reduction: "none", "mean" or "sum".
         per: "element" where a target has a weight, "sample" where all targets of a sample share one.
         inplace: Whether the gradient overwrites the logits.
+        z_loss: What multiplies the square of the logsumexp of the logits in the objective.
     """
 
     ignore_index: int = -100
@@ -43,6 +45,7 @@ class Options(NamedTuple):
     reduction: str = "mean"
     per: str = "element"
     inplace: bool = False
+    z_loss: float = 0.0
 
     def checked(self) -> Options:
         """The same with plain numbers.
@@ -55,8 +58,9 @@ class Options(NamedTuple):
         index: Any = self.ignore_index
         if isinstance(index, bool) or not isinstance(index, numbers.Integral):
             raise TypeError(f"ignore_index must be an integer, got {index!r}")
-        smoothing = check_label_smoothing(self.label_smoothing)
-        return Options(int(index), smoothing, self.reduction, self.per, check_flag("inplace", self.inplace))
+        smoothing, z_loss = check_label_smoothing(self.label_smoothing), check_z_loss(self.z_loss)
+        in_place = check_flag("inplace", self.inplace)
+        return Options(int(index), smoothing, self.reduction, self.per, in_place, z_loss)
 
 
 class Given(NamedTuple):

@@ -171,6 +171,7 @@ def cross_entropy(
     weighting: Weighting | None = None,
     per: str = "element",
     logit_adjustment: Tensor | None = None,
+    z_loss: float = 0.0,
     where: Tensor | None = None,
     sample_weight: Tensor | None = None,
     groups: Tensor | None = None,
@@ -206,6 +207,9 @@ def cross_entropy(
         logit_adjustment: Numbers `a`, shape (C,), constants: every loss is that of `logits + a`, summed in
             the dtype that losses are computed in, at no pass over the logits more. `rgd.log_prior` makes
             them of class counts; -inf rules a class out.
+        z_loss: A number `z` >= 0. The objective then has `p_i w_i l_i + p_i z Z_i^2` for `p_i w_i l_i`, with
+            `Z_i` the logsumexp of the logits as adjusted, which keeps them from drifting. Weights and
+            statistics see the cross-entropy alone.
         where: Mask, bool, of the targets' shape: a target where it is False counts as ignored, whatever it
             is. With `per="sample"` it has shape (N,).
         sample_weight: The base measure `p`, numbers >= 0, of the targets' shape or (N,); with `per="sample"`
@@ -236,10 +240,10 @@ def cross_entropy(
 
     References:
         Kumar et al., arXiv 2306.09222, Algorithm 1. Logit adjustment: Menon et al., arXiv 2007.07314,
-        equation 10.
+        equation 10. z-loss: Chowdhery et al., "PaLM", arXiv 2204.02311, section 5.
     """
     class_weight, adjustment = check_class_weight(weight), check_logit_adjustment(logit_adjustment)
-    options = Options(ignore_index, label_smoothing, reduction, per, inplace).checked()
+    options = Options(ignore_index, label_smoothing, reduction, per, inplace, z_loss).checked()
     plan, sharing = Plan(resolve_weighting(weighting, tau, scale)), Sync(process_group, sync)
     memory = functional_state(plan.weighting, state, getattr(logits, "device", None))
     given = Given(logits, target, class_weight, adjustment, where, sample_weight, groups)

@@ -77,6 +77,7 @@ class RGDLoss(Dial, nn.Module):
         logit_adjustment: Numbers `a`, shape (C,), constants: the loss is that of `input + a`, in training and
             in evaluation; kept in the state dict. `rgd.log_prior` makes them of class counts, for a rare
             class. Predictions come from the logits without it.
+        z_loss: As for `cross_entropy`: a number >= 0, for training alone.
         evaluate: "plain" for the unweighted loss where nothing is trained: under `torch.no_grad()` or
             inference mode, whatever the mode of the module, and in eval mode on losses that need no gradient.
             Such a call asks no other process, updates no state and leaves nothing for `stats`. Class weights,
@@ -119,6 +120,7 @@ class RGDLoss(Dial, nn.Module):
     __jit_unused_properties__ = ("weighting", "tau", "scale", "backend", "last_weights")
     __jit_ignored_attributes__ = ("tau", "scale")  # they raise where the weighting has none
     __signature__ = InitSignature()
+    z_loss: float = 0.0  # also of a loss that an earlier release has pickled
 
     def __new__(cls, *args: Any, **kwargs: Any) -> RGDLoss:
         """Without `base`, an instance of `nn.CrossEntropyLoss` too: some trainers ask for that class."""
@@ -138,6 +140,7 @@ class RGDLoss(Dial, nn.Module):
         base: Callable[..., Tensor] | None = None,
         per: str = "element",
         logit_adjustment: Tensor | None = None,
+        z_loss: float = 0.0,
         evaluate: str = "plain",
         inplace: bool = False,
         warn: bool = False,
@@ -145,7 +148,7 @@ class RGDLoss(Dial, nn.Module):
         sync: bool = True,
     ) -> None:
         nn.Module.__init__(self)
-        options = Options(ignore_index, label_smoothing, reduction, per, inplace).checked()
+        options = Options(ignore_index, label_smoothing, reduction, per, inplace, z_loss).checked()
         check_choice("evaluate", evaluate, EVALUATIONS)
         weight, logit_adjustment = check_class_weight(weight), check_logit_adjustment(logit_adjustment)
         if base is not None:
@@ -157,6 +160,11 @@ class RGDLoss(Dial, nn.Module):
                     "weight, ignore_index and label_smoothing are settings of the built-in cross-entropy: "
                     "with base, give them to base itself"
                 )
+            if z_loss:
+                raise ValueError(
+                    "z_loss is a setting of the built-in cross-entropy: with base, add z_loss * "
+                    "logits.logsumexp(1).square() to the objective yourself"
+                )
             if logit_adjustment is not None:
                 raise ValueError(
                     "logit_adjustment is a setting of the built-in cross-entropy: with base, add it to the "
@@ -167,7 +175,7 @@ class RGDLoss(Dial, nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("logit_adjustment", logit_adjustment)
         self.base = base
-        self.ignore_index, self.label_smoothing, self.reduction, self.per, self.inplace = options
+        self.ignore_index, self.label_smoothing, self.reduction, self.per, self.inplace, self.z_loss = options
         self.evaluate = evaluate
         self._plan: Plan
         self.weighting_state: WeightingState | None = None
@@ -256,7 +264,8 @@ class RGDLoss(Dial, nn.Module):
         if self.base is None:
             by_class = self.weight, self.logit_adjustment
             problem = problem_of(
-                Given(losses, target, *by_class, where, sample_weight, groups), options_of(self)
+                Given(losses, target, *by_class, where, sample_weight, groups),
+                options_of(self, plan is not _PLAIN),
             )
             weigher = Weigher(plan, problem.groups, memory, sync, problem.factor)
             objective, record = compute(problem, weigher)
@@ -401,6 +410,7 @@ class RGDLoss(Dial, nn.Module):
             settings.append(f"label_smoothing={self.label_smoothing}")
         settings += [f"reduction={self.reduction!r}", f"per={self.per!r}", f"evaluate={self.evaluate!r}"]
         settings += ["inplace=True"] if self.inplace else []
+        settings += [f"z_loss={self.z_loss}"] if self.z_loss else []
         return ", ".join(settings)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -414,9 +424,10 @@ class RGDLoss(Dial, nn.Module):
         return {**self.__dict__, "_record": None, "_logits": None, "_totals": None, "_advisor": advisor}
 
 
-def options_of(loss: RGDLoss) -> Options:
-    """The options of a loss as they are now: attributes may be set."""
-    return Options(loss.ignore_index, loss.label_smoothing, loss.reduction, loss.per, loss.inplace)
+def options_of(loss: RGDLoss, trains: bool) -> Options:
+    """The options of a loss as they are now, since attributes may be set; an evaluation has no z-loss."""
+    z_loss = loss.z_loss if trains else 0.0
+    return Options(loss.ignore_index, loss.label_smoothing, loss.reduction, loss.per, loss.inplace, z_loss)
 
 
 def state_for(

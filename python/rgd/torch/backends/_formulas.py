@@ -74,6 +74,13 @@ def losses_of(problem: Problem) -> Tensor:
     return losses.masked_fill(~cast("Tensor", problem.counted), 0)
 
 
+def logsumexp_of(problem: Problem) -> Tensor:
+    """The logsumexp `Z` of each target's logits as adjusted, for a z-loss; 0 for an ignored target."""
+    logits = adjusted(problem.logits, problem.adjustment)
+    found = torch.logsumexp(logits, min(logits.dim() - 1, 1))
+    return found if problem.counted is None else found.masked_fill(~problem.counted, 0)
+
+
 def unless_massless(values: Tensor, mass: Tensor) -> Tensor:
     """Logits or their logarithms, and 0 where -inf meets no mass of the target: 0 times -inf is 0."""
     return values.masked_fill((mass == 0) & values.isneginf(), 0)
@@ -118,8 +125,10 @@ def units_of(
     return plain, counted.to(plain.dtype) if measure is None else measure.masked_fill(~counted, 0)
 
 
-def objective_of(problem: Problem, losses: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | float]:
-    """The objective of given weights, and what "mean" divides by."""
+def objective_of(
+    problem: Problem, losses: Tensor, weights: Tensor, logsumexp: Tensor | None = None
+) -> tuple[Tensor, Tensor | float]:
+    """The objective of given weights, and what "mean" divides by; `logsumexp` is for a z-loss."""
     return reduce_losses(
         losses,
         weights,
@@ -127,6 +136,7 @@ def objective_of(problem: Problem, losses: Tensor, weights: Tensor) -> tuple[Ten
         measure=problem.measure,
         reduction=problem.options.reduction,
         shares=shares_of(problem, losses.dtype),
+        extra=None if logsumexp is None else problem.options.z_loss * logsumexp.square(),
     )
 
 
@@ -138,13 +148,16 @@ def reduce_losses(
     measure: Tensor | None,
     reduction: str,
     shares: Tensor | None = None,
+    extra: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | float]:
-    """`sum p w l` reduced, and what "mean" divides by: `sum p c` with `c` the `shares`, or ones.
+    """`sum p (w l + e)` reduced, and what "mean" divides by: `sum p c` with `c` the `shares`, or ones.
 
-    Weights and measure are one a target, or one a sample of the leading axis.
+    Weights and measure are one a target, or one a sample of the leading axis; `e` is `extra`, or 0.
     """
     p = None if measure is None else spread(measure.detach().to(losses.dtype), losses)
     products = product(spread(weights, losses), losses)
+    if extra is not None:
+        products = products + extra
     if p is not None:
         products = (p * products).masked_fill(p == 0, 0)
     if counted is not None:
@@ -205,14 +218,28 @@ def factors_of(
     return factors.masked_fill(left_out, 0)
 
 
-def gradient_of(problem: Problem, factors: Tensor) -> Tensor:
-    """The gradient of `sum_i factors_i l_i` with respect to rows of logits, as one formula.
+def z_factors_of(problem: Problem, like: Tensor, divisor: Tensor | float | None = None) -> Tensor | None:
+    """What multiplies the squared logsumexp of each target in the objective, of the shape of `like`.
 
-    With `t` the mass of a target over the classes it is `factors ((sum_k t_k) softmax(x) - t)`.
+    None without a z-loss. Without a divisor it is what multiplies it in the sum.
+    """
+    z_loss = problem.options.z_loss
+    if z_loss == 0.0:
+        return None
+    constant = torch.full_like(like, z_loss)
+    return factors_of(like, constant, problem.counted, problem.measure, divisor)
+
+
+def gradient_of(problem: Problem, factors: Tensor, z_factors: Tensor | None = None) -> Tensor:
+    """The gradient of `sum_i factors_i l_i + z_factors_i Z_i^2` with respect to rows of logits.
+
+    With `t` the mass of a target over the classes, the gradient of the first part is
+    `factors ((sum_k t_k) softmax(x) - t)`, and that of the second `2 z_factors Z softmax(x)`.
 
     Args:
         problem: Logits (n, C), and class indices, (n,), or probabilities, (n, C).
         factors: (n,), 0 for rows that take no part, whose gradient is 0 whatever they hold.
+        z_factors: (n,), likewise; None for zeros.
 
     Returns:
         The gradient, (n, C), in the accumulator's dtype.
@@ -236,7 +263,11 @@ def gradient_of(problem: Problem, factors: Tensor) -> Tensor:
             soft = soft * (smoothing / classes)
             rows = softmax * (on_label + soft.sum()).unsqueeze(1) - soft
         rows = rows.scatter_add(1, labels, -on_label.unsqueeze(1))
-    return (rows * factors.unsqueeze(1)).masked_fill((factors == 0).unsqueeze(1), 0)
+    rows = (rows * factors.unsqueeze(1)).masked_fill((factors == 0).unsqueeze(1), 0)
+    if z_factors is None:
+        return rows
+    by_z = 2 * (z_factors * torch.logsumexp(logits, 1)).unsqueeze(1) * softmax
+    return rows + by_z.masked_fill((z_factors == 0).unsqueeze(1), 0)
 
 
 def product(weights: Tensor, losses: Tensor) -> Tensor:
@@ -247,6 +278,7 @@ def product(weights: Tensor, losses: Tensor) -> Tensor:
 def differentiable_gradient(problem: Problem, weights: Tensor, above: Tensor) -> Tensor:
     """The gradient of the objective times `above`, to be differentiated again; the weights stay constant."""
     with torch.enable_grad():
-        objective, _ = objective_of(problem, losses_of(problem), weights)
+        logsumexp = logsumexp_of(problem) if problem.options.z_loss else None
+        objective, _ = objective_of(problem, losses_of(problem), weights, logsumexp)
         (gradient,) = torch.autograd.grad(objective, problem.logits, above, create_graph=True)
     return gradient

@@ -29,16 +29,23 @@ class Rows(NamedTuple):
 class Step(Protocol):
     """What is computed from the logits of one chunk, (n, C)."""
 
-    def losses(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The loss of each row, (n,), in the accumulator's dtype."""
+    def losses(self, logits: Tensor, target: Tensor, logsumexp: Tensor | None = None) -> Tensor:
+        """The loss of each row, (n,), in the accumulator's dtype; `logsumexp`, if given, is filled."""
         ...
 
-    def write_gradient(self, logits: Tensor, target: Tensor, factors: Tensor) -> None:
-        """Overwrite logits with the gradient of `sum_i factors_i l_i`."""
+    def write_gradient(
+        self, logits: Tensor, target: Tensor, factors: Tensor, z_factors: Tensor | None = None
+    ) -> None:
+        """Overwrite logits with the gradient of `sum_i factors_i l_i + z_factors_i Z_i^2`."""
         ...
 
-    def weigh_and_write_gradient(self, rows: Rows, weigher: Weigher, losses: Tensor, weights: Tensor) -> None:
-        """Fill losses and pointwise weights, (n,); overwrite logits with the gradient of `sum norm w l`."""
+    def weigh_and_write_gradient(
+        self, rows: Rows, weigher: Weigher, losses: Tensor, weights: Tensor, logsumexp: Tensor | None = None
+    ) -> None:
+        """Fill losses and pointwise weights, (n,), and overwrite logits with the gradient.
+
+        It is that of `sum_i norm_i (w_i l_i + z_loss Z_i^2)`. With a z-loss `logsumexp` is given, and filled.
+        """
         ...
 
 
@@ -53,14 +60,19 @@ class FormulaStep(Step):
     def __init__(self, problem: Problem) -> None:
         self.problem = problem.changed(measure=None, given_measure=None, groups=None, head=None)
 
-    def losses(self, logits: Tensor, target: Tensor) -> Tensor:
+    def losses(self, logits: Tensor, target: Tensor, logsumexp: Tensor | None = None) -> Tensor:
         raise NotImplementedError
 
-    def write_gradient(self, logits: Tensor, target: Tensor, factors: Tensor) -> None:
+    def write_gradient(
+        self, logits: Tensor, target: Tensor, factors: Tensor, z_factors: Tensor | None = None
+    ) -> None:
         raise NotImplementedError
 
-    def weigh_and_write_gradient(self, rows: Rows, weigher: Weigher, losses: Tensor, weights: Tensor) -> None:
-        losses[...] = self.losses(rows.logits, rows.target)
+    def weigh_and_write_gradient(
+        self, rows: Rows, weigher: Weigher, losses: Tensor, weights: Tensor, logsumexp: Tensor | None = None
+    ) -> None:
+        losses[...] = self.losses(rows.logits, rows.target, logsumexp)
         weights[...] = weigher.weigh(losses, rows.measure)
         factors = (rows.norm * weights).masked_fill(rows.norm == 0, 0)
-        self.write_gradient(rows.logits, rows.target, factors)
+        z_factors = None if logsumexp is None else rows.norm * self.problem.options.z_loss
+        self.write_gradient(rows.logits, rows.target, factors, z_factors)

@@ -19,9 +19,11 @@ from rgd.torch.backends._formulas import (
     check_labels,
     factors_of,
     gradient_of,
+    logsumexp_of,
     losses_of,
     objective_of,
     units_of,
+    z_factors_of,
 )
 from rgd.torch.backends._in_place import Overwritten
 from rgd.torch.backends._steps import FormulaStep, Step
@@ -52,10 +54,12 @@ class Composite:
         losses, counted = losses_of(given), problem.counted
         units, measure = units_of(losses, counted, problem.measure, problem.options.per)
         weights = weigher.weigh(units, measure).to(losses.dtype)
-        objective, divisor = objective_of(given, losses, weights)
+        logsumexp = logsumexp_of(given) if problem.options.z_loss else None
+        objective, divisor = objective_of(given, losses, weights, logsumexp)
         if in_place:
             mean = divisor if problem.options.reduction == "mean" else None
-            _overwrite(given, factors_of(losses, weights, counted, problem.measure, mean))
+            factors = factors_of(losses, weights, counted, problem.measure, mean)
+            _overwrite(given, factors, z_factors_of(given, losses, mean))
             objective = Overwritten.apply(problem.logits, objective)
         if must_forget():
             return objective, None
@@ -69,14 +73,19 @@ class Composite:
 class ComposedStep(FormulaStep):
     """Torch operations; on a GPU the gradient's formula is compiled, once for each shape."""
 
-    def losses(self, logits: Tensor, target: Tensor) -> Tensor:
+    def losses(self, logits: Tensor, target: Tensor, logsumexp: Tensor | None = None) -> Tensor:
         """As `Step.losses`."""
-        return losses_of(self.problem.changed(logits=logits, target=target))
+        problem = self.problem.changed(logits=logits, target=target)
+        if logsumexp is not None:
+            logsumexp[...] = logsumexp_of(problem)
+        return losses_of(problem)
 
-    def write_gradient(self, logits: Tensor, target: Tensor, factors: Tensor) -> None:
+    def write_gradient(
+        self, logits: Tensor, target: Tensor, factors: Tensor, z_factors: Tensor | None = None
+    ) -> None:
         """As `Step.write_gradient`."""
         formula = _formula_for(logits)
-        logits.copy_(formula(self.problem.changed(logits=logits, target=target), factors))
+        logits.copy_(formula(self.problem.changed(logits=logits, target=target), factors, z_factors))
 
 
 def _formula_for(logits: Tensor) -> Any:
@@ -91,11 +100,12 @@ def _compiled() -> Any:
     return torch.compile(gradient_of, dynamic=False)
 
 
-def _overwrite(problem: Problem, factors: Tensor) -> None:
-    """Write the gradient of `sum_i factors_i l_i` over logits of any shape."""
+def _overwrite(problem: Problem, factors: Tensor, z_factors: Tensor | None) -> None:
+    """Write the gradient of `sum_i factors_i l_i + z_factors_i Z_i^2` over logits of any shape."""
     logits, target, classes = problem.logits, problem.target, problem.classes
     rows = logits if logits.dim() < 3 else logits.movedim(1, -1)
     labels = target if problem.has_labels or target.dim() < 3 else target.movedim(1, -1)
     labels = labels.reshape(-1) if problem.has_labels else labels.reshape(-1, classes)
     flat = problem.changed(logits=rows.reshape(-1, classes), target=labels)
-    rows.copy_(gradient_of(flat, factors.reshape(-1)).view(rows.shape))
+    z_factors = None if z_factors is None else z_factors.reshape(-1)
+    rows.copy_(gradient_of(flat, factors.reshape(-1), z_factors).view(rows.shape))

@@ -30,6 +30,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     logit_adjustment: Tensor | None = None,
+    z_loss: float = 0.0,
     tau: float | None = None,
     scale: float | None = None,
     weighting: Weighting | None = None,
@@ -68,6 +69,7 @@ def linear_cross_entropy(
         reduction: "none", "mean" or "sum".
         label_smoothing: In [0, 1].
         logit_adjustment: As for `cross_entropy`, shape (C,); added after a soft cap.
+        z_loss: As for `cross_entropy`.
         tau: Short for `weighting=KL(tau, scale=scale)`.
         scale: The dial; short for the same.
         weighting: As for `cross_entropy`.
@@ -121,7 +123,7 @@ def linear_cross_entropy(
         Kumar et al., arXiv 2306.09222, Algorithm 1, for the weights.
     """
     class_weight, adjustment = check_class_weight(weight), check_logit_adjustment(logit_adjustment)
-    options = Options(ignore_index, label_smoothing, reduction, per).checked()
+    options = Options(ignore_index, label_smoothing, reduction, per, z_loss=z_loss).checked()
     chunking = Chunking(logit_softcap, shift, chunk_bytes, accumulate_dtype, vocab_group).checked()
     plan, sharing = Plan(resolve_weighting(weighting, tau, scale)), Sync(process_group, sync)
     given = Given(input, target, class_weight, adjustment, where, sample_weight, groups)
@@ -151,6 +153,7 @@ class LinearRGDLoss(RGDLoss):
         reduction: "none", "mean" or "sum".
         label_smoothing: In [0, 1].
         logit_adjustment: As for `cross_entropy`, shape (C,); added after a soft cap.
+        z_loss: As for `cross_entropy`.
         tau: Short for `weighting=KL(tau, scale=scale)`.
         scale: The dial; short for the same.
         weighting: As for `RGDLoss`.
@@ -203,6 +206,7 @@ class LinearRGDLoss(RGDLoss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         logit_adjustment: Tensor | None = None,
+        z_loss: float = 0.0,
         tau: float | None = None,
         scale: float | None = None,
         weighting: Weighting | None = None,
@@ -219,8 +223,8 @@ class LinearRGDLoss(RGDLoss):
     ) -> None:
         super().__init__(
             weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
-            logit_adjustment=logit_adjustment, tau=tau, scale=scale, weighting=weighting, per=per,
-            evaluate=evaluate, warn=warn, process_group=process_group, sync=sync,
+            logit_adjustment=logit_adjustment, z_loss=z_loss, tau=tau, scale=scale, weighting=weighting,
+            per=per, evaluate=evaluate, warn=warn, process_group=process_group, sync=sync,
         )  # fmt: skip
         self._chunking = Chunking(logit_softcap, shift, chunk_bytes, accumulate_dtype, vocab_group).checked()
         if linear_weight is None:
@@ -306,7 +310,7 @@ class LinearRGDLoss(RGDLoss):
         is_plain = plan is not self._plan
         by_class = self.weight, self.logit_adjustment
         given = Given(input, target, *by_class, where, sample_weight, None if is_plain else groups)
-        problem = problem_of(given, options_of(self), LinearHead(weight, bias, self._chunking))
+        problem = problem_of(given, options_of(self, not is_plain), LinearHead(weight, bias, self._chunking))
         weigher = Weigher(plan, problem.groups, memory, sync, problem.factor)
         objective, record = compute_linear(problem, weigher)
         if not is_plain:

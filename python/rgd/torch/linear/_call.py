@@ -18,12 +18,14 @@ from rgd.torch.backends._formulas import (
     check_labels,
     divisor_of,
     factors_of,
+    logsumexp_of,
     losses_of,
     mean_of,
     objective_of,
     product,
     shares_of,
     units_of,
+    z_factors_of,
 )
 from rgd.torch.backends._registry import Backend, choose
 from rgd.torch.functional import compute, finished
@@ -100,29 +102,35 @@ class _Call(NamedTuple):
         measure = None if measure is None else as_rows(problem, measure, 0)
         alone = Weigher(plan, None if groups is None else as_rows(problem, groups, 0))
         found = in_one_pass(self._chunked(), measure, norm, alone, self.wanted)
-        losses, weights = as_losses(problem, found[0]), as_losses(problem, found[1])
-        objective, divisor = self._reduced(losses, weights)
-        kept = _Kept(objective, self._finished(found[2]), weights)
+        losses, weights = as_losses(problem, found.losses), as_losses(problem, found.weights)
+        logsumexp = None if found.logsumexp is None else as_losses(problem, found.logsumexp)
+        objective, divisor = self._reduced(losses, weights, logsumexp)
+        kept = _Kept(objective, self._finished(found.gradients), weights)
         objective = cast("Tensor", _OnePass.apply(*self.parameters, kept, self))
         return objective, self._record(losses, weights, divisor)
 
     def _two_passes(self, weigher: Weigher) -> tuple[Tensor, Record]:
         problem, compiling = self.problem, torch.compiler.is_compiling()
         with torch.no_grad():
-            flat = _ops.losses(self._in_dtype()) if compiling else losses_in_chunks(self._chunked())
-            losses = as_losses(problem, flat)
+            found = _ops.losses(self._in_dtype()) if compiling else losses_in_chunks(self._chunked())
+            losses, logsumexp = (None if one is None else as_losses(problem, one) for one in found)
+            losses = cast("Tensor", losses)
             counted, per = problem.counted, problem.options.per
             units = units_of(losses, counted, problem.measure, per)
             weights = self.backend.sample_weights(*units, weigher).to(losses.dtype)
         if not any(self.wanted):
-            objective, divisor = self._reduced(losses, weights)
+            objective, divisor = self._reduced(losses, weights, logsumexp)
             return objective, self._record(losses, weights, divisor)
         factors = factors_of(losses, weights, counted, problem.measure)
+        values = product(factors, losses)
+        z_factors = z_factors_of(problem, losses)
+        if logsumexp is not None and z_factors is not None:
+            values = values + z_factors * logsumexp.square()
         if compiling:
-            flat = _ops.products(self._in_dtype(), self.wanted, flat, as_rows(problem, factors, 0))
-            products = as_losses(problem, flat)
+            flat = (None if one is None else as_rows(problem, one, 0) for one in (values, factors, z_factors))
+            products = as_losses(problem, _ops.products(self._in_dtype(), self.wanted, *flat))
         else:
-            products = cast("Tensor", _Products.apply(*self.parameters, losses, factors, self))
+            products = cast("Tensor", _Products.apply(*self.parameters, values, factors, self))
         _, divisor = self._reduced(losses, weights)
         reduction = problem.options.reduction
         if reduction != "none":
@@ -144,13 +152,19 @@ class _Call(NamedTuple):
         total = divisor_of(norm, problem.counted, p, shares_of(problem, dtype))
         return torch.where(norm == 0, 0, mean_of(norm, total))
 
-    def gradients(self, factors: Tensor, wanted: Wanted) -> Gradients:
-        """The gradients of `sum_i factors_i l_i`, by a pass over the chunks."""
+    def gradients(self, factors: Tensor, z_factors: Tensor | None, wanted: Wanted) -> Gradients:
+        """The gradients of `sum_i factors_i l_i + z_factors_i Z_i^2`, by a pass over the chunks."""
+        of_z = None if z_factors is None else as_rows(self.problem, z_factors, 0)
         flat = as_rows(self.problem, factors, 0)
-        return self._finished(gradients_in_chunks(self._chunked(), flat, wanted))
+        return self._finished(gradients_in_chunks(self._chunked(), flat, of_z, wanted))
 
-    def differentiable(self, factors: Tensor, above: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of `sum_i above_i factors_i l_i` from all logits, to be differentiated again."""
+    def differentiable(
+        self, factors: Tensor, z_factors: Tensor | None, above: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of `sum_i above_i (factors_i l_i + z_factors_i Z_i^2)`, to be differentiated again.
+
+        They are taken from all logits.
+        """
         problem = self.problem
         if cast("LinearHead", problem.head).shard is not None:
             raise RuntimeError("a split vocabulary has no second derivatives: leave vocab_group out")
@@ -161,8 +175,10 @@ class _Call(NamedTuple):
                 # Whatever a row holds that takes no part, it reaches no gradient.
                 left_out = as_rows(problem, measure == 0, 1).view(*given.logits.shape[:-1], 1)
                 given = given.changed(logits=given.logits.masked_fill(left_out, 0))
-            losses = losses_of(_with_all_logits(given))
-            products = product(factors, losses)
+            whole = _with_all_logits(given)
+            products = product(factors, losses_of(whole))
+            if z_factors is not None:
+                products = products + z_factors * logsumexp_of(whole).square()
             above = above.expand(factors.shape).to(products.dtype)
             wanted = [one for one in self.parameters if one is not None and one.requires_grad]
             found = iter(torch.autograd.grad(products, wanted, above, create_graph=True))
@@ -180,8 +196,11 @@ class _Call(NamedTuple):
         head = LinearHead(head.weight.to(self.dtype), bias, head.chunking, head.shard)
         return self.problem.changed(logits=self.problem.logits.to(self.dtype), head=head)
 
-    def _reduced(self, losses: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | float]:
-        objective, divisor = objective_of(self.problem, losses.to(wide(losses)), weights.to(wide(losses)))
+    def _reduced(
+        self, losses: Tensor, weights: Tensor, logsumexp: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | float]:
+        vectors = (None if one is None else one.to(wide(losses)) for one in (losses, weights, logsumexp))
+        objective, divisor = objective_of(self.problem, *cast("Any", vectors))
         return objective.to(losses.dtype), divisor
 
     def _record(self, losses: Tensor, weights: Tensor, divisor: Tensor | float) -> Record:
@@ -234,8 +253,9 @@ class _OnePass(torch.autograd.Function):
         (above,) = grad_outputs
         found: tuple[Tensor | None, ...]
         if torch.is_grad_enabled():
-            norm = call.norm()
-            found = call.differentiable((norm * weights).masked_fill(norm == 0, 0), above)
+            norm, z_loss = call.norm(), call.problem.options.z_loss
+            factors = (norm * weights).masked_fill(norm == 0, 0)
+            found = call.differentiable(factors, z_loss * norm if z_loss else None, above)
         elif above.is_cpu and above.item() == 1.0 and not graph_is_kept():
             found = gradients
         else:
@@ -244,7 +264,7 @@ class _OnePass(torch.autograd.Function):
 
 
 class _Products(torch.autograd.Function):
-    """`factors_i l_i` of each target; the backward pass goes through the chunks once more."""
+    """What each target adds to the objective; the backward pass goes through the chunks once more."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 - the signature is torch's
@@ -252,13 +272,13 @@ class _Products(torch.autograd.Function):
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        losses: Tensor,
+        values: Tensor,
         factors: Tensor,
         call: _Call,
     ) -> Tensor:
         ctx.save_for_backward(factors, *call.problem.tensors)
         ctx.call = call._replace(problem=call.problem.without_tensors())
-        return product(factors, losses)
+        return values.view_as(values)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -266,11 +286,15 @@ class _Products(torch.autograd.Function):
         (above,) = grad_outputs
         call = cast("_Call", ctx.call)
         call = call._replace(problem=call.problem.with_tensors(saved))
+        z_factors = z_factors_of(call.problem, factors)
         if torch.is_grad_enabled():
-            found = call.differentiable(factors, above)
+            found = call.differentiable(factors, z_factors, above)
         else:
-            factors = (factors * above).masked_fill(factors == 0, 0)
-            found = call.gradients(factors, Wanted(*ctx.needs_input_grad[:3]))
+            factors, z_factors = (
+                None if one is None else (one * above).masked_fill(one == 0, 0)
+                for one in (factors, z_factors)
+            )
+            found = call.gradients(cast("Tensor", factors), z_factors, Wanted(*ctx.needs_input_grad[:3]))
         return *_in_dtypes_of(call.parameters, found), None, None, None
 
 

@@ -12,7 +12,7 @@ more.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -44,6 +44,22 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
+class OnePass(NamedTuple):
+    """What one pass over the chunks gives; vectors are (N,), 0 for rows that take no part.
+
+    Attributes:
+        losses: The loss of each row.
+        weights: Its pointwise weight.
+        logsumexp: With a z-loss, that of its logits; else None.
+        gradients: The gradients of the objective.
+    """
+
+    losses: Tensor
+    weights: Tensor
+    logsumexp: Tensor | None
+    gradients: Gradients
+
+
 class ChunkedHead(NamedTuple):
     """A linear head and how its chunks are computed; tensors are detached and of one dtype.
 
@@ -57,6 +73,7 @@ class ChunkedHead(NamedTuple):
         rows: How many rows a chunk has at most.
         dtype: The dtype that the gradients of weight and bias are summed in.
         step: What computes a chunk.
+        z_loss: What multiplies the squared logsumexp of each row.
     """
 
     input: Tensor
@@ -68,6 +85,7 @@ class ChunkedHead(NamedTuple):
     rows: int
     dtype: torch.dtype
     step: Step
+    z_loss: float = 0.0
 
 
 def rows_of(
@@ -189,19 +207,21 @@ class _Run:
         return Gradients(self._input, self._weight, self._bias)
 
 
-def losses_in_chunks(head: ChunkedHead) -> Tensor:
-    """The loss of each row, (N,), 0 for one that takes no part."""
+def losses_in_chunks(head: ChunkedHead) -> tuple[Tensor, Tensor | None]:
+    """The loss of each row and, with a z-loss, the logsumexp of its logits; (N,), 0 for one left out."""
     run = _Run(head, Wanted(False, False, False))
     losses = head.input.new_empty(run.count, dtype=accumulator(head.input.dtype))
+    logsumexp = torch.empty_like(losses) if head.z_loss else None
     for chunk, logits in run:
-        losses[chunk.own] = head.step.losses(logits, chunk.target)
-    return run.spread(losses)
+        own = None if logsumexp is None else logsumexp[chunk.own]
+        losses[chunk.own] = head.step.losses(logits, chunk.target, own)
+    return run.spread(losses), None if logsumexp is None else run.spread(logsumexp)
 
 
 def in_one_pass(
     head: ChunkedHead, measure: Tensor | None, norm: Tensor, weigher: Weigher, wanted: Wanted
-) -> tuple[Tensor, Tensor, Gradients]:
-    """Losses and pointwise weights, (N,), and the gradients of `sum_i norm_i w_i l_i`.
+) -> OnePass:
+    """Losses and pointwise weights, and the gradients of `sum_i norm_i (w_i l_i + z_loss Z_i^2)`.
 
     Args:
         head: The head.
@@ -213,20 +233,25 @@ def in_one_pass(
     run = _Run(head, wanted)
     losses = head.input.new_empty(run.count, dtype=accumulator(head.input.dtype))
     weights = torch.empty_like(losses)
+    logsumexp = torch.empty_like(losses) if head.z_loss else None
     for chunk, logits in run:
         groups = None if weigher.groups is None else chunk.of(weigher.groups)
         p = None if measure is None else chunk.of(measure)
         rows = Rows(logits, chunk.target, p, chunk.of(norm))
-        own = losses[chunk.own], weights[chunk.own]
+        own = [None if one is None else one[chunk.own] for one in (losses, weights, logsumexp)]
         head.step.weigh_and_write_gradient(rows, Weigher(weigher.plan, groups), *own)
         run.collect(chunk, logits)
-    return run.spread(losses), run.spread(weights), run.gradients()
+    spread = [None if one is None else run.spread(one) for one in (losses, weights, logsumexp)]
+    return OnePass(*cast("Any", spread), run.gradients())
 
 
-def gradients_in_chunks(head: ChunkedHead, factors: Tensor, wanted: Wanted) -> Gradients:
-    """The gradients of `sum_i factors_i l_i`, with a number `factors_i` for each row, (N,)."""
+def gradients_in_chunks(
+    head: ChunkedHead, factors: Tensor, z_factors: Tensor | None, wanted: Wanted
+) -> Gradients:
+    """The gradients of `sum_i factors_i l_i + z_factors_i Z_i^2`, with numbers for each row, (N,)."""
     run = _Run(head, wanted)
     for chunk, logits in run:
-        head.step.write_gradient(logits, chunk.target, chunk.of(factors))
+        of_z = None if z_factors is None else chunk.of(z_factors)
+        head.step.write_gradient(logits, chunk.target, chunk.of(factors), of_z)
         run.collect(chunk, logits)
     return run.gradients()

@@ -38,9 +38,10 @@ _WANTED = "bool want_input, bool want_weight, bool want_bias"
 define({
     "linear_one_pass": f"({PROBLEM}, {_WANTED}, Tensor norm, str kind, Tensor numbers) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "linear_losses": f"({PROBLEM}) -> Tensor",
-    "linear_products": f"({PROBLEM}, {_WANTED}, Tensor losses, Tensor factors) -> Tensor",
-    "linear_gradients": f"({PROBLEM}, {_WANTED}, Tensor factors) -> (Tensor, Tensor, Tensor)",
+    "linear_losses": f"({PROBLEM}) -> (Tensor, Tensor)",
+    "linear_products": f"({PROBLEM}, {_WANTED}, Tensor values, Tensor factors, Tensor? z_factors) -> Tensor",
+    "linear_gradients": f"({PROBLEM}, {_WANTED}, Tensor factors, Tensor? z_factors) "
+    "-> (Tensor, Tensor, Tensor)",
 })  # fmt: skip
 _one_pass: Any = torch.ops.rgd.linear_one_pass.default
 _losses: Any = torch.ops.rgd.linear_losses.default
@@ -53,14 +54,17 @@ def one_pass(problem: Problem, wanted: Wanted, norm: Tensor, plan: Plan) -> tupl
     return _one_pass(*flattened(problem), *wanted, norm, plan.kind, plan.numbers)[:3]
 
 
-def losses(problem: Problem) -> Tensor:
-    """The loss of each row."""
-    return _losses(*flattened(problem))
+def losses(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """The loss of each row and, with a z-loss, the logsumexp of its logits."""
+    losses, logsumexp = _losses(*flattened(problem))
+    return losses, logsumexp if problem.options.z_loss else None
 
 
-def products(problem: Problem, wanted: Wanted, losses: Tensor, factors: Tensor) -> Tensor:
-    """`factors_i l_i` of each row; the backward pass goes through the chunks."""
-    return _products(*flattened(problem), *wanted, losses, factors)
+def products(
+    problem: Problem, wanted: Wanted, values: Tensor, factors: Tensor, z_factors: Tensor | None
+) -> Tensor:
+    """What each row adds to the objective; the backward pass goes through the chunks."""
+    return _products(*flattened(problem), *wanted, values, factors, z_factors)
 
 
 def _read(given: tuple[Any, ...]) -> tuple[Problem, ChunkedHead]:
@@ -112,8 +116,11 @@ def _(*given: Any) -> tuple[Tensor, ...]:
     measure = measure_of_targets(problem, norm.dtype)
     measure = None if measure is None else as_rows(problem, measure, 0)
     weigher = Weigher(Plan.of_kernel(kind, numbers_of(numbers)))
-    losses, weights, found = in_one_pass(head, measure, norm, weigher, _wanted(given))
+    losses, weights, logsumexp, found = in_one_pass(head, measure, norm, weigher, _wanted(given))
     objective = (norm.double() * weights.double() * losses.double()).masked_fill(norm * weights == 0, 0).sum()
+    if logsumexp is not None:
+        by_z = norm.double() * head.z_loss * logsumexp.double().square()
+        objective = objective + by_z.masked_fill(norm == 0, 0).sum()
     return objective.to(losses.dtype), losses, weights, *_filled(found, problem)
 
 
@@ -125,19 +132,20 @@ def _(*given: Any) -> tuple[Tensor, ...]:
 
 @library.impl("rgd::linear_losses", _KEY)
 @torch.no_grad()
-def _(*given: Any) -> Tensor:
-    return losses_in_chunks(_read(given)[1])
+def _(*given: Any) -> tuple[Tensor, Tensor]:
+    losses, logsumexp = losses_in_chunks(_read(given)[1])
+    return losses, or_empty(logsumexp, losses)
 
 
 @register_fake("rgd::linear_losses")
-def _(*given: Any) -> Tensor:
-    return _fake_losses(given)
+def _(*given: Any) -> tuple[Tensor, Tensor]:
+    losses = _fake_losses(given)
+    return losses, torch.empty_like(losses) if rebuilt(given).options.z_loss else losses.new_empty(0)
 
 
 @library.impl("rgd::linear_products", _KEY)
 def _(*given: Any) -> Tensor:
-    losses, factors = given[LENGTH + 3 :]
-    return factors * losses.masked_fill((factors == 0) & ~losses.isnan(), 0)
+    return given[LENGTH + 3].clone()
 
 
 @register_fake("rgd::linear_products")
@@ -149,7 +157,8 @@ def _(*given: Any) -> Tensor:
 @torch.no_grad()
 def _(*given: Any) -> tuple[Tensor, ...]:
     problem, head = _read(given)
-    return _filled(gradients_in_chunks(head, given[-1], _wanted(given)), problem)
+    factors, z_factors = given[LENGTH + 3 :]
+    return _filled(gradients_in_chunks(head, factors, z_factors, _wanted(given)), problem)
 
 
 @register_fake("rgd::linear_gradients")
@@ -182,17 +191,18 @@ def _scaled(ctx: Any, above: Tensor, *_: Any) -> tuple[Any, ...]:
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *given, _, factors = inputs
-    problem = rebuilt(tuple(given))
-    ctx.save_for_backward(factors, *problem.tensors)
+    problem = rebuilt(inputs)
+    ctx.save_for_backward(*inputs[LENGTH + 4 :], *problem.tensors)
     ctx.problem = problem.without_tensors()
     ctx.wanted, ctx.length = _wanted(inputs), len(inputs)
 
 
 def _by_a_pass(ctx: Any, above: Tensor) -> tuple[Any, ...]:
-    factors, *tensors = ctx.saved_tensors
+    factors, z_factors, *tensors = ctx.saved_tensors
     factors = torch.where(factors == 0, 0, factors * above)
-    found = _gradients(*flattened(ctx.problem.with_tensors(tensors)), *ctx.wanted, factors)
+    z_factors = None if z_factors is None else torch.where(z_factors == 0, 0, z_factors * above)
+    problem = ctx.problem.with_tensors(tensors)
+    found = _gradients(*flattened(problem), *ctx.wanted, factors, z_factors)
     pairs = zip(found, ctx.wanted, strict=True)
     return _in_places([one if want else None for one, want in pairs], ctx.length)
 

@@ -71,4 +71,5 @@ def chunked(problem: Problem, dtype: torch.dtype, backend: Backend) -> ChunkedHe
         rows_of(chunking.chunk_bytes, classes, weight.shape[1], dtype, accumulate),
         accumulate,
         backend.step(problem) if shard is None else VocabStep(problem, shard),
+        problem.options.z_loss,
     )

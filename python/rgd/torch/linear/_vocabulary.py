@@ -29,7 +29,7 @@ class VocabStep(FormulaStep):
         self._shard = shard
         self._logsumexp: Tensor | None = None
 
-    def losses(self, logits: Tensor, target: Tensor) -> Tensor:
+    def losses(self, logits: Tensor, target: Tensor, logsumexp: Tensor | None = None) -> Tensor:
         smoothing, dtype = self.problem.options.label_smoothing, accumulator(logits.dtype)
         logits = self._adjusted(logits)
         here, local = self._local(target, logits.shape[1])
@@ -40,17 +40,21 @@ class VocabStep(FormulaStep):
             wide = logits.to(dtype)
             own.append((wide if c is None else unless_massless(wide, c) * c.to(dtype)).sum(1))
         parts = self._exchange(torch.stack(own))
-        self._logsumexp = logsumexp = torch.logsumexp(parts[:, 0], 0)
+        self._logsumexp = log_sum = torch.logsumexp(parts[:, 0], 0)
         counted, on_label, spread = self._mass(target, dtype)
+        if logsumexp is not None:
+            logsumexp[...] = log_sum.masked_fill(~counted, 0)
         at_label = unless_massless(parts[:, 1].sum(0), on_label)
-        losses = on_label * (logsumexp - at_label)
+        losses = on_label * (log_sum - at_label)
         if smoothing > 0:
-            losses = losses + spread * logsumexp - smoothing / self._shard.classes * parts[:, 2].sum(0)
+            losses = losses + spread * log_sum - smoothing / self._shard.classes * parts[:, 2].sum(0)
         # On a GPU nobody has looked whether every label is a class.
         unknown = (target < 0) | (target >= self._shard.classes)
         return losses.masked_fill(unknown, float("nan")).masked_fill(~counted, 0)
 
-    def write_gradient(self, logits: Tensor, target: Tensor, factors: Tensor) -> None:
+    def write_gradient(
+        self, logits: Tensor, target: Tensor, factors: Tensor, z_factors: Tensor | None = None
+    ) -> None:
         dtype = accumulator(logits.dtype)
         logsumexp, self._logsumexp = self._logsumexp, None
         if logsumexp is None:
@@ -58,17 +62,17 @@ class VocabStep(FormulaStep):
             logsumexp = torch.logsumexp(self._exchange(own.unsqueeze(0))[:, 0], 0)
         here, local = self._local(target, logits.shape[1])
         _, on_label, spread = self._mass(target, dtype)
-        rows = (
-            (self._adjusted(logits).to(dtype) - logsumexp.unsqueeze(1))
-            .exp_()
-            .mul_((on_label + spread).unsqueeze(1))
-        )
+        rows = (self._adjusted(logits).to(dtype) - logsumexp.unsqueeze(1)).exp_()
+        by_z = None if z_factors is None else rows * (2 * z_factors * logsumexp).unsqueeze(1)
+        rows.mul_((on_label + spread).unsqueeze(1))
         rows.scatter_add_(1, local.unsqueeze(1), (-on_label).masked_fill(~here, 0).unsqueeze(1))
         smoothing = self.problem.options.label_smoothing
         if smoothing > 0:
             c = self._slice(self.problem.class_weight, logits.shape[1])
             rows -= smoothing / self._shard.classes * (1.0 if c is None else c.to(dtype))
         rows.mul_(factors.unsqueeze(1)).masked_fill_((factors == 0).unsqueeze(1), 0)
+        if z_factors is not None and by_z is not None:
+            rows += by_z.masked_fill_((z_factors == 0).unsqueeze(1), 0)
         logits.copy_(rows)
 
     def _local(self, target: Tensor, columns: int) -> tuple[Tensor, Tensor]:

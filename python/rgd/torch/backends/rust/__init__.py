@@ -138,9 +138,9 @@ class _Objective(torch.autograd.Function):
 
 def _compute_in_two_passes(problem: Problem, weigher: Weigher, with_grad: bool) -> Computed:
     """First the losses, then, with the weights they call for, the gradient."""
-    losses = fill_losses(problem)
+    losses, logsumexp = fill_losses(problem)
     weights = weigher.weigh(*units_of(losses, problem.counted, problem.measure, problem.options.per))
-    return fill_gradient(problem, losses, weights.to(losses.dtype), with_grad)
+    return fill_gradient(problem, losses, weights.to(losses.dtype), logsumexp, with_grad)
 
 
 def _compute_by_operators(problem: Problem, weigher: Weigher, with_grad: bool) -> Computed:
@@ -149,9 +149,9 @@ def _compute_by_operators(problem: Problem, weigher: Weigher, with_grad: bool) -
     problem = problem.changed(target=problem.target.detach(), class_weight=class_weight)
     if weigher.kernel_serves(problem.measure):
         return _ops.cross_entropy(problem, weigher.plan, with_grad)
-    losses = _ops.cross_entropy_losses(problem)
+    losses, logsumexp = _ops.cross_entropy_losses(problem)
     weights = weigher.weigh(*units_of(losses, problem.counted, problem.measure, problem.options.per))
-    return _ops.cross_entropy_gradient(problem, losses, weights.to(losses.dtype), with_grad)
+    return _ops.cross_entropy_gradient(problem, losses, weights.to(losses.dtype), logsumexp, with_grad)
 
 
 def _served_in_graphs(tensors: tuple[Tensor | None, ...]) -> bool:

@@ -41,7 +41,7 @@ def fill_weights(losses: Tensor, kernel: Kernel) -> Tensor:
 def fill(problem: Problem, kernel: Kernel, with_grad: bool) -> Computed:
     """Losses, weights, objective and gradient in one call of the kernels."""
     logits, target = _plain(problem.logits.detach()), _plain(problem.target.detach())
-    ignore_index, smoothing, reduction, per, inplace = problem.options
+    ignore_index, smoothing, reduction, per, inplace, z_loss = problem.options
     losses = _empty_losses(logits, target)
     # empty_like takes a third of the time of new_empty.
     weights = losses.new_empty(losses.shape[:1]) if per == "sample" else torch.empty_like(losses)
@@ -50,32 +50,36 @@ def fill(problem: Problem, kernel: Kernel, with_grad: bool) -> Computed:
     divisor, count = _rgd.cross_entropy(
         logits, target, _by_class(problem.class_weight, losses.dtype), problem.measure, *kernel,
         ignore_index, smoothing, per == "sample", reduction, losses, weights, objective, grad,
-        torch.get_num_threads(), _by_class(problem.adjustment, losses.dtype),
+        torch.get_num_threads(), _by_class(problem.adjustment, losses.dtype), z_loss,
     )  # fmt: skip
     return Computed(objective, grad, Filled(losses, weights, divisor, count == losses.numel()))
 
 
-def fill_losses(problem: Problem) -> Tensor:
-    """The loss of each target."""
+def fill_losses(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """The loss of each target and, where there is a z-loss, the logsumexp of its logits."""
     logits, target = _plain(problem.logits.detach()), _plain(problem.target.detach())
     losses, options = _empty_losses(logits, target), problem.options
+    logsumexp = torch.empty_like(losses) if options.z_loss else None
     _rgd.cross_entropy_losses(
         logits, target, _by_class(problem.class_weight, losses.dtype), options.ignore_index,
-        options.label_smoothing, losses, torch.get_num_threads(), _by_class(problem.adjustment, losses.dtype),
+        options.label_smoothing, losses, torch.get_num_threads(),
+        _by_class(problem.adjustment, losses.dtype), logsumexp,
     )  # fmt: skip
-    return losses
+    return losses, logsumexp
 
 
-def fill_gradient(problem: Problem, losses: Tensor, weights: Tensor, with_grad: bool) -> Computed:
-    """Objective and gradient of given losses and weights."""
+def fill_gradient(
+    problem: Problem, losses: Tensor, weights: Tensor, logsumexp: Tensor | None, with_grad: bool
+) -> Computed:
+    """Objective and gradient of given losses and weights; `logsumexp` is what `fill_losses` gave."""
     logits, target = _plain(problem.logits.detach()), _plain(problem.target.detach())
-    ignore_index, smoothing, reduction, per, inplace = problem.options
+    ignore_index, smoothing, reduction, per, inplace, z_loss = problem.options
     objective = torch.empty_like(losses) if reduction == "none" else losses.new_empty(())
     grad = (logits if inplace else empty_like(logits)) if with_grad else None
     divisor, count = _rgd.cross_entropy_gradient(
         logits, target, _by_class(problem.class_weight, losses.dtype), problem.measure, ignore_index,
         smoothing, per == "sample", reduction, losses, weights.contiguous(), objective, grad,
-        torch.get_num_threads(), _by_class(problem.adjustment, losses.dtype),
+        torch.get_num_threads(), _by_class(problem.adjustment, losses.dtype), z_loss, logsumexp,
     )  # fmt: skip
     return Computed(objective, grad, Filled(losses, weights, divisor, count == losses.numel()))
 
@@ -90,26 +94,37 @@ def scaled(grad: Tensor, above: Tensor) -> Tensor:
 class RustStep(FormulaStep):
     """The kernels on a chunk, in place on its logits."""
 
-    def losses(self, logits: Tensor, target: Tensor) -> Tensor:
-        return fill_losses(self.problem.changed(logits=logits, target=target))
+    def losses(self, logits: Tensor, target: Tensor, logsumexp: Tensor | None = None) -> Tensor:
+        losses, found = fill_losses(self.problem.changed(logits=logits, target=target))
+        if logsumexp is not None and found is not None:
+            logsumexp[...] = found
+        return losses
 
-    def write_gradient(self, logits: Tensor, target: Tensor, factors: Tensor) -> None:
+    def write_gradient(
+        self, logits: Tensor, target: Tensor, factors: Tensor, z_factors: Tensor | None = None
+    ) -> None:
         problem, options = self.problem, self.problem.options
-        losses = torch.zeros_like(factors)
-        _rgd.cross_entropy_gradient(
-            logits, target, problem.class_weight, None, options.ignore_index, options.label_smoothing, False,
-            "sum", losses, factors, losses.new_empty(()), logits, torch.get_num_threads(), problem.adjustment,
+        weights, norms, z_loss = None, factors, 0.0
+        if z_factors is not None:
+            # To the kernel, factors are `norm w` and z_factors are `norm z_loss`.
+            norms, z_loss = z_factors / options.z_loss, options.z_loss
+            weights = torch.where(norms == 0, 0, factors / norms)
+        _rgd.cross_entropy_rows_gradient(
+            logits, target, problem.class_weight, norms, weights, options.ignore_index,
+            options.label_smoothing, logits, torch.get_num_threads(), problem.adjustment, z_loss,
         )  # fmt: skip
 
-    def weigh_and_write_gradient(self, rows: Rows, weigher: Weigher, losses: Tensor, weights: Tensor) -> None:
+    def weigh_and_write_gradient(
+        self, rows: Rows, weigher: Weigher, losses: Tensor, weights: Tensor, logsumexp: Tensor | None = None
+    ) -> None:
         if weigher.plan.kernel is None:
-            super().weigh_and_write_gradient(rows, weigher, losses, weights)
+            super().weigh_and_write_gradient(rows, weigher, losses, weights, logsumexp)
             return
         problem, options = self.problem, self.problem.options
-        _rgd.cross_entropy(
+        _rgd.cross_entropy_rows(
             rows.logits, rows.target, problem.class_weight, rows.norm, *weigher.plan.kernel,
-            options.ignore_index, options.label_smoothing, False, "sum", losses, weights,
-            losses.new_empty(()), rows.logits, torch.get_num_threads(), problem.adjustment,
+            options.ignore_index, options.label_smoothing, losses, weights, rows.logits,
+            torch.get_num_threads(), problem.adjustment, options.z_loss, logsumexp,
         )  # fmt: skip
 
 

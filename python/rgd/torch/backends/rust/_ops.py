@@ -36,8 +36,9 @@ define({
     "sample_weights": "(Tensor losses, str kind, Tensor numbers) -> Tensor",
     "cross_entropy": f"({PROBLEM}, bool with_grad, str kind, Tensor numbers) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "cross_entropy_losses": f"({PROBLEM}) -> Tensor",
-    "cross_entropy_gradient": f"({PROBLEM}, bool with_grad, Tensor losses, Tensor weights) "
+    "cross_entropy_losses": f"({PROBLEM}) -> (Tensor, Tensor)",
+    "cross_entropy_gradient": f"({PROBLEM}, bool with_grad, Tensor losses, Tensor weights, "
+    "Tensor? logsumexp) "
     "-> (Tensor, Tensor, Tensor)",
 })  # fmt: skip
 sample_weights: Any = torch.ops.rgd.sample_weights.default
@@ -54,14 +55,20 @@ def cross_entropy(problem: Problem, plan: Plan, with_grad: bool) -> Computed:
     return Computed(objective, grad, Filled(losses, weights, divisor))
 
 
-def cross_entropy_losses(problem: Problem) -> Tensor:
-    """The loss of each target, without grad."""
-    return _cross_entropy_losses(*flattened(problem.changed(logits=problem.logits.detach())))
+def cross_entropy_losses(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """The loss of each target and, where there is a z-loss, the logsumexp of its logits; without grad."""
+    plain = problem.changed(logits=problem.logits.detach())
+    losses, logsumexp = _cross_entropy_losses(*flattened(plain))
+    return losses, logsumexp if problem.options.z_loss else None
 
 
-def cross_entropy_gradient(problem: Problem, losses: Tensor, weights: Tensor, with_grad: bool) -> Computed:
+def cross_entropy_gradient(
+    problem: Problem, losses: Tensor, weights: Tensor, logsumexp: Tensor | None, with_grad: bool
+) -> Computed:
     """Objective and gradient of given losses and weights."""
-    objective, grad, divisor = _cross_entropy_gradient(*flattened(problem), with_grad, losses, weights)
+    objective, grad, divisor = _cross_entropy_gradient(
+        *flattened(problem), with_grad, losses, weights, logsumexp
+    )
     return Computed(objective, grad, Filled(losses, weights, divisor))
 
 
@@ -95,19 +102,21 @@ def _(*given: Any) -> tuple[Tensor, ...]:
 
 
 @library.impl("rgd::cross_entropy_losses", "cpu")
-def _(*given: Any) -> Tensor:
-    return fill_losses(rebuilt(given))
+def _(*given: Any) -> tuple[Tensor, Tensor]:
+    losses, logsumexp = fill_losses(rebuilt(given))
+    return losses, or_empty(logsumexp, losses)
 
 
 @register_fake("rgd::cross_entropy_losses")
-def _(*given: Any) -> Tensor:
-    return _reduced(given[0], "none")
+def _(*given: Any) -> tuple[Tensor, Tensor]:
+    losses = _reduced(given[0], "none")
+    return losses, _like(losses) if rebuilt(given).options.z_loss else losses.new_empty(0)
 
 
 @library.impl("rgd::cross_entropy_gradient", "cpu")
 def _(*given: Any) -> tuple[Tensor, ...]:
-    problem, (with_grad, losses, weights) = rebuilt(given), given[LENGTH:]
-    objective, grad, filled = fill_gradient(problem, losses, weights, with_grad)
+    problem, (with_grad, losses, weights, logsumexp) = rebuilt(given), given[LENGTH:]
+    objective, grad, filled = fill_gradient(problem, losses, weights, logsumexp, with_grad)
     return objective, or_empty(grad, problem.logits), _divisor(problem, filled)
 
 
@@ -140,7 +149,7 @@ def _like(tensor: Tensor) -> Tensor:
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], weights: Tensor, grad: Tensor) -> None:
     problem = rebuilt(inputs)
-    ctx.problem = problem.without_tensors()
+    ctx.problem, ctx.length = problem.without_tensors(), len(inputs)
     ctx.save_for_backward(grad, weights, *problem.tensors)
 
 
@@ -152,7 +161,7 @@ def _keep_of_one_pass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 
 def _keep_of_two_passes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, grad, divisor = output
-    _keep(ctx, inputs, inputs[-1], grad)
+    _keep(ctx, inputs, inputs[-2], grad)
     ctx.mark_non_differentiable(grad, divisor)
 
 
@@ -162,16 +171,16 @@ def _backward(ctx: Any, above: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         gradient = differentiable_gradient(ctx.problem.with_tensors(tensors), weights, above)
     else:
         gradient = scaled(grad, above)
-    return gradient, *[None] * (LENGTH + 2)
+    return gradient, *[None] * (ctx.length - 1)
 
 
-def _is_constant(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.mark_non_differentiable(output)
-    ctx.inputs = len(inputs)
+def _is_constant(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+    ctx.length = len(inputs)
 
 
-def _no_gradient(ctx: Any, above: Tensor) -> tuple[None, ...]:
-    return (None,) * ctx.inputs
+def _no_gradient(ctx: Any, *_: Tensor) -> tuple[None, ...]:
+    return (None,) * ctx.length
 
 
 library.register_autograd("rgd::cross_entropy", _backward, setup_context=_keep_of_one_pass)
