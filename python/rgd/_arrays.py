@@ -111,11 +111,11 @@ def read_measure(sample_weight: Any, shape: tuple[int, ...]) -> npt.NDArray[np.f
     if measure.size and not (np.isfinite(measure).all() and measure.min() >= 0):
         wrong = measure[~(np.isfinite(measure) & (measure >= 0))][0]
         raise ValueError(f"sample_weight must hold finite numbers >= 0, got {wrong}")
-    # No result of this front depends on the unit, and sums of the largest numbers would overflow.
-    return measure / unit_of(float(measure.max(initial=0.0)))
+    # No result of this front depends on a common factor, and sums of the largest numbers would overflow.
+    return measure / measure_factor(float(measure.max(initial=0.0)))
 
 
-def unit_of(largest: float) -> float:
+def measure_factor(largest: float) -> float:
     """A power of two to divide a measure by, for results that do not depend on it.
 
     Args:
@@ -129,14 +129,14 @@ def unit_of(largest: float) -> float:
     return math.ldexp(1.0, math.frexp(largest)[1] - 1)
 
 
-def unit_of_products(largest: float) -> float:
+def product_factor(largest: float) -> float:
     """A power of two to divide a measure by, for products with it that stay where the losses are.
 
     Args:
         largest: The largest of its numbers, finite.
 
     Returns:
-        The power of two from which on `p / unit` is at most 1; 1.0 for 0.
+        The power of two from which on `p / factor` is at most 1; 1.0 for 0.
     """
     fraction, exponent = math.frexp(largest)
     return 1.0 if largest == 0.0 else math.ldexp(1.0, exponent - (fraction == 0.5))

@@ -25,7 +25,9 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from rgd.jax._batch import AxisName, Losses, as_losses, psum, weights_of
+from rgd.jax._devices import AxisName, psum
+from rgd.jax._inputs import Losses, as_losses
+from rgd.jax._weights import weights_of
 from rgd.weightings import Weighting
 from rgd.weightings._call import map_state, resolve_weighting
 
@@ -281,11 +283,11 @@ def _schedule(weighting: Any, tau: Any) -> Callable[[jax.Array], Weighting]:
 
 
 def _reweighted_mean_gradient(grads: optax.Updates, batch: Losses, weights: jax.Array) -> optax.Updates:
-    base = batch.ones
-    mass = psum(jnp.sum(base), batch.axis_name)
+    measure = batch.full_measure
+    divisor = psum(jnp.sum(measure), batch.axis_name)
     # The sum is 0 too where nothing takes part: no gradient, no update.
-    mass = jnp.where(mass == 0, 1, mass)
-    dropped = (base == 0) | ((weights == 0) & ~jnp.isnan(batch.values))
+    divisor = jnp.where(divisor == 0, 1, divisor)
+    dropped = (measure == 0) | ((weights == 0) & ~jnp.isnan(batch.values))
 
     def mean(path: Any, grad: jax.Array) -> jax.Array:
         if grad.ndim == 0 or grad.shape[:1] != weights.shape:
@@ -299,8 +301,8 @@ def _reweighted_mean_gradient(grads: optax.Updates, batch: Losses, weights: jax.
         dtype = jnp.promote_types(grad.dtype, weights.dtype)
         kept = jnp.where(dropped.reshape((-1,) + (1,) * (grad.ndim - 1)), 0, grad)
         total = jnp.tensordot(
-            (base * weights).astype(dtype), kept.astype(dtype), axes=1, precision=jax.lax.Precision.HIGHEST
+            (measure * weights).astype(dtype), kept.astype(dtype), axes=1, precision=jax.lax.Precision.HIGHEST
         )
-        return (psum(total, batch.axis_name) / mass.astype(dtype)).astype(grad.dtype)
+        return (psum(total, batch.axis_name) / divisor.astype(dtype)).astype(grad.dtype)
 
     return jax.tree_util.tree_map_with_path(mean, grads)

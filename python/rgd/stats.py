@@ -34,7 +34,8 @@ class GroupStats:
     mean_loss: Sequence[float]
     weight_share: Sequence[float]
     count: Sequence[int]
-    numbers: Sequence[int] | None = None
+    # `static` tells JAX that these are no arrays.
+    numbers: Sequence[int] | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -287,7 +287,11 @@ BAD = [
     ({"per": "token"}, ValueError, "per must be"),
     ({"backend": "cuda"}, ValueError, "backend must be"),
     ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be in [0, 1]"),
-    ({"chunk_bytes": 0}, ValueError, "chunk_bytes must be a positive integer, bytes of logits, got 0"),
+    (
+        {"chunk_bytes": 0},
+        ValueError,
+        "chunk_bytes must be a positive integer, bytes of logits, or None, got 0",
+    ),
     ({"chunk_bytes": 1.5}, ValueError, "chunk_bytes must be a positive integer"),
     ({"logit_softcap": 0.0}, ValueError, "logit_softcap must be a positive number or None, got 0.0"),
     ({"accumulate_dtype": int}, TypeError, "accumulate_dtype must be a floating dtype, got int"),

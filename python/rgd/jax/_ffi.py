@@ -1,7 +1,8 @@
 """The Rust kernel of the cross-entropy as a differentiable function: a custom call on the CPU, jnp elsewhere.
 
-Of a row of logits with loss `l` and weight `w` the kernel writes `l`, `w` and the gradient of `norm * w * l`
-in one pass. The gradient takes the place of the logits where XLA may reuse their memory.
+Of a row of logits with loss `l` and weight `w` the kernel writes `l`, `w` and the gradient of `a * w * l`,
+with a factor `a` for each row, in one pass. The gradient takes the place of the logits where XLA may reuse
+their memory.
 """
 
 # The types of jax leave members partly unknown.
@@ -19,16 +20,16 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from rgd import _rgd
-from rgd.jax._batch import Losses, as_constants, mapped_axes, pointwise_weights, weighted
+from rgd.jax._devices import mapped_axes
+from rgd.jax._inputs import Losses
 from rgd.jax._rows import IGNORED, adjusted, index_losses
+from rgd.jax._weights import as_constants, pointwise_weights, weighted_losses
 from rgd.weightings import Weighting
 from rgd.weightings._base import Kernel
 from rgd.weightings._call import kernel_of
 from rgd.weightings._fields import holds_everywhere
 
 TARGET = "rgd_cross_entropy"
-
-Outputs = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class Options(NamedTuple):
@@ -38,24 +39,56 @@ class Options(NamedTuple):
     smoothing: float
 
 
-def weighted_sum(
+class Rows(NamedTuple):
+    """What the kernel reads beside the logits.
+
+    Attributes:
+        codes: Class indices and codes, (...), as from `rgd.jax._rows.encode`.
+        adjustment: What is added to the logits, (C,) in the accumulator's dtype, or (0,) for nothing.
+        settings: Of each row its factor `a`, label smoothing, 0 for no z-loss, and the weighting's numbers:
+            (..., 3 + k) in the accumulator's dtype.
+        weighting: The pointwise weighting, whose formula takes the kernel's place elsewhere.
+    """
+
+    codes: jax.Array
+    adjustment: jax.Array
+    settings: jax.Array
+    weighting: Weighting
+
+
+class Results(NamedTuple):
+    """Losses and weights of the rows, and the gradient of the sum of `a * w * l`."""
+
+    losses: jax.Array
+    weights: jax.Array
+    gradient: jax.Array
+
+
+class _Sum(NamedTuple):
+    """What the sum over the rows takes beside their losses: the measure or None, and a factor, ()."""
+
+    measure: jax.Array | None
+    factor: jax.Array
+
+
+def cross_entropy_sum(
     logits: jax.Array,
     codes: jax.Array,
     weighting: Weighting,
     *,
-    mass: jax.Array | None,
-    norm: ArrayLike,
+    measure: jax.Array | None,
+    factor: ArrayLike,
     smoothing: float,
     adjustment: jax.Array | None,
 ) -> jax.Array:
-    """`norm * sum_i p_i * sg(w_i) * l_i`, of which the gradient comes from the kernel.
+    """`factor * sum_i p_i * sg(w_i) * l_i` of cross-entropies, of which the gradient comes from the kernel.
 
     Args:
         logits: (..., C).
         codes: Class indices and codes, (...), as from `rgd.jax._rows.encode`.
         weighting: A pointwise weighting that has a kernel.
-        mass: The base measure `p`, (...), or None for ones.
-        norm: What the sum is multiplied by, ().
+        measure: The measure `p`, (...), or None for ones.
+        factor: What the sum is multiplied by, ().
         smoothing: Label smoothing.
         adjustment: What is added to the logits, (C,), or None for nothing.
 
@@ -66,16 +99,28 @@ def weighted_sum(
     dtype = jnp.promote_types(logits.dtype, jnp.float32)
     weighting = as_constants(weighting, dtype)
     kind, numbers = cast("Kernel", kernel_of(weighting))
-    norm = jnp.asarray(norm, dtype)
+    factor = jnp.asarray(factor, dtype)
     allowed = holds_everywhere(weighting)
     if allowed is not True:
-        norm = jnp.where(allowed, norm, jnp.nan)
-    row_norm = norm if mass is None else norm * mass
-    of_row = (row_norm, smoothing, 0.0, *numbers)  # 0: no z-loss
-    settings = [jnp.broadcast_to(jnp.asarray(x, dtype), codes.shape) for x in of_row]
-    added = jnp.zeros(0, dtype) if adjustment is None else adjustment.astype(dtype)
-    constants = lax.stop_gradient((added, jnp.stack(settings, axis=-1), mass, norm, weighting))
-    return _weighted_sum(Options(kind, smoothing), logits, codes, *constants)
+        factor = jnp.where(allowed, factor, jnp.nan)
+    row_factor = factor if measure is None else factor * measure
+    columns = row_settings(codes.shape, dtype, row_factor, smoothing, *numbers)
+    rows = Rows(codes, adjustment_or_nothing(adjustment, dtype), columns, weighting)
+    constants = lax.stop_gradient((rows, _Sum(measure, factor)))
+    return _cross_entropy_sum(Options(kind, smoothing), logits, *constants)
+
+
+def row_settings(
+    shape: tuple[int, ...], dtype: Any, factor: ArrayLike, smoothing: ArrayLike, *numbers: ArrayLike
+) -> jax.Array:
+    """The `settings` of rows of this shape: each a number for all rows, or one for each."""
+    columns = factor, smoothing, 0.0, *numbers  # 0: no z-loss
+    return jnp.stack([jnp.broadcast_to(jnp.asarray(x, dtype), shape) for x in columns], axis=-1)
+
+
+def adjustment_or_nothing(adjustment: jax.Array | None, dtype: Any) -> jax.Array:
+    """The adjustment as the kernel reads it: of no entries where there is none."""
+    return jnp.zeros(0, dtype) if adjustment is None else adjustment.astype(dtype)
 
 
 @functools.cache
@@ -87,89 +132,63 @@ def register() -> None:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _weighted_sum(  # noqa: PLR0917 - a custom derivative takes its arguments by position
-    options: Options,
-    logits: jax.Array,
-    codes: jax.Array,
-    added: jax.Array,
-    settings: jax.Array,
-    mass: jax.Array | None,
-    norm: jax.Array,
-    weighting: Weighting,
-) -> jax.Array:
-    losses, weights, _ = _in_jnp(options, logits, codes, added, settings, weighting)
-    return _total(losses, weights, mass, norm)
+def _cross_entropy_sum(options: Options, logits: jax.Array, rows: Rows, of: _Sum) -> jax.Array:
+    return _total(_in_jnp(options, logits, rows), of)
 
 
-@_weighted_sum.defjvp
+@_cross_entropy_sum.defjvp
 def _(options: Options, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
-    logits, codes, added, settings, mass, norm, weighting = primals
-    losses, weights, gradient = kernel(options, logits, codes, added, settings, weighting)
-    value = _total(losses, weights, mass, norm)
-    return value, jnp.sum(gradient.astype(value.dtype) * tangents[0].astype(value.dtype))
+    logits, rows, of = primals
+    results = native(options, logits, rows)
+    value = _total(results, of)
+    return value, jnp.sum(results.gradient.astype(value.dtype) * tangents[0].astype(value.dtype))
 
 
-def _total(losses: jax.Array, weights: jax.Array, mass: jax.Array | None, norm: jax.Array) -> jax.Array:
-    return norm * jnp.sum(weighted(weights, Losses(losses, mass, None, (), None)))
+def _total(results: Results, of: _Sum) -> jax.Array:
+    return of.factor * jnp.sum(weighted_losses(results.weights, Losses(results.losses, of.measure)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def kernel(  # noqa: PLR0917
-    options: Options,
-    logits: jax.Array,
-    codes: jax.Array,
-    added: jax.Array,
-    settings: jax.Array,
-    weighting: Weighting,
-) -> Outputs:
-    """Losses, weights and the gradient of `norm * p * w * l`."""
-    varying = tuple(frozenset[Any]().union(*map(mapped_axes, (logits, codes, added, settings))))
+def native(options: Options, logits: jax.Array, rows: Rows) -> Results:
+    """Losses, weights and gradient of the rows, from the Rust kernel on the CPU."""
+    varying = tuple(mapped_axes((logits, rows[:3])))
 
-    def rust(
-        logits: jax.Array, codes: jax.Array, added: jax.Array, settings: jax.Array, weighting: Weighting
-    ) -> Outputs:
-        del weighting
-        row = jax.ShapeDtypeStruct(codes.shape, settings.dtype)
+    def on_cpu(logits: jax.Array, rows: Rows) -> Results:
+        row = jax.ShapeDtypeStruct(rows.codes.shape, rows.settings.dtype)
         like_logits = jax.ShapeDtypeStruct(logits.shape, logits.dtype)
-        logsumexp = jax.ShapeDtypeStruct((0,), settings.dtype)  # not wanted
+        logsumexp = jax.ShapeDtypeStruct((0,), rows.settings.dtype)  # not wanted
         results = (row, row, like_logits, logsumexp)
         call = jax.ffi.ffi_call(TARGET, results, vmap_method="broadcast_all", input_output_aliases={0: 2})
-        outputs: Any = call(logits, codes, settings, added, kind=options.kind)[:3]
+        outputs: Any = call(logits, rows.codes, rows.settings, rows.adjustment, kind=options.kind)[:3]
         # JAX before 0.9 takes the outputs of a custom call for varying without being told.
         cast_needed = varying and hasattr(lax, "pcast")
-        return tuple(lax.pcast(x, varying, to="varying") if cast_needed else x for x in outputs)
+        return Results(*(lax.pcast(x, varying, to="varying") if cast_needed else x for x in outputs))
 
-    default = functools.partial(_in_jnp, options)
-    return lax.platform_dependent(logits, codes, added, settings, weighting, cpu=rust, default=default)
-
-
-@kernel.defjvp
-def _(options: Options, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Outputs, Outputs]:
-    logits, codes, added, settings, weighting = primals
-    outputs = kernel(options, logits, codes, added, settings, weighting)
-
-    def of_logits(logits: jax.Array) -> Outputs:
-        return _in_jnp(options, logits, codes, added, settings, weighting)
-
-    return outputs, jax.jvp(of_logits, (logits,), (tangents[0],))[1]
+    return lax.platform_dependent(logits, rows, cpu=on_cpu, default=functools.partial(_in_jnp, options))
 
 
-def _in_jnp(  # noqa: PLR0917
-    options: Options,
-    logits: jax.Array,
-    codes: jax.Array,
-    added: jax.Array,
-    settings: jax.Array,
-    weighting: Weighting,
-) -> Outputs:
+@native.defjvp
+def _(options: Options, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Results, Results]:
+    logits, rows = primals
+
+    def of_logits(logits: jax.Array) -> Results:
+        return _in_jnp(options, logits, rows)
+
+    return native(options, logits, rows), jax.jvp(of_logits, (logits,), (tangents[0],))[1]
+
+
+def _in_jnp(options: Options, logits: jax.Array, rows: Rows) -> Results:
     """What the kernel computes, from the weighting's own formula."""
+    codes, dtype = rows.codes, rows.settings.dtype
+    adjustment = rows.adjustment if rows.adjustment.size else None
 
     def losses_of(logits: jax.Array) -> jax.Array:
-        return index_losses(adjusted(logits, added if added.size else None), codes, None, options.smoothing)
+        return index_losses(adjusted(logits, adjustment), codes, None, options.smoothing)
 
     losses, gradient_of = jax.vjp(losses_of, logits)
-    weights = pointwise_weights(lax.stop_gradient(losses), as_constants(weighting, settings.dtype))
-    weights = lax.stop_gradient(jnp.where(codes == IGNORED, 0, weights.astype(settings.dtype)))
+    known = Losses(lax.stop_gradient(losses), None)
+    weights = pointwise_weights(known, as_constants(rows.weighting, dtype))
+    weights = lax.stop_gradient(jnp.where(codes == IGNORED, 0, weights.astype(dtype)))
     dropped = (weights == 0) & ~jnp.isnan(losses)
-    factor = jnp.where(dropped, 0, settings[..., 0] * weights)
-    return losses, weights, gradient_of(factor)[0]
+    factor = jnp.where(dropped, 0, rows.settings[..., 0] * weights)
+    return Results(losses, weights, gradient_of(factor)[0])

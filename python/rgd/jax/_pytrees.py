@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -21,11 +21,38 @@ from rgd.weightings import Weighting
 from rgd.weightings._base import observe_subclasses
 from rgd.weightings._fields import fields, numbers_of, refuse_more_than_fields
 
-Structure = tuple[tuple[str, ...], tuple[tuple[str, Any], ...]] | Weighting
+_Rest = tuple[tuple[str, ...], tuple[tuple[str, Any], ...]] | Weighting
 """Names of the children, and the other fields with their values; of no dataclass, the weighting itself."""
 
 
-def _flatten(weighting: Weighting) -> tuple[tuple[Any, ...], Structure]:
+class Structure(NamedTuple):
+    """What of a weighting is fixed when a call is traced.
+
+    Attributes:
+        tree: The structure of its pytree.
+        numbers: Its leaves that are Python numbers; None in the place of an array.
+    """
+
+    tree: Any
+    numbers: tuple[Any, ...]
+
+
+def split(weighting: Weighting) -> tuple[Structure, list[Any]]:
+    """What of a weighting is fixed when a call is traced, and its arrays, which `jax.jit` may trace."""
+    leaves, tree = jax.tree_util.tree_flatten(weighting)
+    arrays = [leaf if hasattr(leaf, "shape") else None for leaf in leaves]
+    return Structure(tree, tuple(None if hasattr(leaf, "shape") else leaf for leaf in leaves)), arrays
+
+
+def joined(structure: Structure, arrays: list[Any]) -> Weighting:
+    """The weighting that `split` has taken apart."""
+    leaves = [
+        number if array is None else array for number, array in zip(structure.numbers, arrays, strict=True)
+    ]
+    return jax.tree_util.tree_unflatten(structure.tree, leaves)
+
+
+def _flatten(weighting: Weighting) -> tuple[tuple[Any, ...], _Rest]:
     refuse_more_than_fields(weighting)
     if not fields(weighting):
         return (), weighting
@@ -41,18 +68,18 @@ def _flatten(weighting: Weighting) -> tuple[tuple[Any, ...], Structure]:
     return tuple(getattr(weighting, name) for name in names), (tuple(names), tuple(static))
 
 
-def _flatten_with_keys(weighting: Weighting) -> tuple[tuple[tuple[Any, Any], ...], Structure]:
-    children, structure = _flatten(weighting)
-    names = () if isinstance(structure, Weighting) else structure[0]
+def _flatten_with_keys(weighting: Weighting) -> tuple[tuple[tuple[Any, Any], ...], _Rest]:
+    children, rest = _flatten(weighting)
+    names = () if isinstance(rest, Weighting) else rest[0]
     keys = (jax.tree_util.GetAttrKey(name) for name in names)
-    return tuple(zip(keys, children, strict=True)), structure
+    return tuple(zip(keys, children, strict=True)), rest
 
 
-def _unflatten(kind: type[Weighting], structure: Structure, children: Iterable[Any]) -> Weighting:
+def _unflatten(kind: type[Weighting], rest: _Rest, children: Iterable[Any]) -> Weighting:
     """A weighting of any contents, unchecked: a pytree's leaves may be tracers, shapes or placeholders."""
-    if isinstance(structure, Weighting):
-        return structure
-    names, static = structure
+    if isinstance(rest, Weighting):
+        return rest
+    names, static = rest
     weighting = object.__new__(kind)
     for name, value in (*zip(names, children, strict=True), *static):
         object.__setattr__(weighting, name, value)
@@ -66,22 +93,5 @@ def _register(kind: type[Weighting]) -> None:
 
 
 observe_subclasses(_register)
-jax.tree_util.register_dataclass(
-    GroupStats, data_fields=["mean_loss", "weight_share", "count"], meta_fields=["numbers"]
-)
-jax.tree_util.register_dataclass(
-    WeightStats,
-    data_fields=[
-        "mean_loss",
-        "worst_tenth",
-        "objective",
-        "effective_sample_size",
-        "kl_to_uniform",
-        "max_weight",
-        "clipped_share",
-        "count",
-        "groups",
-        "mean_weight",
-    ],
-    meta_fields=[],
-)
+jax.tree_util.register_dataclass(GroupStats)
+jax.tree_util.register_dataclass(WeightStats)

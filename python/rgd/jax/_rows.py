@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from rgd.jax._batch import comparable
+from rgd.jax._inputs import comparable
 
 IGNORED, OUT_OF_RANGE = -1, -2
 """Codes in the place of a class index, as the kernel reads them."""

@@ -15,8 +15,10 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from rgd import _rgd
-from rgd.jax._batch import Losses, an_array, comparable, is_known, weights_of
+from rgd.jax._inputs import Losses, an_array, comparable, is_known
+from rgd.jax._weights import weights_of
 from rgd.weightings import Weighting
+from rgd.weightings._call import kernel_of
 
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
 Per: TypeAlias = Literal["element", "sample"]
@@ -75,32 +77,59 @@ def refuse_out_of_range(
 
 def target_weights(losses: Losses, weighting: Weighting, per: Per, state: Any) -> tuple[jax.Array, Any]:
     """The weight of each target, which broadcasts to the losses, and the state after the batch."""
-    values, base = losses.values, losses.base
+    values, measure = losses.values, losses.measure
     if values.ndim == 0:
-        one = [None if x is None else x[None] for x in (values, base, losses.groups)]
-        batch = losses._replace(values=values[None], base=one[1], groups=one[2], axes=(0,))
+        one = [None if x is None else x[None] for x in (values, measure, losses.groups)]
+        batch = losses._replace(values=values[None], measure=one[1], groups=one[2], axes=(0,))
         weights, new = weights_of(batch, weighting, state)
         return weights[0], new
     if per == "element":
         return weights_of(losses._replace(axes=tuple(range(values.ndim))), weighting, state)
     rest = tuple(range(1, values.ndim))
-    counted = (losses.ones != 0).astype(values.dtype)
+    takes_part = losses.full_measure != 0
+    counted = takes_part.astype(values.dtype)
     means = jnp.sum(values, axis=rest) / jnp.maximum(jnp.sum(counted, axis=rest), 1)
-    # All targets of a sample that count have the same base measure.
-    base = None if base is None else jnp.max(base, axis=rest, initial=0)
-    batch = losses._replace(values=means, base=base, axes=(0,))
+    # All targets of a sample that count have the same measure.
+    measure = None if measure is None else jnp.max(measure, axis=rest, initial=0)
+    batch = losses._replace(values=means, measure=measure, axes=(0,))
     weights, new = weights_of(batch, weighting, state)
     weights = jnp.expand_dims(weights, rest)
-    return jnp.where(losses.ones != 0, weights, 0), new
+    return jnp.where(takes_part, weights, 0), new
 
 
 def mean_of(total: jax.Array, denominator: jax.Array) -> jax.Array:
-    """The quotient, NaN over no mass, whatever the total is, as in `torch.nn.CrossEntropyLoss`."""
+    """The quotient, NaN over a measure of 0, whatever the total is, as in `torch.nn.CrossEntropyLoss`."""
     return total / jnp.where(denominator == 0, jnp.nan, denominator)
 
 
-def kernel_is_faster(shape: tuple[int, ...]) -> bool:
-    """Whether the kernel is taken for logits of this size where nobody chose, by what the trace can see.
+def native_refusal(
+    weighting: Weighting, *, class_weight: jax.Array | None, reduction: Reduction, per: Per
+) -> str:
+    """What of a call the Rust kernel does not serve, whatever makes the logits; empty if nothing."""
+    if not weighting.pointwise:
+        return f"{weighting}, whose weights depend on the whole batch"
+    if kernel_of(weighting) is None:
+        return f"{weighting}, which has no kernel"
+    if class_weight is not None:
+        return "class weights"
+    if reduction == "none" or per == "sample":
+        return f"reduction={reduction!r} with per={per!r}"
+    return ""
+
+
+def takes_native(backend: Backend | None, refusal: str, shape: tuple[int, ...]) -> bool:
+    """Whether the Rust kernel is taken for logits of this shape.
+
+    Raises:
+        ValueError: If it was asked for, and does not serve.
+    """
+    if backend == "rust" and refusal:
+        raise ValueError(f"backend='rust' cannot serve {refusal}: leave backend out")
+    return backend == "rust" or (backend is None and not refusal and _native_is_faster(shape))
+
+
+def _native_is_faster(shape: tuple[int, ...]) -> bool:
+    """Whether the kernel is the choice for logits of this size where nobody chose, by what the trace can see.
 
     The number of cores is left out, so that one program gives the same numbers, and compiles to the same
     code, on every host. XLA does not split a custom call over devices: where there are more than one, sharded

@@ -1,15 +1,15 @@
 """Re-weighted cross-entropy from logits.
 
-With `p = softmax(logits)`, class weights `c` and label smoothing `e` the loss of a class index `y` is
+With `q = softmax(logits)`, class weights `c` and label smoothing `e` the loss of a class index `y` is
 
-    l = -(1 - e) * c[y] * log(p[y]) - (e / C) * sum(c * log(p))
+    l = -(1 - e) * c[y] * log(q[y]) - (e / C) * sum(c * log(q))
 
 and that of class probabilities `t` is
 
-    l = -sum(c * ((1 - e) * t + e / C) * log(p))
+    l = -sum(c * ((1 - e) * t + e / C) * log(q))
 
-With the weights `w` that these losses call for and the base measure `m` (`sample_weight`, or ones) the
-objective is `sum(m * sg(w) * l) / sum(m * c[y])` ("mean").
+With the weights `w` that these losses call for and the measure `p` (`sample_weight`, or ones) the
+objective is `sum(p * sg(w) * l) / sum(p * c[y])` ("mean").
 """
 
 # The types of jax leave members partly unknown.
@@ -17,7 +17,7 @@ objective is `sum(m * sg(w) * l) / sum(m * c[y])` ("mean").
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,19 +25,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from rgd.jax import _ffi
-from rgd.jax._batch import (
-    AxisName,
-    Losses,
-    an_array,
-    as_groups,
-    as_mask,
-    as_mass,
-    base_measure,
-    check_bound,
-    in_unit,
-    psum,
-    weighted,
-)
+from rgd.jax._devices import AxisName, check_bound, divided_by_factor, psum
+from rgd.jax._inputs import Losses, an_array, as_groups, as_mask, as_measure, masked_measure
 from rgd.jax._rows import IGNORED, adjusted, encode, index_losses, probability_losses
 from rgd.jax._targets import (
     Backend,
@@ -46,57 +35,17 @@ from rgd.jax._targets import (
     as_class_weight,
     by_class,
     check_options,
-    kernel_is_faster,
     mean_of,
+    native_refusal,
     refuse_out_of_range,
+    takes_native,
     target_weights,
 )
+from rgd.jax._weights import weighted_losses
 from rgd.weightings import Weighting
-from rgd.weightings._call import kernel_of, require_state, resolve_weighting
+from rgd.weightings._call import require_state, resolve_weighting
 
 
-@overload
-def cross_entropy(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    weight: ArrayLike | None = None,
-    *,
-    ignore_index: int = -100,
-    reduction: Reduction = "mean",
-    label_smoothing: float = 0.0,
-    weighting: Weighting | None = None,
-    tau: ArrayLike | None = None,
-    per: Per = "element",
-    logit_adjustment: ArrayLike | None = None,
-    where: ArrayLike | None = None,
-    sample_weight: ArrayLike | None = None,
-    groups: ArrayLike | None = None,
-    state: None = None,
-    axis: int = -1,
-    axis_name: AxisName = None,
-    backend: Backend | None = None,
-) -> jax.Array: ...
-@overload
-def cross_entropy(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    weight: ArrayLike | None = None,
-    *,
-    ignore_index: int = -100,
-    reduction: Reduction = "mean",
-    label_smoothing: float = 0.0,
-    weighting: Weighting | None = None,
-    tau: ArrayLike | None = None,
-    per: Per = "element",
-    logit_adjustment: ArrayLike | None = None,
-    where: ArrayLike | None = None,
-    sample_weight: ArrayLike | None = None,
-    groups: ArrayLike | None = None,
-    state: Any,
-    axis: int = -1,
-    axis_name: AxisName = None,
-    backend: Backend | None = None,
-) -> Any: ...
 def cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -119,9 +68,9 @@ def cross_entropy(
 ) -> Any:
     """The re-weighted cross-entropy of logits, reduced as `torch.nn.CrossEntropyLoss` reduces.
 
-    With `l_i` the loss of a target, `sg(w_i)` its weight and `m_i` its `sample_weight` (1 without), "none" is
-    `m_i * w_i * l_i`, "sum" is the sum of those and "mean" is the sum divided by `sum_i m_i * c_{y_i}` over
-    the targets that count; for class probabilities by `sum_i m_i`. The weights are constants of the gradient.
+    With `l_i` the loss of a target, `sg(w_i)` its weight and `p_i` its `sample_weight` (1 without), "none" is
+    `p_i * w_i * l_i`, "sum" is the sum of those and "mean" is the sum divided by `sum_i p_i * c_{y_i}` over
+    the targets that count; for class probabilities by `sum_i p_i`. The weights are constants of the gradient.
     A target of weight 0 adds 0 to the objective and to the gradient, an infinite loss too. A class without
     mass in the target (a probability or a class weight of 0) adds nothing where its logit is -inf.
 
@@ -145,7 +94,7 @@ def cross_entropy(
             out.
         where: Booleans that broadcast to the losses' shape. A target where it is False counts for nothing,
             and what its logits hold, be it NaN, reaches neither the objective nor the gradient.
-        sample_weight: The base measure `m`, numbers >= 0, constants: of the losses' shape, or (N,) for the
+        sample_weight: The base measure `p`, numbers >= 0, constants: of the losses' shape, or (N,) for the
             leading axis; with `per="sample"` (N,). A target where it is 0 counts for nothing.
         groups: The group of each target, integers shaped as `sample_weight`, for `rgd.GroupDRO`.
         state: The state of a weighting that remembers: what `weighting.init()` or the last call returned.
@@ -216,22 +165,21 @@ def cross_entropy(
     )
     units = problem.labels.shape[: problem.logits.ndim - 1]
     members = as_groups(groups, units if per == "element" else units[:1])
-    refusal = _no_kernel(problem, chosen, reduction, per, axis)
-    if backend == "rust" and refusal:
-        raise ValueError(f"backend='rust' cannot serve {refusal}: leave backend out")
+    refusal = native_refusal(chosen, class_weight=problem.class_weight, reduction=reduction, per=per)
+    native = takes_native(backend, refusal or _native_misfit(problem, axis), problem.logits.shape)
     scaled = problem
     if sample_weight is not None and reduction == "mean":
-        scaled = problem._replace(base=in_unit(problem.base, axis_name))
-    if backend == "rust" or (backend is None and not refusal and kernel_is_faster(problem.logits.shape)):
-        return _in_rust(scaled, chosen, reduction, axis_name)
-    losses = Losses(_losses_of(problem), problem.base, members, (), axis_name)
+        scaled = problem._replace(measure=divided_by_factor(problem.measure, axis_name))
+    if native:
+        return _native_objective(scaled, chosen, reduction, axis_name)
+    losses = Losses(_losses_of(problem), problem.measure, members, (), axis_name)
     weights, new = target_weights(losses, chosen, per, state)
-    losses, problem = losses._replace(base=scaled.base), scaled
-    result = weighted(weights, losses)
+    losses, problem = losses._replace(measure=scaled.measure), scaled
+    result = weighted_losses(weights, losses)
     if reduction != "none":
         result = psum(jnp.sum(result), axis_name)
     if reduction == "mean":
-        result = mean_of(result, psum(_denominator_of(problem), axis_name))
+        result = mean_of(result, psum(_divisor_of(problem), axis_name))
     return result if state is None else (result, new)
 
 
@@ -244,8 +192,8 @@ class Problem(NamedTuple):
             probabilities, (..., C).
         class_weight: (C,) in the accumulator's dtype, or None for ones.
         smoothing: Label smoothing.
-        base: The base measure, (...) in the accumulator's dtype: 0 for a target that counts for nothing; None
-            where all count as 1.
+        measure: The base measure, (...) in the accumulator's dtype: 0 for a target that counts for nothing;
+            None where all count as 1.
         adjustment: What is added to the logits, (C,) in the accumulator's dtype; None for nothing.
     """
 
@@ -253,7 +201,7 @@ class Problem(NamedTuple):
     labels: jax.Array
     class_weight: jax.Array | None
     smoothing: float
-    base: jax.Array | None
+    measure: jax.Array | None
     adjustment: jax.Array | None
 
     @property
@@ -295,11 +243,13 @@ def _as_problem(
     class_weight = as_class_weight(weight, classes, dtype)
     adjustment = by_class("logit_adjustment", logit_adjustment, classes, dtype)
     mask = as_mask(where, rows)
-    mass = as_mass(sample_weight, rows if per == "element" else rows[:1], dtype, reduction)
-    if mass is not None:
-        mass = jnp.broadcast_to(mass.reshape(mass.shape + (1,) * (len(rows) - mass.ndim)), rows)
-    base = base_measure(mask, mass, dtype)
-    takes_part = None if base is None else base != 0
+    of_samples = rows if per == "element" else rows[:1]
+    given_measure = as_measure(sample_weight, of_samples, dtype, reduction)
+    if given_measure is not None:
+        missing = (1,) * (len(rows) - given_measure.ndim)
+        given_measure = jnp.broadcast_to(given_measure.reshape(given_measure.shape + missing), rows)
+    measure = masked_measure(mask, given_measure, dtype)
+    takes_part = None if measure is None else measure != 0
     values = an_array("labels", labels)
     values = values if isinstance(values, np.ndarray) else jnp.asarray(values)
     if jnp.issubdtype(values.dtype, jnp.floating):
@@ -314,7 +264,7 @@ def _as_problem(
                 f"ignore_index does not apply to class probabilities, got {ignore_index}: leave it out"
             )
         probabilities = jnp.moveaxis(jnp.asarray(values), axis, -1)
-        return Problem(logits, probabilities, class_weight, label_smoothing, base, adjustment)
+        return Problem(logits, probabilities, class_weight, label_smoothing, measure, adjustment)
     if not jnp.issubdtype(values.dtype, jnp.integer):
         raise TypeError(
             f"labels must be integers (class indices) or floats (class probabilities), got {values.dtype}"
@@ -328,59 +278,54 @@ def _as_problem(
         raise ValueError(_label_shape(given, rows, values.shape, axis))
     refuse_out_of_range(values, classes, ignore_index, takes_part)
     codes = encode(values, classes, ignore_index, takes_part)
-    base = base_measure(codes != IGNORED, mass, dtype)
-    return Problem(logits, codes, class_weight, label_smoothing, base, adjustment)
+    measure = masked_measure(codes != IGNORED, given_measure, dtype)
+    return Problem(logits, codes, class_weight, label_smoothing, measure, adjustment)
 
 
 def _losses_of(problem: Problem) -> jax.Array:
     """The loss of each target in the accumulator's dtype, differentiable; 0 where a target does not count."""
-    logits, labels, class_weight, smoothing, base, adjustment = problem
+    logits, labels, class_weight, smoothing, measure, adjustment = problem
     logits = adjusted(logits, adjustment)
     if problem.has_indices:
         return index_losses(logits, labels, class_weight, smoothing)
-    return probability_losses(logits, labels, class_weight, smoothing, None if base is None else base != 0)
+    counted = None if measure is None else measure != 0
+    return probability_losses(logits, labels, class_weight, smoothing, counted)
 
 
-def _denominator_of(problem: Problem) -> jax.Array:
+def _divisor_of(problem: Problem) -> jax.Array:
     """What "mean" divides by: the class weights of the targets that count, or their number, times `p`."""
-    if problem.base is None:
+    if problem.measure is None:
         dtype = jnp.promote_types(problem.logits.dtype, jnp.float32)
         return jnp.full((), np.prod(problem.logits.shape[:-1]), dtype)
     if problem.class_weight is None or not problem.has_indices:
-        return jnp.sum(problem.base)
+        return jnp.sum(problem.measure)
     own = problem.class_weight[jnp.maximum(problem.labels, 0)]
-    return jnp.sum(jnp.where(problem.base != 0, problem.base * own, 0))
+    return jnp.sum(jnp.where(problem.measure != 0, problem.measure * own, 0))
 
 
-def _no_kernel(problem: Problem, weighting: Weighting, reduction: Reduction, per: Per, axis: int) -> str:
-    """What of a call the kernel does not serve; empty if nothing."""
-    if not weighting.pointwise:
-        return f"{weighting}, whose weights depend on the whole batch"
-    if kernel_of(weighting) is None:
-        return f"{weighting}, which has no kernel"
+def _native_misfit(problem: Problem, axis: int) -> str:
+    """What of the logits and labels the Rust kernel does not serve; empty if nothing."""
     if not problem.has_indices:
         return "class probabilities"
-    if problem.class_weight is not None:
-        return "class weights"
-    if reduction == "none" or per == "sample":
-        return f"reduction={reduction!r} with per={per!r}"
     if axis not in (-1, problem.logits.ndim - 1):
         return f"axis={axis}, which is not the last"
-    if problem.logits.dtype not in _KERNEL_DTYPES:
+    if problem.logits.dtype not in _NATIVE_DTYPES:
         return f"logits of dtype {problem.logits.dtype}"
     return ""
 
 
-_KERNEL_DTYPES = (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16)
+_NATIVE_DTYPES = (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16)
 
 
-def _in_rust(problem: Problem, weighting: Weighting, reduction: Reduction, axis_name: AxisName) -> jax.Array:
-    total = _ffi.weighted_sum(
+def _native_objective(
+    problem: Problem, weighting: Weighting, reduction: Reduction, axis_name: AxisName
+) -> jax.Array:
+    total = _ffi.cross_entropy_sum(
         problem.logits,
         problem.labels,
         weighting,
-        mass=problem.base,
-        norm=1 if reduction == "sum" else 1 / psum(_denominator_of(problem), axis_name),
+        measure=problem.measure,
+        factor=1 if reduction == "sum" else 1 / psum(_divisor_of(problem), axis_name),
         smoothing=problem.smoothing,
         adjustment=problem.adjustment,
     )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,51 +24,14 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from rgd._arrays import refuse_masked
-from rgd.jax._batch import (
-    Axis,
-    AxisName,
-    Losses,
-    as_constants,
-    as_losses,
-    gather,
-    in_unit,
-    is_known,
-    pmax,
-    psum,
-    weighted,
-    weights_of,
-)
+from rgd.jax._devices import AxisName, divided_by_factor, gather, pmax, psum
+from rgd.jax._inputs import Axis, Losses, as_losses, is_known
+from rgd.jax._weights import as_constants, weighted_losses, weights_of
 from rgd.stats import MOST_GROUPS, GroupStats, WeightStats
 from rgd.weightings import Weighting
 from rgd.weightings._call import resolve_weighting
 
 
-@overload
-def sample_weights(
-    losses: ArrayLike,
-    weighting: Weighting | None = None,
-    *,
-    tau: ArrayLike | None = None,
-    where: ArrayLike | None = None,
-    sample_weight: ArrayLike | None = None,
-    groups: ArrayLike | None = None,
-    state: None = None,
-    axis: Axis = None,
-    axis_name: AxisName = None,
-) -> jax.Array: ...
-@overload
-def sample_weights(
-    losses: ArrayLike,
-    weighting: Weighting | None = None,
-    *,
-    tau: ArrayLike | None = None,
-    where: ArrayLike | None = None,
-    sample_weight: ArrayLike | None = None,
-    groups: ArrayLike | None = None,
-    state: Any,
-    axis: Axis = None,
-    axis_name: AxisName = None,
-) -> Any: ...
 def sample_weights(
     losses: ArrayLike,
     weighting: Weighting | None = None,
@@ -133,32 +96,6 @@ def sample_weights(
     return weights if state is None else (weights, new)
 
 
-@overload
-def reweighted_mean(
-    losses: ArrayLike,
-    weighting: Weighting | None = None,
-    *,
-    tau: ArrayLike | None = None,
-    where: ArrayLike | None = None,
-    sample_weight: ArrayLike | None = None,
-    groups: ArrayLike | None = None,
-    state: None = None,
-    axis: Axis = None,
-    axis_name: AxisName = None,
-) -> jax.Array: ...
-@overload
-def reweighted_mean(
-    losses: ArrayLike,
-    weighting: Weighting | None = None,
-    *,
-    tau: ArrayLike | None = None,
-    where: ArrayLike | None = None,
-    sample_weight: ArrayLike | None = None,
-    groups: ArrayLike | None = None,
-    state: Any,
-    axis: Axis = None,
-    axis_name: AxisName = None,
-) -> Any: ...
 def reweighted_mean(
     losses: ArrayLike,
     weighting: Weighting | None = None,
@@ -216,9 +153,9 @@ def reweighted_mean(
     )
     weights, new = weights_of(batch, chosen, state)
     if sample_weight is not None:
-        batch = batch._replace(base=in_unit(batch.base, axis_name))
-    total = psum(jnp.sum(weighted(weights, batch), axis=batch.axes), axis_name)
-    mean = total / psum(jnp.sum(batch.ones, axis=batch.axes), axis_name)
+        batch = batch._replace(measure=divided_by_factor(batch.measure, axis_name))
+    total = psum(jnp.sum(weighted_losses(weights, batch), axis=batch.axes), axis_name)
+    mean = total / psum(jnp.sum(batch.full_measure, axis=batch.axes), axis_name)
     return mean if state is None else (mean, new)
 
 
@@ -353,33 +290,33 @@ def weight_stats(
     if weights.shape != batch.values.shape:
         raise ValueError(f"weights must have the shape of losses, {batch.values.shape}, got {weights.shape}")
     batch = batch._replace(values=lax.stop_gradient(batch.values))
-    p, loss = batch.ones, batch.values
+    p, loss = batch.full_measure, batch.values
     takes_part = p != 0
     weight = jnp.where(takes_part, lax.stop_gradient(weights), 0)
 
     def total(values: jax.Array) -> jax.Array:
         return psum(jnp.sum(values), axis_name)
 
-    mass, count = total(p), total(takes_part.astype(int))
+    whole, count = total(p), total(takes_part.astype(int))
     weight_sum = total(p * weight)
-    relative = weight * (mass / weight_sum)  # averages to one: q / p' = relative
+    relative = weight * (whole / weight_sum)  # averages to one: q / p' = relative
     entropy = jnp.where(relative == 0, 0, relative * jnp.log(jnp.where(relative == 0, 1, relative)))
     largest = pmax(jnp.max(weight, initial=-jnp.inf, where=takes_part), axis_name)
     stats: dict[str, Any] = {
-        "mean_loss": total(p * loss) / mass,
+        "mean_loss": total(p * loss) / whole,
         "worst_tenth": _worst_tenth(batch),
-        "objective": total(weighted(weight, batch)) / mass,
-        "effective_sample_size": count * (weight_sum / mass) * (weight_sum / total(p * weight * weight)),
+        "objective": total(weighted_losses(weight, batch)) / whole,
+        "effective_sample_size": count * (weight_sum / whole) * (weight_sum / total(p * weight * weight)),
         # Less the mean of `relative - 1`, which is 0: it cancels the rounding of a common factor.
-        "kl_to_uniform": total(p * (entropy - (relative - 1))) / mass,
+        "kl_to_uniform": total(p * (entropy - (relative - 1))) / whole,
         "max_weight": jnp.where(count > 0, largest, jnp.nan),
         "clipped_share": None,
         "count": count,
-        "mean_weight": weight_sum / mass,
+        "mean_weight": weight_sum / whole,
     }
     if weighting is not None:
         clip: Any = as_constants(resolve_weighting(weighting), loss.dtype).clip
-        share = total(p * (loss > clip)) / mass
+        share = total(p * (loss > clip)) / whole
         stats["clipped_share"] = jnp.where(jnp.isinf(clip), 0, share)
     if batch.groups is not None:
         number = _number_of_groups(batch, num_groups)
@@ -388,17 +325,19 @@ def weight_stats(
 
 
 def _worst_tenth(batch: Losses) -> jax.Array:
-    """The mean loss of the worst tenth of the mass, over all devices; the sample at the edge in part."""
-    losses, mass = (gather(array.reshape(-1), batch.axis_name) for array in (batch.values, batch.ones))
+    """The mean loss of the worst tenth of the measure, over all devices; the sample at the edge in part."""
+    losses, measure = (
+        gather(array.reshape(-1), batch.axis_name) for array in (batch.values, batch.full_measure)
+    )
     if not losses.size:
         return jnp.full((), jnp.nan, losses.dtype)
     order = jnp.argsort(-losses)
-    losses, mass = losses[order], mass[order]
-    reached = jnp.cumsum(mass)
+    losses, measure = losses[order], measure[order]
+    reached = jnp.cumsum(measure)
     tenth = reached[-1] / 10
-    taken = jnp.clip(tenth - (reached - mass), 0, mass)
+    taken = jnp.clip(tenth - (reached - measure), 0, measure)
     mean = jnp.sum(jnp.where(taken > 0, taken * losses, 0)) / tenth
-    unknown = jnp.any(jnp.isnan(losses) & (mass != 0))
+    unknown = jnp.any(jnp.isnan(losses) & (measure != 0))
     # The gathered losses vary over the mapped axes, as JAX sees it; their mean, equal on all, must not.
     return pmax(jnp.where(unknown, jnp.nan, mean), batch.axis_name)
 
@@ -412,8 +351,8 @@ def _number_of_groups(batch: Losses, num_groups: int | None) -> int:
             )
         return num_groups
     members = np.asarray(batch.groups)
-    if batch.base is not None and is_known(batch.base):
-        members = members[np.asarray(batch.base) != 0]
+    if batch.measure is not None and is_known(batch.measure):
+        members = members[np.asarray(batch.measure) != 0]
     largest = int(members.max(initial=-1))
     if members.size and members.min() < 0:
         raise ValueError(f"groups must be integers >= 0, got {members.min()}")
@@ -429,7 +368,7 @@ def _number_of_groups(batch: Losses, num_groups: int | None) -> int:
 def _group_stats(
     batch: Losses, weights: jax.Array, groups: jax.Array, number: int, weight_sum: jax.Array
 ) -> GroupStats:
-    p = batch.ones
+    p = batch.full_measure
     takes_part = p != 0
 
     def by_group(values: jax.Array) -> Any:

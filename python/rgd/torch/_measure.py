@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rgd._arrays import unit_of, unit_of_products
+from rgd._arrays import measure_factor as unit_of
+from rgd._arrays import product_factor as unit_of_products
 from rgd.torch._checks import check_dense, no_tensor, refuse_dtype
 from rgd.torch._dtypes import FLOATS, INTEGERS, accumulator
 from rgd.torch._modes import values_can_be_read

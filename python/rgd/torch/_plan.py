@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rgd._arrays import unit_of
+from rgd._arrays import measure_factor as unit_of
 from rgd.torch._distributed import Sync, gather
 from rgd.torch._dtypes import accumulator, wide
 from rgd.torch._modes import is_exporting, values_can_be_read

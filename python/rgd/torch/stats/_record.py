@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rgd import _rgd
-from rgd._arrays import unit_of
+from rgd._arrays import measure_factor as unit_of
 from rgd.stats import (
     GroupStats,
     WeightStats,

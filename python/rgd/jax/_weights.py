@@ -1,0 +1,150 @@
+"""The weights of a checked batch.
+
+Every weighting takes the same way: the losses become vectors, one for each batch; those of all mapped devices
+are gathered; the weighting computes; each device keeps its own part. Weights that depend on their own loss
+alone need no gathering.
+"""
+
+# The types of jax leave members partly unknown.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from rgd.jax._devices import gather, own_part, pmax
+from rgd.jax._inputs import Losses, is_known
+from rgd.jax._pytrees import Structure, joined, split
+from rgd.weightings import Batch, Weighting
+from rgd.weightings._call import map_state, require_state, weigh
+from rgd.weightings._fields import holds_everywhere, map_numbers
+
+
+def as_constants(weighting: Weighting, dtype: Any) -> Weighting:
+    """The weighting with each number that is an array as a constant of the losses' dtype."""
+
+    def constant(number: Any) -> Any:
+        if not hasattr(number, "shape"):
+            return number
+        if number.shape:
+            raise ValueError(
+                f"a number of {type(weighting).__name__} must be one number for a batch, got shape "
+                f"{number.shape}: to sweep it, jax.vmap over the weighting"
+            )
+        return lax.stop_gradient(jnp.asarray(number, dtype))
+
+    return map_numbers(weighting, constant)
+
+
+def weights_of(losses: Losses, weighting: Weighting, state: Any = None) -> tuple[jax.Array, Any]:
+    """The weights of a checked batch, constants, 0 where a loss takes no part, and the state after it.
+
+    Raises:
+        ValueError: If a weighting that remembers is given no state, or a state cannot be used.
+    """
+    require_state(weighting, state)
+    losses = losses._replace(values=lax.stop_gradient(losses.values))
+    weighting = as_constants(weighting, losses.values.dtype)
+    old = None if state is None else lax.stop_gradient(map_state(jnp.asarray, state))
+    if losses.values.size == 0:
+        weights, new = jnp.zeros_like(losses.values), old
+    elif weighting.pointwise and not weighting.stateful:
+        weights, new = pointwise_weights(losses, weighting), None
+    else:
+        weights, new = _weights_of_batches(losses, weighting, old)
+    weights = weights.astype(losses.values.dtype)
+    allowed = holds_everywhere(weighting)
+    if allowed is not True:
+        weights = jnp.where(allowed, weights, jnp.nan)
+        new = None if new is None else map_state(functools.partial(jnp.where, allowed), new, old)
+    if losses.measure is not None:
+        unknown = jnp.isnan(losses.measure)
+        weights = jnp.where(losses.measure != 0, jnp.where(unknown, jnp.nan, weights), 0)
+    return lax.stop_gradient(weights), lax.stop_gradient(new)
+
+
+def pointwise_weights(losses: Losses, weighting: Weighting) -> jax.Array:
+    """The weights of a pointwise weighting without state; the losses keep their shape, and their sharding."""
+    vectors: Any = losses[:3]
+    if losses.values.ndim == 0:
+        vectors = tuple(None if array is None else array[None] for array in vectors)
+
+    def along_last_axis(values: jax.Array, measure: jax.Array | None, groups: jax.Array | None) -> jax.Array:
+        return weigh(weighting, Batch(values, measure, groups, xp=jnp))[0]
+
+    for _ in range(losses.values.ndim - 1):
+        along_last_axis = jax.vmap(along_last_axis)
+    weights = along_last_axis(*vectors)
+    return weights[0] if losses.values.ndim == 0 else weights
+
+
+def weighted_losses(weights: jax.Array, losses: Losses) -> jax.Array:
+    """`p_i * w_i * l_i`. A weight of 0 makes product and gradient 0 unless the loss is NaN."""
+    dropped = (weights == 0) & ~jnp.isnan(losses.values)
+    product = weights * jnp.where(dropped, 0, losses.values)
+    return product if losses.measure is None else losses.measure * product
+
+
+def _weights_of_batches(losses: Losses, weighting: Weighting, state: Any) -> tuple[jax.Array, Any]:
+    """The weights of each batch along `losses.axes`, and the state after it."""
+    values, measure, groups, axes, axis_name = losses
+    others = tuple(axis for axis in range(values.ndim) if axis not in axes)
+    if state is not None and others:
+        raise ValueError(
+            f"a state follows one batch, and with axis={axes} losses of shape {values.shape} are several: "
+            "jax.vmap over losses and state"
+        )
+    order = (*others, *axes)
+    own_shape = tuple(values.shape[axis] for axis in order)
+
+    def whole(array: jax.Array) -> jax.Array:
+        vectors = array.transpose(order).reshape(*own_shape[: len(others)], -1)
+        return gather(vectors, axis_name)
+
+    # Values are read for the sake of groups alone; all else is compiled, without a gain in being concrete.
+    concrete = groups is not None and not others and all(is_known(a) for a in (values, measure, groups))
+    compute = _weigh if concrete else _weigh_compiled
+    measure, groups = (None if array is None else whole(array) for array in (measure, groups))
+    weights, after = compute(weighting, len(others), Losses(whole(values), measure, groups), state)
+    count = int(np.prod(own_shape[len(others) :]))
+    weights = own_part(weights, count, axis_name).reshape(own_shape)
+    weights = weights.transpose(tuple(int(axis) for axis in np.argsort(order)))
+    if after is not None:
+        # The gathered losses vary over the mapped axes, as JAX sees it; the state, equal on all, must not.
+        after = map_state(functools.partial(pmax, axis_name=axis_name), after)
+    return weights, after
+
+
+def _weigh(weighting: Weighting, vmapped: int, batches: Losses, state: Any) -> tuple[jax.Array, Any]:
+    """The weights of batches along the last axis, after `vmapped` axes, and the state after them."""
+
+    def one_batch(values: jax.Array, measure: jax.Array | None, groups: jax.Array | None) -> Any:
+        concrete = all(is_known(array) for array in (values, measure, groups))
+        batch = Batch(values, measure, groups, xp=jnp, concrete=concrete)
+        weights, after = weigh(weighting, batch, state)
+        return weights if measure is None else jnp.where(jnp.isnan(batch.count), jnp.nan, weights), after
+
+    for _ in range(vmapped):
+        one_batch = jax.vmap(one_batch)
+    return one_batch(*batches[:3])
+
+
+def _weigh_compiled(weighting: Weighting, vmapped: int, batches: Losses, state: Any) -> tuple[jax.Array, Any]:
+    """`_weigh` under `jax.jit`. Python numbers of the weighting stay what they are; its arrays are traced."""
+    structure, arrays = split(weighting)
+    try:
+        hash(structure)
+    except TypeError:  # a setting of the user's that cannot be a key of jax.jit's cache
+        return _weigh(weighting, vmapped, batches, state)
+    return _compiled(structure, vmapped, arrays, batches[:3], state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _compiled(structure: Structure, vmapped: int, arrays: Any, batches: Any, state: Any) -> Any:
+    return _weigh(joined(structure, arrays), vmapped, Losses(*batches), state)

@@ -1,0 +1,240 @@
+"""Re-weighted cross-entropy of a linear layer, whose logits exist a chunk at a time.
+
+With `logits = inputs @ kernel + bias`, an output layer of C classes, the objective and its gradients are
+those of `rgd.jax.cross_entropy(logits, labels, ...)`. Logits are computed, used and dropped for some rows at
+a time, so that memory does not grow with the number of rows times C.
+"""
+
+# The types of jax leave members partly unknown.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from rgd._chunk_rows import chunk_rows
+from rgd.jax import _ffi
+from rgd.jax._devices import AxisName, check_bound, divided_by_factor, psum
+from rgd.jax._inputs import Losses
+from rgd.jax._pytrees import split
+from rgd.jax._targets import (
+    Backend,
+    Per,
+    Reduction,
+    check_options,
+    mean_of,
+    native_refusal,
+    takes_native,
+    target_weights,
+)
+from rgd.jax._weights import as_constants, weighted_losses
+from rgd.jax.linear._derivatives import token_losses, weighted_total
+from rgd.jax.linear._problem import (
+    Settings,
+    as_accumulate_dtype,
+    as_problem,
+    check_chunks,
+    check_vocab_axis,
+)
+from rgd.weightings import Weighting
+from rgd.weightings._call import kernel_of, require_state, resolve_weighting
+from rgd.weightings._fields import holds_everywhere
+
+__all__ = ["linear_cross_entropy"]
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)
+
+
+def linear_cross_entropy(
+    inputs: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    weight: ArrayLike | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    logit_adjustment: ArrayLike | None = None,
+    weighting: Weighting | None = None,
+    tau: ArrayLike | None = None,
+    per: Per = "element",
+    where: ArrayLike | None = None,
+    sample_weight: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    state: Any = None,
+    logit_softcap: float | None = None,
+    shift: bool = False,
+    chunk_bytes: int | None = None,
+    accumulate_dtype: Any = None,
+    axis_name: AxisName = None,
+    vocab_axis_name: str | None = None,
+    backend: Backend | None = None,
+) -> Any:
+    """The re-weighted cross-entropy of `inputs @ kernel + bias`, without an array of all logits.
+
+    The same as `rgd.jax.cross_entropy(inputs @ kernel + bias, labels, ...)`, in value and gradients. A
+    pointwise weighting (`rgd.KL`, `rgd.ERM`, ...) with `per="element"` and "mean" or "sum" takes one pass
+    over the chunks: the weight of a target is known as soon as its loss is, so the gradients come with the
+    value, by three matrix products. Weights that depend on the batch, `per="sample"`, a `state` and "none"
+    take two passes, losses and then gradients, and four products. Without differentiation only losses are
+    computed.
+
+    `jax.checkpoint` around this function computes the losses once more, and saves nothing but the gradients.
+    Reverse mode may be repeated (`jax.hessian` too), and then holds all logits. There is no `jax.jvp` of it
+    alone: take `rgd.jax.cross_entropy(inputs @ kernel, ...)`.
+
+    Args:
+        inputs: (..., D), floating: (N, D), or (B, T, D) for sequences.
+        kernel: (D, C), floating, as in Flax. A tied embedding, (C, D), goes in transposed: `embedding.T`.
+        labels: Class indices, integers of the inputs' shape without D.
+        bias: (C,), floating, or None.
+        weight: Class weights, (C,), constants; None for ones.
+        ignore_index: The class index that counts for nothing.
+        reduction: "none", "mean" or "sum".
+        label_smoothing: Share of a target that is spread over all classes, in [0, 1].
+        logit_adjustment: Numbers added to the logits of each class, (C,), after a soft cap; constants.
+        weighting: Turns losses into weights; `KL(tau=1.0)` if neither this nor `tau` is given. Its numbers
+            may be traced; a traced number that is not allowed cannot raise, and makes the weights NaN.
+        tau: Short for `weighting=rgd.KL(tau=tau)`.
+        per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the
+            leading dimension of `labels` by the mean of their losses, over the targets that count.
+        where: Booleans that broadcast to the labels' shape: which targets count. What the inputs of the
+            others hold, be it NaN, reaches no result.
+        sample_weight: The base measure, numbers >= 0, constants: of the labels' shape, or (N,) for the
+            leading axis; with `per="sample"` (N,). A target where it is 0 counts for nothing.
+        groups: The group of each target, integers shaped as `sample_weight`, for `rgd.GroupDRO`.
+        state: The state of a weighting that remembers: what `weighting.init()` or the last call returned.
+        logit_softcap: `cap` > 0 puts `cap * tanh(logits / cap)` in the place of the logits.
+        shift: For (B, T, D): position t predicts the label at t + 1, and the last position nothing. Labels
+            stay as they are given, and so do `where`, `sample_weight` and `groups`, which belong to the
+            labels; no inputs are copied. With "none" the loss of the label at t + 1 stands at t.
+        chunk_bytes: The size of a chunk of logits; there is at least one row in it. Larger chunks are faster
+            and take more memory. None stands for 32 MiB, or for an eighth of the kernel's gradient where that
+            is more; and for at least 128 rows.
+        accumulate_dtype: The dtype in which the kernel's gradient is summed over chunks; None for float64
+            where inputs or kernel are, else float32.
+        axis_name: Name or names of mapped axes over which the rows are spread, as in `rgd.jax.cross_entropy`.
+        vocab_axis_name: Name of a mapped axis (`jax.shard_map`) over which the classes are spread: `kernel`
+            is (D, C/k), and `bias`, `weight` and `logit_adjustment` (C/k,), the slices in order; inputs and
+            labels are the same on all devices of that axis, and labels count through all slices. The gradient
+            of the inputs is then that of all classes.
+        backend: What computes the rows of a chunk in one pass, as in `rgd.jax.cross_entropy`: "jnp" is plain
+            `jax.numpy`, "rust" a kernel on the CPU. "rust" serves pointwise weightings that have a kernel,
+            without class weights and `vocab_axis_name`. By default the kernel is taken where it serves, JAX
+            runs on one CPU device, C >= 512, and there are at least 2^22 logits in all.
+
+    Returns:
+        The objective: float64 where inputs or kernel are, else float32, in which half precision is computed:
+        shape () or, for "none", the labels'. Gradients have the dtypes of the arguments. With `state`: the
+        objective and the new state. A label out of range raises where `labels` are concrete; under `jit` its
+        loss is NaN.
+
+    Raises:
+        IndexError: If a concrete class index is out of range; names it and its position.
+        TypeError: If a dtype does not fit.
+        ValueError: If a shape does not fit, an option is not one of those above, or an axis is not bound; as
+            `rgd.jax.cross_entropy`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, rgd, rgd.jax
+        >>> inputs, kernel = jnp.array([[2.0, 0.0], [0.0, 2.0]]), jnp.eye(2)
+        >>> loss, (d_inputs, d_kernel) = jax.jit(
+        ...     jax.value_and_grad(rgd.jax.linear_cross_entropy, argnums=(0, 1))
+        ... )(inputs, kernel, jnp.array([0, 0]))
+        >>> print(f"{loss:.4f}")
+        1.8210
+        >>> d_kernel.round(3)
+        Array([[-0.127,  0.127],
+               [-1.452,  1.452]], dtype=float32)
+
+    References:
+        Kumar, Majmundar, Nagaraj, Suggala, "Stochastic Re-weighted Gradient Descent via Distributionally
+        Robust Optimization", TMLR 2024, arXiv 2306.09222, Algorithm 1.
+    """
+    check_options(reduction, per, label_smoothing, backend)
+    chosen = resolve_weighting(weighting, tau)
+    require_state(chosen, state)
+    check_bound(axis_name)
+    check_vocab_axis(vocab_axis_name, axis_name)
+    check_chunks(chunk_bytes, logit_softcap)
+    problem = as_problem(
+        inputs,
+        kernel,
+        labels,
+        bias,
+        weight=weight,
+        ignore_index=ignore_index,
+        logit_adjustment=logit_adjustment,
+        where=where,
+        sample_weight=sample_weight,
+        groups=groups,
+        reduction=reduction,
+        per=per,
+        shift=shift,
+        vocab_axis_name=vocab_axis_name,
+    )
+    operands, constants, dtype = problem.operands, problem.constants, problem.dtype
+    shape, (features, own_classes) = constants.rows.codes.shape, operands.kernel.shape
+    refusal = native_refusal(chosen, class_weight=constants.class_weight, reduction=reduction, per=per)
+    if vocab_axis_name is not None:
+        refusal = refusal or f"vocab_axis_name={vocab_axis_name!r}"
+    native = takes_native(backend, refusal, (math.prod(shape), own_classes))
+    constant = as_constants(chosen, dtype)
+    kind = None
+    if native and (found := kernel_of(constant)) is not None:
+        _ffi.register()
+        kind = found[0]
+        constants = constants._replace(native=[jnp.asarray(number, dtype) for number in found[1]])
+    one_pass = chosen.pointwise and not chosen.stateful and per == "element" and reduction != "none"
+    structure = None
+    if one_pass:
+        structure, arrays = split(constant)
+        constants = constants._replace(weighting=arrays)
+    accumulate = as_accumulate_dtype(accumulate_dtype, dtype)
+    settings = Settings(
+        rows=chunk_rows(
+            chunk_bytes,
+            row_bytes=own_classes * dtype.itemsize,
+            gradient_bytes=features * own_classes * accumulate.itemsize,
+            rows=math.prod(shape),
+        ),
+        classes=problem.classes,
+        smoothing=float(label_smoothing),
+        softcap=None if logit_softcap is None else float(logit_softcap),
+        accumulate=accumulate,
+        vocab_axis=vocab_axis_name,
+        native=kind,
+        weighting=structure,
+    )
+    given = constants.rows
+    measure: Any = given.measure
+    if sample_weight is not None and reduction == "mean":
+        measure = divided_by_factor(measure, axis_name)
+    rows = problem.flat_rows()
+    groups_in_chunk = rows.groups if one_pass else None
+    constants = constants._replace(rows=rows._replace(measure=measure.reshape(-1), groups=groups_in_chunk))
+    if one_pass:
+        result, new = weighted_total(settings, operands, constants), None
+        allowed = holds_everywhere(constant)
+        if allowed is not True:
+            result = result * jnp.where(allowed, 1, jnp.nan).astype(dtype)
+    else:
+        values = token_losses(settings, operands, constants).reshape(shape)
+        losses = Losses(values, given.measure, given.groups, (), axis_name)
+        weights, new = target_weights(losses, chosen, per, state)
+        result = weighted_losses(weights, losses._replace(measure=measure))
+    if reduction != "none":
+        result = psum(jnp.sum(result), axis_name)
+    if reduction == "mean":
+        own = given.own_weight
+        counted = measure if own is None else jnp.where(measure != 0, measure * own, 0)
+        result = mean_of(result, psum(jnp.sum(counted), axis_name))
+    return result if state is None else (result, new)
