@@ -77,6 +77,7 @@ def reweight(
     weighting: Weighting | WeightingSchedule | None = None,
     *,
     tau: ArrayLike | Schedule | None = None,
+    scale: ArrayLike | Schedule | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Reduce per-example gradients to their re-weighted mean, `sum_i p_i * w_i * g_i / sum_i p_i`.
@@ -87,9 +88,11 @@ def reweight(
     times its rate.
 
     Args:
-        weighting: Turns losses into weights, `rgd.KL(tau=1.0)` if neither this nor `tau` is given; or a
-            schedule, a function from the step count to weightings of one class.
+        weighting: Turns losses into weights, `rgd.KL(tau=1.0)` if neither this nor `tau` nor `scale` is
+            given; or a schedule, a function from the step count to weightings of one class.
         tau: Short for `weighting=rgd.KL(tau=tau)`; or an optax schedule of it.
+        scale: Short for `weighting=rgd.KL(scale=scale)`; with `tau`, for `rgd.KL(tau, scale=scale)`; or an
+            optax schedule of it.
         axis_name: Name or names of mapped axes over which the batch is spread; the mean is then over the
             whole batch.
 
@@ -101,8 +104,8 @@ def reweight(
         it likes; where none takes part, the mean is 0. What a weighting remembers is part of the state.
 
     Raises:
-        ValueError: If both `tau` and `weighting` are given; from `update`, if `losses` are not given, are not
-            of shape (batch,), or a gradient has not that leading axis.
+        ValueError: If `tau` or `scale` is given beside `weighting`; from `update`, if `losses` are not given,
+            are not of shape (batch,), or a gradient has not that leading axis.
         TypeError: If `weighting` is not a weighting; from `update`, if the losses are not floating.
 
     Example:
@@ -118,7 +121,7 @@ def reweight(
         Kumar, Majmundar, Nagaraj, Suggala, "Stochastic Re-weighted Gradient Descent via Distributionally
         Robust Optimization", TMLR 2024, arXiv 2306.09222, Algorithm 1.
     """
-    weighting_at = _schedule(weighting, tau)
+    weighting_at = _schedule(weighting, tau, scale)
 
     def init(params: optax.Params) -> ReweightState:
         del params
@@ -181,6 +184,7 @@ def rgd(
     weighting: Weighting | WeightingSchedule | None = None,
     *,
     tau: ArrayLike | Schedule | None = None,
+    scale: ArrayLike | Schedule | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Re-weighted gradient descent around any optax optimizer.
@@ -198,9 +202,11 @@ def rgd(
     Args:
         inner: The optimizer; extra arguments of `update` reach it, but for `losses`, `where`, `sample_weight`
             and `groups`.
-        weighting: Turns losses into weights, `rgd.KL(tau=1.0)` if neither this nor `tau` is given; or a
-            schedule, a function from the step count to weightings of one class.
+        weighting: Turns losses into weights, `rgd.KL(tau=1.0)` if neither this nor `tau` nor `scale` is
+            given; or a schedule, a function from the step count to weightings of one class.
         tau: Short for `weighting=rgd.KL(tau=tau)`; or an optax schedule of it.
+        scale: Short for `weighting=rgd.KL(scale=scale)`; with `tau`, for `rgd.KL(tau, scale=scale)`; or an
+            optax schedule of it.
         axis_name: Name or names of mapped axes over which the batch is spread; the mean is then over the
             whole batch.
 
@@ -229,7 +235,7 @@ def rgd(
     References:
         Kumar et al., arXiv 2306.09222, Algorithm 1.
     """
-    outer = reweight(weighting, tau=tau, axis_name=axis_name)
+    outer = reweight(weighting, tau=tau, scale=scale, axis_name=axis_name)
     if isinstance(inner, optax.MultiSteps):
         inner = optax.GradientTransformationExtraArgs(inner.init, cast("Any", inner.update))
     given: Any = inner
@@ -271,14 +277,19 @@ def rgd(
     return optax.GradientTransformationExtraArgs(init, cast("Any", update))
 
 
-def _schedule(weighting: Any, tau: Any) -> Callable[[jax.Array], Weighting]:
-    """The weighting at each step count, from a weighting, a number `tau`, or a schedule of one of them."""
-    if callable(tau) and weighting is None:
-        return lambda count: resolve_weighting(None, tau(count))
+def _schedule(weighting: Any, tau: Any, scale: Any) -> Callable[[jax.Array], Weighting]:
+    """The weighting at each step count, from a weighting, the numbers of `KL`, or schedules of them."""
+
+    def at(number: Any, count: jax.Array) -> Any:
+        return number(count) if callable(number) else number
+
+    if weighting is None and (callable(tau) or callable(scale)):
+        return lambda count: resolve_weighting(None, at(tau, count), at(scale, count))
     # A weighting's class is a function too, and resolve_weighting says that it must be called.
-    if callable(weighting) and tau is None and not isinstance(weighting, (Weighting, type)):
+    is_schedule = callable(weighting) and not isinstance(weighting, (Weighting, type))
+    if is_schedule and tau is None and scale is None:
         return lambda count: resolve_weighting(weighting(count))
-    constant = resolve_weighting(weighting, tau)
+    constant = resolve_weighting(weighting, tau, scale)
     return lambda count: constant
 
 

@@ -74,9 +74,10 @@ class Reweighted(_base.MetaEstimatorMixin, _base.BaseEstimator):
 
     Args:
         estimator: A classifier with `predict_proba`, or a regressor, whose `fit` takes `sample_weight`.
-        weighting: Turns losses into weights; `KL(tau=1.0)` if neither this nor `tau` is given.
+        weighting: Turns losses into weights; `KL(tau=1.0)` if neither this nor `tau` nor `scale` is given.
         rounds: The largest number of fits after the first, an integer >= 0; 0 gives the plain model.
         tau: Short for `weighting=KL(tau=tau)`.
+        scale: Short for `weighting=KL(scale=scale)`; with `tau`, for `KL(tau, scale=scale)`.
         step: How far the weights go towards those of the last losses in every round after the first, in
             (0, 1]. Near 1 is quick for weak re-weighting and for negative scales; less keeps weights that
             favour the tail from swinging.
@@ -112,6 +113,7 @@ class Reweighted(_base.MetaEstimatorMixin, _base.BaseEstimator):
         rounds: int = 10,
         *,
         tau: float | None = None,
+        scale: float | None = None,
         step: float = 0.5,
         tolerance: float = 1e-2,
         verbose: bool = False,
@@ -120,6 +122,7 @@ class Reweighted(_base.MetaEstimatorMixin, _base.BaseEstimator):
         self.weighting = weighting
         self.rounds = rounds
         self.tau = tau
+        self.scale = scale
         self.step = step
         self.tolerance = tolerance
         self.verbose = verbose
@@ -146,30 +149,30 @@ class Reweighted(_base.MetaEstimatorMixin, _base.BaseEstimator):
         weighting = self._check_settings()
         refuse_masked("y", y, "leave masked samples out")
         classifier = _base.is_classifier(self.estimator)
-        mass = None if sample_weight is None else _read_mass(sample_weight, X)
+        measure = None if sample_weight is None else _read_measure(sample_weight, X)
         if len(getattr(y, "shape", ())) == 2 and not _utils.get_tags(self).target_tags.multi_output:
             y = _validation.column_or_1d(y, warn=True)
-        fitted = self._fit_once(X, y, mass, fit_params)
+        fitted = self._fit_once(X, y, measure, fit_params)
         target = _read_target(y, classifier)
-        weights = np.ones(len(target)) if mass is None else (mass > 0).astype(np.float64)
+        weights = np.ones(len(target)) if measure is None else (measure > 0).astype(np.float64)
         rounds, settled = 0, False
         with self._bar() as bar:
             while True:
                 losses = _log_losses(fitted, X, target) if classifier else _squared_errors(fitted, X, target)
-                fresh = rgd.sample_weights(losses, weighting, sample_weight=mass)
+                fresh = rgd.sample_weights(losses, weighting, sample_weight=measure)
                 if self.rounds:
-                    _check_weights(fresh, mass, losses, classifier)
+                    _check_weights(fresh, measure, losses, classifier)
                 change = float(np.max(np.abs(fresh - weights)))
                 settled = math.isfinite(change) and change <= self.tolerance * float(np.max(fresh))
                 if settled or rounds == self.rounds:
                     break
                 # The first step is whole: the plain fit's weights are no guess of the final ones.
                 weights = fresh if rounds == 0 else weights + self.step * (fresh - weights)
-                fitted = self._fit_once(X, y, weights if mass is None else mass * weights, fit_params)
+                fitted = self._fit_once(X, y, weights if measure is None else measure * weights, fit_params)
                 rounds += 1
                 bar.update()
                 bar.set_postfix(
-                    loss=rgd.reweighted_mean(losses, rgd.ERM(), sample_weight=mass), change=change
+                    loss=rgd.reweighted_mean(losses, rgd.ERM(), sample_weight=measure), change=change
                 )
         if self.rounds and not settled:
             warnings.warn(
@@ -272,7 +275,7 @@ class Reweighted(_base.MetaEstimatorMixin, _base.BaseEstimator):
 
     def _check_settings(self) -> Weighting:
         """The weighting, after all settings were checked."""
-        weighting = resolve_weighting(self.weighting, self.tau)
+        weighting = resolve_weighting(self.weighting, self.tau, self.scale)
         if weighting.stateful:
             raise ValueError(
                 f"{type(weighting).__name__} remembers earlier batches, and every round sees all samples: "
@@ -337,23 +340,23 @@ class _NoBar:
         pass
 
 
-def _read_mass(sample_weight: Any, X: Any) -> _Floats:  # noqa: N803
+def _read_measure(sample_weight: Any, X: Any) -> _Floats:  # noqa: N803
     """The base measure, shape (n,), checked for its shape; its values are checked with the losses."""
     refuse_masked("sample_weight", sample_weight, "pass sample_weight.filled(0)")
-    mass = np.asarray(sample_weight, dtype=np.float64)
+    measure = np.asarray(sample_weight, dtype=np.float64)
     shape = tuple(X.shape if hasattr(X, "shape") else np.asarray(X).shape)[:1]
-    if mass.shape != shape:
+    if measure.shape != shape:
         raise ValueError(
-            f"sample_weight must have one number for each sample, shape {shape}, got {mass.shape}"
+            f"sample_weight must have one number for each sample, shape {shape}, got {measure.shape}"
         )
-    return mass
+    return measure
 
 
-def _check_weights(weights: _Floats, mass: _Floats | None, losses: _Floats, classifier: bool) -> None:
+def _check_weights(weights: _Floats, measure: _Floats | None, losses: _Floats, classifier: bool) -> None:
     """Refuse weights that no estimator can be fitted with."""
-    if mass is not None:
+    if measure is not None:
         with np.errstate(over="ignore"):
-            weights, losses = (mass * weights)[mass > 0], losses[mass > 0]
+            weights, losses = (measure * weights)[measure > 0], losses[measure > 0]
     finite = np.isfinite(weights).all()
     if not losses.size or (finite and weights.any()):
         return

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import rgd
 from rgd import boosting
+from rgd.boosting import _libraries
 
 EPS, EPS32 = (float(np.finfo(dtype).eps) for dtype in (np.float64, np.float32))
 ROUNDS, SAMPLES, CLASSES = 8, 200, 3
@@ -599,12 +600,12 @@ def test_softmax_has_the_hessian_of_the_xgboost_that_is_installed(covers, change
     booster = types.SimpleNamespace(get_dump=lambda **_: trees)
     fake = types.SimpleNamespace(DMatrix=lambda *_, **__: None, train=lambda *_: booster)
     monkeypatch.setitem(sys.modules, "xgboost", fake)
-    boosting._measured_curvature.cache_clear()
+    _libraries.measured_curvature.cache_clear()
     y, f = TARGETS["softmax"], margins_for("softmax").astype(np.float32)
     try:
         gradient, hessian = boosting.softmax(CLASSES)(y, f, MASS)
     finally:
-        boosting._measured_curvature.cache_clear()
+        _libraries.measured_curvature.cache_clear()
     _, diagonal = boosting.softmax(CLASSES)(y, f.astype(np.float64), MASS)
     # LightGBM's factor for the diagonal is 3/2.
     expected = np.abs(gradient) if changed else diagonal * (2 / 1.5)

@@ -56,6 +56,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     weighting: Weighting | None = None,
     tau: ArrayLike | None = None,
+    scale: ArrayLike | None = None,
     per: Per = "element",
     logit_adjustment: ArrayLike | None = None,
     where: ArrayLike | None = None,
@@ -84,9 +85,11 @@ def cross_entropy(
             logits hold (`torch.nn.CrossEntropyLoss` has NaN for NaN).
         reduction: "none", "mean" or "sum".
         label_smoothing: Share `e` of a target that is spread over all classes, in [0, 1].
-        weighting: Turns losses into weights; `KL(tau=1.0)` if neither this nor `tau` is given. Its numbers
-            may be traced; a traced number that is not allowed cannot raise, and makes the weights NaN.
+        weighting: Turns losses into weights; `KL(tau=1.0)` if neither this nor `tau` nor `scale` is given.
+            Its numbers may be traced; a traced number that is not allowed cannot raise, and makes the weights
+            NaN.
         tau: Short for `weighting=rgd.KL(tau=tau)`.
+        scale: Short for `weighting=rgd.KL(scale=scale)`; with `tau`, for `rgd.KL(tau, scale=scale)`.
         per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the
             leading dimension of `labels` by the mean of their losses, over the targets that count.
         logit_adjustment: Numbers `a`, (C,), constants: every loss is that of `logits + a`, summed in the
@@ -125,8 +128,8 @@ def cross_entropy(
         TypeError: If a dtype does not fit.
         ValueError: If a shape does not fit, an option is not one of those above, `label_smoothing` is not in
             [0, 1], `ignore_index >= 0` is given with class probabilities, `sample_weight` holds a number that
-            is negative or not finite, both `tau` and `weighting` are given, or the weighting remembers and
-            `state` is missing.
+            is negative or not finite, `tau` or `scale` is given beside `weighting`, or the weighting
+            remembers and `state` is missing.
 
     Example:
         >>> import jax, jax.numpy as jnp, rgd, rgd.jax
@@ -147,7 +150,7 @@ def cross_entropy(
         arXiv 2007.07314, equation 10.
     """
     check_options(reduction, per, label_smoothing, backend)
-    chosen = resolve_weighting(weighting, tau)
+    chosen = resolve_weighting(weighting, tau, scale)
     require_state(chosen, state)
     check_bound(axis_name)
     problem = _as_problem(

@@ -37,6 +37,7 @@ def sample_weights(
     weighting: Weighting | None = None,
     *,
     tau: ArrayLike | None = None,
+    scale: ArrayLike | None = None,
     where: ArrayLike | None = None,
     sample_weight: ArrayLike | None = None,
     groups: ArrayLike | None = None,
@@ -50,9 +51,11 @@ def sample_weights(
 
     Args:
         losses: Losses, any shape but (), floating.
-        weighting: Turns losses into weights; `KL(tau=1.0)` if neither this nor `tau` is given. Its numbers
-            may be traced; a traced number that is not allowed cannot raise, and makes the weights NaN.
+        weighting: Turns losses into weights; `KL(tau=1.0)` if neither this nor `tau` nor `scale` is given.
+            Its numbers may be traced; a traced number that is not allowed cannot raise, and makes the weights
+            NaN.
         tau: Short for `weighting=rgd.KL(tau=tau)`.
+        scale: Short for `weighting=rgd.KL(scale=scale)`; with `tau`, for `rgd.KL(tau, scale=scale)`.
         where: Booleans that broadcast to the losses' shape. A loss where it is False has weight 0 and takes
             no part in the others' weights.
         sample_weight: The base measure `p`, numbers >= 0, constants: of the losses' shape, or (N,) for the
@@ -72,8 +75,8 @@ def sample_weights(
     Raises:
         TypeError: If `losses` are not floating, or another argument is of the wrong type.
         ValueError: If `losses` are 0-d, a number of the weighting is not a scalar, a shape does not fit,
-            `sample_weight` holds a number that is negative or not finite, `axis_name` is not bound, both
-            `tau` and `weighting` are given, or the weighting remembers and `state` is missing.
+            `sample_weight` holds a number that is negative or not finite, `axis_name` is not bound, `tau`
+            or `scale` is given beside `weighting`, or the weighting remembers and `state` is missing.
 
     Example:
         >>> import jax.numpy as jnp, rgd, rgd.jax
@@ -88,7 +91,7 @@ def sample_weights(
         Kumar, Majmundar, Nagaraj, Suggala, "Stochastic Re-weighted Gradient Descent via Distributionally
         Robust Optimization", TMLR 2024, arXiv 2306.09222, Algorithm 1. Each weighting names its own source.
     """
-    chosen = resolve_weighting(weighting, tau)
+    chosen = resolve_weighting(weighting, tau, scale)
     batch = as_losses(
         losses, where=where, sample_weight=sample_weight, groups=groups, axis=axis, axis_name=axis_name
     )
@@ -101,6 +104,7 @@ def reweighted_mean(
     weighting: Weighting | None = None,
     *,
     tau: ArrayLike | None = None,
+    scale: ArrayLike | None = None,
     where: ArrayLike | None = None,
     sample_weight: ArrayLike | None = None,
     groups: ArrayLike | None = None,
@@ -117,6 +121,7 @@ def reweighted_mean(
         losses: Losses, any shape but (), floating: of examples, tasks, domains or sequences.
         weighting: As for `sample_weights`.
         tau: Short for `weighting=rgd.KL(tau=tau)`.
+        scale: Short for `weighting=rgd.KL(scale=scale)`; with `tau`, for `rgd.KL(tau, scale=scale)`.
         where: Booleans that broadcast to the losses' shape: which losses take part. What the others hold, be
             it NaN, reaches neither the objective nor its gradient.
         sample_weight: The base measure `p`, as for `sample_weights`; no gradient is taken of it.
@@ -147,7 +152,7 @@ def reweighted_mean(
     References:
         Kumar et al., arXiv 2306.09222, Algorithm 1.
     """
-    chosen = resolve_weighting(weighting, tau)
+    chosen = resolve_weighting(weighting, tau, scale)
     batch = as_losses(
         losses, where=where, sample_weight=sample_weight, groups=groups, axis=axis, axis_name=axis_name
     )
@@ -166,6 +171,7 @@ def value_and_grad(
     *,
     weighting: Weighting | None = None,
     tau: ArrayLike | None = None,
+    scale: ArrayLike | None = None,
     axis_name: AxisName = None,
 ) -> Callable[..., Any]:
     """Turn a function that returns per-example losses into the re-weighted objective and its gradient.
@@ -180,6 +186,7 @@ def value_and_grad(
         has_aux: Whether `fun` returns auxiliary data too.
         weighting: As for `sample_weights`.
         tau: Short for `weighting=rgd.KL(tau=tau)`.
+        scale: Short for `weighting=rgd.KL(scale=scale)`; with `tau`, for `rgd.KL(tau, scale=scale)`.
         axis_name: Name or names of mapped axes over which the batch is spread, as in `reweighted_mean`.
 
     Returns:
@@ -211,7 +218,7 @@ def value_and_grad(
     References:
         Kumar et al., arXiv 2306.09222, Algorithm 1.
     """
-    chosen = resolve_weighting(weighting, tau)
+    chosen = resolve_weighting(weighting, tau, scale)
 
     @functools.wraps(fun)
     def with_gradient(

@@ -65,6 +65,7 @@ def linear_cross_entropy(
     logit_adjustment: ArrayLike | None = None,
     weighting: Weighting | None = None,
     tau: ArrayLike | None = None,
+    scale: ArrayLike | None = None,
     per: Per = "element",
     where: ArrayLike | None = None,
     sample_weight: ArrayLike | None = None,
@@ -101,9 +102,11 @@ def linear_cross_entropy(
         reduction: "none", "mean" or "sum".
         label_smoothing: Share of a target that is spread over all classes, in [0, 1].
         logit_adjustment: Numbers added to the logits of each class, (C,), after a soft cap; constants.
-        weighting: Turns losses into weights; `KL(tau=1.0)` if neither this nor `tau` is given. Its numbers
-            may be traced; a traced number that is not allowed cannot raise, and makes the weights NaN.
+        weighting: Turns losses into weights; `KL(tau=1.0)` if neither this nor `tau` nor `scale` is given.
+            Its numbers may be traced; a traced number that is not allowed cannot raise, and makes the weights
+            NaN.
         tau: Short for `weighting=rgd.KL(tau=tau)`.
+        scale: Short for `weighting=rgd.KL(scale=scale)`; with `tau`, for `rgd.KL(tau, scale=scale)`.
         per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the
             leading dimension of `labels` by the mean of their losses, over the targets that count.
         where: Booleans that broadcast to the labels' shape: which targets count. What the inputs of the
@@ -160,7 +163,7 @@ def linear_cross_entropy(
         Robust Optimization", TMLR 2024, arXiv 2306.09222, Algorithm 1.
     """
     check_options(reduction, per, label_smoothing, backend)
-    chosen = resolve_weighting(weighting, tau)
+    chosen = resolve_weighting(weighting, tau, scale)
     require_state(chosen, state)
     check_bound(axis_name)
     check_vocab_axis(vocab_axis_name, axis_name)
