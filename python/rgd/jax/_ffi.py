@@ -1,8 +1,8 @@
 """The Rust kernel of the cross-entropy as a differentiable function: a custom call on the CPU, jnp elsewhere.
 
-Of a row of logits with loss `l` and weight `w` the kernel writes `l`, `w` and the gradient of `a * w * l`,
-with a factor `a` for each row, in one pass. The gradient takes the place of the logits where XLA may reuse
-their memory.
+Of a row of logits with loss `l`, weight `w` and logsumexp `Z` the kernel writes these and the gradient of
+`a * (w * l + z * Z^2)`, with a factor `a` for each row, in one pass. The gradient takes the place of the
+logits where XLA may reuse their memory.
 """
 
 # The types of jax leave members partly unknown.
@@ -22,7 +22,8 @@ from jax.typing import ArrayLike
 from rgd import _rgd
 from rgd.jax._devices import mapped_axes
 from rgd.jax._inputs import Losses
-from rgd.jax._rows import IGNORED, adjusted, index_losses
+from rgd.jax._rows import IGNORED, adjusted, index_losses, log_normalizers
+from rgd.jax._targets import squared_normalizers
 from rgd.jax._weights import as_constants, pointwise_weights, weighted_losses
 from rgd.weightings import Weighting
 from rgd.weightings._base import Kernel
@@ -33,10 +34,17 @@ TARGET = "rgd_cross_entropy"
 
 
 class Options(NamedTuple):
-    """What is fixed when a call is traced: the kernel's name, and label smoothing."""
+    """What is fixed when a call is traced.
+
+    Attributes:
+        kind: The kernel's name.
+        smoothing: Label smoothing.
+        has_z_loss: Whether the rows have a z-loss.
+    """
 
     kind: str
     smoothing: float
+    has_z_loss: bool
 
 
 class Rows(NamedTuple):
@@ -45,7 +53,7 @@ class Rows(NamedTuple):
     Attributes:
         codes: Class indices and codes, (...), as from `rgd.jax._rows.encode`.
         adjustment: What is added to the logits, (C,) in the accumulator's dtype, or (0,) for nothing.
-        settings: Of each row its factor `a`, label smoothing, 0 for no z-loss, and the weighting's numbers:
+        settings: Of each row its factor `a`, label smoothing, the z-loss `z`, and the weighting's numbers:
             (..., 3 + k) in the accumulator's dtype.
         weighting: The pointwise weighting, whose formula takes the kernel's place elsewhere.
     """
@@ -57,18 +65,27 @@ class Rows(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Losses and weights of the rows, and the gradient of the sum of `a * w * l`."""
+    """What the kernel computes.
+
+    Attributes:
+        losses: The losses of the rows, (...).
+        weights: Their weights, (...).
+        gradient: The gradient of the sum of `a * (w * l + z * Z^2)`, of the logits' shape.
+        normalizers: `Z`, (...), 0 for a row that does not count; None without a z-loss.
+    """
 
     losses: jax.Array
     weights: jax.Array
     gradient: jax.Array
+    normalizers: jax.Array | None
 
 
 class _Sum(NamedTuple):
-    """What the sum over the rows takes beside their losses: the measure or None, and a factor, ()."""
+    """What the sum over the rows takes beside their losses: the measure or None, and factors, ()."""
 
     measure: jax.Array | None
     factor: jax.Array
+    z_loss: jax.Array | None
 
 
 def cross_entropy_sum(
@@ -80,8 +97,9 @@ def cross_entropy_sum(
     factor: ArrayLike,
     smoothing: float,
     adjustment: jax.Array | None,
+    z_loss: jax.Array | None,
 ) -> jax.Array:
-    """`factor * sum_i p_i * sg(w_i) * l_i` of cross-entropies, of which the gradient comes from the kernel.
+    """`factor * sum_i p_i * (sg(w_i) * l_i + z_loss * Z_i^2)`, of which the gradient comes from the kernel.
 
     Args:
         logits: (..., C).
@@ -91,6 +109,7 @@ def cross_entropy_sum(
         factor: What the sum is multiplied by, ().
         smoothing: Label smoothing.
         adjustment: What is added to the logits, (C,), or None for nothing.
+        z_loss: (), or None for none.
 
     Returns:
         The sum, in the accumulator's dtype.
@@ -104,17 +123,22 @@ def cross_entropy_sum(
     if allowed is not True:
         factor = jnp.where(allowed, factor, jnp.nan)
     row_factor = factor if measure is None else factor * measure
-    columns = row_settings(codes.shape, dtype, row_factor, smoothing, *numbers)
+    columns = row_settings(row_factor, smoothing, z_loss, *numbers, shape=codes.shape, dtype=dtype)
     rows = Rows(codes, adjustment_or_nothing(adjustment, dtype), columns, weighting)
-    constants = lax.stop_gradient((rows, _Sum(measure, factor)))
-    return _cross_entropy_sum(Options(kind, smoothing), logits, *constants)
+    constants = lax.stop_gradient((rows, _Sum(measure, factor, z_loss)))
+    return _cross_entropy_sum(Options(kind, smoothing, z_loss is not None), logits, *constants)
 
 
 def row_settings(
-    shape: tuple[int, ...], dtype: Any, factor: ArrayLike, smoothing: ArrayLike, *numbers: ArrayLike
+    factor: ArrayLike,
+    smoothing: ArrayLike,
+    z_loss: jax.Array | None,
+    *numbers: ArrayLike,
+    shape: tuple[int, ...],
+    dtype: Any,
 ) -> jax.Array:
     """The `settings` of rows of this shape: each a number for all rows, or one for each."""
-    columns = factor, smoothing, 0.0, *numbers  # 0: no z-loss
+    columns = factor, smoothing, 0.0 if z_loss is None else z_loss, *numbers
     return jnp.stack([jnp.broadcast_to(jnp.asarray(x, dtype), shape) for x in columns], axis=-1)
 
 
@@ -145,7 +169,11 @@ def _(options: Options, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> 
 
 
 def _total(results: Results, of: _Sum) -> jax.Array:
-    return of.factor * jnp.sum(weighted_losses(results.weights, Losses(results.losses, of.measure)))
+    losses = Losses(results.losses, of.measure)
+    terms = weighted_losses(results.weights, losses)
+    if of.z_loss is not None and results.normalizers is not None:
+        terms = terms + squared_normalizers(losses, of.z_loss, results.normalizers)
+    return of.factor * jnp.sum(terms)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -156,13 +184,16 @@ def native(options: Options, logits: jax.Array, rows: Rows) -> Results:
     def on_cpu(logits: jax.Array, rows: Rows) -> Results:
         row = jax.ShapeDtypeStruct(rows.codes.shape, rows.settings.dtype)
         like_logits = jax.ShapeDtypeStruct(logits.shape, logits.dtype)
-        logsumexp = jax.ShapeDtypeStruct((0,), rows.settings.dtype)  # not wanted
-        results = (row, row, like_logits, logsumexp)
+        unwanted = jax.ShapeDtypeStruct((0,), rows.settings.dtype)
+        results = (row, row, like_logits, row if options.has_z_loss else unwanted)
         call = jax.ffi.ffi_call(TARGET, results, vmap_method="broadcast_all", input_output_aliases={0: 2})
-        outputs: Any = call(logits, rows.codes, rows.settings, rows.adjustment, kind=options.kind)[:3]
+        outputs: Any = call(logits, rows.codes, rows.settings, rows.adjustment, kind=options.kind)
         # JAX before 0.9 takes the outputs of a custom call for varying without being told.
         cast_needed = varying and hasattr(lax, "pcast")
-        return Results(*(lax.pcast(x, varying, to="varying") if cast_needed else x for x in outputs))
+        *known, normalizers = (lax.pcast(x, varying, to="varying") if cast_needed else x for x in outputs)
+        return Results(
+            *known, jnp.where(rows.codes == IGNORED, 0, normalizers) if options.has_z_loss else None
+        )
 
     return lax.platform_dependent(logits, rows, cpu=on_cpu, default=functools.partial(_in_jnp, options))
 
@@ -182,13 +213,17 @@ def _in_jnp(options: Options, logits: jax.Array, rows: Rows) -> Results:
     codes, dtype = rows.codes, rows.settings.dtype
     adjustment = rows.adjustment if rows.adjustment.size else None
 
-    def losses_of(logits: jax.Array) -> jax.Array:
-        return index_losses(adjusted(logits, adjustment), codes, None, options.smoothing)
+    def of_logits(logits: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        logits = adjusted(logits, adjustment)
+        normalizers = log_normalizers(logits, codes != IGNORED) if options.has_z_loss else None
+        return index_losses(logits, codes, None, options.smoothing), normalizers
 
-    losses, gradient_of = jax.vjp(losses_of, logits)
+    (losses, normalizers), gradient_of = jax.vjp(of_logits, logits)
     known = Losses(lax.stop_gradient(losses), None)
     weights = pointwise_weights(known, as_constants(rows.weighting, dtype))
     weights = lax.stop_gradient(jnp.where(codes == IGNORED, 0, weights.astype(dtype)))
     dropped = (weights == 0) & ~jnp.isnan(losses)
-    factor = jnp.where(dropped, 0, rows.settings[..., 0] * weights)
-    return Results(losses, weights, gradient_of(factor)[0])
+    row_factor, z_loss = rows.settings[..., 0], rows.settings[..., 2]
+    factor = jnp.where(dropped, 0, row_factor * weights)
+    of_normalizers = None if normalizers is None else 2 * row_factor * z_loss * normalizers
+    return Results(losses, weights, gradient_of((factor, of_normalizers))[0], normalizers)

@@ -94,6 +94,13 @@ def probability_losses(
     return losses if counted is None else jnp.where(counted, losses, 0)
 
 
+def log_normalizers(logits: jax.Array, counted: jax.Array | None) -> jax.Array:
+    """The logsumexp of each row, float32 at least; 0 where `counted` is False; differentiable."""
+    logits, _, log_sum = _shifted(logits, counted)
+    normalizers = lax.stop_gradient(jnp.max(logits, axis=-1)) + log_sum
+    return normalizers if counted is None else jnp.where(counted, normalizers, 0)
+
+
 def unless_massless(values: jax.Array, mass: jax.Array | float) -> jax.Array:
     """Logits, and 0 where -inf meets no mass of the target: 0 times -inf is 0."""
     if isinstance(mass, (int, float)) and mass != 0:

@@ -60,6 +60,27 @@ def by_class(name: str, given: ArrayLike | None, classes: int, dtype: Any) -> ja
     return lax.stop_gradient(array.astype(dtype))
 
 
+def as_z_loss(z_loss: Any, dtype: Any) -> jax.Array | None:
+    """`z_loss`, checked, a constant, (); None for 0; NaN where a traced number is not allowed."""
+    given: Any = an_array("z_loss", z_loss)
+    numeric = isinstance(given, (int, float, np.number, np.ndarray, jax.Array)) and jnp.ndim(given) == 0
+    kind: Any = jnp.result_type(given) if numeric else None
+    if isinstance(given, bool) or not numeric or not jnp.issubdtype(kind, jnp.number) or kind.kind == "c":
+        raise TypeError(f"z_loss must be a number >= 0, such as 1e-4, got {z_loss!r}")
+    if is_known(given):
+        if not 0 <= float(given) < math.inf:
+            raise ValueError(f"z_loss must be a finite number >= 0, got {float(given)}")
+        return jnp.asarray(given, dtype) if float(given) else None
+    factor = lax.stop_gradient(jnp.asarray(given, dtype))
+    return jnp.where((factor >= 0) & (factor < jnp.inf), factor, jnp.nan)
+
+
+def squared_normalizers(losses: Losses, z_loss: jax.Array, normalizers: jax.Array) -> jax.Array:
+    """`p_i * z_loss * Z_i^2`, which no weight changes."""
+    squares = z_loss * normalizers**2
+    return squares if losses.measure is None else jnp.where(losses.measure != 0, losses.measure * squares, 0)
+
+
 def refuse_out_of_range(
     labels: jax.Array | np.ndarray, classes: int, ignore_index: int, takes_part: jax.Array | None
 ) -> None:

@@ -27,17 +27,19 @@ from jax.typing import ArrayLike
 from rgd.jax import _ffi
 from rgd.jax._devices import AxisName, check_bound, divided_by_factor, psum
 from rgd.jax._inputs import Losses, an_array, as_groups, as_mask, as_measure, masked_measure
-from rgd.jax._rows import IGNORED, adjusted, encode, index_losses, probability_losses
+from rgd.jax._rows import IGNORED, adjusted, encode, index_losses, log_normalizers, probability_losses
 from rgd.jax._targets import (
     Backend,
     Per,
     Reduction,
     as_class_weight,
+    as_z_loss,
     by_class,
     check_options,
     mean_of,
     native_refusal,
     refuse_out_of_range,
+    squared_normalizers,
     takes_native,
     target_weights,
 )
@@ -57,6 +59,7 @@ def cross_entropy(
     weighting: Weighting | None = None,
     tau: ArrayLike | None = None,
     scale: ArrayLike | None = None,
+    z_loss: ArrayLike = 0.0,
     per: Per = "element",
     logit_adjustment: ArrayLike | None = None,
     where: ArrayLike | None = None,
@@ -90,6 +93,10 @@ def cross_entropy(
             NaN.
         tau: Short for `weighting=rgd.KL(tau=tau)`.
         scale: Short for `weighting=rgd.KL(scale=scale)`; with `tau`, for `rgd.KL(tau, scale=scale)`.
+        z_loss: A number >= 0, constant, which may be traced. The objective then has
+            `p_i w_i l_i + p_i z_loss Z_i^2` in the place of `p_i w_i l_i`, with `Z_i` the logsumexp of the
+            logits as adjusted: it keeps logits from drifting. Weights, and what "mean" divides by, stay those
+            of the losses alone. 0 adds nothing.
         per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the
             leading dimension of `labels` by the mean of their losses, over the targets that count.
         logit_adjustment: Numbers `a`, (C,), constants: every loss is that of `logits + a`, summed in the
@@ -128,8 +135,8 @@ def cross_entropy(
         TypeError: If a dtype does not fit.
         ValueError: If a shape does not fit, an option is not one of those above, `label_smoothing` is not in
             [0, 1], `ignore_index >= 0` is given with class probabilities, `sample_weight` holds a number that
-            is negative or not finite, `tau` or `scale` is given beside `weighting`, or the weighting
-            remembers and `state` is missing.
+            is negative or not finite, `z_loss` is such a number, `tau` or `scale` is given beside
+            `weighting`, or the weighting remembers and `state` is missing.
 
     Example:
         >>> import jax, jax.numpy as jnp, rgd, rgd.jax
@@ -148,6 +155,9 @@ def cross_entropy(
 
         Menon, Jayasumana, Rawat, Jain, Veit, Kumar, "Long-tail learning via logit adjustment", ICLR 2021,
         arXiv 2007.07314, equation 10.
+
+        Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways", 2022, arXiv 2204.02311, section 5
+        (`z_loss`).
     """
     check_options(reduction, per, label_smoothing, backend)
     chosen = resolve_weighting(weighting, tau, scale)
@@ -166,6 +176,7 @@ def cross_entropy(
         sample_weight=sample_weight,
         axis=axis,
     )
+    factor = as_z_loss(z_loss, jnp.promote_types(problem.logits.dtype, jnp.float32))
     units = problem.labels.shape[: problem.logits.ndim - 1]
     members = as_groups(groups, units if per == "element" else units[:1])
     refusal = native_refusal(chosen, class_weight=problem.class_weight, reduction=reduction, per=per)
@@ -174,11 +185,13 @@ def cross_entropy(
     if sample_weight is not None and reduction == "mean":
         scaled = problem._replace(measure=divided_by_factor(problem.measure, axis_name))
     if native:
-        return _native_objective(scaled, chosen, reduction, axis_name)
+        return _native_objective(scaled, chosen, reduction, axis_name, factor)
     losses = Losses(_losses_of(problem), problem.measure, members, (), axis_name)
     weights, new = target_weights(losses, chosen, per, state)
     losses, problem = losses._replace(measure=scaled.measure), scaled
     result = weighted_losses(weights, losses)
+    if factor is not None:
+        result = result + squared_normalizers(losses, factor, _normalizers_of(problem))
     if reduction != "none":
         result = psum(jnp.sum(result), axis_name)
     if reduction == "mean":
@@ -295,6 +308,12 @@ def _losses_of(problem: Problem) -> jax.Array:
     return probability_losses(logits, labels, class_weight, smoothing, counted)
 
 
+def _normalizers_of(problem: Problem) -> jax.Array:
+    """The logsumexp of the logits of each target; 0 where a target does not count."""
+    counted = None if problem.measure is None else problem.measure != 0
+    return log_normalizers(adjusted(problem.logits, problem.adjustment), counted)
+
+
 def _divisor_of(problem: Problem) -> jax.Array:
     """What "mean" divides by: the class weights of the targets that count, or their number, times `p`."""
     if problem.measure is None:
@@ -321,7 +340,11 @@ _NATIVE_DTYPES = (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16)
 
 
 def _native_objective(
-    problem: Problem, weighting: Weighting, reduction: Reduction, axis_name: AxisName
+    problem: Problem,
+    weighting: Weighting,
+    reduction: Reduction,
+    axis_name: AxisName,
+    z_loss: jax.Array | None,
 ) -> jax.Array:
     total = _ffi.cross_entropy_sum(
         problem.logits,
@@ -331,6 +354,7 @@ def _native_objective(
         factor=1 if reduction == "sum" else 1 / psum(_divisor_of(problem), axis_name),
         smoothing=problem.smoothing,
         adjustment=problem.adjustment,
+        z_loss=z_loss,
     )
     return psum(total, axis_name)
 

@@ -69,7 +69,16 @@ def cross_entropy_losses(
         >>> cross_entropy_losses(np.zeros((2, 4)), np.array([3, -100])).round(4)
         array([1.3863, 0.    ])
     """
-    return _problem(logits, target, weight, ignore_index, label_smoothing, logit_adjustment, where).losses
+    problem = _problem(
+        logits,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        logit_adjustment=logit_adjustment,
+        where=where,
+    )
+    return problem.losses
 
 
 def cross_entropy(
@@ -79,6 +88,7 @@ def cross_entropy(
     *,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     reduction: Reduction = "mean",
     weighting: Weighting = KL(),  # noqa: B008
     per: Per = "element",
@@ -98,7 +108,11 @@ def cross_entropy(
         total(p * w * l) / total(p * c[y])     # reduction="mean"
 
     with totals over the targets that take part. A weight of zero makes a product zero, also of an infinite
-    loss.
+    loss. With a factor `z_loss` each `p * w * l` becomes
+
+        p * w * l + p * z_loss * Z ** 2        # Z = log(sum(exp(logits))), of the logits as adjusted
+
+    and the weights stay those of `l` alone.
 
     Args:
         logits: (C,), (N, C) or (N, C, d1, ..., dk), any real dtype; computed with in float64.
@@ -107,6 +121,7 @@ def cross_entropy(
         weight: Class weights (C,); None for ones.
         ignore_index: The class index that counts for nothing.
         label_smoothing: Share of the target spread over all classes, in [0, 1].
+        z_loss: What multiplies the square of the logsumexp, a number >= 0.
         reduction: "none", "mean" or "sum".
         weighting: Turns losses into weights. Ignored targets take no part.
         per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the
@@ -140,12 +155,25 @@ def cross_entropy(
     References:
         Kumar et al., Algorithm 1 and section 3.
     """
-    problem = _problem(logits, target, weight, ignore_index, label_smoothing, logit_adjustment, where)
+    problem = _problem(
+        logits,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        logit_adjustment=logit_adjustment,
+        where=where,
+    )
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss}")
     weights, measure, after = _target_weights(
         problem, weighting, per, sample_weight=sample_weight, groups=groups, state=state
     )
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        value = np.where(measure > 0, measure * product(weights, problem.losses, problem.losses), 0.0)
+        value = product(weights, problem.losses, problem.losses)
+        if z_loss > 0:
+            value = value + z_loss * problem.normalizers**2
+        value = np.where(measure > 0, measure * value, 0.0)
         denominator = _denominator(problem, measure, reduction)
         if reduction != "none":
             value = np.sum(value) / denominator
@@ -159,6 +187,7 @@ def cross_entropy_grad(
     *,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     reduction: Reduction = "mean",
     weighting: Weighting = KL(),  # noqa: B008
     per: Per = "element",
@@ -176,7 +205,8 @@ def cross_entropy_grad(
 
     with `p = softmax(logits)`, and class probabilities `t`, smoothed to `t'_k = (1 - e) * t_k + e / C`, give
     it `dl/dz_k = p_k * sum_j c_j * t'_j - c_k * t'_k`; both times the target's weight and measure and,
-    for "mean", over its denominator.
+    for "mean", over its denominator. A factor `z_loss` adds `2 * z_loss * Z * p_k` times the measure, over
+    the same denominator.
 
     Args:
         logits: (C,), (N, C) or (N, C, d1, ..., dk), any real dtype; computed with in float64.
@@ -184,6 +214,7 @@ def cross_entropy_grad(
         weight: Class weights (C,); None for ones.
         ignore_index: The class index that counts for nothing.
         label_smoothing: Share of the target spread over all classes, in [0, 1].
+        z_loss: As in `cross_entropy`.
         reduction: "none" (the gradient of the sum of the elements), "mean" or "sum".
         weighting: Turns losses into weights.
         per: "element" or "sample", as in `cross_entropy`.
@@ -208,14 +239,28 @@ def cross_entropy_grad(
     References:
         Kumar et al., Algorithm 1: the step `sum_i w_i * grad l_i / n`.
     """
-    problem = _problem(logits, target, weight, ignore_index, label_smoothing, logit_adjustment, where)
+    problem = _problem(
+        logits,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        logit_adjustment=logit_adjustment,
+        where=where,
+    )
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss}")
     weights, measure, after = _target_weights(
         problem, weighting, per, sample_weight=sample_weight, groups=groups, state=state
     )
     denominator = _denominator(problem, measure, reduction)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         w, p, loss = (np.expand_dims(x, problem.class_axis) for x in (weights, measure, problem.losses))
-        gradient = p * product(w, problem.gradients, loss) / denominator
+        gradient = product(w, problem.gradients, loss)
+        if z_loss > 0:
+            normalizers = np.expand_dims(problem.normalizers, problem.class_axis)
+            gradient = gradient + 2 * z_loss * normalizers * problem.softmax
+        gradient = p * gradient / denominator
         gradient = np.where(p > 0, gradient, 0.0 * problem.gradients)
     return gradient if state is None else (gradient, after)
 
@@ -231,14 +276,19 @@ class _Problem(NamedTuple):
     """Which targets are neither ignored nor masked."""
     class_weights: Array
     """The class weight of each target; 1 for class probabilities."""
+    normalizers: Array
+    """The logsumexp of the logits, as adjusted, of each target."""
+    softmax: Array
+    """The derivatives of `normalizers`, of the logits' shape."""
     class_axis: int
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
-def _problem(  # noqa: PLR0917
+def _problem(
     logits: npt.ArrayLike,
     target: npt.ArrayLike,
     weight: npt.ArrayLike | None,
+    *,
     ignore_index: int,
     label_smoothing: float,
     logit_adjustment: npt.ArrayLike | None,
@@ -296,7 +346,10 @@ def _problem(  # noqa: PLR0917
         class_weights = weight[index] if classes else np.zeros(index.shape)
     counted = np.asarray(counted & mask_of(where, losses.shape))
     losses = np.where(counted, losses, 0.0)
-    return _Problem(losses, np.moveaxis(gradients, -1, class_axis), counted, class_weights, class_axis)
+    largest = np.max(rows, axis=-1, initial=-np.inf)
+    normalizers = largest + np.log(np.sum(np.exp(rows - largest[..., None]), axis=-1))
+    gradients, softmax = (np.moveaxis(x, -1, class_axis) for x in (gradients, np.exp(log_p)))
+    return _Problem(losses, gradients, counted, class_weights, normalizers, softmax, class_axis)
 
 
 def _log_softmax(rows: Array) -> Array:

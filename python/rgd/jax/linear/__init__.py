@@ -25,9 +25,11 @@ from rgd.jax._targets import (
     Backend,
     Per,
     Reduction,
+    as_z_loss,
     check_options,
     mean_of,
     native_refusal,
+    squared_normalizers,
     takes_native,
     target_weights,
 )
@@ -66,6 +68,7 @@ def linear_cross_entropy(
     weighting: Weighting | None = None,
     tau: ArrayLike | None = None,
     scale: ArrayLike | None = None,
+    z_loss: ArrayLike = 0.0,
     per: Per = "element",
     where: ArrayLike | None = None,
     sample_weight: ArrayLike | None = None,
@@ -107,6 +110,10 @@ def linear_cross_entropy(
             NaN.
         tau: Short for `weighting=rgd.KL(tau=tau)`.
         scale: Short for `weighting=rgd.KL(scale=scale)`; with `tau`, for `rgd.KL(tau, scale=scale)`.
+        z_loss: A number >= 0, constant, which may be traced. The objective then has
+            `p_i w_i l_i + p_i z_loss Z_i^2` in the place of `p_i w_i l_i`, with `Z_i` the logsumexp of the
+            logits as capped and adjusted: it keeps logits from drifting. Weights, and what "mean" divides by,
+            stay those of the losses alone. 0 adds nothing.
         per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the
             leading dimension of `labels` by the mean of their losses, over the targets that count.
         where: Booleans that broadcast to the labels' shape: which targets count. What the inputs of the
@@ -161,6 +168,9 @@ def linear_cross_entropy(
     References:
         Kumar, Majmundar, Nagaraj, Suggala, "Stochastic Re-weighted Gradient Descent via Distributionally
         Robust Optimization", TMLR 2024, arXiv 2306.09222, Algorithm 1.
+
+        Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways", 2022, arXiv 2204.02311, section 5
+        (`z_loss`).
     """
     check_options(reduction, per, label_smoothing, backend)
     chosen = resolve_weighting(weighting, tau, scale)
@@ -184,7 +194,8 @@ def linear_cross_entropy(
         shift=shift,
         vocab_axis_name=vocab_axis_name,
     )
-    operands, constants, dtype = problem.operands, problem.constants, problem.dtype
+    operands, dtype = problem.operands, problem.dtype
+    constants = problem.constants._replace(z_loss=as_z_loss(z_loss, dtype))
     shape, (features, own_classes) = constants.rows.codes.shape, operands.kernel.shape
     refusal = native_refusal(chosen, class_weight=constants.class_weight, reduction=reduction, per=per)
     if vocab_axis_name is not None:
@@ -230,10 +241,13 @@ def linear_cross_entropy(
         if allowed is not True:
             result = result * jnp.where(allowed, 1, jnp.nan).astype(dtype)
     else:
-        values = token_losses(settings, operands, constants).reshape(shape)
-        losses = Losses(values, given.measure, given.groups, (), axis_name)
+        values, logs = token_losses(settings, operands, constants)
+        losses = Losses(values.reshape(shape), given.measure, given.groups, (), axis_name)
         weights, new = target_weights(losses, chosen, per, state)
-        result = weighted_losses(weights, losses._replace(measure=measure))
+        losses = losses._replace(measure=measure)
+        result = weighted_losses(weights, losses)
+        if logs is not None:
+            result = result + squared_normalizers(losses, constants.z_loss, logs.reshape(shape))
     if reduction != "none":
         result = psum(jnp.sum(result), axis_name)
     if reduction == "mean":

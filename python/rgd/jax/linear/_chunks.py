@@ -8,6 +8,8 @@ objective gives to each loss, the chunk adds to the gradients
     d_kernel = d_kernel + x.T @ g
     d_bias = d_bias + sum(g)
 
+and with a z-loss `g` has `2 * p * z_loss * Z * softmax(z)` too, of the logsumexp `Z`.
+
 Where the classes are spread over the devices of a mapped axis, the maximum, the sum of exponentials and the
 label's logit of a row are reduced over that axis. What all devices then know alike is kept by the first and
 summed over the axis at the end, so that the transpose of this sum, whatever it is under `jax.shard_map` and
@@ -31,6 +33,7 @@ from rgd.jax._devices import mapped_axes, pmax, psum, vary
 from rgd.jax._inputs import Losses
 from rgd.jax._pytrees import joined
 from rgd.jax._rows import IGNORED, OUT_OF_RANGE, adjusted, unless_massless
+from rgd.jax._targets import squared_normalizers
 from rgd.jax._weights import weighted_losses, weights_of
 from rgd.jax.linear._problem import Constants, Operands, Rows, Settings, accumulator, position
 
@@ -41,23 +44,29 @@ class Normalizer(NamedTuple):
     largest: Any
     exp_sum: Any
 
+    def log(self, rows: Rows) -> jax.Array:
+        """The logsumexp of each row; 0 where a row does not count."""
+        return jnp.where(rows.codes == IGNORED, 0, self.largest + jnp.log(self.exp_sum))
+
 
 class Above(NamedTuple):
     """What the gradient of known losses is made of.
 
     Attributes:
         normalizer: Of each row, as `losses_pass` gives it.
-        cotangent: The factor of each loss, (N,).
+        of_losses: The factor of each loss, (N,).
+        of_logs: The factor of the logsumexp of each row, (N,), or None for none.
     """
 
     normalizer: Normalizer
-    cotangent: Any
+    of_losses: Any
+    of_logs: Any
 
 
 def one_pass(
     settings: Settings, wanted: Operands, operands: Operands, constants: Constants
 ) -> tuple[Any, Operands]:
-    """The sum of the weighted losses, and the gradients of it that are wanted: those that are not None."""
+    """The objective before it is divided, and its gradients, those that are not None in `wanted`."""
     differentiated = wanted != Operands(None, None, None)
     assert settings.weighting is not None
     weighting = joined(settings.weighting, constants.weighting)
@@ -67,14 +76,21 @@ def one_pass(
         own, known = _of_chunk(operands, constants, chunk)
         rows, logits = known.rows, _logits(settings, own)
         if settings.native is not None and differentiated:
-            losses, weights, gradient = _native(settings, known, logits, weighting)
+            losses, weights, gradient, logs = _native(settings, known, logits, weighting)
         else:
             shifted = adjusted(logits, constants.adjustment)
             losses, normalizer = _losses(settings, known, shifted)
             weights, _ = weights_of(Losses(losses, rows.measure, rows.groups, (0,)), weighting)
             factor = rows.measure * jnp.where((weights == 0) & ~jnp.isnan(losses), 0, weights)
-            gradient = _gradient(settings, known, shifted, Above(normalizer, factor))
-        total = total + jnp.sum(weighted_losses(weights, Losses(losses, rows.measure)))
+            logs = of_logs = None
+            if constants.z_loss is not None:
+                logs = normalizer.log(rows)
+                of_logs = 2 * rows.measure * constants.z_loss * logs
+            gradient = _gradient(settings, known, shifted, Above(normalizer, factor, of_logs))
+        measured = Losses(losses, rows.measure)
+        total = total + jnp.sum(weighted_losses(weights, measured))
+        if constants.z_loss is not None:
+            total = total + jnp.sum(squared_normalizers(measured, constants.z_loss, logs))
         sums, d_inputs = _products(settings, wanted, own, sums, _through_cap(settings, logits, gradient))
         return (total, sums), d_inputs
 
@@ -85,15 +101,17 @@ def one_pass(
 
 def losses_pass(
     settings: Settings, wanted: None, operands: Operands, constants: Constants
-) -> tuple[jax.Array, Normalizer]:
-    """The loss of each row, and what the gradient needs to know of it."""
+) -> tuple[jax.Array, jax.Array | None, Normalizer]:
+    """The loss of each row, with a z-loss its logsumexp, and what the gradient needs to know of it."""
     del wanted
 
     def body(carry: None, chunk: tuple[jax.Array, Rows]) -> tuple[None, Any]:
         own, known = _of_chunk(operands, constants, chunk)
         logits = adjusted(_logits(settings, own), constants.adjustment)
         losses, normalizer = _losses(settings, known, logits)
-        return carry, vary((_kept_by_first(constants, losses), normalizer), mapped_axes(own.inputs))
+        logs = None if constants.z_loss is None else _kept_by_first(constants, normalizer.log(known.rows))
+        results = _kept_by_first(constants, losses), logs, normalizer
+        return carry, vary(results, mapped_axes(own.inputs))
 
     return _scan(settings, body, None, (operands.inputs, constants.rows))[1]
 
@@ -101,7 +119,7 @@ def losses_pass(
 def gradient_pass(
     settings: Settings, wanted: Operands, operands: Operands, constants: Constants, above: Above
 ) -> Operands:
-    """The gradients that are wanted of the losses times their cotangent."""
+    """The gradients that are wanted of the losses, and the logsumexp, times their factors."""
 
     def body(carry: Any, chunk: Any) -> tuple[Any, Any]:
         own, known = _of_chunk(operands, constants, chunk[:2])
@@ -164,15 +182,16 @@ def _native(settings: Settings, constants: Constants, logits: jax.Array, weighti
     """Losses, weights and gradient of a chunk from the Rust kernel."""
     rows = constants.rows
     dtype = rows.measure.dtype
-    columns = rows.measure, settings.smoothing, *constants.native
+    columns = rows.measure, settings.smoothing, constants.z_loss, *constants.native
     given = _ffi.Rows(
         rows.codes,
         _ffi.adjustment_or_nothing(constants.adjustment, dtype),
-        _ffi.row_settings(rows.measure.shape, dtype, *columns),
+        _ffi.row_settings(*columns, shape=rows.measure.shape, dtype=dtype),
         weighting,
     )
     assert settings.native is not None
-    return _ffi.native(_ffi.Options(settings.native, settings.smoothing), logits, given)
+    options = _ffi.Options(settings.native, settings.smoothing, constants.z_loss is not None)
+    return _ffi.native(options, logits, given)
 
 
 def _losses(settings: Settings, constants: Constants, logits: jax.Array) -> tuple[jax.Array, Normalizer]:
@@ -195,14 +214,16 @@ def _losses(settings: Settings, constants: Constants, logits: jax.Array) -> tupl
 
 
 def _gradient(settings: Settings, constants: Constants, logits: jax.Array, above: Above) -> jax.Array:
-    """The gradient over the logits of the losses times their factors; 0 where a row does not count."""
-    (largest, exp_sum), factor = above
+    """The gradient over the logits of what `above` has factors for; 0 where a row does not count."""
+    (largest, exp_sum), factor, of_logs = above
     codes = constants.rows.codes
     own, smooth, weight_sum = _shares(settings, constants, logits.dtype)
     index, inside = position(codes, constants.first_class, logits.shape[-1])
     counted = codes != IGNORED
     # Rows that fill up a chunk have no sum, and a quotient by 0 has no derivative.
-    of_softmax = factor * (own + smooth * weight_sum) / jnp.where(counted, exp_sum, 1)
+    of_softmax = factor * (own + smooth * weight_sum)
+    of_softmax = of_softmax if of_logs is None else of_softmax + of_logs
+    of_softmax = of_softmax / jnp.where(counted, exp_sum, 1)
     is_label = lax.broadcasted_iota(index.dtype, logits.shape, 1) == jnp.where(inside, index, -1)[:, None]
     gradient = jnp.exp(logits - largest[:, None]) * of_softmax[:, None]
     gradient = gradient - jnp.where(is_label, (factor * own)[:, None], 0)

@@ -25,22 +25,30 @@ from rgd.jax.linear._problem import Constants, Operands, Settings
 
 
 def weighted_total(settings: Settings, operands: Operands, constants: Constants) -> jax.Array:
-    """`sum_i p_i * sg(w_i) * l_i`, (), for a pointwise weighting; its gradients come in the same pass."""
+    """`sum_i p_i * (sg(w_i) * l_i + z_loss * Z_i^2)`, (), for a pointwise weighting.
+
+    Its gradients come in the same pass.
+    """
     return _over_devices(_weighted_total, settings, operands, constants)
 
 
-def token_losses(settings: Settings, operands: Operands, constants: Constants) -> jax.Array:
-    """The loss of each row, (N,), in the accumulator's dtype; 0 where a row does not count."""
+def token_losses(
+    settings: Settings, operands: Operands, constants: Constants
+) -> tuple[jax.Array, jax.Array | None]:
+    """The loss of each row, (N,), in the accumulator's dtype, and with a z-loss its logsumexp, (N,).
+
+    Both are 0 where a row does not count.
+    """
     return _over_devices(_token_losses, settings, operands, constants)
 
 
 def _over_devices(
     compute: Callable[..., Any], settings: Settings, operands: Operands, constants: Constants
-) -> jax.Array:
+) -> Any:
     axes = mapped_axes((operands, constants))
     # Cast before the derivative is taken: the transpose of the cast sums the gradient of what was replicated.
     result = compute(settings, vary(operands, axes), lax.stop_gradient(vary(constants, axes)))
-    return psum(result, settings.vocab_axis)
+    return jax.tree_util.tree_map(lambda array: psum(array, settings.vocab_axis), result)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -97,23 +105,28 @@ _weighted_total.defvjp(_weighted_total_forward, _weighted_total_backward, symbol
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_losses(settings: Settings, operands: Operands, constants: Constants) -> jax.Array:
-    return _compiled(losses_pass, settings, None, operands, constants)[0]
-
-
-def _token_losses_forward(
+def _token_losses(
     settings: Settings, operands: Operands, constants: Constants
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array, jax.Array | None]:
+    return _compiled(losses_pass, settings, None, operands, constants)[:2]
+
+
+def _token_losses_forward(settings: Settings, operands: Operands, constants: Constants) -> tuple[Any, Any]:
     wanted, operands, constants = _unwrapped(operands, constants)
-    losses, normalizer = _compiled(losses_pass, settings, None, operands, constants)
-    return losses, (wanted, operands, constants, normalizer)
+    losses, logs, normalizer = _compiled(losses_pass, settings, None, operands, constants)
+    return (losses, logs), (wanted, operands, constants, normalizer)
 
 
-def _token_losses_backward(settings: Settings, residuals: Any, cotangent: Any) -> tuple[Any, None]:
+def _token_losses_backward(settings: Settings, residuals: Any, cotangents: Any) -> tuple[Any, None]:
     wanted, operands, constants, normalizer = residuals
-    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+    zeros = [isinstance(x, jax.custom_derivatives.SymbolicZero) for x in cotangents if x is not None]
+    if all(zeros):
         return None, None
-    above = Above(normalizer, cotangent)
+    of_losses, of_logs = (
+        jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.custom_derivatives.SymbolicZero) else x
+        for x in cotangents
+    )
+    above = Above(normalizer, of_losses, of_logs)
     gradients = _compiled(gradient_pass, settings, wanted, operands, constants, above)
     return Operands(
         *(None if g is None else g.astype(x.dtype) for g, x in zip(gradients, operands, strict=True))

@@ -80,6 +80,7 @@ class Constants(NamedTuple):
         first_class: Where the classes are spread over devices, the first of this one; else None.
         weighting: The arrays of the weighting.
         native: The weighting's numbers as the Rust kernel reads them.
+        z_loss: What multiplies the squares of the rows' logsumexp, (), or None for nothing.
     """
 
     rows: Rows
@@ -89,6 +90,7 @@ class Constants(NamedTuple):
     first_class: Any
     weighting: Any = ()
     native: Any = ()
+    z_loss: Any = None
 
 
 class Problem(NamedTuple):
