@@ -112,10 +112,10 @@ def read_measure(sample_weight: Any, shape: tuple[int, ...]) -> npt.NDArray[np.f
         wrong = measure[~(np.isfinite(measure) & (measure >= 0))][0]
         raise ValueError(f"sample_weight must hold finite numbers >= 0, got {wrong}")
     # No result of this front depends on a common factor, and sums of the largest numbers would overflow.
-    return measure / measure_factor(float(measure.max(initial=0.0)))
+    return measure / power_of(float(measure.max(initial=0.0)))
 
 
-def measure_factor(largest: float) -> float:
+def power_of(largest: float) -> float:
     """A power of two to divide a measure by, for results that do not depend on it.
 
     Args:
@@ -129,7 +129,7 @@ def measure_factor(largest: float) -> float:
     return math.ldexp(1.0, math.frexp(largest)[1] - 1)
 
 
-def product_factor(largest: float) -> float:
+def power_of_products(largest: float) -> float:
     """A power of two to divide a measure by, for products with it that stay where the losses are.
 
     Args:

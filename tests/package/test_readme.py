@@ -112,6 +112,16 @@ def test_the_map_of_the_house_names_every_room():
     assert not named & set(roots)
 
 
+def test_the_page_says_where_ten_changes_go():
+    (table,) = [text for title, text in sections("architecture.md") if title == "Where does a change go?"]
+    rows = [row for row in table.splitlines() if row.startswith("| ")][1:]
+    assert len(rows) == 10
+    for row in rows:
+        paths = [path for path in re.findall(r"`([^`]+)`", row) if "/" in path]
+        assert paths, row
+        assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
 def test_the_page_on_backends_prints_what_its_comments_say(capsys):
     checked = 0
     for _, code in blocks(PAGES["backends.md"], "python", "backends.md"):

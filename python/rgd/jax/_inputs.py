@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from rgd._arrays import measure_factor, refuse_masked
+from rgd._arrays import power_of, refuse_masked
 from rgd.jax._devices import AxisName, check_bound
 from rgd.weightings import Weighting
 
@@ -125,7 +125,7 @@ def as_measure(
             raise ValueError(f"sample_weight must hold finite numbers >= 0, got {wrong[0]}")
         largest = float(known.max(initial=0.0))
         if reduction == "mean":
-            factor = measure_factor(largest)
+            factor = power_of(largest)
             given = given if factor == 1.0 else known / factor
         elif largest > float(jnp.finfo(dtype).max):
             raise ValueError(

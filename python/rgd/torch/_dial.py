@@ -43,15 +43,6 @@ class Dial:
         new = dataclasses.replace(self.weighting, scale=scale) if turn is None else turn(scale)
         self.weighting = new
 
-    def __getattr__(self, name: str) -> Any:
-        # A property that raises AttributeError ends here. A module would say that there is no such name.
-        if name in ("tau", "scale"):
-            return number_of(self.weighting, name)
-        inner = getattr(super(), "__getattr__", None)
-        if inner is None:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return inner(name)
-
 
 def number_of(weighting: Weighting, name: str) -> float:
     """A number of a weighting; where it follows from others, what follows.

@@ -92,7 +92,6 @@ class LinearHead(NamedTuple):
     chunking: Chunking
     shard: Shard | None = None
 
-    @property
     def classes(self) -> int:
         """C; that of all slices where the vocabulary is split."""
         return self.weight.shape[0] if self.shard is None else self.shard.classes

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rgd._arrays import measure_factor as unit_of
-from rgd._arrays import product_factor as unit_of_products
+from rgd._arrays import power_of, power_of_products
 from rgd.torch._checks import check_dense, no_tensor, refuse_dtype
 from rgd.torch._dtypes import FLOATS, INTEGERS, accumulator
 from rgd.torch._modes import values_can_be_read
@@ -93,10 +92,10 @@ def check_groups(groups: Any, losses_shape: torch.Size, device: torch.device, pe
     return _by_unit("groups", groups, losses_shape, device, per).to(torch.int64)
 
 
-def without_factor(measure: Tensor, dtype: torch.dtype, reduction: str) -> tuple[Tensor, float]:
-    """A base measure divided by a power of two so that `dtype` can hold it, and that factor.
+def within_range(measure: Tensor, dtype: torch.dtype, reduction: str) -> tuple[Tensor, float]:
+    """A base measure divided by a power of two so that `dtype` can hold it, and that power.
 
-    "mean" and the weights do not depend on the factor. Where values cannot be read now, it is 1.
+    "mean" and the weights do not depend on the power. Where values cannot be read now, it is 1.
 
     Raises:
         ValueError: If `dtype` cannot hold the measure, and `reduction` depends on its size.
@@ -105,9 +104,9 @@ def without_factor(measure: Tensor, dtype: torch.dtype, reduction: str) -> tuple
         return measure, 1.0
     largest = float(measure.max())
     if reduction == "mean":
-        factor = unit_of_products(largest)
-        wide = measure.double() if unit_of(largest) != 1.0 else measure
-        return (measure, 1.0) if factor == 1.0 else (wide / factor, factor)
+        power = power_of_products(largest)
+        wide = measure.double() if power_of(largest) != 1.0 else measure
+        return (measure, 1.0) if power == 1.0 else (wide / power, power)
     if largest > torch.finfo(dtype).max:
         raise ValueError(
             f"sample_weight holds {largest:g}, more than {dtype} can, and reduction={reduction!r} depends on "

@@ -31,7 +31,7 @@ def flattened(problem: Problem) -> tuple[Any, ...]:
     chunking = Chunking() if problem.head is None else problem.head.chunking
     dtype = chunking.accumulate_dtype
     return (
-        *problem.tensors, options.ignore_index, options.label_smoothing, options.reduction, options.per,
+        *problem.tensors(), options.ignore_index, options.label_smoothing, options.reduction, options.per,
         options.z_loss, chunking.logit_softcap, chunking.shift, chunking.chunk_bytes,
         None if dtype is None else str(dtype).removeprefix("torch."),
     )  # fmt: skip

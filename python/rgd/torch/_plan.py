@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rgd._arrays import measure_factor as unit_of
+from rgd._arrays import power_of
 from rgd.torch._distributed import Sync, gather
 from rgd.torch._dtypes import accumulator, wide
 from rgd.torch._modes import is_exporting, values_can_be_read
@@ -102,10 +102,10 @@ class Weigher:
         state: The state before the call and, once `weigh` has run, after it; or the `Memory` of a module,
             which moves it; None for a weighting that keeps none.
         group: The processes that share the batch, or None.
-        factor: The power of two that the base measure of the call was divided by.
+        power: The power of two that the base measure of the call was divided by.
     """
 
-    __slots__ = ("factor", "group", "groups", "plan", "state")
+    __slots__ = ("group", "groups", "plan", "power", "state")
 
     def __init__(
         self,
@@ -113,12 +113,12 @@ class Weigher:
         groups: Tensor | None = None,
         state: Any = None,
         sync: Sync | None = None,
-        factor: float = 1.0,
+        power: float = 1.0,
     ) -> None:
         self.plan = plan
         self.groups = groups
         self.state = state
-        self.factor = factor
+        self.power = power
         alone = sync is None or (plan.pointwise and not plan.stateful)
         self.group = None if alone else sync.group()  # pyright: ignore[reportOptionalMemberAccess]
 
@@ -135,14 +135,14 @@ class Weigher:
         dtype = wide(losses)
         flat = losses.detach().reshape(-1).to(dtype)
         p = None if measure is None else measure.detach().reshape(-1).to(dtype)
-        if p is not None and self.group is None and unit_of(self.factor) == 1.0 != self.factor:
-            p = p * self.factor  # a formula may count by it: it sees the numbers that were given
+        if p is not None and self.group is None and power_of(self.power) == 1.0 != self.power:
+            p = p * self.power  # a formula may count by it: it sees the numbers that were given
         groups = None if self.groups is None else self.groups.reshape(-1)
         given = tuple(one for one in (flat, p, groups) if one is not None)
         own = slice(0, flat.shape[0])
         if self.group is not None:
-            # Other processes may have another factor.
-            vectors = [flat, torch.ones_like(flat) if p is None else p * self.factor]
+            # Other processes may have another power.
+            vectors = [flat, torch.ones_like(flat) if p is None else p * self.power]
             vectors += [] if groups is None else [groups]
             (flat, p, *rest), first = gather(vectors, self.group)
             groups = rest[0] if rest else None

@@ -24,7 +24,7 @@ from rgd.torch._checks import (
 )
 from rgd.torch._dtypes import FLOATS, INTEGERS, accumulator
 from rgd.torch._head import LinearHead
-from rgd.torch._measure import check_groups, measure_of, spread, without_factor
+from rgd.torch._measure import check_groups, measure_of, spread, within_range
 from rgd.torch._modes import plain_and_eager
 
 
@@ -97,7 +97,7 @@ class Problem(NamedTuple):
         class_weight: (C,), or None.
         adjustment: What is added to the logits, (C,) without grad, or None.
         measure: The base measure of each unit, without grad, 0 where it takes no part; None for ones.
-        factor: The power of two that `measure` was divided by.
+        power: The power of two that `measure` was divided by.
         given_measure: The base measure before that.
         groups: The group of each unit, int64, or None.
         head: What makes logits of hidden states; None where `logits` are logits.
@@ -114,7 +114,7 @@ class Problem(NamedTuple):
     class_weight: Tensor | None = None
     adjustment: Tensor | None = None
     measure: Tensor | None = None
-    factor: float = 1.0
+    power: float = 1.0
     given_measure: Tensor | None = None
     groups: Tensor | None = None
     head: LinearHead | None = None
@@ -123,7 +123,6 @@ class Problem(NamedTuple):
     reference: Tensor | None = None
     returns: tuple[str, ...] = ()
 
-    @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What a backend reads: logits, target, class weight, adjustment, measure, head's weight and bias."""
         head = (None, None) if self.head is None else (self.head.weight, self.head.bias)
@@ -139,32 +138,27 @@ class Problem(NamedTuple):
         """The settings alone, for a graph of autograd to hold beside the tensors that it keeps itself."""
         return self.with_tensors((None,) * 7)
 
-    @property
     def has_labels(self) -> bool:
         """Whether the target holds class indices, and not probabilities."""
         return not self.target.is_floating_point()
 
-    @property
     def classes(self) -> int:
         """C."""
         if self.head is not None:
-            return self.head.classes
+            return self.head.classes()
         return self.logits.shape[1 if self.logits.dim() > 1 else 0]
 
-    @property
     def losses_shape(self) -> torch.Size:
         """The shape of the losses: one a target."""
         shape = self.target.shape
-        if self.has_labels:
+        if self.has_labels():
             return shape
         return shape[:-1] if self.head is not None else targets_shape(shape)
 
-    @property
     def counted(self) -> Tensor | None:
         """Which targets are not ignored, bool, of the losses' shape; None for class probabilities."""
-        return self.target != self.options.ignore_index if self.has_labels else None
+        return self.target != self.options.ignore_index if self.has_labels() else None
 
-    @property
     def wants_gradient(self) -> bool:
         """Whether autograd asks for the gradient of the logits."""
         return self.logits.requires_grad and torch.is_grad_enabled()
@@ -199,7 +193,7 @@ def problem_of(given: Given, options: Options, head: LinearHead | None = None) -
     else:
         head = head.checked(logits)
         _check_hidden(given, head, options)
-        shape, classes = logits.shape[:-1], head.classes
+        shape, classes = logits.shape[:-1], head.classes()
     _check_by_class("weight", class_weight, classes, target)
     _check_by_class("logit_adjustment", adjustment, classes, target)
     if target.is_floating_point() and options.ignore_index >= 0:
@@ -224,14 +218,14 @@ def problem_of(given: Given, options: Options, head: LinearHead | None = None) -
         return Problem(logits, target, options, dtype, class_weight, adjustment, head=head)
     per = options.per if len(shape) > 0 else "element"
     measure = given_measure = measure_of(shape, logits, where, sample_weight, per)
-    groups, factor = check_groups(groups, shape, logits.device, per), 1.0
+    groups, power = check_groups(groups, shape, logits.device, per), 1.0
     if measure is not None and not target.is_floating_point():
         # What stands where the measure is 0 may be no class at all.
         target = target.masked_fill(spread(measure, target) == 0, options.ignore_index)
     if measure is not None and sample_weight is not None:
-        measure, factor = without_factor(measure, accumulator(logits.dtype), options.reduction)
+        measure, power = within_range(measure, accumulator(logits.dtype), options.reduction)
     return Problem(
-        logits, target, options, dtype, class_weight, adjustment, measure, factor, given_measure, groups, head
+        logits, target, options, dtype, class_weight, adjustment, measure, power, given_measure, groups, head
     )
 
 
@@ -242,7 +236,7 @@ def targets_shape(shape: torch.Size) -> torch.Size:
 
 def _check_logits(given: Given) -> torch.Size:
     """Refuse logits and a target that do not fit each other; the shape of the losses."""
-    logits, target = given[:2]
+    logits, target = given.input, given.target
     if not isinstance(logits, Tensor):
         raise TypeError(no_tensor("input", logits))
     if not isinstance(target, Tensor):
@@ -281,19 +275,19 @@ def _check_logits(given: Given) -> torch.Size:
 
 def _check_hidden(given: Given, head: LinearHead, options: Options) -> None:
     """Refuse a target and settings that do not fit a linear head."""
-    input, target = given[:2]
+    input, target = given.input, given.target
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a torch.Tensor, got {type(target).__name__}")
     check_dense("target", target)
     _check_target_dtype(target)
     probabilities, shift, shard = target.is_floating_point(), head.chunking.shift, head.shard
     rows = input.shape[:-1]
-    expected = (*rows, head.classes) if probabilities else tuple(rows)
+    expected = (*rows, head.classes()) if probabilities else tuple(rows)
     if tuple(target.shape) != expected:
         what = "class probabilities" if probabilities else "class indices"
         raise MismatchError(
             f"target holds {what}, which must have shape {expected} for input of shape "
-            f"{tuple(input.shape)} and {head.classes} classes, got {tuple(target.shape)}"
+            f"{tuple(input.shape)} and {head.classes()} classes, got {tuple(target.shape)}"
         )
     _check_device("target", target, input.device)
     if shift and input.dim() != 3:

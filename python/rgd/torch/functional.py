@@ -16,7 +16,7 @@ from rgd.torch._checks import (
 )
 from rgd.torch._distributed import Sync
 from rgd.torch._dtypes import FLOATS, accumulator
-from rgd.torch._measure import check_groups, check_sample_weight, check_where, measure_of, without_factor
+from rgd.torch._measure import check_groups, check_sample_weight, check_where, measure_of, within_range
 from rgd.torch._modes import autocasts, must_forget, values_can_be_read
 from rgd.torch._plan import Plan, Weigher
 from rgd.torch._problem import Given, Options, Problem, problem_of
@@ -82,14 +82,14 @@ def sample_weights(
         Kumar et al., arXiv 2306.09222, Algorithm 1.
     """
     check_losses(losses)
-    measure, factor = measure_of(losses.shape, losses, where, sample_weight), 1.0
+    measure, power = measure_of(losses.shape, losses, where, sample_weight), 1.0
     plan, sharing = Plan(resolve_weighting(weighting, tau, scale)), Sync(process_group, sync)
     members = check_groups(groups, losses.shape, losses.device, "element")
     given = functional_state(plan.weighting, state, losses.device)
     refuse_weighted(losses, plan.weighting)
     if measure is not None and sample_weight is not None:
-        measure, factor = without_factor(measure, measure.dtype, "mean")
-    weigher = Weigher(plan, members, given, sharing, factor)
+        measure, power = within_range(measure, measure.dtype, "mean")
+    weigher = Weigher(plan, members, given, sharing, power)
     weights = choose((losses, None, measure)).sample_weights(losses, measure, weigher)
     if measure is not None and not values_can_be_read(measure):
         # A wrong number is NaN in the measure where it cannot raise; a pointwise formula may not see it.
@@ -248,7 +248,7 @@ def cross_entropy(
     memory = functional_state(plan.weighting, state, getattr(logits, "device", None))
     given = Given(logits, target, class_weight, adjustment, where, sample_weight, groups)
     problem = problem_of(given, options)
-    weigher = Weigher(plan, problem.groups, memory, sharing, problem.factor)
+    weigher = Weigher(plan, problem.groups, memory, sharing, problem.power)
     objective, _ = compute(problem, weigher)
     return objective if state is None else (objective, weigher.state)
 
@@ -301,7 +301,7 @@ def weight_stats(
         )
     measure = measure_of(losses.shape, losses, where, sample_weight)
     if measure is not None and sample_weight is not None:
-        measure, _ = without_factor(measure, measure.dtype, "mean")
+        measure, _ = within_range(measure, measure.dtype, "mean")
     plain, weights = losses.detach(), weights.detach()
     members = check_groups(groups, losses.shape, losses.device, "element")
     by_group = None if members is None else stats_by_group(plain, weights, measure, members)
@@ -314,7 +314,7 @@ def compute(problem: Problem, weigher: Weigher) -> tuple[Tensor, Record | None]:
 
     The state after the call is left in the weigher.
     """
-    objective, record = choose(problem.tensors).cross_entropy(problem, weigher)
+    objective, record = choose(problem.tensors()).cross_entropy(problem, weigher)
     return finished(objective, problem, weigher), record
 
 
@@ -346,7 +346,7 @@ def reweighted(
     measure = given = check_sample_weight(sample_weight, losses.shape, losses.device, per)
     values = losses.to(accumulator(losses.dtype))
     if measure is not None:
-        measure, weigher.factor = without_factor(measure, values.dtype, reduction)
+        measure, weigher.power = within_range(measure, values.dtype, reduction)
     if where is not None:
         values = values.masked_fill(~where, 0)
     units, unit_measure = units_of(values, where, measure, per)
@@ -355,9 +355,9 @@ def reweighted(
     objective, divisor = reduce_losses(values, weights, counted=where, measure=measure, reduction=reduction)
     record = None
     if not must_forget():
-        if weigher.factor != 1.0:
+        if weigher.power != 1.0:
             divisor = divisor.double() if isinstance(divisor, Tensor) else divisor
-            measure, divisor = given, divisor * weigher.factor
+            measure, divisor = given, divisor * weigher.power
         record = Record(values.detach(), weights, divisor, measure, where, weigher.groups, backend.name)
     objective = objective.to(losses.dtype)
     if reduction == "none":

@@ -19,7 +19,7 @@ from rgd.torch._checks import (
     check_losses,
     check_not_broadcast,
 )
-from rgd.torch._dial import Dial
+from rgd.torch._dial import Dial, number_of
 from rgd.torch._distributed import Sync
 from rgd.torch._measure import check_groups
 from rgd.torch._modes import evaluates, in_transform, is_exporting, recomputes
@@ -120,7 +120,7 @@ class RGDLoss(Dial, nn.Module):
     __jit_unused_properties__ = ("weighting", "tau", "scale", "backend", "last_weights")
     __jit_ignored_attributes__ = ("tau", "scale")  # they raise where the weighting has none
     __signature__ = InitSignature()
-    z_loss: float = 0.0  # also of a loss that an earlier release has pickled
+    z_loss = 0.0  # of a loss, too, that an earlier release has pickled
 
     def __new__(cls, *args: Any, **kwargs: Any) -> RGDLoss:
         """Without `base`, an instance of `nn.CrossEntropyLoss` too: some trainers ask for that class."""
@@ -205,6 +205,12 @@ class RGDLoss(Dial, nn.Module):
         plan = Plan(weighting).prepare() if plan is None else plan.replaced(weighting)
         object.__setattr__(self, "_plan", plan)
 
+    def __getattr__(self, name: str) -> Any:
+        # A property that raises AttributeError ends here. A module would say that there is no such name.
+        if name in ("tau", "scale"):
+            return number_of(self.weighting, name)
+        return super().__getattr__(name)
+
     @property
     def backend(self) -> str | None:
         """What computed the last call, "rust" or "composite"; None where `stats` has no call to describe."""
@@ -267,7 +273,7 @@ class RGDLoss(Dial, nn.Module):
                 Given(losses, target, *by_class, where, sample_weight, groups),
                 options_of(self, plan is not _PLAIN),
             )
-            weigher = Weigher(plan, problem.groups, memory, sync, problem.factor)
+            weigher = Weigher(plan, problem.groups, memory, sync, problem.power)
             objective, record = compute(problem, weigher)
         else:
             groups = check_groups(groups, losses.shape, losses.device, self.per)

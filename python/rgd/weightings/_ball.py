@@ -42,9 +42,7 @@ def gaps_of(batch: Batch) -> Gaps:
     return Gaps(batch, left, values, on_top, share, top == float("inf"))
 
 
-def with_corners(  # noqa: PLR0917
-    batch: Batch, gaps: Gaps, weights: Any, radius: Any, radius_left: Any, limit: Any
-) -> Any:
+def with_corners(batch: Batch, gaps: Gaps, weights: Any, *, radius: Any, radius_left: Any, limit: Any) -> Any:
     """Weights from within a ball, with those of its corners where a search does not reach.
 
     Args:

@@ -132,4 +132,4 @@ class ChiSquareBall(Weighting):
         t = xp.exp(root(batch, excess, xp.log(nearest), xp.zeros_like(nearest)))
         above = xp.where(gaps + t > 0, gaps + t, 0.0)
         weights = xp.where(all_positive, linear, above / batch.mean(above))
-        return with_corners(whole, ball, weights, radius, left, limit)
+        return with_corners(whole, ball, weights, radius=radius, radius_left=left, limit=limit)

@@ -76,7 +76,7 @@ class KLBall(Weighting):
         log_b = root(batch, divergence, low, xp.log(xp.where(high < largest, high, largest)))
         weights = xp.exp(xp.exp(log_b) * gaps)
         weights = weights / batch.mean(weights)
-        return with_corners(whole, ball, weights, radius, left, limit)
+        return with_corners(whole, ball, weights, radius=radius, radius_left=left, limit=limit)
 
     def kernel(self) -> Kernel:
         """The kernel `kl_ball`: the radius."""

@@ -27,8 +27,8 @@ def check_labels(problem: Problem) -> None:
     Raises:
         IndexError: If there is one.
     """
-    target, classes = problem.target, problem.classes
-    if not problem.has_labels or not values_can_be_read(target):
+    target, classes = problem.target, problem.classes()
+    if not problem.has_labels() or not values_can_be_read(target):
         return
     wrong = ((target < 0) | (target >= classes)) & (target != problem.options.ignore_index)
     if not bool(wrong.any()):
@@ -44,7 +44,7 @@ def losses_of(problem: Problem) -> Tensor:
     """The loss of each target, 0 for an ignored one; of logits, not of a linear head."""
     options, target, class_weight = problem.options, problem.target, problem.class_weight
     logits, smoothing = adjusted(problem.logits, problem.adjustment), options.label_smoothing
-    if problem.has_labels and class_weight is None and smoothing < 1:
+    if problem.has_labels() and class_weight is None and smoothing < 1:
         return F.cross_entropy(
             logits,
             target.to(torch.int64),
@@ -57,7 +57,7 @@ def losses_of(problem: Problem) -> Tensor:
     classes, log_p = logits.shape[axis], F.log_softmax(logits, axis)
     c = logits.new_ones(classes) if class_weight is None else class_weight.detach().to(logits.dtype)
     by_class = _along_classes(c, logits)
-    if not problem.has_labels:
+    if not problem.has_labels():
         mass = target.to(logits.dtype)
         mass = mass * (1 - smoothing) + smoothing / classes if smoothing > 0 else mass
         mass = mass if class_weight is None else mass * by_class
@@ -71,14 +71,14 @@ def losses_of(problem: Problem) -> Tensor:
             log_p, target.to(torch.int64), c, ignore_index=options.ignore_index, reduction="none"
         )
         losses = losses + (1 - smoothing) * on_label
-    return losses.masked_fill(~cast("Tensor", problem.counted), 0)
+    return losses.masked_fill(~cast("Tensor", problem.counted()), 0)
 
 
 def logsumexp_of(problem: Problem) -> Tensor:
     """The logsumexp `Z` of each target's logits as adjusted, for a z-loss; 0 for an ignored target."""
     logits = adjusted(problem.logits, problem.adjustment)
     found = torch.logsumexp(logits, min(logits.dim() - 1, 1))
-    return found if problem.counted is None else found.masked_fill(~problem.counted, 0)
+    return found if problem.counted() is None else found.masked_fill(~problem.counted(), 0)
 
 
 def unless_massless(values: Tensor, mass: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def objective_of(
     return reduce_losses(
         losses,
         weights,
-        counted=problem.counted,
+        counted=problem.counted(),
         measure=problem.measure,
         reduction=problem.options.reduction,
         shares=shares_of(problem, losses.dtype),
@@ -192,7 +192,7 @@ def divisor_of(
 
 def shares_of(problem: Problem, dtype: torch.dtype) -> Tensor | None:
     """The class weight of each target's class; None where "mean" counts every target alike."""
-    class_weight, counted = problem.class_weight, problem.counted
+    class_weight, counted = problem.class_weight, problem.counted()
     if class_weight is None or counted is None:
         return None
     return class_weight.detach().to(dtype)[problem.target.to(torch.int64).masked_fill(~counted, 0)]
@@ -227,7 +227,7 @@ def z_factors_of(problem: Problem, like: Tensor, divisor: Tensor | float | None 
     if z_loss == 0.0:
         return None
     constant = torch.full_like(like, z_loss)
-    return factors_of(like, constant, problem.counted, problem.measure, divisor)
+    return factors_of(like, constant, problem.counted(), problem.measure, divisor)
 
 
 def gradient_of(problem: Problem, factors: Tensor, z_factors: Tensor | None = None) -> Tensor:
@@ -249,7 +249,7 @@ def gradient_of(problem: Problem, factors: Tensor, z_factors: Tensor | None = No
     smoothing = problem.options.label_smoothing
     c = None if problem.class_weight is None else problem.class_weight.to(dtype)
     softmax = torch.softmax(logits, 1)
-    if not problem.has_labels:
+    if not problem.has_labels():
         mass = target.to(dtype) * (1 - smoothing) + smoothing / classes
         mass = mass if c is None else mass * c
         rows = softmax * mass.sum(1, keepdim=True) - mass

@@ -31,7 +31,7 @@ class Backend(Protocol):
         """Why a call on these tensors, eager or compiled, cannot be served; None where it can.
 
         Args:
-            tensors: Losses and their measure; or `Problem.tensors`, of which the second is the target.
+            tensors: Losses and their measure; or `Problem.tensors()`, of which the second is the target.
             compiling: Whether the call is recorded in a compiled graph.
         """
         ...

@@ -48,10 +48,10 @@ class Composite:
 
         Differentiable with respect to logits and class probabilities, any number of times, in either mode.
         """
-        in_place = problem.options.inplace and problem.wants_gradient
+        in_place = problem.options.inplace and problem.wants_gradient()
         given = problem.changed(logits=problem.logits.detach()) if in_place else problem
         check_labels(problem)
-        losses, counted = losses_of(given), problem.counted
+        losses, counted = losses_of(given), problem.counted()
         units, measure = units_of(losses, counted, problem.measure, problem.options.per)
         weights = weigher.weigh(units, measure).to(losses.dtype)
         logsumexp = logsumexp_of(given) if problem.options.z_loss else None
@@ -102,10 +102,10 @@ def _compiled() -> Any:
 
 def _overwrite(problem: Problem, factors: Tensor, z_factors: Tensor | None) -> None:
     """Write the gradient of `sum_i factors_i l_i + z_factors_i Z_i^2` over logits of any shape."""
-    logits, target, classes = problem.logits, problem.target, problem.classes
+    logits, target, classes = problem.logits, problem.target, problem.classes()
     rows = logits if logits.dim() < 3 else logits.movedim(1, -1)
-    labels = target if problem.has_labels or target.dim() < 3 else target.movedim(1, -1)
-    labels = labels.reshape(-1) if problem.has_labels else labels.reshape(-1, classes)
+    labels = target if problem.has_labels() or target.dim() < 3 else target.movedim(1, -1)
+    labels = labels.reshape(-1) if problem.has_labels() else labels.reshape(-1, classes)
     flat = problem.changed(logits=rows.reshape(-1, classes), target=labels)
     z_factors = None if z_factors is None else z_factors.reshape(-1)
     rows.copy_(gradient_of(flat, factors.reshape(-1), z_factors).view(rows.shape))

@@ -129,7 +129,7 @@ def linear_cross_entropy(
     given = Given(input, target, class_weight, adjustment, where, sample_weight, groups)
     problem = problem_of(given, options, LinearHead(linear_weight, linear_bias, chunking))
     memory = functional_state(plan.weighting, state, problem.logits.device)
-    weigher = Weigher(plan, problem.groups, memory, sharing, problem.factor)
+    weigher = Weigher(plan, problem.groups, memory, sharing, problem.power)
     objective, _ = compute_linear(problem, weigher)
     return objective if state is None else (objective, weigher.state)
 
@@ -311,7 +311,7 @@ class LinearRGDLoss(RGDLoss):
         by_class = self.weight, self.logit_adjustment
         given = Given(input, target, *by_class, where, sample_weight, None if is_plain else groups)
         problem = problem_of(given, options_of(self, not is_plain), LinearHead(weight, bias, self._chunking))
-        weigher = Weigher(plan, problem.groups, memory, sync, problem.factor)
+        weigher = Weigher(plan, problem.groups, memory, sync, problem.power)
         objective, record = compute_linear(problem, weigher)
         if not is_plain:
             self._keep(record)

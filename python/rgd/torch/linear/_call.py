@@ -68,31 +68,29 @@ class _Call(NamedTuple):
     def run(self, weigher: Weigher) -> tuple[Tensor, Record]:
         """The objective, in the accumulator's dtype, and the record of its weights."""
         plan, options = weigher.plan, self.problem.options
-        per_target = options.per == "element" or len(self.problem.losses_shape) < 2
+        per_target = options.per == "element" or len(self.problem.losses_shape()) < 2
         pointwise = plan.pointwise and not plan.stateful and per_target
         # An operator knows weightings by their kernels alone.
         pointwise = pointwise and (plan.kind is not None or not torch.compiler.is_compiling())
-        if pointwise and options.reduction != "none" and any(self.wanted):
+        if pointwise and options.reduction != "none" and any(self.wanted()):
             return self._one_pass(weigher)
         return self._two_passes(weigher)
 
-    @property
     def parameters(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """The tensors that may ask for a gradient: hidden states, the head's weight and bias."""
         head = cast("LinearHead", self.problem.head)
         return self.problem.logits, head.weight, head.bias
 
-    @property
     def wanted(self) -> Wanted:
         """Which gradients the caller asks for."""
         enabled = torch.is_grad_enabled()
-        return Wanted(*(one is not None and one.requires_grad and enabled for one in self.parameters))
+        return Wanted(*(one is not None and one.requires_grad and enabled for one in self.parameters()))
 
     def _one_pass(self, weigher: Weigher) -> tuple[Tensor, Record]:
         problem, plan = self.problem, weigher.plan
         norm = as_rows(problem, self.norm(), 0)
         if torch.compiler.is_compiling():
-            objective, *vectors = _ops.one_pass(self._in_dtype(), self.wanted, norm, plan)
+            objective, *vectors = _ops.one_pass(self._in_dtype(), self.wanted(), norm, plan)
             losses, weights = (as_losses(problem, vector) for vector in vectors)
             value, divisor = self._reduced(losses, weights)
             # The operator's sum is 0 for the mean of nothing, which is NaN.
@@ -101,12 +99,12 @@ class _Call(NamedTuple):
         measure, groups = measure_of_targets(problem, accumulator(self.dtype)), weigher.groups
         measure = None if measure is None else as_rows(problem, measure, 0)
         alone = Weigher(plan, None if groups is None else as_rows(problem, groups, 0))
-        found = in_one_pass(self._chunked(), measure, norm, alone, self.wanted)
+        found = in_one_pass(self._chunked(), measure, norm, alone, self.wanted())
         losses, weights = as_losses(problem, found.losses), as_losses(problem, found.weights)
         logsumexp = None if found.logsumexp is None else as_losses(problem, found.logsumexp)
         objective, divisor = self._reduced(losses, weights, logsumexp)
         kept = _Kept(objective, self._finished(found.gradients), weights)
-        objective = cast("Tensor", _OnePass.apply(*self.parameters, kept, self))
+        objective = cast("Tensor", _OnePass.apply(*self.parameters(), kept, self))
         return objective, self._record(losses, weights, divisor)
 
     def _two_passes(self, weigher: Weigher) -> tuple[Tensor, Record]:
@@ -115,10 +113,10 @@ class _Call(NamedTuple):
             found = _ops.losses(self._in_dtype()) if compiling else losses_in_chunks(self._chunked())
             losses, logsumexp = (None if one is None else as_losses(problem, one) for one in found)
             losses = cast("Tensor", losses)
-            counted, per = problem.counted, problem.options.per
+            counted, per = problem.counted(), problem.options.per
             units = units_of(losses, counted, problem.measure, per)
             weights = self.backend.sample_weights(*units, weigher).to(losses.dtype)
-        if not any(self.wanted):
+        if not any(self.wanted()):
             objective, divisor = self._reduced(losses, weights, logsumexp)
             return objective, self._record(losses, weights, divisor)
         factors = factors_of(losses, weights, counted, problem.measure)
@@ -128,9 +126,9 @@ class _Call(NamedTuple):
             values = values + z_factors * logsumexp.square()
         if compiling:
             flat = (None if one is None else as_rows(problem, one, 0) for one in (values, factors, z_factors))
-            products = as_losses(problem, _ops.products(self._in_dtype(), self.wanted, *flat))
+            products = as_losses(problem, _ops.products(self._in_dtype(), self.wanted(), *flat))
         else:
-            products = cast("Tensor", _Products.apply(*self.parameters, values, factors, self))
+            products = cast("Tensor", _Products.apply(*self.parameters(), values, factors, self))
         _, divisor = self._reduced(losses, weights)
         reduction = problem.options.reduction
         if reduction != "none":
@@ -146,10 +144,10 @@ class _Call(NamedTuple):
         p = measure_of_targets(problem, dtype)
         norm = p
         if norm is None:
-            norm = torch.ones(problem.losses_shape, dtype=dtype, device=problem.target.device)
+            norm = torch.ones(problem.losses_shape(), dtype=dtype, device=problem.target.device)
         if problem.options.reduction != "mean":
             return norm
-        total = divisor_of(norm, problem.counted, p, shares_of(problem, dtype))
+        total = divisor_of(norm, problem.counted(), p, shares_of(problem, dtype))
         return torch.where(norm == 0, 0, mean_of(norm, total))
 
     def gradients(self, factors: Tensor, z_factors: Tensor | None, wanted: Wanted) -> Gradients:
@@ -180,10 +178,10 @@ class _Call(NamedTuple):
             if z_factors is not None:
                 products = products + z_factors * logsumexp_of(whole).square()
             above = above.expand(factors.shape).to(products.dtype)
-            wanted = [one for one in self.parameters if one is not None and one.requires_grad]
+            wanted = [one for one in self.parameters() if one is not None and one.requires_grad]
             found = iter(torch.autograd.grad(products, wanted, above, create_graph=True))
         return tuple(
-            next(found) if one is not None and one.requires_grad else None for one in self.parameters
+            next(found) if one is not None and one.requires_grad else None for one in self.parameters()
         )
 
     def _chunked(self) -> Any:
@@ -210,7 +208,7 @@ class _Call(NamedTuple):
 
     def _finished(self, found: Gradients) -> Gradients:
         """The whole gradient of the input; all in the dtype they will have, or for float16 in float32."""
-        input, weight, bias = self.parameters
+        input, weight, bias = self.parameters()
         of_input, of_weight, of_bias = found
         if of_input is not None:
             shard = cast("LinearHead", self.problem.head).shard
@@ -240,7 +238,7 @@ class _OnePass(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, kept: _Kept, call: _Call
     ) -> Tensor:
         # autograd keeps the tensors, and sees whether they are changed.
-        ctx.save_for_backward(*kept.gradients, kept.weights, *call.problem.tensors)
+        ctx.save_for_backward(*kept.gradients, kept.weights, *call.problem.tensors())
         ctx.call = call._replace(problem=call.problem.without_tensors())
         return kept.objective
 
@@ -260,7 +258,7 @@ class _OnePass(torch.autograd.Function):
             found = gradients
         else:
             found = tuple(None if one is None else one * above.to(one.dtype) for one in gradients)
-        return *_in_dtypes_of(call.parameters, found), None, None
+        return *_in_dtypes_of(call.parameters(), found), None, None
 
 
 class _Products(torch.autograd.Function):
@@ -276,7 +274,7 @@ class _Products(torch.autograd.Function):
         factors: Tensor,
         call: _Call,
     ) -> Tensor:
-        ctx.save_for_backward(factors, *call.problem.tensors)
+        ctx.save_for_backward(factors, *call.problem.tensors())
         ctx.call = call._replace(problem=call.problem.without_tensors())
         return values.view_as(values)
 
@@ -295,7 +293,7 @@ class _Products(torch.autograd.Function):
                 for one in (factors, z_factors)
             )
             found = call.gradients(cast("Tensor", factors), z_factors, Wanted(*ctx.needs_input_grad[:3]))
-        return *_in_dtypes_of(call.parameters, found), None, None, None
+        return *_in_dtypes_of(call.parameters(), found), None, None, None
 
 
 def _in_dtypes_of(
@@ -319,12 +317,12 @@ def _call_of(problem: Problem) -> _Call:
     if input.dtype is torch.float64:
         dtype = torch.float64
     check_labels(problem)
-    backend = choose(problem.tensors)
+    backend = choose(problem.tensors())
     class_weight, adjustment = (
         None if one is None else one.detach().to(accumulator(dtype)).contiguous()
         for one in (problem.class_weight, problem.adjustment)
     )
-    target = problem.target if problem.has_labels else problem.target.detach().to(dtype)
+    target = problem.target if problem.has_labels() else problem.target.detach().to(dtype)
     # A copy: the caller may change what it gave before the backward pass reads it.
     measure = None if problem.measure is None else problem.measure.clone()
     problem = problem.changed(
@@ -339,7 +337,7 @@ def _served(problem: Problem) -> bool:
         return False
     if torch.compiler.is_compiling():
         return not is_exporting() and not in_transform()
-    return plain_and_eager((*problem.tensors, problem.given_measure))
+    return plain_and_eager((*problem.tensors(), problem.given_measure))
 
 
 def _with_all_logits(problem: Problem) -> Problem:
@@ -350,7 +348,7 @@ def _with_all_logits(problem: Problem) -> Problem:
         logits = chunking.logit_softcap * torch.tanh(logits / chunking.logit_softcap)
     logits = (logits[:, :-1] if chunking.shift else logits).movedim(-1, 1)
     target = problem.target
-    if not problem.has_labels:
+    if not problem.has_labels():
         target = target.movedim(-1, 1)
         if target.dtype != logits.dtype:
             dtype = torch.promote_types(target.dtype, logits.dtype)

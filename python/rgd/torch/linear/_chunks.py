@@ -22,9 +22,6 @@ from rgd.torch._plan import Weigher
 from rgd.torch.backends._memory import empty
 from rgd.torch.backends._steps import Rows, Step
 
-# With fewer rows, the matrix products spend their time reading and writing the head.
-_LEAST_ROWS = 128
-_DEFAULT_BYTES = 1 << 25
 _PRODUCT_BYTES = 1 << 20
 
 
@@ -86,21 +83,6 @@ class ChunkedHead(NamedTuple):
     dtype: torch.dtype
     step: Step
     z_loss: float = 0.0
-
-
-def rows_of(
-    chunk_bytes: int | None, classes: int, features: int, dtype: torch.dtype, accumulate: torch.dtype
-) -> int:
-    """How many rows of logits take `chunk_bytes`, at least one.
-
-    None: 32 MiB, or an eighth of the head's gradient where that is more, since every chunk reads and writes
-    the whole of it; and at least 128 rows.
-    """
-    row = max(1, classes * dtype.itemsize)
-    if chunk_bytes is not None:
-        return max(1, chunk_bytes // row)
-    gradient = classes * features * accumulate.itemsize
-    return max(_LEAST_ROWS, max(_DEFAULT_BYTES, gradient // 8) // row)
 
 
 class _Chunk(NamedTuple):

@@ -72,7 +72,7 @@ def _read(given: tuple[Any, ...]) -> tuple[Problem, ChunkedHead]:
     problem = rebuilt(given)
     # The call could not check them: values cannot be read while a graph is compiled.
     check_labels(problem)
-    backend = choose(problem.tensors)
+    backend = choose(problem.tensors())
     by_class = {
         name: None if one is None else one.detach().contiguous()
         for name, one in (("class_weight", problem.class_weight), ("adjustment", problem.adjustment))
@@ -192,7 +192,7 @@ def _scaled(ctx: Any, above: Tensor, *_: Any) -> tuple[Any, ...]:
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     problem = rebuilt(inputs)
-    ctx.save_for_backward(*inputs[LENGTH + 4 :], *problem.tensors)
+    ctx.save_for_backward(*inputs[LENGTH + 4 :], *problem.tensors())
     ctx.problem = problem.without_tensors()
     ctx.wanted, ctx.length = _wanted(inputs), len(inputs)
 

@@ -8,18 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rgd._chunk_rows import chunk_rows
 from rgd.torch._dtypes import accumulator
 from rgd.torch._head import LinearHead
 from rgd.torch._measure import spread
 from rgd.torch._problem import Problem
 from rgd.torch.backends._registry import Backend
-from rgd.torch.linear._chunks import ChunkedHead, rows_of
+from rgd.torch.linear._chunks import ChunkedHead
 from rgd.torch.linear._vocabulary import VocabStep
 
 
 def as_rows(problem: Problem, values: Tensor, fill: float) -> Tensor:
     """A tensor of the losses' shape, perhaps with a class axis, as entries for each row of the input."""
-    places, shape = problem.logits.shape[:-1], problem.losses_shape
+    places, shape = problem.logits.shape[:-1], problem.losses_shape()
     head = cast("LinearHead", problem.head)
     if head.chunking.shift:
         values = F.pad(values, (0, places[1] - shape[1]), value=fill)
@@ -34,11 +35,11 @@ def as_losses(problem: Problem, values: Tensor) -> Tensor:
 
 def measure_of_targets(problem: Problem, dtype: torch.dtype) -> Tensor | None:
     """The base measure, one a target, 0 for one that takes no part; None where all is one."""
-    counted, measure = problem.counted, problem.measure
+    counted, measure = problem.counted(), problem.measure
     if measure is None:
         return None if counted is None else counted.to(dtype)
     measure = measure.to(dtype)
-    shape = problem.losses_shape
+    shape = problem.losses_shape()
     measure = spread(measure, measure.new_empty(shape)).expand(shape)
     # The kernels read it as it lies in memory, which `expand` alone leaves as it was.
     return measure.contiguous() if counted is None else measure.masked_fill(~counted, 0)
@@ -56,7 +57,7 @@ def chunked(problem: Problem, dtype: torch.dtype, backend: Backend) -> ChunkedHe
     measure = measure_of_targets(problem, accumulator(dtype))
     takes_part = None
     if measure is not None or chunking.shift:
-        ones = torch.ones(problem.losses_shape, dtype=torch.bool, device=problem.target.device)
+        ones = torch.ones(problem.losses_shape(), dtype=torch.bool, device=problem.target.device)
         takes_part = as_rows(problem, ones if measure is None else measure != 0, 0)
     weight = weight.detach().to(dtype)
     classes = weight.shape[0] if shard is None else shard.widest
@@ -68,7 +69,11 @@ def chunked(problem: Problem, dtype: torch.dtype, backend: Backend) -> ChunkedHe
         as_rows(problem, problem.target.detach(), problem.options.ignore_index),
         takes_part,
         chunking.logit_softcap,
-        rows_of(chunking.chunk_bytes, classes, weight.shape[1], dtype, accumulate),
+        chunk_rows(
+            chunking.chunk_bytes,
+            row_bytes=classes * dtype.itemsize,
+            gradient_bytes=classes * weight.shape[1] * accumulate.itemsize,
+        ),
         accumulate,
         backend.step(problem) if shard is None else VocabStep(problem, shard),
         problem.options.z_loss,

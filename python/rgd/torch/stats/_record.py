@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rgd import _rgd
-from rgd._arrays import measure_factor as unit_of
+from rgd._arrays import power_of
 from rgd.stats import (
     GroupStats,
     WeightStats,
@@ -70,10 +70,10 @@ class Record(NamedTuple):
     def of(cls, problem: Problem, filled: Filled, backend: str) -> Record:
         """The record of a problem, with the measure that was given, whatever it was divided by since."""
         measure, divisor = problem.measure, filled.divisor
-        if problem.factor != 1.0:
+        if problem.power != 1.0:
             divisor = divisor.double() if isinstance(divisor, Tensor) else divisor
-            measure, divisor = problem.given_measure, divisor * problem.factor
-        counted = None if filled.all_count else problem.counted
+            measure, divisor = problem.given_measure, divisor * problem.power
+        counted = None if filled.all_count else problem.counted()
         return cls(filled.losses, filled.weights, divisor, measure, counted, problem.groups, backend)
 
     def changed(self, **changes: Any) -> Record:
@@ -116,14 +116,14 @@ class Record(NamedTuple):
             measure = kept if measure is None else kept * measure
         return Units(losses, self.weights, measure, of_targets, number)
 
-    def without_factor(self) -> Record:
+    def within_range(self) -> Record:
         """The record with its measure divided by a power of two, so that no sum overflows."""
         if self.measure is None or not self.measure.numel():
             return self
-        factor = unit_of(float(self.measure.max()))
-        if factor == 1.0:
+        power = power_of(float(self.measure.max()))
+        if power == 1.0:
             return self
-        return self._replace(measure=self.measure / factor, divisor=self.divisor / factor)
+        return self._replace(measure=self.measure / power, divisor=self.divisor / power)
 
     def stats(
         self, weighting: Weighting | None, groups: Tensor | None = None, group: Any = None
@@ -136,7 +136,7 @@ class Record(NamedTuple):
             RuntimeError: If the losses were changed in place since the call.
         """
         self.check_unchanged()
-        record = self.without_factor() if group is None else self
+        record = self.within_range() if group is None else self
         units = record.units()
         losses, weights, measure = units.losses, units.weights, units.measure
         sums, divisor = units.sums(clip_of(weighting)), float(record.divisor)

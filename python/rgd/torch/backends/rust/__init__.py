@@ -76,10 +76,10 @@ class Rust:
 
     def cross_entropy(self, problem: Problem, weigher: Weigher) -> tuple[Tensor, Record | None]:
         """The re-weighted objective, and the record of its weights."""
-        logits, with_grad = problem.logits, problem.wants_gradient
+        logits, with_grad = problem.logits, problem.wants_gradient()
         if with_grad and logits.dtype is torch.float16:
             # float16 has no room for the gradient of a mean before the loss scale has been applied to it.
-            target = problem.target if problem.has_labels else problem.target.float()
+            target = problem.target if problem.has_labels() else problem.target.float()
             problem = problem.changed(logits=logits.float(), target=target)
         if problem.measure is not None:
             measure = problem.measure.detach().to(accumulator(logits.dtype)).contiguous()
@@ -112,7 +112,7 @@ class _Objective(torch.autograd.Function):
         # so that only a second derivative reads them. Hooks offload or drop what is saved: they get it all.
         hooked = saved_tensors_hooks(False) is not None
         kept = computed.grad if hooked else None
-        ctx.save_for_backward(kept, computed.filled.weights, *problem.tensors)
+        ctx.save_for_backward(kept, computed.filled.weights, *problem.tensors())
         ctx.grad = None if hooked else computed.grad
         ctx.problem = problem.without_tensors()
         return computed.objective
@@ -139,7 +139,7 @@ class _Objective(torch.autograd.Function):
 def _compute_in_two_passes(problem: Problem, weigher: Weigher, with_grad: bool) -> Computed:
     """First the losses, then, with the weights they call for, the gradient."""
     losses, logsumexp = fill_losses(problem)
-    weights = weigher.weigh(*units_of(losses, problem.counted, problem.measure, problem.options.per))
+    weights = weigher.weigh(*units_of(losses, problem.counted(), problem.measure, problem.options.per))
     return fill_gradient(problem, losses, weights.to(losses.dtype), logsumexp, with_grad)
 
 
@@ -150,7 +150,7 @@ def _compute_by_operators(problem: Problem, weigher: Weigher, with_grad: bool) -
     if weigher.kernel_serves(problem.measure):
         return _ops.cross_entropy(problem, weigher.plan, with_grad)
     losses, logsumexp = _ops.cross_entropy_losses(problem)
-    weights = weigher.weigh(*units_of(losses, problem.counted, problem.measure, problem.options.per))
+    weights = weigher.weigh(*units_of(losses, problem.counted(), problem.measure, problem.options.per))
     return _ops.cross_entropy_gradient(problem, losses, weights.to(losses.dtype), logsumexp, with_grad)
 
 

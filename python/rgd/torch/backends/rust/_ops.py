@@ -150,7 +150,7 @@ def _like(tensor: Tensor) -> Tensor:
 def _keep(ctx: Any, inputs: tuple[Any, ...], weights: Tensor, grad: Tensor) -> None:
     problem = rebuilt(inputs)
     ctx.problem, ctx.length = problem.without_tensors(), len(inputs)
-    ctx.save_for_backward(grad, weights, *problem.tensors)
+    ctx.save_for_backward(grad, weights, *problem.tensors())
 
 
 def _keep_of_one_pass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
