@@ -81,12 +81,12 @@ impl Kernel for Products<'_> {
 pub fn weighted_sum(
     values: &dyn Values,
     weights: &dyn Values,
-    base: Option<&dyn Values>,
+    measure: Option<&dyn Values>,
     threads: usize,
 ) -> f64 {
     let n = values.count();
     assert_eq!(n, weights.count());
-    assert!(base.is_none_or(|base| base.count() == n));
+    assert!(measure.is_none_or(|measure| measure.count() == n));
     let threads = if n < PARALLEL { 1 } else { threads };
     let sum = |i: usize| {
         let (mut first, mut second, mut lanes) = ([0.0; CHUNK], [0.0; CHUNK], [0.0; ROW]);
@@ -94,10 +94,10 @@ pub fn weighted_sum(
             let (v, w) = (&mut first[..count], &mut second[..count]);
             values.read(start, v);
             weights.read(start, w);
-            if let Some(base) = base {
+            if let Some(measure) = measure {
                 let mut third = [0.0; CHUNK];
                 let p = &mut third[..count];
-                base.read(start, p);
+                measure.read(start, p);
                 for ((v, w), &mut p) in v.iter_mut().zip(&mut *w).zip(p) {
                     (*v, *w) = if p == 0.0 { (0.0, 0.0) } else { (*v, p * *w) };
                 }
@@ -128,13 +128,13 @@ fn chunks(i: usize, n: usize) -> impl Iterator<Item = (usize, usize)> {
 pub fn weight_sums(
     losses: &dyn Values,
     weights: &dyn Values,
-    base: Option<&dyn Values>,
+    measure: Option<&dyn Values>,
     clip: f64,
     threads: usize,
 ) -> WeightSums {
     let n = losses.count();
     assert_eq!(n, weights.count());
-    assert!(base.is_none_or(|base| base.count() == n));
+    assert!(measure.is_none_or(|measure| measure.count() == n));
     let threads = if n < PARALLEL { 1 } else { threads };
     let blocks = map_blocks(n.div_ceil(BLOCK), threads, |i| {
         let (mut first, mut second, mut third) = ([0.0; CHUNK], [0.0; CHUNK], [0.0; CHUNK]);
@@ -143,8 +143,8 @@ pub fn weight_sums(
             let (l, w, p) = (&mut first[..count], &mut second[..count], &mut third[..count]);
             losses.read(start, l);
             weights.read(start, w);
-            if let Some(base) = base {
-                base.read(start, p);
+            if let Some(measure) = measure {
+                measure.read(start, p);
                 for ((&mut l, &mut w), &mut p) in l.iter_mut().zip(w).zip(p) {
                     sums.add(l, w, p, clip);
                 }
@@ -225,16 +225,16 @@ mod tests {
     use half::bf16;
     use proptest::prelude::*;
 
-    fn sums(losses: &[f64], weights: &[f64], base: Option<&[f64]>) -> WeightSums {
-        let base = base.map(Vector::of);
-        let base = base.as_ref().map(|base| base as _);
-        weight_sums(&Vector::of(losses), &Vector::of(weights), base, 1.0, 1)
+    fn sums(losses: &[f64], weights: &[f64], measure: Option<&[f64]>) -> WeightSums {
+        let measure = measure.map(Vector::of);
+        let measure = measure.as_ref().map(|measure| measure as _);
+        weight_sums(&Vector::of(losses), &Vector::of(weights), measure, 1.0, 1)
     }
 
-    fn sum(values: &[f64], weights: &[f64], base: Option<&[f64]>, threads: usize) -> f64 {
-        let base = base.map(Vector::of);
-        let base = base.as_ref().map(|base| base as _);
-        weighted_sum(&Vector::of(values), &Vector::of(weights), base, threads)
+    fn sum(values: &[f64], weights: &[f64], measure: Option<&[f64]>, threads: usize) -> f64 {
+        let measure = measure.map(Vector::of);
+        let measure = measure.as_ref().map(|measure| measure as _);
+        weighted_sum(&Vector::of(values), &Vector::of(weights), measure, threads)
     }
 
     #[test]

@@ -58,28 +58,28 @@ def sample_weights(losses: Any, weights: Any, kind: str, numbers: Sequence[float
 def widen(values: Any, out: Any, threads: int) -> None:
     """Fill `out`, contiguous and float64, from values of the same shape, any strides and any float dtype."""
 
-def weighted_sum(values: Any, weights: Any, base: Any | None, threads: int) -> float:
-    """The sum of `base * weights * values`, accumulated in float64.
+def weighted_sum(values: Any, weights: Any, measure: Any | None, threads: int) -> float:
+    """The sum of `measure * weights * values`, accumulated in float64.
 
-    A product with a weight of zero is zero, unless the value is NaN. Where `base` is zero the sample takes no
+    A product with a weight of zero is zero, unless the value is NaN. Where `measure` is zero the sample takes no
     part: it adds zero whatever its value and weight.
 
     Args:
         values: Of any shape, strides and float dtype, as are the others.
         weights: Of the values' shape.
-        base: Base measure of the values' shape; None: all ones.
+        measure: Base measure of the values' shape; None: all ones.
         threads: The largest number of threads to use.
     """
 
-def weight_sums(losses: Any, weights: Any, base: Any | None, clip: float, threads: int) -> dict[str, Any]:
-    """The sums that the statistics are made of, in one pass over losses `l`, weights `w` and base `p`.
+def weight_sums(losses: Any, weights: Any, measure: Any | None, clip: float, threads: int) -> dict[str, Any]:
+    """The sums that the statistics are made of, in one pass over losses `l`, weights `w` and measure `p`.
 
     Samples of weight zero count like any other; those with `p = 0` take no part.
 
     Args:
         losses: Of any shape, strides and float dtype, as are the others.
         weights: Of the losses' shape.
-        base: Base measure `p` of the losses' shape; None: all ones.
+        measure: Base measure `p` of the losses' shape; None: all ones.
         clip: The loss above which a sample counts as clipped.
         threads: The largest number of threads to use.
 
@@ -92,7 +92,7 @@ def cross_entropy(
     logits: Any,
     target: Any,
     class_weight: Any | None,
-    sample_weight: Any | None,
+    measure: Any | None,
     kind: str,
     numbers: Sequence[float],
     ignore_index: int,
@@ -121,7 +121,7 @@ def cross_entropy(
         target: Class indices, int64 or int32, of the logits' shape without the class axis; or class
             probabilities of the logits' shape and dtype.
         class_weight: (C,), contiguous, in the accumulator's dtype.
-        sample_weight: Base measure `p`, contiguous, in the accumulator's dtype: one a target or, with
+        measure: Base measure `p`, contiguous, in the accumulator's dtype: one a target or, with
             `per_sample`, one a sample. A target with `p = 0` takes no part, as if it were ignored, and its
             index is not looked at. Only for pointwise weightings.
         kind: Name of the weighting's kernel.
@@ -152,7 +152,7 @@ def cross_entropy(
         IndexError: If a target is out of range; names the class and its position. Nothing was written.
         TypeError: If dtypes do not fit.
         ValueError: If shapes, devices or a setting do not fit, if the weighting is not known, or if
-            `sample_weight` is given with a weighting that is not pointwise.
+            `measure` is given with a weighting that is not pointwise.
     """
 
 def cross_entropy_losses(
@@ -188,7 +188,7 @@ def cross_entropy_gradient(
     logits: Any,
     target: Any,
     class_weight: Any | None,
-    sample_weight: Any | None,
+    measure: Any | None,
     ignore_index: int,
     label_smoothing: float,
     per_sample: bool,
@@ -211,7 +211,7 @@ def cross_entropy_gradient(
         logits: As for `cross_entropy`, like all that is not named here.
         target: As there.
         class_weight: As there.
-        sample_weight: As there, for any weights.
+        measure: As there, for any weights.
         ignore_index: As there.
         label_smoothing: As there.
         per_sample: As there.
@@ -325,7 +325,7 @@ def boosting_derivatives(
     loss: str,
     margins: Any,
     labels: Any,
-    mass: Any | None,
+    measure: Any | None,
     weights: Any | None,
     kind: str | None,
     numbers: Sequence[float],
@@ -334,13 +334,13 @@ def boosting_derivatives(
     hessian: Any,
     threads: int,
 ) -> tuple[tuple[str, int] | None, float]:
-    """Fill gradient and Hessian (the diagonal) of `mass * weight * loss` for boosted trees, weights constant.
+    """Fill gradient and Hessian (the diagonal) of `measure * weight * loss` for boosted trees, weights constant.
 
     Args:
         loss: "logistic", "softmax" or "squared_error".
         margins: (n, k), float32 or float64, any strides; k is 1 unless for "softmax".
         labels: (n,), any float dtype and strides: in [0, 1], or classes, or any finite numbers.
-        mass: Base measure, (n,), finite numbers >= 0; None: all ones.
+        measure: Base measure, (n,), finite numbers >= 0; None: all ones.
         weights: (n,), in the place of a weighting.
         kind: Name of the kernel of a pointwise weighting, in the place of weights.
         numbers: The weighting's numbers.
@@ -350,9 +350,9 @@ def boosting_derivatives(
         threads: The largest number of threads to use.
 
     Returns:
-        What is wrong, "label", "mass" or "overflow" (a derivative that does not fit into float32, or a
+        What is wrong, "label", "measure" or "overflow" (a derivative that does not fit into float32, or a
         negative weight), and the first sample where it is; None where nothing is wrong. Then the largest
-        weight of the samples whose mass is not 0. If something is wrong, nothing of use was filled.
+        weight of the samples whose measure is not 0. If something is wrong, nothing of use was filled.
     """
 
 def label_out_of_range(label: int, position: Sequence[int], classes: int) -> str:

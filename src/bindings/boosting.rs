@@ -15,7 +15,7 @@ type Wrong = (&'static str, usize);
 fn read_wrong(error: Error) -> Wrong {
     match error {
         Error::Label(i) => ("label", i),
-        Error::Mass(i) => ("mass", i),
+        Error::Measure(i) => ("measure", i),
         Error::Overflow(i) => ("overflow", i),
     }
 }
@@ -101,14 +101,14 @@ pub(super) fn boosting_losses(
 }
 
 #[pyfunction]
-#[pyo3(signature = (loss, margins, labels, mass, weights, kind, numbers, curvature, gradient, hessian, threads))]
+#[pyo3(signature = (loss, margins, labels, measure, weights, kind, numbers, curvature, gradient, hessian, threads))]
 #[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // one for each tensor and setting
 pub(super) fn boosting_derivatives(
     py: Python,
     loss: &str,
     margins: &Bound<PyAny>,
     labels: &Bound<PyAny>,
-    mass: Option<&Bound<PyAny>>,
+    measure: Option<&Bound<PyAny>>,
     weights: Option<&Bound<PyAny>>,
     kind: Option<&str>,
     numbers: Vec<f64>,
@@ -119,18 +119,18 @@ pub(super) fn boosting_derivatives(
 ) -> PyResult<(Option<Wrong>, f64)> {
     let loss = read_loss(loss)?;
     let (margins, labels) = (Tensor::import("margins", margins)?, Tensor::import("labels", labels)?);
-    let mass = mass.map(|mass| Tensor::import("mass", mass)).transpose()?;
+    let measure = measure.map(|measure| Tensor::import("measure", measure)).transpose()?;
     let weights = weights.map(|weights| Tensor::import("weights", weights)).transpose()?;
     let mut gradient = Tensor::import("gradient", gradient)?;
     let mut hessian = Tensor::import("hessian", hessian)?;
-    let inputs: Vec<&Tensor> = [&margins, &labels].into_iter().chain(&mass).chain(&weights).collect();
+    let inputs: Vec<&Tensor> = [&margins, &labels].into_iter().chain(&measure).chain(&weights).collect();
     distinct(&[&gradient, &hessian], &inputs)?;
     let samples = samples_of(&margins, loss)?;
     if gradient.shape() != margins.shape() || hessian.shape() != margins.shape() {
         return Err(PyValueError::new_err("gradient and hessian must have the shape of margins"));
     }
     let labels = column("labels", &labels, samples)?;
-    let mass = mass.as_ref().map(|mass| column("mass", mass, samples)).transpose()?;
+    let measure = measure.as_ref().map(|measure| column("measure", measure, samples)).transpose()?;
     let weights = weights.as_ref().map(|weights| column("weights", weights, samples)).transpose()?;
     let weighting = kind.map(|kind| read_weighting(kind, &numbers)).transpose()?;
     let weights = match (&weights, weighting) {
@@ -141,7 +141,7 @@ pub(super) fn boosting_derivatives(
     with_margins!(margins, margins => {
         let inputs = Inputs { loss, margins, labels: &*labels, threads };
         let outputs = Outputs {
-            mass: mass.as_deref().map(|mass| mass as _),
+            measure: measure.as_deref().map(|measure| measure as _),
             weights,
             curvature,
             gradient: output("gradient", &mut gradient)?,

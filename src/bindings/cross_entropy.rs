@@ -16,7 +16,7 @@ struct Read<'py> {
     target: Tensor<'py>,
     class_weight: Option<Tensor<'py>>,
     logit_adjustment: Option<Tensor<'py>>,
-    sample_weight: Option<Tensor<'py>>,
+    measure: Option<Tensor<'py>>,
 }
 
 impl<'py> Read<'py> {
@@ -25,14 +25,14 @@ impl<'py> Read<'py> {
         target: &Bound<'py, PyAny>,
         class_weight: Option<&Bound<'py, PyAny>>,
         logit_adjustment: Option<&Bound<'py, PyAny>>,
-        sample_weight: Option<&Bound<'py, PyAny>>,
+        measure: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Self> {
         Ok(Self {
             logits: Tensor::import("logits", logits)?,
             target: Tensor::import("target", target)?,
             class_weight: class_weight.map(|c| Tensor::import("weight", c)).transpose()?,
             logit_adjustment: logit_adjustment.map(|a| Tensor::import("logit_adjustment", a)).transpose()?,
-            sample_weight: sample_weight.map(|p| Tensor::import("sample_weight", p)).transpose()?,
+            measure: measure.map(|p| Tensor::import("sample_weight", p)).transpose()?,
         })
     }
 
@@ -49,7 +49,7 @@ impl<'py> Read<'py> {
     {
         let in_place = grad.is_some_and(|grad| grad.is(&self.logits));
         let inputs = [&self.target].into_iter().chain(&self.class_weight).chain(&self.logit_adjustment);
-        let inputs = inputs.chain(&self.sample_weight);
+        let inputs = inputs.chain(&self.measure);
         let inputs = inputs.chain((!in_place).then_some(&self.logits)).chain(others.iter().copied());
         let outputs = outputs.iter().copied().chain(grad);
         distinct(&outputs.collect::<Vec<_>>(), &inputs.collect::<Vec<_>>())
@@ -80,7 +80,7 @@ impl<'py> Read<'py> {
             target,
             class_weight: self.class_weight.as_ref().map(Tensor::slice).transpose()?,
             logit_adjustment: self.logit_adjustment.as_ref().map(Tensor::slice).transpose()?,
-            sample_weight: self.sample_weight.as_ref().map(Tensor::slice).transpose()?,
+            measure: self.measure.as_ref().map(Tensor::slice).transpose()?,
         })
     }
 }
@@ -130,7 +130,7 @@ fn read_totals(totals: Result<Totals, ce::Error>) -> PyResult<(f64, usize)> {
 
 #[pyfunction]
 #[pyo3(signature = (
-    logits, target, class_weight, sample_weight, kind, numbers, ignore_index, label_smoothing, per_sample, reduction,
+    logits, target, class_weight, measure, kind, numbers, ignore_index, label_smoothing, per_sample, reduction,
     losses, weights, objective, grad, threads, logit_adjustment=None, z_loss=0.0
 ))]
 #[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // one for each tensor and setting
@@ -139,7 +139,7 @@ pub(super) fn cross_entropy(
     logits: &Bound<PyAny>,
     target: &Bound<PyAny>,
     class_weight: Option<&Bound<PyAny>>,
-    sample_weight: Option<&Bound<PyAny>>,
+    measure: Option<&Bound<PyAny>>,
     kind: &str,
     numbers: Vec<f64>,
     ignore_index: i64,
@@ -163,7 +163,7 @@ pub(super) fn cross_entropy(
         z_loss,
     )?;
     let weighting = read_weighting(kind, &numbers)?;
-    let read = Read::import(logits, target, class_weight, logit_adjustment, sample_weight)?;
+    let read = Read::import(logits, target, class_weight, logit_adjustment, measure)?;
     let mut losses = Tensor::import("losses", losses)?;
     let mut weights = Tensor::import("weights", weights)?;
     let mut objective = Tensor::import("objective", objective)?;
@@ -213,7 +213,7 @@ pub(super) fn cross_entropy_losses(
 
 #[pyfunction]
 #[pyo3(signature = (
-    logits, target, class_weight, sample_weight, ignore_index, label_smoothing, per_sample, reduction, losses, weights,
+    logits, target, class_weight, measure, ignore_index, label_smoothing, per_sample, reduction, losses, weights,
     objective, grad, threads, logit_adjustment=None, z_loss=0.0, logsumexp=None
 ))]
 #[allow(clippy::too_many_arguments)] // as above
@@ -222,7 +222,7 @@ pub(super) fn cross_entropy_gradient(
     logits: &Bound<PyAny>,
     target: &Bound<PyAny>,
     class_weight: Option<&Bound<PyAny>>,
-    sample_weight: Option<&Bound<PyAny>>,
+    measure: Option<&Bound<PyAny>>,
     ignore_index: i64,
     label_smoothing: f64,
     per_sample: bool,
@@ -244,7 +244,7 @@ pub(super) fn cross_entropy_gradient(
         threads,
         z_loss,
     )?;
-    let read = Read::import(logits, target, class_weight, logit_adjustment, sample_weight)?;
+    let read = Read::import(logits, target, class_weight, logit_adjustment, measure)?;
     let (losses, weights) = (Tensor::import("losses", losses)?, Tensor::import("weights", weights)?);
     let logsumexp = logsumexp.map(|z| Tensor::import("logsumexp", z)).transpose()?;
     let mut objective = Tensor::import("objective", objective)?;

@@ -39,44 +39,52 @@ pub(super) fn widen(py: Python, values: &Bound<PyAny>, out: &Bound<PyAny>, threa
 }
 
 #[pyfunction]
-#[pyo3(signature = (values, weights, base, threads))]
+#[pyo3(signature = (values, weights, measure, threads))]
 pub(super) fn weighted_sum(
     py: Python,
     values: &Bound<PyAny>,
     weights: &Bound<PyAny>,
-    base: Option<&Bound<PyAny>>,
+    measure: Option<&Bound<PyAny>>,
     threads: usize,
 ) -> PyResult<f64> {
     let (read, weights) = (Tensor::import("values", values)?, Tensor::import("weights", weights)?);
     same_shape(["values", "weights"], &read, &weights)?;
-    let base = base.map(|base| Tensor::import("base", base)).transpose()?;
-    if let Some(base) = &base {
-        same_shape(["values", "base"], &read, base)?;
+    let measure = measure.map(|measure| Tensor::import("measure", measure)).transpose()?;
+    if let Some(measure) = &measure {
+        same_shape(["values", "measure"], &read, measure)?;
     }
     let (values, weights) = (self::values("values", &read)?, self::values("weights", &weights)?);
-    let base = base.as_ref().map(|base| self::values("base", base)).transpose()?;
-    released(py, || reduce::weighted_sum(&*values, &*weights, base.as_deref().map(|base| base as _), threads))
+    let measure = measure.as_ref().map(|measure| self::values("measure", measure)).transpose()?;
+    released(py, || {
+        reduce::weighted_sum(&*values, &*weights, measure.as_deref().map(|measure| measure as _), threads)
+    })
 }
 
 #[pyfunction]
-#[pyo3(signature = (losses, weights, base, clip, threads))]
+#[pyo3(signature = (losses, weights, measure, clip, threads))]
 pub(super) fn weight_sums(
     py: Python,
     losses: &Bound<PyAny>,
     weights: &Bound<PyAny>,
-    base: Option<&Bound<PyAny>>,
+    measure: Option<&Bound<PyAny>>,
     clip: f64,
     threads: usize,
 ) -> PyResult<WeightSums> {
     let (losses, weights) = (Tensor::import("losses", losses)?, Tensor::import("weights", weights)?);
     same_shape(["losses", "weights"], &losses, &weights)?;
-    let base = base.map(|base| Tensor::import("base", base)).transpose()?;
-    if let Some(base) = &base {
-        same_shape(["losses", "base"], &losses, base)?;
+    let measure = measure.map(|measure| Tensor::import("measure", measure)).transpose()?;
+    if let Some(measure) = &measure {
+        same_shape(["losses", "measure"], &losses, measure)?;
     }
     let (losses, weights) = (values("losses", &losses)?, values("weights", &weights)?);
-    let base = base.as_ref().map(|base| values("base", base)).transpose()?;
+    let measure = measure.as_ref().map(|measure| values("measure", measure)).transpose()?;
     released(py, || {
-        reduce::weight_sums(&*losses, &*weights, base.as_deref().map(|base| base as _), clip, threads)
+        reduce::weight_sums(
+            &*losses,
+            &*weights,
+            measure.as_deref().map(|measure| measure as _),
+            clip,
+            threads,
+        )
     })
 }

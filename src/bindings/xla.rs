@@ -428,7 +428,7 @@ unsafe fn fill<T: Element>(call: &Call) -> Result<(), String> {
             target: Target::Int32(ArrayView1::from(&clean[..]).into_dyn()),
             class_weight: None,
             logit_adjustment: adjustment.chunks_exact(classes).nth(start / adjusted),
-            sample_weight: None,
+            measure: None,
         };
         let settings = Settings {
             ignore_index: i64::from(IGNORED),

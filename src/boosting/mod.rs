@@ -85,7 +85,7 @@ pub enum Weights<'a> {
 /// The derivatives to be filled, and what multiplies them.
 pub struct Outputs<'a> {
     /// The base measure; ones where there is none.
-    pub mass: Option<&'a dyn Values>,
+    pub measure: Option<&'a dyn Values>,
     /// The weights.
     pub weights: Weights<'a>,
     /// A factor of the Hessian; `None` to take the gradient's absolute value in the Hessian's place.
@@ -102,7 +102,7 @@ pub enum Error {
     /// Its label is none of the loss's.
     Label(usize),
     /// Its base measure is negative or not finite.
-    Mass(usize),
+    Measure(usize),
     /// Its derivatives do not fit into `f32`, or its weight is negative.
     Overflow(usize),
 }
@@ -137,7 +137,7 @@ pub fn derivatives<T: Element>(inputs: &Inputs<T>, mut outputs: Outputs) -> Resu
     let shape = inputs.margins.dim();
     assert_eq!(outputs.gradient.dim(), shape);
     assert_eq!(outputs.hessian.dim(), shape);
-    assert!(outputs.mass.is_none_or(|mass| mass.count() == shape.0));
+    assert!(outputs.measure.is_none_or(|measure| measure.count() == shape.0));
     match outputs.weights {
         Weights::Pointwise(weighting) => assert!(weighting.is_pointwise()),
         Weights::Given(weights) => assert_eq!(weights.count(), shape.0),
@@ -150,7 +150,7 @@ pub fn derivatives<T: Element>(inputs: &Inputs<T>, mut outputs: Outputs) -> Resu
         let work = Work::new(inputs, block.end - block.start);
         let weight = dispatch(DerivativesOf {
             inputs,
-            mass: outputs.mass,
+            measure: outputs.measure,
             weights: outputs.weights,
             curvature: outputs.curvature,
             block,
@@ -167,7 +167,7 @@ struct Block<'a> {
     start: usize,
     end: usize,
     wrong_label: &'a AtomicUsize,
-    wrong_mass: &'a AtomicUsize,
+    wrong_measure: &'a AtomicUsize,
     overflow: &'a AtomicUsize,
 }
 
@@ -178,20 +178,20 @@ impl<T: Element> Inputs<'_, T> {
         assert!(classes == 1 || self.loss == Loss::Softmax);
         let size = (BLOCK / classes.max(1)).clamp(16, BLOCK / 4);
         let threads = if self.margins.len() < PARALLEL { 1 } else { self.threads };
-        let [wrong_label, wrong_mass, overflow] = [(); 3].map(|()| AtomicUsize::new(samples));
+        let [wrong_label, wrong_measure, overflow] = [(); 3].map(|()| AtomicUsize::new(samples));
         for_each_block(samples.div_ceil(size), threads, |i| {
             let (start, end) = (i * size, samples.min((i + 1) * size));
             work(Block {
                 start,
                 end,
                 wrong_label: &wrong_label,
-                wrong_mass: &wrong_mass,
+                wrong_measure: &wrong_measure,
                 overflow: &overflow,
             });
         });
-        match (wrong_label.into_inner(), wrong_mass.into_inner(), overflow.into_inner()) {
+        match (wrong_label.into_inner(), wrong_measure.into_inner(), overflow.into_inner()) {
             (label, ..) if label < samples => Err(Error::Label(label)),
-            (_, mass, _) if mass < samples => Err(Error::Mass(mass)),
+            (_, measure, _) if measure < samples => Err(Error::Measure(measure)),
             (.., sample) if sample < samples => Err(Error::Overflow(sample)),
             _ => Ok(()),
         }
@@ -354,7 +354,7 @@ impl Rows {
 
 struct DerivativesOf<'a, 'b, T> {
     inputs: &'a Inputs<'b, T>,
-    mass: Option<&'a dyn Values>,
+    measure: Option<&'a dyn Values>,
     weights: Weights<'a>,
     curvature: Option<f64>,
     block: Block<'a>,
@@ -392,14 +392,14 @@ impl<T: Element> Kernel for DerivativesOf<'_, '_, T> {
             }
         };
         let mut largest_weight = 0.0f64;
-        if let Some(mass) = self.mass {
+        if let Some(measure) = self.measure {
             // The sums of softmax are needed still, and its margins are not; those of the others are the other way
             // around.
             let p = if self.inputs.loss == Loss::Softmax { &mut *margin } else { &mut *sum };
-            mass.read(start, p);
+            measure.read(start, p);
             for (i, (w, &p)) in values.iter_mut().zip(&*p).enumerate() {
                 if !(0.0..f64::INFINITY).contains(&p) {
-                    self.block.wrong_mass.fetch_min(start + i, Ordering::Relaxed);
+                    self.block.wrong_measure.fetch_min(start + i, Ordering::Relaxed);
                 }
                 if p == 0.0 {
                     *w = 0.0;

@@ -40,10 +40,10 @@ fn fill(
     loss: Loss,
     margins: &Array2<f64>,
     labels: &[f64],
-    mass: Option<&[f64]>,
+    measure: Option<&[f64]>,
     threads: usize,
 ) -> Result<Filled, Error> {
-    fill_with(kl(), Some(2.0), loss, margins, labels, mass, threads).map(|(filled, _)| filled)
+    fill_with(kl(), Some(2.0), loss, margins, labels, measure, threads).map(|(filled, _)| filled)
 }
 
 fn fill_with(
@@ -52,7 +52,7 @@ fn fill_with(
     loss: Loss,
     margins: &Array2<f64>,
     labels: &[f64],
-    mass: Option<&[f64]>,
+    measure: Option<&[f64]>,
     threads: usize,
 ) -> Result<(Filled, f64), Error> {
     let labels = Vector::of(labels);
@@ -62,12 +62,12 @@ fn fill_with(
     // SAFETY: all losses were written.
     let found = unsafe { written(&found) }.to_vec();
     let mut out = [0, 1].map(|_| Array2::from_elem(margins.dim().f(), MaybeUninit::new(0.0)));
-    let mass = mass.map(Vector::of);
+    let measure = measure.map(Vector::of);
     let [gradient, hessian] = &mut out;
     let (gradient, hessian) = (gradient.view_mut(), hessian.view_mut());
-    let mass = mass.as_ref().map(|mass| mass as _);
+    let measure = measure.as_ref().map(|measure| measure as _);
     let weights = Weights::Pointwise(weighting);
-    let largest = derivatives(&inputs, Outputs { mass, weights, curvature, gradient, hessian })?;
+    let largest = derivatives(&inputs, Outputs { measure, weights, curvature, gradient, hessian })?;
     // SAFETY: they were initialised from the start.
     let [gradient, hessian] = out.map(|out| out.mapv(|x| unsafe { x.assume_init() }));
     Ok(((found, gradient, hessian), largest))
@@ -94,17 +94,17 @@ fn samples(loss: Loss, count: usize, scale: f64) -> (Array2<f64>, Vec<f64>, Vec<
 proptest! {
     #[test]
     fn losses_and_derivatives_are_those_of_the_equations(
-        which in 0..3usize, count in 0usize..300, scale in 0.0f64..60.0, with_mass in any::<bool>()
+        which in 0..3usize, count in 0usize..300, scale in 0.0f64..60.0, with_measure in any::<bool>()
     ) {
         let loss = [Loss::Logistic, Loss::Softmax, Loss::SquaredError][which];
-        let (margins, labels, mass) = samples(loss, count, scale);
+        let (margins, labels, measure) = samples(loss, count, scale);
         let (found, gradient, hessian) =
-            fill(loss, &margins, &labels, with_mass.then_some(&mass[..]), 1).unwrap();
+            fill(loss, &margins, &labels, with_measure.then_some(&measure[..]), 1).unwrap();
         for i in 0..count {
             let row: Vec<f64> = margins.row(i).to_vec();
             let (l, g, h) = by_hand(loss, &row, labels[i]);
             let [tau, s, _] = KL;
-            let p = if with_mass { mass[i] } else { 1.0 };
+            let p = if with_measure { measure[i] } else { 1.0 };
             let w = p * (s * l.min(tau)).exp();
             // The loss is a sum of a few terms of at most the margins' size; each exponential has 2 ulp.
             let bound = 16.0 * f64::EPSILON * (1.0 + scale + l);
@@ -121,9 +121,9 @@ proptest! {
 #[test]
 fn the_number_of_threads_changes_no_bit() {
     for loss in [Loss::Logistic, Loss::Softmax, Loss::SquaredError] {
-        let (margins, labels, mass) = samples(loss, 50_000, 9.0);
-        let one = fill(loss, &margins, &labels, Some(&mass), 1).unwrap();
-        assert_eq!(one, fill(loss, &margins, &labels, Some(&mass), 3).unwrap());
+        let (margins, labels, measure) = samples(loss, 50_000, 9.0);
+        let one = fill(loss, &margins, &labels, Some(&measure), 1).unwrap();
+        assert_eq!(one, fill(loss, &margins, &labels, Some(&measure), 3).unwrap());
     }
 }
 
@@ -146,27 +146,27 @@ fn a_margin_that_is_infinite_and_right_has_no_loss() {
 
 #[test]
 fn the_absolute_gradient_can_take_the_place_of_the_hessian() {
-    let (margins, labels, mass) = samples(Loss::Softmax, 50, 9.0);
+    let (margins, labels, measure) = samples(Loss::Softmax, 50, 9.0);
     let ((_, gradient, hessian), _) =
-        fill_with(kl(), None, Loss::Softmax, &margins, &labels, Some(&mass), 1).unwrap();
+        fill_with(kl(), None, Loss::Softmax, &margins, &labels, Some(&measure), 1).unwrap();
     assert_eq!(gradient.mapv(f64::abs), hessian);
     assert!(gradient.iter().any(|&g| g < 0.0));
 }
 
 #[test]
-fn derivatives_beyond_single_precision_are_told_unless_their_sample_has_no_mass() {
+fn derivatives_beyond_single_precision_are_told_unless_their_sample_has_no_measure() {
     // A loss of 1800 weighs exp(1800), which is infinite; one of 100 weighs exp(100) = 3e43, beyond f32.
     let weighting = Weighting::new("kl", &[f64::INFINITY, 1.0, 0.0]).unwrap();
     let labels = vec![0.0; 3000];
     for (margin, finite) in [(60.0f64, false), (200.0f64.sqrt(), false), (3.0, true)] {
         let margins = Array2::from_shape_fn((3000, 1), |(i, _)| if i == 2000 { margin } else { 1.0 });
-        let fill = |mass: Option<&[f64]>| {
-            fill_with(weighting, Some(1.0), Loss::SquaredError, &margins, &labels, mass, 3)
+        let fill = |measure: Option<&[f64]>| {
+            fill_with(weighting, Some(1.0), Loss::SquaredError, &margins, &labels, measure, 3)
         };
         assert_eq!(fill(None).err(), (!finite).then_some(Error::Overflow(2000)));
-        let mut mass = vec![1.0; 3000];
-        mass[2000] = 0.0;
-        let ((_, gradient, hessian), largest) = fill(Some(&mass)).unwrap();
+        let mut measure = vec![1.0; 3000];
+        measure[2000] = 0.0;
+        let ((_, gradient, hessian), largest) = fill(Some(&measure)).unwrap();
         assert_eq!((gradient[(2000, 0)], hessian[(2000, 0)]), (0.0, 0.0));
         assert!((largest - 0.5f64.exp()).abs() <= 4.0 * f64::EPSILON);
     }
@@ -177,11 +177,11 @@ fn the_first_wrong_label_or_mass_is_told() {
     for (loss, wrong) in
         [(Loss::Logistic, [-0.1, f64::NAN]), (Loss::Softmax, [5.0, 0.5]), (Loss::SquaredError, [f64::NAN; 2])]
     {
-        let (margins, mut labels, mut mass) = samples(loss, 3000, 1.0);
-        mass[2500] = -1.0;
-        assert_eq!(fill(loss, &margins, &labels, Some(&mass), 3), Err(Error::Mass(2500)));
+        let (margins, mut labels, mut measure) = samples(loss, 3000, 1.0);
+        measure[2500] = -1.0;
+        assert_eq!(fill(loss, &margins, &labels, Some(&measure), 3), Err(Error::Measure(2500)));
         labels[2900] = wrong[0];
         labels[1700] = wrong[1];
-        assert_eq!(fill(loss, &margins, &labels, Some(&mass), 3), Err(Error::Label(1700)));
+        assert_eq!(fill(loss, &margins, &labels, Some(&measure), 3), Err(Error::Label(1700)));
     }
 }

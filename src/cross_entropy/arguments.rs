@@ -72,7 +72,7 @@ pub struct Inputs<'a, T: Element> {
     /// One a class: `x_k + a_k` takes the place of every logit `x_k`. A constant of the gradient.
     pub logit_adjustment: Option<&'a [T::Real]>,
     /// The base measure `p`, one a target or, with `per_sample`, a sample. What has 0 takes no part.
-    pub sample_weight: Option<&'a [T::Real]>,
+    pub measure: Option<&'a [T::Real]>,
 }
 
 /// Losses as [`super::losses()`] fills them, and the weights that were made of them.

@@ -60,17 +60,17 @@ impl Labels {
         dims: &Dimensions,
         ignore_index: i64,
     ) -> Result<(Self, Totals), Error> {
-        let base = inputs.sample_weight;
+        let measure = inputs.measure;
         let mut labels = filled(dims.targets, Label::IGNORED);
         match &inputs.target {
-            Target::Int64(target) => encode(target, dims, base, ignore_index, &mut labels)?,
-            Target::Int32(target) => encode(target, dims, base, ignore_index, &mut labels)?,
+            Target::Int64(target) => encode(target, dims, measure, ignore_index, &mut labels)?,
+            Target::Int32(target) => encode(target, dims, measure, ignore_index, &mut labels)?,
             Target::Probabilities(_) => {
-                let Some(base) = base else {
+                let Some(measure) = measure else {
                     let totals = Totals { denominator: dims.targets as f64, counted: dims.targets };
                     return Ok((Self(None), totals));
                 };
-                for (labels, &p) in labels.chunks_mut(dims.unit.max(1)).zip(base) {
+                for (labels, &p) in labels.chunks_mut(dims.unit.max(1)).zip(measure) {
                     labels.fill(if p == T::Real::default() { Label::IGNORED } else { Label::DISTRIBUTION });
                 }
             }
@@ -85,7 +85,7 @@ impl Labels {
             _ => 1.0,
         };
         let counting = labels.iter().enumerate().filter(|(_, label)| label.counts());
-        let denominator = match (base, inputs.class_weight) {
+        let denominator = match (measure, inputs.class_weight) {
             (None, None) => counted as f64,
             (None, Some(_)) => total(counting.map(|(_, &label)| class_weight(label))),
             (Some(p), _) => {
@@ -112,15 +112,16 @@ impl Labels {
 fn encode<L: Copy + Into<i64>, A: Real>(
     target: &ArrayViewD<L>,
     dims: &Dimensions,
-    base: Option<&[A]>,
+    measure: Option<&[A]>,
     ignore_index: i64,
     labels: &mut [Label],
 ) -> Result<(), Error> {
     let classes = dims.classes;
-    let takes_part =
-        |i: usize, index: i64| index != ignore_index && base.is_none_or(|p| p[i / dims.unit] != A::default());
+    let takes_part = |i: usize, index: i64| {
+        index != ignore_index && measure.is_none_or(|p| p[i / dims.unit] != A::default())
+    };
     let in_range = |index: i64| (index as u64) < classes as u64;
-    if let (Some(indices), None) = (target.as_slice(), base) {
+    if let (Some(indices), None) = (target.as_slice(), measure) {
         let mut valid = true;
         for (indices, labels) in indices.chunks(STRETCH).zip(labels.chunks_mut(STRETCH)) {
             stop_if_interrupted();

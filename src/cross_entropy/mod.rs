@@ -54,7 +54,7 @@ pub fn cross_entropy<T: Element>(
     settings: &Settings,
     out: Outputs<T>,
 ) -> Result<Totals, Error> {
-    if inputs.sample_weight.is_some() && !weighting.is_pointwise() {
+    if inputs.measure.is_some() && !weighting.is_pointwise() {
         return Err(Error::SampleWeight(weighting.kind()));
     }
     let Outputs { losses, weights, objective, mut grad } = out;
@@ -88,7 +88,7 @@ pub fn cross_entropy<T: Element>(
         let logsumexp = logsumexp.as_deref().map(|logsumexp| written(logsumexp));
         Given { losses: written(losses), weights: written(weights), logsumexp }
     };
-    write_objective(given, inputs.sample_weight, &labels, dims.unit, &totals, settings, objective);
+    write_objective(given, inputs.measure, &labels, dims.unit, &totals, settings, objective);
     Ok(totals)
 }
 
@@ -139,7 +139,7 @@ pub fn gradient<T: Element>(
         problem.norm = norm(settings.reduction, &totals);
         pass::run(&problem, Plan::Given { weights: Some(given.weights) }, settings.threads);
     }
-    write_objective(given, inputs.sample_weight, &labels, dims.unit, &totals, settings, objective);
+    write_objective(given, inputs.measure, &labels, dims.unit, &totals, settings, objective);
     Ok(totals)
 }
 
@@ -169,7 +169,7 @@ pub fn with_norms<T: Element>(
     dims.gradient(&grad)?;
     let (labels, totals) = Labels::read(inputs, &dims, settings.ignore_index)?;
     let mut problem = Problem::new(inputs, &dims, &labels, settings, &mut grad);
-    problem.base = Some(norms);
+    problem.measure = Some(norms);
     let (losses, weights) = (Losses::new(losses, logsumexp), Shared(weights.as_mut_ptr()));
     pass::run(&problem, Plan::Pointwise { weighting, losses, weights }, settings.threads);
     Ok(totals)
@@ -197,7 +197,7 @@ pub fn gradient_with_norms<T: Element>(
     dims.gradient(&grad)?;
     let (labels, totals) = Labels::read(inputs, &dims, settings.ignore_index)?;
     let mut problem = Problem::new(inputs, &dims, &labels, settings, &mut grad);
-    problem.base = Some(norms);
+    problem.measure = Some(norms);
     pass::run(&problem, Plan::Given { weights }, settings.threads);
     Ok(totals)
 }
@@ -241,7 +241,7 @@ fn unit_weights<A: Real>(
 /// Writes the objective; a weight of zero gives a product of zero, unless the loss is NaN.
 fn write_objective<A: Real>(
     given: Given<A>,
-    base: Option<&[A]>,
+    measure: Option<&[A]>,
     labels: &Labels,
     unit: usize,
     totals: &Totals,
@@ -254,10 +254,10 @@ fn write_objective<A: Real>(
     if settings.reduction == Reduction::None {
         for (i, (out, &loss)) in objective.iter_mut().zip(losses).enumerate() {
             let weight = weights[i / unit];
-            let weight = base.map_or(weight, |p| p[i / unit] * weight);
+            let weight = measure.map_or(weight, |p| p[i / unit] * weight);
             let mut value = if labels.counts(i) { product(weight, loss) } else { A::default() };
             if let Some(logsumexp) = logsumexp.filter(|_| labels.counts(i)) {
-                let p = base.map_or(1.0, |p| p[i / unit].to_f64());
+                let p = measure.map_or(1.0, |p| p[i / unit].to_f64());
                 let z = logsumexp[i].to_f64();
                 value = A::from_f64(value.to_f64() + z_loss * p * (z * z));
             }
@@ -265,9 +265,9 @@ fn write_objective<A: Real>(
         }
         return;
     }
-    let p = |u: usize| base.map_or(1.0, |p| p[u].to_f64());
+    let p = |u: usize| measure.map_or(1.0, |p| p[u].to_f64());
     let mut sum = if unit == 1 {
-        measured_sum(losses, weights, base, settings.threads)
+        measured_sum(losses, weights, measure, settings.threads)
     } else {
         let samples = losses.chunks(unit.max(1)).zip(weights).enumerate();
         reduce::total(samples.map(|(u, (losses, w))| {
@@ -279,7 +279,7 @@ fn write_objective<A: Real>(
         sum +=
             z_loss
                 * if unit == 1 {
-                    measured_sum(logsumexp, logsumexp, base, settings.threads)
+                    measured_sum(logsumexp, logsumexp, measure, settings.threads)
                 } else {
                     let samples = logsumexp.chunks(unit.max(1)).enumerate();
                     let square = |z: &A| z.to_f64() * z.to_f64();

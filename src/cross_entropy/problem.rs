@@ -62,7 +62,7 @@ pub(super) struct Problem<'a, T: Element> {
     /// What is added to the logits of each class.
     pub adjustment: Option<&'a [T::Real]>,
     /// One number a unit that multiplies the factors.
-    pub base: Option<&'a [T::Real]>,
+    pub measure: Option<&'a [T::Real]>,
     /// How many targets share a weight.
     pub unit: usize,
     /// What multiplies all factors.
@@ -110,7 +110,7 @@ impl<'a, T: Element> Problem<'a, T> {
             labels,
             class_weight: inputs.class_weight,
             adjustment: inputs.logit_adjustment,
-            base: inputs.sample_weight,
+            measure: inputs.measure,
             unit: dims.unit,
             norm: 1.0,
             on_label: 1.0 - label_smoothing,
@@ -186,9 +186,9 @@ impl<'a, T: Element> Problem<'a, T> {
             }
             Plan::Given { weights: None } => values.fill(1.0),
         }
-        if let Some(base) = self.base {
+        if let Some(measure) = self.measure {
             for (i, value) in values.iter_mut().enumerate() {
-                let p = base[(start + i) / self.unit].to_f64();
+                let p = measure[(start + i) / self.unit].to_f64();
                 // Where the base measure is 0 there is no gradient, however large the weight.
                 *value = if p == 0.0 { 0.0 } else { *value * p };
             }
@@ -206,7 +206,7 @@ impl<'a, T: Element> Problem<'a, T> {
         }
         if self.z_loss != 0.0 {
             for (i, value) in values.iter_mut().enumerate() {
-                let p = self.base.map_or(1.0, |base| base[(start + i) / self.unit].to_f64());
+                let p = self.measure.map_or(1.0, |measure| measure[(start + i) / self.unit].to_f64());
                 *value = 2.0 * p * self.z_loss * self.norm * group.logsumexp::<I>(i);
             }
             clear_ignored(labels, values);

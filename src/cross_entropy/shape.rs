@@ -84,7 +84,7 @@ impl<'a> Dimensions<'a> {
         let dims = Self { logits: logits.shape(), classes, class_axis, shape, targets, unit, units };
         dims.length("weight", inputs.class_weight.map_or(classes, <[_]>::len), classes)?;
         dims.length("logit_adjustment", inputs.logit_adjustment.map_or(classes, <[_]>::len), classes)?;
-        dims.length("sample_weight", inputs.sample_weight.map_or(units, <[_]>::len), units)?;
+        dims.length("sample_weight", inputs.measure.map_or(units, <[_]>::len), units)?;
         let wanted = if inputs.target.is_probabilities() { dims.logits } else { &dims.shape };
         dims.shape("target", inputs.target.shape(), wanted)?;
         Ok(dims)

@@ -56,7 +56,7 @@ fn sizes<T: Element>(inputs: &Inputs<T>, settings: &Settings) -> [usize; 3] {
 /// Inputs of logits and labels alone.
 fn plain<'a, T: Element>(logits: &'a ArrayD<T>, labels: &'a ArrayD<i64>) -> Inputs<'a, T> {
     let target = Target::Int64(labels.view());
-    Inputs { logits: logits.view(), target, class_weight: None, logit_adjustment: None, sample_weight: None }
+    Inputs { logits: logits.view(), target, class_weight: None, logit_adjustment: None, measure: None }
 }
 
 fn run<T: Element>(
@@ -226,7 +226,7 @@ proptest! {
         let logits = Array::from_shape_vec(IxDyn(&shape), noise(4 * classes * 15, seed).collect()).unwrap();
         let labels = Array::from_shape_fn(IxDyn(&[4, 3, 5]), |i| ((i[0] + i[1] * 7 + i[2]) % classes) as i32);
         let inputs = |logits, target| Inputs {
-            logits, target, class_weight: None, logit_adjustment: None, sample_weight: None
+            logits, target, class_weight: None, logit_adjustment: None, measure: None
         };
         let plain = run(&inputs(logits.view(), Target::Int32(labels.view())), KL, &SETTINGS).unwrap();
         let mut classes_last = ArrayD::zeros(IxDyn(&shape).f());
@@ -313,8 +313,8 @@ fn two_passes_equal_one<T: Element>() {
             let c: Vec<T::Real> = noise(shape[1], 9).map(|x| T::Real::from_f64(x + 0.5)).collect();
             let p: Vec<T::Real> =
                 noise(labels.len(), 8).map(|x| T::Real::from_f64((4.0 * x).floor())).collect();
-            for sample_weight in [None, Some(&p[..])] {
-                let inputs = Inputs { class_weight: Some(&c), sample_weight, ..plain(&logits, &labels) };
+            for measure in [None, Some(&p[..])] {
+                let inputs = Inputs { class_weight: Some(&c), measure, ..plain(&logits, &labels) };
                 let one = run(&inputs, KL, &settings).unwrap();
                 let two = run_in_two(&inputs, &settings, |_| one.weights.clone());
                 assert_eq!(grad_bits(&one.grad), grad_bits(&two.grad), "{shape:?} {reduction:?}");
@@ -322,7 +322,7 @@ fn two_passes_equal_one<T: Element>() {
                 assert_eq!(one.totals, two.totals);
                 // A sample weight of 0 leaves a target out of the single pass; `losses` does not know of it.
                 for (i, (a, b)) in one.losses.iter().zip(&two.losses).enumerate() {
-                    let left_out = sample_weight.is_some_and(|p| p[i] == T::Real::default());
+                    let left_out = measure.is_some_and(|p| p[i] == T::Real::default());
                     assert!(left_out || a == b);
                 }
             }
@@ -366,7 +366,7 @@ fn a_sample_weight_of_zero_is_as_an_ignored_label_and_its_label_is_not_looked_at
                     }
                 }
                 let expected = run(&plain(&logits, &ignored), KL, &settings).unwrap();
-                let inputs = Inputs { sample_weight: Some(&p), ..plain(&logits, &wrong) };
+                let inputs = Inputs { measure: Some(&p), ..plain(&logits, &wrong) };
                 let result = run(&inputs, KL, &settings).unwrap();
                 assert_eq!(result.losses, expected.losses);
                 assert_eq!(result.weights, expected.weights);
@@ -389,12 +389,12 @@ fn a_class_distribution_of_sample_weight_zero_takes_no_part() {
     for classes in [5, 30] {
         let logits = logits.slice_axis(Axis(1), (..classes).into());
         let q = q.slice_axis(Axis(1), (..classes).into());
-        let inputs = |keep: std::ops::Range<usize>, sample_weight| Inputs {
+        let inputs = |keep: std::ops::Range<usize>, measure| Inputs {
             logits: logits.slice_axis(Axis(0), keep.clone().into()),
             target: Target::Probabilities(q.slice_axis(Axis(0), keep.into())),
             class_weight: None,
             logit_adjustment: None,
-            sample_weight,
+            measure,
         };
         let settings = Settings { reduction: Reduction::Sum, ..SETTINGS };
         let all = run(&inputs(0..9, Some(&p)), KL, &settings).unwrap();
@@ -421,7 +421,7 @@ fn an_integer_sample_weight_equals_repetition() {
         for reduction in REDUCTIONS {
             let settings = Settings { per_sample, reduction, ..SETTINGS };
             let class_weight = Some(&c[..]);
-            let inputs = Inputs { class_weight, sample_weight: Some(&p), ..plain(&logits, &labels) };
+            let inputs = Inputs { class_weight, measure: Some(&p), ..plain(&logits, &labels) };
             let once = run(&inputs, KL, &settings).unwrap();
             let inputs = Inputs { class_weight, ..plain(&repeated, &repeated_labels) };
             let often = run(&inputs, KL, &settings).unwrap();
@@ -446,10 +446,10 @@ fn an_integer_sample_weight_equals_repetition() {
 #[test]
 fn sample_weights_are_refused_with_weights_of_a_whole_batch() {
     let (logits, labels) = example::<f32>(&[4, 3], 1);
-    let inputs = Inputs { sample_weight: Some(&[1.0; 4]), ..plain(&logits, &labels) };
+    let inputs = Inputs { measure: Some(&[1.0; 4]), ..plain(&logits, &labels) };
     let error = run(&inputs, BALL, &SETTINGS).unwrap_err();
     assert!(error.to_string().contains("kind 'kl_ball'"), "{error}");
-    let inputs = Inputs { sample_weight: Some(&[1.0; 3]), ..plain(&logits, &labels) };
+    let inputs = Inputs { measure: Some(&[1.0; 3]), ..plain(&logits, &labels) };
     let error = run(&inputs, KL, &SETTINGS).unwrap_err();
     assert!(error.to_string().contains("sample_weight must have 4 elements"), "{error}");
 }

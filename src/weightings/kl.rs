@@ -34,7 +34,7 @@ impl Member for Kl {
 
     #[inline(always)]
     fn pointwise<I: Isa>(&self, losses: &mut [f64]) {
-        let exponent = Exponent { tau: self.tau, scale: self.scale, origin: 0.0, unit: 1.0 };
+        let exponent = Exponent { tau: self.tau, scale: self.scale, origin: 0.0, power_of_two: 1.0 };
         for l in losses {
             let (hi, lo) = exponent.at::<I>(*l);
             let w = exp::<I>(hi, lo, 1.0);
@@ -51,25 +51,30 @@ impl Member for Kl {
         // The loss with the largest exponent.
         let top = if self.scale < 0.0 { extent.min } else { extent.max };
         let origin = if top > self.tau { self.tau } else { top };
-        softmax(losses, weights, threads, Exponent { tau: self.tau, scale: self.scale, origin, unit: 1.0 });
+        softmax(
+            losses,
+            weights,
+            threads,
+            Exponent { tau: self.tau, scale: self.scale, origin, power_of_two: 1.0 },
+        );
     }
 }
 
-/// `scale (min(unit loss, tau) - origin)`.
+/// `scale (min(power_of_two loss, tau) - origin)`.
 #[derive(Clone, Copy)]
 pub(super) struct Exponent {
     pub tau: f64,
     pub scale: f64,
     pub origin: f64,
     /// A power of two.
-    pub unit: f64,
+    pub power_of_two: f64,
 }
 
 impl Exponent {
     /// The exponent of a loss as a rounded number and its rounding error.
     #[inline(always)]
     pub fn at<I: Isa>(&self, loss: f64) -> (f64, f64) {
-        let loss = self.unit * loss;
+        let loss = self.power_of_two * loss;
         let clipped = if loss > self.tau { self.tau } else { loss };
         let (difference, error) =
             if self.origin == 0.0 { (clipped, 0.0) } else { two_difference(clipped, self.origin) };

@@ -109,7 +109,7 @@ impl BlockSum for Divergence {
 
 /// The power of two in which losses of this extent are measured, so that neither their range nor the inverse
 /// temperature overflows.
-fn unit_of(extent: Extent) -> f64 {
+fn power_of_two_for(extent: Extent) -> f64 {
     let range = extent.max - extent.min;
     if range > 1e300 {
         2f64.powi(-64)
@@ -137,7 +137,7 @@ fn temperature<T: Element>(
     threads: usize,
 ) -> Option<Exponent> {
     let mut n = losses.len() as f64;
-    let constant = |scale| Exponent { tau: f64::INFINITY, scale, origin: 0.0, unit: 1.0 };
+    let constant = |scale| Exponent { tau: f64::INFINITY, scale, origin: 0.0, power_of_two: 1.0 };
     if extent.max.is_nan() {
         return Some(constant(f64::NAN));
     }
@@ -157,12 +157,13 @@ fn temperature<T: Element>(
     if radius >= limit {
         return None;
     }
-    let unit = unit_of(extent);
-    let exponent = |scale| Exponent { tau: f64::INFINITY, scale, origin: unit * extent.max, unit };
+    let power_of_two = power_of_two_for(extent);
+    let exponent =
+        |scale| Exponent { tau: f64::INFINITY, scale, origin: power_of_two * extent.max, power_of_two };
     if radius <= 0.0 {
         return Some(exponent(f64::MIN_POSITIVE));
     }
-    let range = unit * extent.max - unit * extent.min;
+    let range = power_of_two * extent.max - power_of_two * extent.min;
     let (mut low, mut high) = (0.0, f64::INFINITY);
     // The radius at which a two-point distribution of this range would be reached.
     let mut beta = (8.0 * radius).sqrt() / range;

@@ -217,7 +217,7 @@ class Objective(abc.ABC):
         match wrong:
             case ("label", sample):
                 self._refuse_label(float(labels[sample]), labels)
-            case ("mass", sample):
+            case ("measure", sample):
                 wrong = None if measure is None else measure[sample]
                 raise ValueError(f"sample_weight must hold finite numbers >= 0, got {wrong}")
             case ("overflow", sample):

@@ -5,7 +5,7 @@ use super::*;
 /// As [`run`] and, with weights, as [`run_in_two`], with the gradient in the place of the logits.
 fn run_in_place<T: Element>(
     logits: &ArrayD<T>,
-    (target, class_weight, logit_adjustment, sample_weight): Rest<'_, T>,
+    (target, class_weight, logit_adjustment, measure): Rest<'_, T>,
     weighting: Weighting,
     settings: &Settings,
     given: Option<&[T::Real]>,
@@ -14,7 +14,7 @@ fn run_in_place<T: Element>(
     // SAFETY: the array, which this function alone has, is read next when the calls are over, and the view is made of a
     // pointer that may be written through.
     let (view, right) = unsafe { (grad.raw_view_mut().raw_view().deref_into_view(), Overwrite::granted()) };
-    let inputs = Inputs { logits: view, target, class_weight, logit_adjustment, sample_weight };
+    let inputs = Inputs { logits: view, target, class_weight, logit_adjustment, measure };
     let [targets, units, values] = sizes(&inputs, settings);
     let (mut out, mut objective, memory) = (unwritten(targets), unwritten(values), Gradient::InPlace(right));
     let (losses, weights, totals) = if let Some(weights) = given {
@@ -63,16 +63,16 @@ fn compare<T: Element>(shape: &[usize], order: &[usize], soft: bool, settings: &
     let a: Vec<T::Real> = noise(shape[1], seed + 5).map(|x| T::Real::from_f64(4.0 * x - 2.0)).collect();
     let units = if settings.per_sample { shape[0] } else { labels.len() };
     let p: Vec<T::Real> = noise(units, seed + 4).map(|x| T::Real::from_f64((4.0 * x).floor())).collect();
-    for (weighting, class_weight, base) in
+    for (weighting, class_weight, measure) in
         [(KL, None, None), (KL, Some(&c[..]), Some(&p[..])), (BALL, Some(&c[..]), None)]
     {
-        let adjustment = (base.is_some() || weighting == BALL).then_some(&a[..]);
+        let adjustment = (measure.is_some() || weighting == BALL).then_some(&a[..]);
         let rest = || {
             let target = if soft { Target::Probabilities(q.view()) } else { Target::Int64(labels.view()) };
-            (target, class_weight, adjustment, base)
+            (target, class_weight, adjustment, measure)
         };
-        let (target, class_weight, logit_adjustment, sample_weight) = rest();
-        let inputs = Inputs { logits: logits.view(), target, class_weight, logit_adjustment, sample_weight };
+        let (target, class_weight, logit_adjustment, measure) = rest();
+        let inputs = Inputs { logits: logits.view(), target, class_weight, logit_adjustment, measure };
         let one = run(&inputs, weighting, settings).unwrap();
         let two = run_in_two(&inputs, settings, |_| one.weights.clone());
         for (expected, given) in [(&one, None), (&two, Some(&one.weights[..]))] {

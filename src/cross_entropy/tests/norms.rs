@@ -39,8 +39,7 @@ fn compare<T: Element>(shape: &[usize], label_smoothing: f64, z_loss: f64) {
         noise(labels.len(), 2).map(|x| T::Real::from_f64((4.0 * x).floor() / 3.0)).collect();
     let inputs = plain(&logits, &labels);
     let normed = run_with_norms(&inputs, KL, &settings, &norms);
-    let measured =
-        run(&Inputs { sample_weight: Some(&norms), ..plain(&logits, &labels) }, KL, &settings).unwrap();
+    let measured = run(&Inputs { measure: Some(&norms), ..plain(&logits, &labels) }, KL, &settings).unwrap();
     let bare = run(&inputs, KL, &settings).unwrap();
     assert_eq!(grad_bits(&normed.grad), grad_bits(&measured.grad));
     assert_eq!(grad_bits(&normed.second), grad_bits(&measured.grad));

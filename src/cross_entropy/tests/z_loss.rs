@@ -48,7 +48,7 @@ fn check<T: Element>(shape: &[usize], case: Case, weighting: Weighting, settings
         target: if soft { Target::Probabilities(q.view()) } else { Target::Int64(labels.view()) },
         class_weight: with_weights.then_some(&c),
         logit_adjustment: adjusted.then_some(&a),
-        sample_weight: p,
+        measure: p,
         ..plain(&logits, &labels)
     };
     let plain = run(&inputs, weighting, &Settings { z_loss: 0.0, ..*settings }).unwrap();
@@ -162,7 +162,7 @@ fn targets_that_take_no_part_add_nothing_whatever_their_logits() {
                 let p = noise(if per_sample { 4 } else { labels.len() }, 1).map(|_| 1.0).collect::<Vec<_>>();
                 let mut measure = p.clone();
                 measure[1] = 0.0;
-                let by_measure = Inputs { sample_weight: Some(&measure), ..plain(&logits, &labels) };
+                let by_measure = Inputs { measure: Some(&measure), ..plain(&logits, &labels) };
                 let measured = run(&by_measure, KL, &settings).unwrap();
                 let two = run_in_two(&by_measure, &settings, |_| measured.weights.clone());
                 labels.index_axis_mut(Axis(0), 1).fill(-100);
