@@ -288,7 +288,8 @@ def _schedule(weighting: Any, tau: Any, scale: Any) -> Callable[[jax.Array], Wei
     # A weighting's class is a function too, and resolve_weighting says that it must be called.
     is_schedule = callable(weighting) and not isinstance(weighting, (Weighting, type))
     if is_schedule and tau is None and scale is None:
-        return lambda count: resolve_weighting(weighting(count))
+        at_count: Any = weighting
+        return lambda count: resolve_weighting(at_count(count))
     constant = resolve_weighting(weighting, tau, scale)
     return lambda count: constant
 

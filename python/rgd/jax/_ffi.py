@@ -190,10 +190,10 @@ def native(options: Options, logits: jax.Array, rows: Rows) -> Results:
         outputs: Any = call(logits, rows.codes, rows.settings, rows.adjustment, kind=options.kind)
         # JAX before 0.9 takes the outputs of a custom call for varying without being told.
         cast_needed = varying and hasattr(lax, "pcast")
-        *known, normalizers = (lax.pcast(x, varying, to="varying") if cast_needed else x for x in outputs)
-        return Results(
-            *known, jnp.where(rows.codes == IGNORED, 0, normalizers) if options.has_z_loss else None
-        )
+        outputs = [lax.pcast(x, varying, to="varying") if cast_needed else x for x in outputs]
+        losses, weights, gradient, normalizers = outputs
+        counted = jnp.where(rows.codes == IGNORED, 0, normalizers) if options.has_z_loss else None
+        return Results(losses, weights, gradient, counted)
 
     return lax.platform_dependent(logits, rows, cpu=on_cpu, default=functools.partial(_in_jnp, options))
 

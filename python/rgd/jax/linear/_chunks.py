@@ -69,6 +69,7 @@ def one_pass(
     """The objective before it is divided, and its gradients, those that are not None in `wanted`."""
     differentiated = wanted != Operands(None, None, None)
     assert settings.weighting is not None
+    z_loss: Any = constants.z_loss
     weighting = joined(settings.weighting, constants.weighting)
 
     def body(carry: Any, chunk: tuple[jax.Array, Rows]) -> tuple[Any, Any]:
@@ -89,8 +90,8 @@ def one_pass(
             gradient = _gradient(settings, known, shifted, Above(normalizer, factor, of_logs))
         measured = Losses(losses, rows.measure)
         total = total + jnp.sum(weighted_losses(weights, measured))
-        if constants.z_loss is not None:
-            total = total + jnp.sum(squared_normalizers(measured, constants.z_loss, logs))
+        if logs is not None:
+            total = total + jnp.sum(squared_normalizers(measured, z_loss, logs))
         sums, d_inputs = _products(settings, wanted, own, sums, _through_cap(settings, logits, gradient))
         return (total, sums), d_inputs
 

@@ -48,7 +48,7 @@ def _over_devices(
     axes = mapped_axes((operands, constants))
     # Cast before the derivative is taken: the transpose of the cast sums the gradient of what was replicated.
     result = compute(settings, vary(operands, axes), lax.stop_gradient(vary(constants, axes)))
-    return jax.tree_util.tree_map(lambda array: psum(array, settings.vocab_axis), result)
+    return jax.tree_util.tree_map(functools.partial(psum, axis_name=settings.vocab_axis), result)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -119,13 +119,9 @@ def _token_losses_forward(settings: Settings, operands: Operands, constants: Con
 
 def _token_losses_backward(settings: Settings, residuals: Any, cotangents: Any) -> tuple[Any, None]:
     wanted, operands, constants, normalizer = residuals
-    zeros = [isinstance(x, jax.custom_derivatives.SymbolicZero) for x in cotangents if x is not None]
-    if all(zeros):
+    if all(x is None or isinstance(x, jax.custom_derivatives.SymbolicZero) for x in cotangents):
         return None, None
-    of_losses, of_logs = (
-        jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.custom_derivatives.SymbolicZero) else x
-        for x in cotangents
-    )
+    of_losses, of_logs = map(_instantiated, cotangents)
     above = Above(normalizer, of_losses, of_logs)
     gradients = _compiled(gradient_pass, settings, wanted, operands, constants, above)
     return Operands(
@@ -144,6 +140,14 @@ def _unwrapped(operands: Operands, constants: Constants) -> tuple[Operands, Oper
         return leaf.value
 
     return wanted, *jax.tree_util.tree_map(value, (operands, constants))
+
+
+def _instantiated(cotangent: Any) -> Any:
+    """The cotangent, as an array where it is known to be 0."""
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        shape: Any = cotangent
+        return jnp.zeros(shape.shape, shape.dtype)
+    return cotangent
 
 
 def _no_entries(operands: Operands) -> Operands:
