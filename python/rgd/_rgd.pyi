@@ -61,8 +61,8 @@ def widen(values: Any, out: Any, threads: int) -> None:
 def weighted_sum(values: Any, weights: Any, measure: Any | None, threads: int) -> float:
     """The sum of `measure * weights * values`, accumulated in float64.
 
-    A product with a weight of zero is zero, unless the value is NaN. Where `measure` is zero the sample takes no
-    part: it adds zero whatever its value and weight.
+    A product with a weight of zero is zero, unless the value is NaN. Where `measure` is zero the sample takes
+    no part: it adds zero whatever its value and weight.
 
     Args:
         values: Of any shape, strides and float dtype, as are the others.
@@ -334,7 +334,7 @@ def boosting_derivatives(
     hessian: Any,
     threads: int,
 ) -> tuple[tuple[str, int] | None, float]:
-    """Fill gradient and Hessian (the diagonal) of `measure * weight * loss` for boosted trees, weights constant.
+    """Fill gradient and Hessian (the diagonal) of `measure * weight * loss` for trees, weights constant.
 
     Args:
         loss: "logistic", "softmax" or "squared_error".

@@ -35,12 +35,13 @@ MEMBERS = [rgd.KL(), rgd.KLBall(0.1), rgd.Focal(2.0), rgd.CVaR(0.5)]
 
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("weighting", MEMBERS, ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_it_computes_the_loss_and_the_linear_head(weighting, reduction):
+@pytest.mark.parametrize(("reduction", "z_loss"), [("mean", 0.0), ("none", 0.0), ("mean", 0.1)])
+def test_it_computes_the_loss_and_the_linear_head(weighting, reduction, z_loss):
     generator = torch.Generator().manual_seed(0)
     hidden, target = torch.randn(9, 4, generator=generator), torch.arange(9) % 5
     target[3] = -100
-    head = LinearRGDLoss(4, 5, weighting=weighting, reduction=reduction)
+    settings = {"weighting": weighting, "reduction": reduction, "z_loss": z_loss}
+    head = LinearRGDLoss(4, 5, **settings)
     weight = head.linear.weight
     results = []
     for name in ("wide", "composite"):
@@ -48,7 +49,7 @@ def test_it_computes_the_loss_and_the_linear_head(weighting, reduction):
         weight.grad = None
         with backend(None if name == "wide" else name) as ran:
             loss = head(inputs, target)
-            dense = RGDLoss(weighting=weighting, reduction=reduction)(F.linear(inputs, weight), target)
+            dense = RGDLoss(**settings)(F.linear(inputs, weight), target)
             (loss.sum() + 2 * dense.sum()).backward()
         assert set(ran) == {name}
         assert head.backend == name
