@@ -75,7 +75,11 @@ def test_a_traced_scale_gives_the_weights_of_a_number():
         np.testing.assert_allclose(weights(scale), rgd.sample_weights(LOSSES, scale=scale), rtol=1e-6)
 
 
-@pytest.mark.parametrize("given", [{}, {"tau": 2.0}, {"tau": optax.linear_schedule(1.0, 2.0, 4)}], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"tau": 2.0}, {"tau": optax.linear_schedule(1.0, 2.0, 4)}],
+    ids=["alone", "number", "schedule"],
+)
 def test_an_optax_schedule_of_the_scale_is_followed(given):
     scale = optax.linear_schedule(-1.0, 1.0, 4)
     tx = rgd.optax.reweight(scale=scale, **given)
