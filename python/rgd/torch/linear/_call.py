@@ -125,7 +125,8 @@ class _Call(NamedTuple):
         if logsumexp is not None and z_factors is not None:
             values = values + z_factors * logsumexp.square()
         if compiling:
-            flat = (None if one is None else as_rows(problem, one, 0) for one in (values, factors, z_factors))
+            of_z = None if z_factors is None else as_rows(problem, z_factors, 0)
+            flat = as_rows(problem, values, 0), as_rows(problem, factors, 0), of_z
             products = as_losses(problem, _ops.products(self._in_dtype(), self.wanted(), *flat))
         else:
             products = cast("Tensor", _Products.apply(*self.parameters(), values, factors, self))

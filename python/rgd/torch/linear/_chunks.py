@@ -12,7 +12,7 @@ more.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -220,11 +220,12 @@ def in_one_pass(
         groups = None if weigher.groups is None else chunk.of(weigher.groups)
         p = None if measure is None else chunk.of(measure)
         rows = Rows(logits, chunk.target, p, chunk.of(norm))
-        own = [None if one is None else one[chunk.own] for one in (losses, weights, logsumexp)]
-        head.step.weigh_and_write_gradient(rows, Weigher(weigher.plan, groups), *own)
+        own = losses[chunk.own], weights[chunk.own]
+        of_z = None if logsumexp is None else logsumexp[chunk.own]
+        head.step.weigh_and_write_gradient(rows, Weigher(weigher.plan, groups), *own, of_z)
         run.collect(chunk, logits)
-    spread = [None if one is None else run.spread(one) for one in (losses, weights, logsumexp)]
-    return OnePass(*cast("Any", spread), run.gradients())
+    of_z = None if logsumexp is None else run.spread(logsumexp)
+    return OnePass(run.spread(losses), run.spread(weights), of_z, run.gradients())
 
 
 def gradients_in_chunks(
