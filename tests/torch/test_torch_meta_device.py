@@ -206,7 +206,7 @@ def test_an_operator_refuses_a_tensor_without_memory(wrong):
     if wrong == "numbers":
         return
     with pytest.raises(RuntimeError, match="meta device"):
-        operators.cross_entropy_gradient(*plain, True, losses, losses)
+        operators.cross_entropy_gradient(*plain, True, losses, losses, None)
     with pytest.raises(RuntimeError, match="meta device"):
         operators.cross_entropy_losses(*plain)
     head = LinearHead(torch.ones(2, 2), None, Chunking())

@@ -168,7 +168,7 @@ def test_the_operators_with_a_base_measure_pass_opcheck(per):
     plain = flattened(given.changed(logits=logits.detach()))
     given = flattened(given)
     torch.library.opcheck(operators.cross_entropy.default, (*given, True, plan.kind, plan.numbers))
-    torch.library.opcheck(operators.cross_entropy_gradient.default, (*given, True, losses, weights))
+    torch.library.opcheck(operators.cross_entropy_gradient.default, (*given, True, losses, weights, None))
     torch.library.opcheck(operators.cross_entropy_losses.default, plain)
 
 
