@@ -33,7 +33,7 @@ class Workers:
     def __init__(self):
         # Forked from a process that has imported torch and done nothing with it.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["rgd.torch", "torch.distributed.fsdp"])
+        context.set_forkserver_preload(["rgd.torch", "torch.distributed.fsdp", "torch._dynamo"])
         self.outbox = context.Queue()
         self.inboxes = [context.Queue() for _ in range(3)]
         self.processes = [

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# A compiled graph is left for the collectives, whose sizes are known only when it runs.
-_outside_of_graphs = cast("Any", torch.compiler).disable
+# `_gather` outside of compiled graphs, made at the first call: `torch.compiler.disable` imports the compiler,
+# which takes seconds. A global, because torch 2.8 traces a test of one and no cache.
+_gather_outside_of_graphs: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +97,6 @@ def _reduce(values: list[float], operation: Any, device: torch.device, group: An
     return [float(value) for value in tensor.cpu()]
 
 
-@_outside_of_graphs
-@torch.no_grad()
 def gather(own: list[Tensor], group: Any) -> tuple[list[Tensor], int]:
     """Vectors of all processes, each concatenated in the order of ranks, and where this one's part begins.
 
@@ -110,6 +109,15 @@ def gather(own: list[Tensor], group: Any) -> tuple[list[Tensor], int]:
     Raises:
         ValueError: If the group cannot communicate from the vectors' device.
     """
+    # A compiled graph is left for the collectives, whose sizes are known only when it runs.
+    global _gather_outside_of_graphs  # noqa: PLW0603
+    if _gather_outside_of_graphs is None:
+        _gather_outside_of_graphs = cast("Any", torch.compiler).disable(_gather)
+    return _gather_outside_of_graphs(own, group)
+
+
+@torch.no_grad()
+def _gather(own: list[Tensor], group: Any) -> tuple[list[Tensor], int]:
     first = own[0]
     _check_backend(group, first.device)
     rank, size = dist.get_rank(group), dist.get_world_size(group)

@@ -297,10 +297,11 @@ _numbers = itertools.count()
 def _token_of(state: WeightingState) -> str:
     token = f"state {next(_numbers)}"
     _by_token[token] = state
+    # Not a decorator, which would import the compiler, and take seconds, for those who compile nothing.
+    cast("Any", torch.compiler).assume_constant_result(_settle_while_tracing)
     return token
 
 
-@cast("Any", torch.compiler).assume_constant_result
 def _settle_while_tracing(token: str) -> bool:
     """`_settle` when a graph is compiled: a graph would not see which tensor it is given."""
     _by_token[token]._settle()  # pyright: ignore[reportPrivateUsage]
