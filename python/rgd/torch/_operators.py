@@ -30,9 +30,11 @@ def flattened(problem: Problem) -> tuple[Any, ...]:
     options = problem.options
     chunking = Chunking() if problem.head is None else problem.head.chunking
     dtype = chunking.accumulate_dtype
+    no_head = (None, None) if problem.head is None else ()
     return (
-        *problem.tensors(), options.ignore_index, options.label_smoothing, options.reduction, options.per,
-        options.z_loss, chunking.logit_softcap, chunking.shift, chunking.chunk_bytes,
+        *problem.tensors(), *no_head,
+        options.ignore_index, options.label_smoothing, options.reduction, options.per, options.z_loss,
+        chunking.logit_softcap, chunking.shift, chunking.chunk_bytes,
         None if dtype is None else str(dtype).removeprefix("torch."),
     )  # fmt: skip
 

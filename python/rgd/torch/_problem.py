@@ -124,19 +124,22 @@ class Problem(NamedTuple):
     returns: tuple[str, ...] = ()
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """What a backend reads: logits, target, class weight, adjustment, measure, head's weight and bias."""
-        head = (None, None) if self.head is None else (self.head.weight, self.head.bias)
-        return (self.logits, self.target, self.class_weight, self.adjustment, self.measure, *head)
+        """What a backend reads: logits, target, class weight, adjustment, measure, and what a head holds."""
+        dense = (self.logits, self.target, self.class_weight, self.adjustment, self.measure)
+        return dense if self.head is None else (*dense, self.head.weight, self.head.bias)
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> Problem:
         """The same settings for other `tensors`, such as those that autograd has kept."""
-        logits, target, class_weight, adjustment, measure, weight, bias = cast("Any", tensors)
-        head = None if self.head is None else LinearHead(weight, bias, self.head.chunking, self.head.shard)
+        logits, target, class_weight, adjustment, measure, *of_head = cast("Any", tensors)
+        head = self.head
+        if head is not None:
+            weight, bias = of_head
+            head = LinearHead(weight, bias, head.chunking, head.shard)
         return Problem(logits, target, self.options, self.dtype, class_weight, adjustment, measure, head=head)
 
     def without_tensors(self) -> Problem:
         """The settings alone, for a graph of autograd to hold beside the tensors that it keeps itself."""
-        return self.with_tensors((None,) * 7)
+        return self.with_tensors((None,) * (5 if self.head is None else 7))
 
     def has_labels(self) -> bool:
         """Whether the target holds class indices, and not probabilities."""
@@ -194,8 +197,10 @@ def problem_of(given: Given, options: Options, head: LinearHead | None = None) -
         head = head.checked(logits)
         _check_hidden(given, head, options)
         shape, classes = logits.shape[:-1], head.classes()
-    _check_by_class("weight", class_weight, classes, target)
-    _check_by_class("logit_adjustment", adjustment, classes, target)
+    if class_weight is not None:
+        _check_by_class("weight", class_weight, classes, target)
+    if adjustment is not None:
+        _check_by_class("logit_adjustment", adjustment, classes, target)
     if target.is_floating_point() and options.ignore_index >= 0:
         raise ValueError(
             f"ignore_index does not apply to class probabilities, got {options.ignore_index}: leave it out"
@@ -316,9 +321,7 @@ def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"input is on {device} and {name} on {tensor.device}: move both to one device")
 
 
-def _check_by_class(name: str, numbers: Tensor | None, classes: int, target: Tensor) -> None:
-    if numbers is None:
-        return
+def _check_by_class(name: str, numbers: Tensor, classes: int, target: Tensor) -> None:
     if numbers.shape[0] != classes:
         raise MismatchError(
             f"{name} must hold one number for each of the {classes} classes, got {numbers.shape[0]}"

@@ -24,7 +24,7 @@ from rgd.torch._state import functional_state
 from rgd.torch._weighted import mark_weighted, refuse_weighted
 from rgd.torch.backends._formulas import reduce_losses, units_of
 from rgd.torch.backends._registry import choose
-from rgd.torch.stats import Record, stats_by_group, sums_of, tail_of
+from rgd.torch.stats import Record, stats_by_group, sums_of, tail_of, times_power
 from rgd.weightings import Weighting
 from rgd.weightings._call import resolve_weighting
 
@@ -356,8 +356,7 @@ def reweighted(
     record = None
     if not must_forget():
         if weigher.power != 1.0:
-            divisor = divisor.double() if isinstance(divisor, Tensor) else divisor
-            measure, divisor = given, divisor * weigher.power
+            measure, divisor = given, times_power(divisor, weigher.power)
         record = Record(values.detach(), weights, divisor, measure, where, weigher.groups, backend.name)
     objective = objective.to(losses.dtype)
     if reduction == "none":

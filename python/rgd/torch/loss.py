@@ -269,10 +269,8 @@ class RGDLoss(Dial, nn.Module):
         groups = None if plan is _PLAIN else groups
         if self.base is None:
             by_class = self.weight, self.logit_adjustment
-            problem = problem_of(
-                Given(losses, target, *by_class, where, sample_weight, groups),
-                options_of(self, plan is not _PLAIN),
-            )
+            given = Given(losses, target, *by_class, where, sample_weight, groups)
+            problem = problem_of(given, options_of(self, plan is not _PLAIN))
             weigher = Weigher(plan, problem.groups, memory, sync, problem.power)
             objective, record = compute(problem, weigher)
         else:
@@ -302,7 +300,7 @@ class RGDLoss(Dial, nn.Module):
         """Keep what a call leaves behind: its record, and in training its part of the totals."""
         if recomputes():  # the call that is repeated has left it behind
             return
-        if record is not None:
+        if record is not None and (record.measure is not None or record.groups is not None):
             record = record.with_copies()
         # An exported program has no side effects.
         if record is not None or not is_exporting():

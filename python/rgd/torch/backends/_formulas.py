@@ -78,7 +78,8 @@ def logsumexp_of(problem: Problem) -> Tensor:
     """The logsumexp `Z` of each target's logits as adjusted, for a z-loss; 0 for an ignored target."""
     logits = adjusted(problem.logits, problem.adjustment)
     found = torch.logsumexp(logits, min(logits.dim() - 1, 1))
-    return found if problem.counted() is None else found.masked_fill(~problem.counted(), 0)
+    counted = problem.counted()
+    return found if counted is None else found.masked_fill(~counted, 0)
 
 
 def unless_massless(values: Tensor, mass: Tensor) -> Tensor:

@@ -1,6 +1,16 @@
 """What calls leave behind, and the statistics that are computed from it when somebody asks."""
 
-from rgd.torch.stats._record import Filled, Record, stats_by_group, sums_of, tail_of
+from rgd.torch.stats._record import Filled, Record, stats_by_group, sums_of, tail_of, times_power
 from rgd.torch.stats._totals import Advisor, Totals, remark_on
 
-__all__ = ["Advisor", "Filled", "Record", "Totals", "remark_on", "stats_by_group", "sums_of", "tail_of"]
+__all__ = [
+    "Advisor",
+    "Filled",
+    "Record",
+    "Totals",
+    "remark_on",
+    "stats_by_group",
+    "sums_of",
+    "tail_of",
+    "times_power",
+]

@@ -71,8 +71,7 @@ class Record(NamedTuple):
         """The record of a problem, with the measure that was given, whatever it was divided by since."""
         measure, divisor = problem.measure, filled.divisor
         if problem.power != 1.0:
-            divisor = divisor.double() if isinstance(divisor, Tensor) else divisor
-            measure, divisor = problem.given_measure, divisor * problem.power
+            measure, divisor = problem.given_measure, times_power(divisor, problem.power)
         counted = None if filled.all_count else problem.counted()
         return cls(filled.losses, filled.weights, divisor, measure, counted, problem.groups, backend)
 
@@ -83,8 +82,6 @@ class Record(NamedTuple):
 
     def with_copies(self) -> Record:
         """The record with copies of base measure and groups, which the caller may change in place."""
-        if self.measure is None and self.groups is None:
-            return self
         return self.changed(measure=_copy(self.measure), groups=_copy(self.groups))
 
     def guarded(self) -> Record:
@@ -229,6 +226,11 @@ def _over_processes(
 
 
 _FIELDS = Record._fields
+
+
+def times_power(divisor: Tensor | float, power: float) -> Tensor | float:
+    """The divisor for the measure that was given, from the one for the measure divided by a power of two."""
+    return (divisor.double() if isinstance(divisor, Tensor) else divisor) * power
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:

@@ -11,7 +11,7 @@ operators, which `torch.compile` need not look into.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,11 +67,11 @@ class Rust:
         """The weights by the weighting's kernel where it has one, by its formula where not."""
         if not weigher.kernel_serves(measure):
             return weigher.weigh(losses, measure)
-        plan = weigher.plan
+        plan: Any = weigher.plan
         if torch.compiler.is_compiling():
             weights = _ops.sample_weights(losses.detach(), plan.kind, plan.numbers)
         else:
-            weights = fill_weights(losses.detach(), cast("Any", plan.kernel))
+            weights = fill_weights(losses.detach(), plan.kernel)
         return weights if measure is None else weights.masked_fill(measure == 0, 0)
 
     def cross_entropy(self, problem: Problem, weigher: Weigher) -> tuple[Tensor, Record | None]:
@@ -88,14 +88,15 @@ class Rust:
             computed = _compute_by_operators(problem, weigher, with_grad)
             return computed.objective, Record.of(problem, computed.filled, self.name)
         if weigher.kernel_serves(problem.measure):
-            computed = fill(problem, cast("Any", weigher.plan.kernel), with_grad)
+            kernel: Any = weigher.plan.kernel
+            computed = fill(problem, kernel, with_grad)
         else:
             computed = _compute_in_two_passes(problem, weigher, with_grad)
-        objective = computed.objective
+        objective: Any = computed.objective
         if with_grad and problem.options.inplace:
-            objective = cast("Tensor", Overwritten.apply(problem.logits, objective))
+            objective = Overwritten.apply(problem.logits, objective)
         elif with_grad:
-            objective = cast("Tensor", _Objective.apply(problem.logits, problem, computed))
+            objective = _Objective.apply(problem.logits, problem, computed)
         return objective, Record.of(problem, computed.filled, self.name)
 
     def step(self, problem: Problem) -> Step:
@@ -112,9 +113,12 @@ class _Objective(torch.autograd.Function):
         # so that only a second derivative reads them. Hooks offload or drop what is saved: they get it all.
         hooked = saved_tensors_hooks(False) is not None
         kept = computed.grad if hooked else None
-        ctx.save_for_backward(kept, computed.filled.weights, *problem.tensors())
+        ctx.save_for_backward(
+            kept, computed.filled.weights, problem.logits, problem.target, problem.class_weight,
+            problem.adjustment, problem.measure,
+        )  # fmt: skip
         ctx.grad = None if hooked else computed.grad
-        ctx.problem = problem.without_tensors()
+        ctx.options = problem.options
         return computed.objective
 
     @staticmethod
@@ -124,8 +128,9 @@ class _Objective(torch.autograd.Function):
         if not kept:
             ctx.grad = None
         if torch.is_grad_enabled():
-            _, weights, *tensors = ctx.saved_tensors
-            gradient = differentiable_gradient(ctx.problem.with_tensors(tensors), weights, above)
+            _, weights, logits, target, *others = ctx.saved_tensors
+            problem = Problem(logits, target, ctx.options, logits.dtype, *others)
+            gradient = differentiable_gradient(problem, weights, above)
         else:
             grad = ctx.saved_tensors[0] if grad is None else grad
             if above.dim() or above.item() != 1.0:
