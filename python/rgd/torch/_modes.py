@@ -30,6 +30,19 @@ _AUTOCASTING = frozenset(
 # --- training, evaluating, repeating ---
 
 
+def trains_plainly() -> bool:
+    """Whether gradients are on, and nothing asks for more than a plain eager call that is made once.
+
+    That is: no backward pass is running, no hook waits for saved tensors, and no mode or transform is active.
+    """
+    return (
+        torch.is_grad_enabled()
+        and _internals._current_graph_task_id() == -1
+        and saved_tensors_hooks(False) is None
+        and _mode_is_eager()
+    )
+
+
 def evaluates() -> bool:
     """Whether gradients are off because nothing is trained: `torch.no_grad()` or inference mode.
 

@@ -170,6 +170,11 @@ def choose(tensors: tuple[Tensor | None, ...]) -> Backend:
     return chosen
 
 
+def leads(name: str) -> bool:
+    """Whether the backend of a name is asked first, nobody asks for another, and nobody watches."""
+    return _backends[0].name == name and _state.forced is None and _state.ran is None
+
+
 class backend:  # noqa: N801 - used as a function
     """Choose the backend within a `with` block, and see which one ran.
 

@@ -19,18 +19,17 @@ from torch import Tensor
 from rgd.torch._dtypes import accumulator
 from rgd.torch._modes import (
     PLAIN,
-    graph_is_kept,
     in_transform,
     is_exporting,
     on_the_cpu_and_eager,
-    saved_tensors_hooks,
 )
 from rgd.torch._plan import Weigher
 from rgd.torch._problem import Problem
-from rgd.torch.backends._formulas import differentiable_gradient, units_of
+from rgd.torch.backends._formulas import units_of
 from rgd.torch.backends._in_place import Overwritten
 from rgd.torch.backends._steps import Step
 from rgd.torch.backends.rust import _ops
+from rgd.torch.backends.rust._again import Accepted, accepted, again
 from rgd.torch.backends.rust._kernels import (
     Computed,
     RustStep,
@@ -38,9 +37,11 @@ from rgd.torch.backends.rust._kernels import (
     fill_gradient,
     fill_losses,
     fill_weights,
-    scaled,
 )
+from rgd.torch.backends.rust._objective import Objective
 from rgd.torch.stats import Record
+
+__all__ = ["Accepted", "Rust", "accepted", "again"]
 
 
 class Rust:
@@ -96,49 +97,13 @@ class Rust:
         if with_grad and problem.options.inplace:
             objective = Overwritten.apply(problem.logits, objective)
         elif with_grad:
-            objective = _Objective.apply(problem.logits, problem, computed)
+            read = (computed.filled.weights, *problem.tensors()[:5])
+            objective = Objective.apply(problem.logits, (objective, computed.grad), read, problem.options)
         return objective, Record.of(problem, computed.filled, self.name)
 
     def step(self, problem: Problem) -> Step:
         """The step over a chunk of a linear head."""
         return RustStep(problem)
-
-
-class _Objective(torch.autograd.Function):
-    """Hands the objective on, and keeps its gradient for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, problem: Problem, computed: Computed) -> Tensor:
-        # To read saved tensors is an error where one was changed in place since. The gradient is kept apart,
-        # so that only a second derivative reads them. Hooks offload or drop what is saved: they get it all.
-        hooked = saved_tensors_hooks(False) is not None
-        kept = computed.grad if hooked else None
-        ctx.save_for_backward(
-            kept, computed.filled.weights, problem.logits, problem.target, problem.class_weight,
-            problem.adjustment, problem.measure,
-        )  # fmt: skip
-        ctx.grad = None if hooked else computed.grad
-        ctx.options = problem.options
-        return computed.objective
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (above,) = grad_outputs
-        grad, kept = ctx.grad, graph_is_kept()
-        if not kept:
-            ctx.grad = None
-        if torch.is_grad_enabled():
-            _, weights, logits, target, *others = ctx.saved_tensors
-            problem = Problem(logits, target, ctx.options, logits.dtype, *others)
-            gradient = differentiable_gradient(problem, weights, above)
-        else:
-            grad = ctx.saved_tensors[0] if grad is None else grad
-            if above.dim() or above.item() != 1.0:
-                gradient = scaled(grad, above)
-            else:
-                # The caller may change what it gets in place, and a kept graph needs it once more.
-                gradient = grad.clone() if kept else grad
-        return gradient, None, None
 
 
 def _compute_in_two_passes(problem: Problem, weigher: Weigher, with_grad: bool) -> Computed:

@@ -1,0 +1,163 @@
+"""A call of a loss like its last one: what was accepted then is not checked, looked up or made again.
+
+The whole way of a call costs more than the kernels where the logits are small, and a training loop makes the
+same call at every step. So a call that went the whole way leaves an `Accepted` behind, and the next one goes
+the short way if everything is as it was. `again` names every condition, and decides nothing else.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rgd import _rgd
+from rgd.torch._dtypes import accumulator
+from rgd.torch._modes import PLAIN, trains_plainly
+from rgd.torch._plan import Plan
+from rgd.torch._problem import Given, Options, Problem
+from rgd.torch.backends._memory import empty_like
+from rgd.torch.backends._registry import leads
+from rgd.torch.backends.rust._objective import Objective
+from rgd.torch.stats import Record
+
+_contiguous, _strided = torch.contiguous_format, torch.strided
+# Without the question for torch.func transforms, under which no call goes the short way.
+_apply: Any = super(torch.autograd.Function, Objective).apply
+
+
+class Accepted(NamedTuple):
+    """What a call must look like to go the short way, and what the kernels then get. Nothing in it changes.
+
+    Attributes:
+        dtype: Of the logits.
+        shape: Of the logits.
+        target_dtype: Of the class indices.
+        target_shape: Of the class indices.
+        options: The settings of the loss.
+        plan: Its weighting.
+        class_weight: Its class weights, as the kernels read them, or None.
+        adjustment: Its adjustment of the logits, likewise.
+        versions: How often these two had been changed in place.
+        losses_dtype: Of losses and weights.
+    """
+
+    dtype: torch.dtype
+    shape: torch.Size
+    target_dtype: torch.dtype
+    target_shape: torch.Size
+    options: Options
+    plan: Plan
+    class_weight: Tensor | None
+    adjustment: Tensor | None
+    versions: tuple[int, int]
+    losses_dtype: torch.dtype
+
+
+def accepted(given: Given, problem: Problem, plan: Plan, record: Record | None) -> Accepted | None:
+    """What a call leaves behind that went the whole way; None where the next one must go it too."""
+    logits, target, options = problem.logits, problem.target, problem.options
+    served = record is not None and record.backend == "rust" and plan.kernel is not None and not plan.stateful
+    plain = problem.measure is None and problem.groups is None and problem.has_labels()
+    as_given = logits is given.input and target is given.target and logits.dtype is not torch.float16
+    ordinary = problem.wants_gradient() and not options.inplace and options.reduction != "none"
+    if not (served and plain and as_given and ordinary):
+        return None
+    dtype = accumulator(logits.dtype)
+    by_class = given.class_weight, given.adjustment
+    if not all(numbers is None or _readable(numbers, dtype) for numbers in by_class):
+        return None
+    versions = _version(by_class[0]), _version(by_class[1])
+    return Accepted(
+        logits.dtype, logits.shape, target.dtype, target.shape, options, plan, *by_class, versions, dtype
+    )
+
+
+def again(loss: Any, known: Accepted, logits: Any, target: Any) -> Tensor | None:
+    """The objective of a call like the accepted one; None for a call that must go the whole way.
+
+    Args:
+        loss: The `RGDLoss`. Its record is set.
+        known: What its last call has left behind.
+        logits: What this call was given.
+        target: Likewise.
+    """
+    (
+        dtype, shape, target_dtype, target_shape, options, plan,
+        class_weight, adjustment, versions, losses_dtype,
+    ) = known  # fmt: skip
+    ignore_index, smoothing, reduction, per, _, z_loss = options
+    buffers: Any = loss._buffers
+    if not (
+        # Nobody else asks for a part of the call. (While `torch.jit.trace` records, even shapes are tensors.)
+        trains_plainly()
+        and leads("rust")
+        # Tensors as they were; of a type, a device and a layout that have no behaviour of their own.
+        and type(logits) in PLAIN
+        and type(target) in PLAIN
+        and logits.dtype is dtype
+        and target.dtype is target_dtype
+        and logits.layout is _strided
+        and target.layout is _strided
+        and not logits.is_nested
+        and not target.is_nested
+        and logits.shape == shape
+        and target.shape == target_shape
+        and logits.is_cpu
+        and target.is_cpu
+        and logits.requires_grad
+        and not logits.is_neg()
+        and not target.is_neg()
+        # The loss as it was; `training` and `evaluate` ask nothing of a call that needs a gradient.
+        and loss._plan is plan
+        and loss.reduction is reduction
+        and loss.ignore_index is ignore_index
+        and loss.label_smoothing is smoothing
+        and loss.per is per
+        and loss.z_loss is z_loss
+        and loss.inplace is False
+        and loss._totals is None
+        and loss._advisor is None
+        # `known` is no tensor: a buffer that has gone, as where a parameter has its name, does not fit.
+        and buffers.get("weight", known) is class_weight
+        and buffers.get("logit_adjustment", known) is adjustment
+        and (
+            class_weight is None or (class_weight._version == versions[0] and not class_weight.requires_grad)
+        )
+        and (adjustment is None or adjustment._version == versions[1])
+        # Options that depend on what is around the call.
+        and (plan.pointwise or loss._sync.group() is None)
+        and not (dtype is torch.bfloat16 and torch.is_autocast_enabled("cpu"))
+    ):
+        return None
+    losses = torch.empty_like(target, dtype=losses_dtype, memory_format=_contiguous)
+    weights = losses.new_empty(losses.shape[:1]) if per == "sample" else torch.empty_like(losses)
+    objective, detached = losses.new_empty(()), logits.detach()
+    grad = empty_like(detached)
+    divisor, count = _rgd.cross_entropy(
+        detached, target, class_weight, None, *plan.kernel, ignore_index, smoothing, per == "sample",
+        reduction, losses, weights, objective, grad, torch.get_num_threads(), adjustment, z_loss,
+    )  # fmt: skip
+    counted = None if count == losses.numel() else target != ignore_index
+    state = loss.__dict__  # the way around nn.Module, which looks for parameters first
+    state["_record"] = Record(losses, weights, divisor, None, counted, None, "rust")
+    state["_logits"] = weakref.ref(logits)
+    read = (weights, logits, target, class_weight, adjustment, None)
+    objective = objective if dtype is losses_dtype else objective.to(dtype)
+    return _apply(logits, (objective, grad), read, options)
+
+
+def _readable(numbers: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernels read numbers of the classes as they are."""
+    return (
+        type(numbers) in PLAIN
+        and numbers.dtype is dtype
+        and numbers.is_contiguous()
+        and not (numbers.requires_grad or numbers.is_neg() or numbers.is_inference())
+    )
+
+
+def _version(numbers: Tensor | None) -> int:
+    return 0 if numbers is None else numbers._version

@@ -1,0 +1,62 @@
+"""The objective in the graph of autograd, with the gradient that the forward pass has left ready."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rgd.torch._modes import graph_is_kept, saved_tensors_hooks
+from rgd.torch._problem import Options, Problem
+from rgd.torch.backends._formulas import differentiable_gradient
+from rgd.torch.backends.rust._kernels import scaled
+
+
+class Objective(torch.autograd.Function):
+    """Hands the objective on, and keeps its gradient for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, computed: tuple[Tensor, Tensor], read: tuple[Any, ...], options: Options
+    ) -> Tensor:
+        """Returns the objective.
+
+        Args:
+            ctx: The context.
+            logits: The logits.
+            computed: The objective, and its gradient with respect to the logits.
+            read: What a second derivative reads: weights, logits, target, class weight, adjustment, measure.
+            options: The settings.
+        """
+        # To read saved tensors is an error where one was changed in place since. The gradient is kept apart,
+        # so that only a second derivative reads them. Hooks offload or drop what is saved: they get it all.
+        objective, grad = computed
+        if saved_tensors_hooks(False) is None:
+            ctx.grad = grad
+            ctx.save_for_backward(None, *read)
+        else:
+            ctx.grad = None
+            ctx.save_for_backward(grad, *read)
+        ctx.options = options
+        return objective
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of the logits, times what comes from above."""
+        (above,) = grad_outputs
+        grad, kept = ctx.grad, graph_is_kept()
+        if not kept:
+            ctx.grad = None
+        if torch.is_grad_enabled():
+            _, weights, logits, target, *others = ctx.saved_tensors
+            problem = Problem(logits, target, ctx.options, logits.dtype, *others)
+            gradient = differentiable_gradient(problem, weights, above.to(weights.dtype))
+        else:
+            grad = ctx.saved_tensors[0] if grad is None else grad
+            if above.dim() or above.item() != 1.0:
+                gradient = scaled(grad, above)
+            else:
+                # The caller may change what it gets in place, and a kept graph needs it once more.
+                gradient = grad.clone() if kept else grad
+        return gradient, None, None, None

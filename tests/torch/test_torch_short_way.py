@@ -1,0 +1,340 @@
+"""A call of RGDLoss like its last one goes a short way, to the same numbers; any other goes the whole way."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import rgd
+import torch
+import torch._dynamo.testing
+from rgd.torch import RGDLoss, backend, loss
+from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+LOGITS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+TARGET = torch.tensor([0, 3, 1, 1, 2, 0])
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """For each call that looked for the short way, whether it was taken."""
+    found = []
+    again = loss.again
+
+    def watched(*args):
+        objective = again(*args)
+        found.append(objective is not None)
+        return objective
+
+    monkeypatch.setattr(loss, "again", watched)
+    return found
+
+
+def leaf(logits=LOGITS):
+    return logits.detach().clone().requires_grad_()
+
+
+def result(criterion, logits=LOGITS, target=TARGET):
+    """Objective, gradient and record of a call."""
+    logits = leaf(logits)
+    objective = criterion(logits, target)
+    (gradient,) = torch.autograd.grad(objective, logits, torch.full_like(objective, 3.0))
+    stats = criterion.stats()
+    return objective, gradient, criterion.last_weights, (stats.mean_loss, stats.count, stats.max_weight)
+
+
+def equal(one, other):
+    for a, b in zip(one[:3], other[:3], strict=True):
+        assert a.dtype is b.dtype
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert one[3] == other[3]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reduction": "sum", "ignore_index": 1},
+        {"weight": torch.tensor([1.0, 2.0, 0.5, 3.0]), "label_smoothing": 0.1},
+        {"logit_adjustment": torch.tensor([0.0, 1.0, -1.0, 0.5]), "z_loss": 0.1},
+        {"weighting": rgd.Focal(2.0)},
+        {"weighting": rgd.KLBall(0.1)},
+        {"weighting": rgd.CVaR(0.5), "sync": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_short_way_leads_to_the_same_numbers(ways, options, dtype):
+    if dtype is torch.float64:
+        options = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    criterion = RGDLoss(**options)
+    criterion(leaf(LOGITS.to(dtype)).flip(0), TARGET)
+    short = result(criterion, LOGITS.to(dtype))
+    assert ways == [True] * (criterion._plan.kernel is not None)
+    equal(short, result(RGDLoss(**options), LOGITS.to(dtype)))
+
+
+@pytest.mark.parametrize("per", ["element", "sample"])
+@pytest.mark.parametrize("target", [TARGET, TARGET.int(), TARGET.view(3, 2).T.reshape(6)], ids=str)
+def test_images_and_narrow_targets(ways, per, target):
+    logits, target = LOGITS.view(3, 2, 4).transpose(1, 2), target.view(3, 2)
+    criterion = RGDLoss(per=per)
+    criterion(leaf(logits), target)
+    short = result(criterion, logits, target)
+    assert ways == [True]
+    equal(short, result(RGDLoss(per=per), logits, target))
+
+
+def set_weight(criterion):
+    criterion.weight = torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+
+def change_weight(criterion):
+    with torch.no_grad():
+        criterion.weight.mul_(2)
+
+
+def make_a_parameter(criterion):
+    weight = criterion.weight
+    del criterion.weight
+    criterion.weight = nn.Parameter(weight.clone())
+
+
+CHANGES = {
+    "reduction": lambda c: setattr(c, "reduction", "sum"),
+    "ignore_index": lambda c: setattr(c, "ignore_index", 1),
+    "label_smoothing": lambda c: setattr(c, "label_smoothing", 0.2),
+    "z_loss": lambda c: setattr(c, "z_loss", 0.2),
+    "tau": lambda c: setattr(c, "tau", 0.5),
+    "scale": lambda c: setattr(c, "scale", -0.5),
+    "weighting": lambda c: setattr(c, "weighting", rgd.CVaR(0.5)),
+    "by another way": lambda c: vars(c).update(reduction="sum"),
+    "weight": set_weight,
+    "weight in place": change_weight,
+    "weight, a parameter": make_a_parameter,
+    "weight, in place with grad": lambda c: c.weight.requires_grad_(),
+    "no weight": lambda c: setattr(c, "weight", None),
+    "adjustment": lambda c: setattr(c, "logit_adjustment", torch.ones(4)),
+    "totals": lambda c: c.reset_stats(),
+}
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_a_loss_that_was_changed_goes_the_whole_way(ways, change):
+    criterion, fresh = (RGDLoss(weight=torch.tensor([1.0, 1.0, 2.0, 1.0])) for _ in range(2))
+    criterion(leaf(), TARGET)
+    for one in (criterion, fresh):
+        CHANGES[change](one)
+    equal(result(criterion), result(fresh))
+    assert ways == [False]
+
+
+TENSORS = {
+    "dtype": lambda: (LOGITS.double(), TARGET),
+    "dtype of the target": lambda: (LOGITS, TARGET.int()),
+    "shape": lambda: (LOGITS[:4], TARGET[:4]),
+    "probabilities": lambda: (LOGITS, torch.softmax(LOGITS.flip(0), 1)),
+    "negated": lambda: (torch._neg_view(-LOGITS), TARGET),
+}
+
+
+@pytest.mark.parametrize("change", list(TENSORS))
+def test_other_tensors_go_the_whole_way(ways, change):
+    criterion = RGDLoss()
+    criterion(leaf(), TARGET)
+    logits, target = TENSORS[change]()
+    # Negated again by the clone, were it a leaf.
+    logits = logits.requires_grad_() if change == "negated" else leaf(logits)
+    objective, expected = criterion(logits, target), RGDLoss()(logits.detach().clone(), target)
+    assert objective.item() == expected.item()
+    assert ways == [False]
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+def test_a_tensor_with_a_behaviour_of_its_own_goes_the_whole_way(ways):
+    criterion = RGDLoss()
+    criterion(leaf(), TARGET)
+    assert criterion(LOGITS.as_subclass(Tagged).requires_grad_(), TARGET).item() == RGDLoss()(LOGITS, TARGET)
+    assert ways == [False]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+@pytest.mark.parametrize("layout", ["sparse", "nested", "meta"])
+def test_other_layouts_and_devices_are_looked_at_anew(ways, layout):
+    criterion = RGDLoss()
+    criterion(leaf(), TARGET)
+    if layout == "meta":
+        with pytest.raises(ValueError, match="move both to one device"):
+            criterion(leaf(LOGITS.to("meta")), TARGET)
+    else:
+        logits = LOGITS.to_sparse() if layout == "sparse" else torch.nested.nested_tensor([LOGITS[0]] * 6)
+        with pytest.raises(TypeError, match=layout):
+            criterion(logits.requires_grad_(), TARGET)
+    assert ways == [False]
+
+
+def trained_alike(call):
+    """The same numbers from a loss that has accepted such a call, and from a fresh one."""
+    known = RGDLoss()
+    known(leaf(), TARGET)
+    found, expected = call(known), call(RGDLoss())
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    return known
+
+
+MODES = {
+    "no_grad": lambda c: torch.no_grad()(c)(leaf(), TARGET),
+    "inference": lambda c: torch.inference_mode()(c)(leaf(), TARGET),
+    "without grad": lambda c: c(LOGITS, TARGET),
+    "evaluation": lambda c: c.eval()(LOGITS, TARGET),
+    "func.grad": lambda c: torch.func.grad(c)(leaf(), TARGET),
+    "func.vmap": lambda c: torch.func.vmap(c, (0, None))(LOGITS.expand(2, 6, 4), TARGET),
+    "checkpoint": lambda c: torch.autograd.grad(checkpoint(c, x := leaf(), TARGET, use_reentrant=False), x),
+    "trace": lambda c: torch.jit.trace(c, (leaf(), TARGET))(LOGITS, TARGET),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace warns of itself and of every shape
+@pytest.mark.parametrize("mode", list(MODES))
+def test_a_call_in_a_mode_goes_the_whole_way(ways, mode):
+    trained_alike(MODES[mode])
+    assert ways
+    assert not any(ways)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_forward_derivatives_go_the_whole_way(ways):
+    def tangent(criterion):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(leaf(), torch.ones_like(LOGITS) * LOGITS)
+            return forward_ad.unpack_dual(criterion(dual, TARGET)).tangent
+
+    trained_alike(tangent)
+    assert ways == [False]
+
+
+def test_hooks_on_saved_tensors_get_the_gradient(ways):
+    packed = []
+
+    def call(criterion):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.shape) or t, lambda t: t):
+            x = leaf()
+            objective = criterion(x, TARGET)
+        return torch.autograd.grad(objective, x)[0]
+
+    trained_alike(call)
+    assert ways == [False]
+    assert len(packed) % 2 == 0
+    assert packed[: len(packed) // 2] == packed[len(packed) // 2 :]
+
+
+def test_autocast_keeps_the_objective_wide(ways):
+    x = LOGITS.bfloat16()
+    criterion = RGDLoss()
+    assert criterion(leaf(x), TARGET).dtype is torch.bfloat16
+    assert criterion(leaf(x), TARGET).dtype is torch.bfloat16
+    with torch.autocast("cpu"):
+        assert criterion(leaf(x), TARGET).dtype is RGDLoss()(leaf(x), TARGET).dtype
+    assert ways == [True, False]
+
+
+def test_a_backend_that_is_asked_for_runs_and_every_call_is_seen(ways):
+    criterion = RGDLoss()
+    criterion(leaf(), TARGET)
+    with backend("composite") as ran:
+        criterion(leaf(), TARGET)
+    with backend() as seen:
+        criterion(leaf(), TARGET)
+    assert (ran, seen) == (["composite"], ["rust"])
+    assert criterion(leaf(), TARGET).item() == RGDLoss()(LOGITS, TARGET).item()
+    assert ways == [False, True]
+    with backend():
+        criterion(leaf(), TARGET)
+    assert ways == [False, True, False]
+
+
+def test_what_the_whole_way_refuses_is_refused(ways):
+    criterion = RGDLoss()
+    criterion(leaf(), TARGET)
+    with pytest.raises(IndexError, match=r"label 4 at position \[5\]"):
+        criterion(leaf(), torch.tensor([0, 3, 1, 1, 2, 4]))
+    with pytest.raises(TypeError, match="got no target"):
+        criterion(leaf())
+    with pytest.raises(ValueError, match="sample_weight"):
+        criterion(leaf(), TARGET, sample_weight=torch.tensor([-1.0] * 6))
+    with pytest.raises(TypeError, match=r"must be a torch\.Tensor"):
+        criterion(LOGITS.numpy(), TARGET)
+    with pytest.raises(ValueError, match="move both to one device"):
+        criterion(leaf(), TARGET.to("meta"))
+
+
+def test_second_derivatives_kept_graphs_and_changed_inputs(ways):
+    criterion = RGDLoss(scale=-0.7)
+    criterion(leaf(), TARGET)
+
+    def hessian(of):
+        x = leaf()
+        (first,) = torch.autograd.grad(of(x, TARGET), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    equal_to = hessian(RGDLoss(scale=-0.7))
+    torch.testing.assert_close(hessian(criterion), equal_to, rtol=0, atol=0)
+    x = leaf()
+    objective = criterion(x, TARGET)
+    first, second = (torch.autograd.grad(objective, x, retain_graph=True)[0] for _ in range(2))
+    assert first.data_ptr() != second.data_ptr()
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    y = leaf()
+    objective = criterion(y, TARGET)
+    with torch.no_grad():
+        y.mul_(2)
+    (first,) = torch.autograd.grad(objective, y, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(objective, y, create_graph=True)
+    assert ways == [True] * 3
+
+
+def test_a_copy_and_a_pickle_begin_anew():
+    criterion = RGDLoss()
+    criterion(leaf(), TARGET)
+    assert criterion._accepted is not None
+    for other in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        assert other._accepted is None
+        equal(result(other), result(RGDLoss()))
+
+
+def test_a_compiled_loss_does_not_see_what_eager_calls_leave_behind():
+    criterion = RGDLoss()
+    criterion(leaf(), TARGET)
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(criterion, backend=counter, fullgraph=True)
+    for eager in (LOGITS, LOGITS.double(), LOGITS):
+        assert compiled(leaf(), TARGET).item() == pytest.approx(RGDLoss()(LOGITS, TARGET).item())
+        criterion(leaf(eager), TARGET)
+    assert counter.frame_count == 1
+
+
+def test_threads_share_a_loss():
+    criterion = RGDLoss()
+    calls = [(LOGITS, TARGET), (LOGITS[:3], TARGET[:3]), (LOGITS.double(), TARGET)]
+    expected = [RGDLoss()(*call).item() for call in calls]
+    wrong = []
+
+    def train(mine):
+        for _ in range(200):
+            logits, target = calls[mine]
+            if criterion(leaf(logits), target).item() != expected[mine]:
+                wrong.append(mine)
+
+    threads = [threading.Thread(target=train, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
