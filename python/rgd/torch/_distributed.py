@@ -71,6 +71,14 @@ class Sync:
         return self
 
 
+_DEFAULT = Sync()
+
+
+def sync_of(process_group: Any, sync: bool) -> Sync:
+    """With whom a function's arguments share a batch."""
+    return _DEFAULT if process_group is None and sync is True else Sync(process_group, sync)
+
+
 def reduce_sums(values: list[float], device: torch.device, group: Any) -> list[float]:
     """The sum over all processes of each value."""
     return _reduce(values, dist.ReduceOp.SUM, device, group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -16,7 +17,7 @@ from rgd.torch._modes import is_exporting, values_can_be_read
 from rgd.torch._state import Memory
 from rgd.weightings import Batch, Weighting
 from rgd.weightings._base import Kernel
-from rgd.weightings._call import kernel_of, weigh, weighting_of
+from rgd.weightings._call import kernel_of, resolve_weighting, weigh, weighting_of
 from rgd.weightings._fields import fields, map_numbers, numbers_of
 
 
@@ -91,6 +92,26 @@ class Plan:
                 _copy_numbers(weighting, live)
         new._numbers, new._live, new._live_on = self._numbers, self._live, self._live_on
         return new
+
+
+class _Last(threading.local):
+    """The arguments of this thread's last call of `plan_of`, and its plan."""
+
+    call: tuple[Any, Any, Any, Plan | None] = None, None, None, None
+
+
+_last = _Last()
+
+
+def plan_of(weighting: Any, tau: Any, scale: Any) -> Plan:
+    """The plan of a function's arguments; that of the last call, if it was given the very same objects."""
+    if torch.compiler.is_compiling():
+        return Plan(resolve_weighting(weighting, tau, scale))
+    of_weighting, of_tau, of_scale, plan = _last.call
+    if plan is None or not (of_weighting is weighting and of_tau is tau and of_scale is scale):
+        plan = Plan(resolve_weighting(weighting, tau, scale))
+        _last.call = weighting, tau, scale, plan
+    return plan
 
 
 class Weigher:

@@ -14,11 +14,11 @@ from rgd.torch._checks import (
     check_losses,
     refuse_dtype,
 )
-from rgd.torch._distributed import Sync
+from rgd.torch._distributed import sync_of
 from rgd.torch._dtypes import FLOATS, accumulator
 from rgd.torch._measure import check_groups, check_sample_weight, check_where, measure_of, within_range
 from rgd.torch._modes import autocasts, must_forget, values_can_be_read
-from rgd.torch._plan import Plan, Weigher
+from rgd.torch._plan import Weigher, plan_of
 from rgd.torch._problem import Given, Options, Problem, problem_of
 from rgd.torch._state import functional_state
 from rgd.torch._weighted import mark_weighted, refuse_weighted
@@ -83,7 +83,7 @@ def sample_weights(
     """
     check_losses(losses)
     measure, power = measure_of(losses.shape, losses, where, sample_weight), 1.0
-    plan, sharing = Plan(resolve_weighting(weighting, tau, scale)), Sync(process_group, sync)
+    plan, sharing = plan_of(weighting, tau, scale), sync_of(process_group, sync)
     members = check_groups(groups, losses.shape, losses.device, "element")
     given = functional_state(plan.weighting, state, losses.device)
     refuse_weighted(losses, plan.weighting)
@@ -151,7 +151,7 @@ def reweighted_mean(
         Kumar et al., arXiv 2306.09222, Algorithm 1.
     """
     check_losses(losses)
-    plan, sharing = Plan(resolve_weighting(weighting, tau, scale)), Sync(process_group, sync)
+    plan, sharing = plan_of(weighting, tau, scale), sync_of(process_group, sync)
     members = check_groups(groups, losses.shape, losses.device, "element")
     weigher = Weigher(plan, members, functional_state(plan.weighting, state, losses.device), sharing)
     objective, _ = reweighted(losses, weigher, where=where, sample_weight=sample_weight)
@@ -244,7 +244,7 @@ def cross_entropy(
     """
     class_weight, adjustment = check_class_weight(weight), check_logit_adjustment(logit_adjustment)
     options = Options(ignore_index, label_smoothing, reduction, per, inplace, z_loss).checked()
-    plan, sharing = Plan(resolve_weighting(weighting, tau, scale)), Sync(process_group, sync)
+    plan, sharing = plan_of(weighting, tau, scale), sync_of(process_group, sync)
     memory = functional_state(plan.weighting, state, getattr(logits, "device", None))
     given = Given(logits, target, class_weight, adjustment, where, sample_weight, groups)
     problem = problem_of(given, options)

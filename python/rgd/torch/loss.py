@@ -251,13 +251,14 @@ class RGDLoss(Dial, nn.Module):
             ValueError: If a shape does not fit, if `base` returns a scalar or losses that are weighted
                 already, or if it broadcasts its arguments against each other, as (N, 1) against (N,).
         """
+        base = self.base
         simple = where is None and sample_weight is None and groups is None and not args and not kwargs
-        repeatable = simple and self.base is None and not torch.compiler.is_compiling()
+        repeatable = simple and base is None and not torch.compiler.is_compiling()
         if repeatable and self._accepted is not None:
             objective = again(self, self._accepted, input, target)
             if objective is not None:
                 return objective
-        if self.base is None:
+        if base is None:
             if target is None or args or kwargs:
                 if "num_items_in_batch" in kwargs:
                     raise TypeError(
@@ -272,11 +273,11 @@ class RGDLoss(Dial, nn.Module):
         else:
             given = (input, *args) if target is None and not args else (input, target, *args)
             hint = ": base must return one loss a sample"
-            losses = check_losses(self.base(*given, **kwargs), "what base returns", hint)
-            check_not_broadcast(self.base, losses, (*given, *kwargs.values()))
+            losses = check_losses(base(*given, **kwargs), "what base returns", hint)
+            check_not_broadcast(base, losses, (*given, *kwargs.values()))
         plan, memory, sync = self._part_of(losses)
         groups = None if plan is _PLAIN else groups
-        if self.base is None:
+        if base is None:
             by_class = self.weight, self.logit_adjustment
             given = Given(losses, target, *by_class, where, sample_weight, groups)
             problem = problem_of(given, options_of(self, plan is not _PLAIN))
@@ -292,7 +293,7 @@ class RGDLoss(Dial, nn.Module):
             )  # fmt: skip
             record = None if record is None else record.guarded()
         if plan is not _PLAIN:
-            self._keep(record, losses if self.base is None else None)
+            self._keep(record, losses if base is None else None)
         return objective
 
     def _part_of(self, *trained: Tensor | None) -> tuple[Plan, Memory | None, Sync]:

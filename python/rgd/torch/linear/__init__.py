@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from rgd.torch._checks import check_class_weight, check_logit_adjustment
-from rgd.torch._distributed import Sync
+from rgd.torch._distributed import sync_of
 from rgd.torch._head import Chunking, LinearHead
-from rgd.torch._plan import Plan, Weigher
+from rgd.torch._plan import Weigher, plan_of
 from rgd.torch._problem import Given, Options, problem_of
 from rgd.torch._state import functional_state
 from rgd.torch.linear._call import compute_linear
 from rgd.torch.loss import RGDLoss, options_of
 from rgd.weightings import Weighting
-from rgd.weightings._call import resolve_weighting
 
 
 def linear_cross_entropy(
@@ -125,7 +124,7 @@ def linear_cross_entropy(
     class_weight, adjustment = check_class_weight(weight), check_logit_adjustment(logit_adjustment)
     options = Options(ignore_index, label_smoothing, reduction, per, z_loss=z_loss).checked()
     chunking = Chunking(logit_softcap, shift, chunk_bytes, accumulate_dtype, vocab_group).checked()
-    plan, sharing = Plan(resolve_weighting(weighting, tau, scale)), Sync(process_group, sync)
+    plan, sharing = plan_of(weighting, tau, scale), sync_of(process_group, sync)
     given = Given(input, target, class_weight, adjustment, where, sample_weight, groups)
     problem = problem_of(given, options, LinearHead(linear_weight, linear_bias, chunking))
     memory = functional_state(plan.weighting, state, problem.logits.device)
