@@ -278,12 +278,12 @@ def stats_from_sums(
     )
 
 
-def worst_tenth(losses: npt.NDArray[Any], base: npt.NDArray[Any] | None = None) -> float:
+def worst_tenth(losses: npt.NDArray[Any], measure: npt.NDArray[Any] | None = None) -> float:
     """The mean loss of the worst tenth of the mass; the sample at the edge of the tenth counts in part.
 
     Args:
         losses: Losses, any shape, floating.
-        base: The base measure, of the same shape, 0 where a sample takes no part; None for ones.
+        measure: The base measure, of the same shape, 0 where a sample takes no part; None for ones.
 
     Returns:
         The mean, in float64; NaN of no samples, or where one of them is NaN.
@@ -293,13 +293,13 @@ def worst_tenth(losses: npt.NDArray[Any], base: npt.NDArray[Any] | None = None) 
         13.66...
     """
     losses = losses.ravel()
-    if base is not None:
-        base = base.ravel()
-        losses, base = losses[base != 0], base[base != 0]
-        base = None if base.size and (base == base[0]).all() else base
+    if measure is not None:
+        measure = measure.ravel()
+        losses, measure = losses[measure != 0], measure[measure != 0]
+        measure = None if measure.size and (measure == measure[0]).all() else measure
     if not losses.size or np.isnan(losses).any():
         return math.nan
-    if base is None:
+    if measure is None:
         tenth = losses.size / 10
         whole = math.floor(tenth)
         edge = losses.size - whole - 1
@@ -307,7 +307,7 @@ def worst_tenth(losses: npt.NDArray[Any], base: npt.NDArray[Any] | None = None) 
         total = float(np.sum(ordered[edge + 1 :], dtype=np.float64))
         return (total + (tenth - whole) * float(ordered[edge]) if tenth > whole else total) / tenth
     order = np.argsort(-losses)
-    losses, mass = losses[order].astype(np.float64), base[order].astype(np.float64)
+    losses, mass = losses[order].astype(np.float64), measure[order].astype(np.float64)
     reached = np.cumsum(mass)
     tenth = reached[-1] / 10
     taken = np.minimum(np.maximum(tenth - (reached - mass), 0.0), mass)
@@ -317,60 +317,67 @@ def worst_tenth(losses: npt.NDArray[Any], base: npt.NDArray[Any] | None = None) 
 def group_stats(
     losses: npt.NDArray[np.float64],
     weights: npt.NDArray[np.float64],
-    base: npt.NDArray[np.float64] | None,
+    measure: npt.NDArray[np.float64] | None,
     groups: npt.NDArray[np.int64],
 ) -> GroupStats:
-    """The statistics of each group, from 0 to the largest number in `groups`; see `GroupStats`.
+    """The statistics of each group; arguments and errors as for `group_sums`."""
+    return _stats_of_groups(*group_sums(losses, weights, measure, groups))
+
+
+def group_sums(
+    losses: npt.NDArray[np.float64],
+    weights: npt.NDArray[np.float64],
+    measure: npt.NDArray[np.float64] | None,
+    groups: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The sums of each group, which add up over batches.
 
     Args:
         losses: Losses, any shape.
         weights: Their weights, of the same shape.
-        base: The base measure, of the same shape, 0 where a sample takes no part; None for ones.
+        measure: The base measure, of the same shape, 0 where a sample takes no part; None for ones.
         groups: The group of each sample, of the same shape.
 
     Returns:
-        Tuples of Python numbers.
+        The numbers of the groups that take part, rising, and for each a row: `sum(p)`, `sum(p * l)`,
+        `sum(p * w)`, and how many take part.
 
     Raises:
         ValueError: If a group number is negative.
     """
-    takes_part = np.ones(losses.shape, np.bool_) if base is None else base != 0
-    p = np.ones(losses.shape) if base is None else base
-    members, p = groups[takes_part], p[takes_part]
-    if members.size and members.min() < 0:
-        raise ValueError(f"groups must be integers >= 0, got {members.min()}")
-    numbers = None
-    if members.size and members.max() >= MOST_GROUPS:
-        numbers, members = np.unique(members, return_inverse=True)
-    count = int(members.max()) + 1 if members.size else 0
+    takes_part = np.ones(losses.shape, np.bool_) if measure is None else measure != 0
+    p = np.ones(losses.shape) if measure is None else measure
+    losses, weights, p = losses[takes_part], weights[takes_part], p[takes_part]
+    numbers, index = np.unique(groups[takes_part], return_inverse=True)
+    if numbers.size and numbers[0] < 0:
+        raise ValueError(f"groups must be integers >= 0, got {numbers[0]}")
     with np.errstate(all="ignore"):
-        mass = np.bincount(members, p, count)
-        mean_loss = np.bincount(members, p * losses[takes_part], count) / mass
-        weight = np.bincount(members, p * weights[takes_part], count)
-        share = weight / np.sum(weight)
-    return GroupStats(
-        tuple(mean_loss.tolist()),
-        tuple(share.tolist()),
-        tuple(np.bincount(members, minlength=count).tolist()),
-        None if numbers is None else tuple(numbers.tolist()),
-    )
+        columns = [np.bincount(index, values, numbers.size) for values in (p, p * losses, p * weights)]
+    return numbers, np.stack([*columns, np.bincount(index, minlength=numbers.size)], 1)
 
 
 def group_stats_from_sums(sums: dict[int, npt.NDArray[np.float64]]) -> GroupStats:
-    """`GroupStats` from sums over several batches.
+    """`GroupStats` from the rows of `group_sums`, added up over several batches."""
+    numbers = sorted(sums)
+    rows = np.array([sums[number] for number in numbers]).reshape(-1, 4)
+    return _stats_of_groups(np.array(numbers, np.int64), rows)
 
-    Args:
-        sums: Of each group by its number: `sum(p)`, `sum(p * l)`, `sum(p * w)`, and how many take part.
-    """
-    sparse = max(sums, default=0) >= MOST_GROUPS
-    numbers = sorted(sums) if sparse else range(max(sums, default=-1) + 1)
-    rows = [sums.get(number, np.zeros(4)).tolist() for number in numbers]
-    weight = sum(row[2] for row in rows)
+
+def _stats_of_groups(numbers: npt.NDArray[np.int64], rows: npt.NDArray[np.float64]) -> GroupStats:
+    """The statistics of rows of sums: of each group from 0 on, or of those alone that have large numbers."""
+    sparse = numbers.size > 0 and numbers[-1] >= MOST_GROUPS
+    if not sparse:
+        dense = np.zeros((numbers[-1] + 1 if numbers.size else 0, 4))
+        dense[numbers] = rows
+        rows = dense
+    measure, loss, weight, count = rows.T
+    with np.errstate(all="ignore"):
+        mean_loss, share = loss / measure, weight / np.sum(weight)
     return GroupStats(
-        tuple(quotient(row[1], row[0]) for row in rows),
-        tuple(quotient(row[2], weight) for row in rows),
-        tuple(int(row[3]) for row in rows),
-        tuple(numbers) if sparse else None,
+        tuple(mean_loss.tolist()),
+        tuple(share.tolist()),
+        tuple(count.astype(np.int64).tolist()),
+        tuple(numbers.tolist()) if sparse else None,
     )
 
 

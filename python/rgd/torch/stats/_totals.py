@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rgd.stats import WeightStats, WeightSums, clip_of, group_stats_from_sums, stats_from_sums
+from rgd.stats import WeightStats, WeightSums, clip_of, group_stats_from_sums, group_sums, stats_from_sums
 from rgd.torch._distributed import all_of, reduce_max, reduce_sums
 from rgd.torch._state import is_first_pass, one_at_a_time
 from rgd.torch.stats._record import Record, Units
@@ -57,14 +57,9 @@ class Totals:
         self._sums = both
 
     def _add_groups(self, units: Units, groups: Tensor) -> None:
-        losses, weights = (np.asarray(one.detach().double()).ravel() for one in (units.losses, units.weights))
-        p = np.ones_like(losses) if units.measure is None else np.asarray(units.measure.double()).ravel()
-        there = p != 0
-        losses, weights, p = losses[there], weights[there], p[there]
-        numbers, index = np.unique(np.asarray(groups).ravel()[there], return_inverse=True)
-        with np.errstate(all="ignore"):
-            columns = [np.bincount(index, values, len(numbers)) for values in (p, p * losses, p * weights)]
-        rows = np.stack([*columns, np.bincount(index, minlength=len(numbers))], 1)
+        losses, weights = (np.asarray(one.detach().double()) for one in (units.losses, units.weights))
+        measure = None if units.measure is None else np.asarray(units.measure.double())
+        numbers, rows = group_sums(losses, weights, measure, np.asarray(groups).reshape(losses.shape))
         for number, row in zip(numbers.tolist(), rows, strict=True):
             self._groups[number] = self._groups.get(number, 0.0) + row
 
