@@ -65,12 +65,17 @@ class Batch:
         self.any_size = any_size
         self._measure = measure
         self._takes_part = None if measure is None else measure != 0
+        self._count = None if measure is None else self.xp.sum(measure)
         self.losses = losses if measure is None else self.xp.where(self._takes_part, losses, 0.0)
 
     @property
     def measure(self) -> Any:
         """The measure `p`, shape (n,): 0 where a sample takes no part."""
         return self.xp.ones_like(self.losses) if self._measure is None else self._measure
+
+    def is_plain(self) -> bool:
+        """Whether every sample takes part with measure 1, known without a look at values."""
+        return self._measure is None
 
     @property
     def base(self) -> Any:
@@ -81,7 +86,7 @@ class Batch:
     @property
     def count(self) -> Any:
         """How many samples take part, `sum_i p_i`: a 0-d array of the losses' dtype."""
-        return self.xp.sum(self.measure)
+        return self.xp.sum(self.measure) if self._count is None else self._count
 
     def sum(self, values: Any) -> Any:
         """`sum_i p_i x_i` over the samples that take part.
@@ -98,6 +103,8 @@ class Batch:
 
     def mean(self, values: Any) -> Any:
         """`sum_i p_i x_i / sum_i p_i` over the samples that take part; arguments and shapes as for `sum`."""
+        if self._measure is None:
+            return self.xp.mean(values, axis=-1)
         return self.sum(values) / self.count
 
     def max(self, values: Any) -> Any:

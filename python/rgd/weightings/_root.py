@@ -1,7 +1,7 @@
 """The root of an increasing function, in a fixed number of operations: none of them waits for a value.
 
 A bracket `[low, high]` is cut into equal parts at several candidates at once, and the part that holds the
-root is kept, until it is 2^-40 of the first bracket. Newton's steps, kept near the bracket, then find the
+root is kept, until it is 2^-24 of the first bracket. Newton's steps, kept near the bracket, then find the
 root to rounding.
 """
 
@@ -13,13 +13,16 @@ from typing import Any
 
 from rgd.weightings._batch import Batch
 
-BITS = 40
+BITS = 24
 """The bracket shrinks by this power of two before Newton's steps."""
 
 NEWTON_STEPS = 3
+"""As many find a root to rounding from anywhere within that; two do from a solution but for rounding."""
 
 ELEMENTS = 1 << 20
 """Numbers that the candidates of one round may make together: fewer candidates for larger batches."""
+
+_ROUNDS = [(2**bits - 1, BITS // bits) for bits in (6, 4, 2, 1)]
 
 
 def root(batch: Batch, function: Callable[[Any], tuple[Any, Any]], low: Any, high: Any) -> Any:
@@ -36,11 +39,11 @@ def root(batch: Batch, function: Callable[[Any], tuple[Any, Any]], low: Any, hig
         The root, 0-d. `low` or `high` where the function has no sign change between them.
     """
     xp = batch.xp
-    candidates = 15
+    candidates, rounds = _ROUNDS[0]
     if not batch.any_size:
         size = int(batch.losses.shape[-1])
-        candidates = 15 if 15 * size <= ELEMENTS else 3 if 3 * size <= ELEMENTS else 1
-    rounds = BITS // {15: 4, 3: 2, 1: 1}[candidates]
+        fitting = [(number, times) for number, times in _ROUNDS if number * size <= ELEMENTS]
+        candidates, rounds = fitting[0] if fitting else _ROUNDS[-1]
     fractions = batch.arange(1, candidates + 1) / (candidates + 1)
 
     def narrow(bracket: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -55,7 +58,26 @@ def root(batch: Batch, function: Callable[[Any], tuple[Any, Any]], low: Any, hig
 
     # A root on the bracket's end may lie beyond it by a rounding.
     middle, width = (low + high) / 2, high - low
-    low, high = low - width, high + width
+    return polished(batch, function, middle, (low - width, high + width))
+
+
+def polished(
+    batch: Batch,
+    function: Callable[[Any], tuple[Any, Any]],
+    x: Any,
+    bracket: tuple[Any, Any],
+    steps: int = NEWTON_STEPS,
+) -> Any:
+    """The root of an increasing function near `x`, by Newton's steps within a bracket.
+
+    Args:
+        batch: The batch the function is about.
+        function: As for `root`.
+        x: A number near the root, 0-d.
+        bracket: The ends that no step goes beyond, 0-d.
+        steps: How many steps.
+    """
+    xp, (low, high) = batch.xp, bracket
 
     def polish(x: Any) -> Any:
         values, slopes = function(xp.reshape(x, (1, 1)))
@@ -63,7 +85,7 @@ def root(batch: Batch, function: Callable[[Any], tuple[Any, Any]], low: Any, hig
         step = xp.where(step < low, low, xp.where(step > high, high, step))
         return xp.where(xp.isnan(step), x, step)
 
-    return _repeat(xp, NEWTON_STEPS, polish, middle)
+    return _repeat(xp, steps, polish, x)
 
 
 def _repeat(xp: Any, times: int, step: Callable[[Any], Any], carry: Any) -> Any:

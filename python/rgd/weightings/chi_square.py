@@ -10,7 +10,10 @@ from rgd.weightings._ball import gaps_of, with_corners
 from rgd.weightings._base import Weighting, setting
 from rgd.weightings._batch import Batch
 from rgd.weightings._limits import difference
-from rgd.weightings._root import root
+from rgd.weightings._sorted import first_enough, in_order
+
+_STEPS = 2
+"""Newton's steps after the exact solution, whose running sums have rounding errors of the whole batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,22 +47,18 @@ class ChiSquare(Weighting):
     def weights(self, batch: Batch) -> Any:
         """`max(0, gap + u)` for gaps to the largest loss in units of gamma, `u` the root of `mean(w) = 1`."""
         xp, losses = batch.xp, batch.losses
-        top, bottom = batch.max(losses), batch.min(losses)
-        gaps = batch.only(difference(xp, losses, top) / self.gamma)
-
-        def excess(log_u: Any) -> tuple[Any, Any]:
-            u = xp.exp(log_u)
+        gaps = batch.only(difference(xp, losses, batch.max(losses)) / self.gamma)
+        # The mean over the k largest alone is 1 at u_k. It is largest where these are the ones above 0, so
+        # that the root for the whole batch is the smallest u_k.
+        falling, measure = in_order(batch, gaps, falling=True)
+        measured = batch.cumulative_sum(measure)
+        roots = (batch.count - batch.cumulative_sum(measure * falling)) / measured
+        u = xp.min(xp.where(measured > 0, roots, float("inf")))
+        for _ in range(_STEPS):
             above = gaps + u
-            value = batch.mean(xp.where(above > 0, above, 0.0)) - 1.0
-            return value, u[:, 0] * batch.mean(xp.astype(above > 0, losses.dtype))
-
-        # mean(max(0, gap + u)) is at most u, at least u times the share on the largest loss, and at least u
-        # less the largest gap.
-        share = batch.mean(xp.astype(losses == top, losses.dtype))
-        share = xp.where(share > 0, share, 1.0)
-        high = 1.0 + (top - bottom) / self.gamma
-        high = xp.where(high < 1.0 / share, high, 1.0 / share)
-        above = gaps + xp.exp(root(batch, excess, xp.zeros_like(high), xp.log(high)))
+            mean = batch.mean(xp.where(above > 0, above, 0.0))
+            u = u - (mean - 1.0) / batch.mean(xp.astype(above > 0, losses.dtype))
+        above = gaps + u
         weights = xp.where(above > 0, above, 0.0)
         return xp.where(batch.any(xp.isnan(losses)), float("nan"), weights)
 
@@ -98,7 +97,7 @@ class ChiSquareBall(Weighting):
     mean_one = True
 
     def weights(self, batch: Batch) -> Any:
-        """`max(0, gap + t) / mean(max(0, gap + t))`, `t` the root of the divergence."""
+        """`max(0, gap + t) / mean(max(0, gap + t))`, `t` such that the divergence is the radius."""
         xp, losses, whole, radius = batch.xp, batch.losses, batch, batch.scalar(self.radius)
         ball = gaps_of(batch)
         batch, gaps = ball.batch, ball.values
@@ -113,23 +112,23 @@ class ChiSquareBall(Weighting):
         # As long as no weight is 0, they are linear in the loss.
         linear = 1.0 + deviation * (2.0 * left / variance) ** 0.5
         all_positive = batch.min(linear) >= 0
-        searched = (left < limit) & ~all_positive
-        target = xp.where(searched, left, limit / 2)
-        nearest = batch.min(xp.where(gaps < 0, -gaps, float("inf")))
-        nearest = xp.where(nearest < 1, nearest, 1.0)
+        square = 1.0 + 2.0 * left
 
-        def excess(log_t: Any) -> tuple[Any, Any]:
-            """Radius - divergence and its derivative with respect to `log(t)`, at several `t` at once."""
-            t = xp.exp(log_t)
+        def enough(t: Any) -> Any:
+            """Whether the mean square of the weights is at most what the radius allows, at several `t`."""
             above = xp.where(gaps + t > 0, gaps + t, 0.0)
-            mean = batch.mean(above)
-            # The square of the mean may underflow.
-            square = batch.mean((above / mean[:, None]) ** 2)
-            active = batch.mean(xp.astype(above > 0, losses.dtype))
-            return target - (square - 1.0) / 2.0, t[:, 0] * (square * active - 1.0) / mean
+            return batch.mean((above / batch.mean(above)[:, None]) ** 2) <= square
 
-        # Below the second largest loss all weight lies on the largest; at t = 1 every weight is positive.
-        t = xp.exp(root(batch, excess, xp.log(nearest), xp.zeros_like(nearest)))
-        above = xp.where(gaps + t > 0, gaps + t, 0.0)
+        # The weights begin between this loss and the one above it. All above it are in play, and their share
+        # of the measure, mean and variance tell where: (1 + variance / (mean + t)^2) / share = square.
+        in_play = gaps + first_enough(batch, xp.sort(-gaps), enough) > 0
+        extent = batch.max(xp.where(in_play, -gaps, 0.0))
+        scaled = gaps / xp.where(extent > 0, extent, 1.0)
+        share = batch.mean(xp.astype(in_play, losses.dtype))
+        mean = batch.mean(xp.where(in_play, scaled, 0.0)) / share
+        variance = batch.mean(xp.where(in_play, scaled - mean, 0.0) ** 2) / share
+        beyond = (share - 1.0) + 2.0 * left * share
+        above = scaled - mean + (variance / xp.where(beyond > 0, beyond, 1.0)) ** 0.5
+        above = xp.where(above > 0, above, 0.0)
         weights = xp.where(all_positive, linear, above / batch.mean(above))
         return with_corners(whole, ball, weights, radius=radius, radius_left=left, limit=limit)

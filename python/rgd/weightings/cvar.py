@@ -9,7 +9,8 @@ from typing import Any
 from rgd.weightings._base import Weighting, is_array, setting
 from rgd.weightings._batch import Batch
 from rgd.weightings._limits import difference
-from rgd.weightings._root import root
+from rgd.weightings._root import polished
+from rgd.weightings._sorted import in_order
 from rgd.weightings._tail import edge_of_tail, share_in_tail
 
 
@@ -72,13 +73,18 @@ class CVaR(Weighting):
             exponent = gaps + u
             free = exponent < ceiling
             weights = xp.exp(xp.where(free, exponent, ceiling))
-            return batch.mean(weights) - 1.0, batch.mean(xp.where(free, weights, 0.0))
+            slope = batch.mean(xp.where(free, weights, 0.0))
+            # Where all are bound, u is what it must be.
+            return batch.mean(weights) - 1.0, xp.where(slope > 0, slope, float("inf"))
 
-        # At the ceiling, the whole tail weighs 1 / alpha: the mean is at least 1. At the logarithm of `rest`,
-        # what lies above the edge weighs 1 / alpha and no other sample more than `rest`: it is at most 1.
-        above = batch.mean(xp.astype(losses > edge, losses.dtype))
-        rest = (1.0 - above / self.alpha) / (1.0 - above)
-        rest = xp.where(rest > 1e-6, rest / 2.0, 1e-30)
-        u = root(batch, excess, xp.log(rest), ceiling)
+        # Where all above the k smallest weigh 1 / alpha, the mean is 1 at u_k. It is smallest where these are
+        # the ones that are bound, so that the root for the whole batch is the largest u_k; at the ceiling
+        # the whole tail is bound.
+        rising, measure = in_order(batch, gaps, falling=False)
+        room = batch.count - (batch.count - batch.cumulative_sum(measure)) / self.alpha
+        roots = xp.log(room / batch.cumulative_sum(measure * xp.exp(rising)))
+        u = xp.max(xp.where(room > 0, roots, -float("inf")))
+        u = xp.where(u < ceiling, u, ceiling)
+        u = polished(batch, excess, u, (u - 1.0, ceiling), steps=2)
         exponent = gaps + u
         return xp.where(exponent < ceiling, xp.exp(xp.where(exponent < ceiling, exponent, 0.0)), bound)
