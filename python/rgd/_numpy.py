@@ -253,10 +253,8 @@ def _weights(
 ) -> tuple[npt.NDArray[Any], Any]:
     weights = np.empty(source.shape, source.dtype)
     kernel = kernel_of(weighting)
-    if kernel is not None and (measure is None or weighting.pointwise):
-        _rgd.sample_weights(source.values, weights, *kernel, available_cores())
-        if measure is not None:
-            weights[measure == 0] = 0
+    if kernel is not None:
+        _rgd.sample_weights(source.values, weights, *kernel, available_cores(), measure)
         return weights, state
     if state is not None:
         state = map_state(np.asarray, state)

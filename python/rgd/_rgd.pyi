@@ -44,8 +44,20 @@ class Borrowed:
     def dtype(self) -> str:
         """The name of the dtype, which need not be one that the kernels serve."""
 
-def sample_weights(losses: Any, weights: Any, kind: str, numbers: Sequence[float], threads: int) -> None:
-    """Fill `weights` from `losses`.
+def sample_weights(
+    losses: Any,
+    weights: Any,
+    kind: str,
+    numbers: Sequence[float],
+    threads: int,
+    measure: Any | None = None,
+    groups: Any | None = None,
+    state: Sequence[Any] | None = None,
+) -> None:
+    """Fill `weights` from `losses`, and move `state`.
+
+    A kernel over another one spells it in its name, as `moving_average(kl)` does; its numbers come first, and
+    then those of the inner kernel.
 
     Args:
         losses: Of any shape, strides and float dtype.
@@ -53,6 +65,17 @@ def sample_weights(losses: Any, weights: Any, kind: str, numbers: Sequence[float
         kind: Name of the weighting's kernel.
         numbers: The weighting's numbers.
         threads: The largest number of threads to use.
+        measure: Base measure of the losses' shape, any float dtype and strides, finite numbers >= 0; None for
+            ones. Where it is 0, a loss takes no part, and its weight is 0.
+        groups: The group of each loss, int64 or int32, of the losses' shape; for a kernel that asks for them.
+        state: The leaves of the weighting's state in the order of `init()`, float64 and contiguous, of one
+            entry where a leaf is a number; for a kernel that remembers. They are left as they are where no
+            loss takes part, or one that does is not finite.
+
+    Raises:
+        ValueError: If a shape does not fit, the kernel or its number of numbers is not known, the measure
+            holds what it must not, groups or a state are missing, or a group is out of range. Nothing was
+            written.
     """
 
 def widen(values: Any, out: Any, threads: int) -> None:
@@ -123,7 +146,7 @@ def cross_entropy(
         class_weight: (C,), contiguous, in the accumulator's dtype.
         measure: Base measure `p`, contiguous, in the accumulator's dtype: one a target or, with
             `per_sample`, one a sample. A target with `p = 0` takes no part, as if it were ignored, and its
-            index is not looked at. Only for pointwise weightings.
+            index is not looked at.
         kind: Name of the weighting's kernel.
         numbers: The weighting's numbers.
         ignore_index: The index of a target that takes no part.
@@ -151,8 +174,8 @@ def cross_entropy(
     Raises:
         IndexError: If a target is out of range; names the class and its position. Nothing was written.
         TypeError: If dtypes do not fit.
-        ValueError: If shapes, devices or a setting do not fit, if the weighting is not known, or if
-            `measure` is given with a weighting that is not pointwise.
+        ValueError: If shapes, devices or a setting do not fit, or if the weighting is not known or remembers
+            earlier batches.
     """
 
 def cross_entropy_losses(

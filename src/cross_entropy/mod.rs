@@ -35,7 +35,7 @@ use crate::layout::{Shared, Vector, written};
 use crate::numeric::{Element, Real};
 use crate::parallel::{filled, with_capacity};
 use crate::reduce::{self, product};
-use crate::weightings::{self, Weighting};
+use crate::weightings::{Batch, Weighting, sample_weights};
 use labels::Labels;
 use problem::{Losses, Plan, Problem};
 use shape::Dimensions;
@@ -47,15 +47,15 @@ use std::mem::MaybeUninit;
 ///
 /// # Errors
 /// [`Error::OutOfRange`] for a class index that is no class; [`Error::Shape`] where shapes do not fit;
-/// [`Error::SampleWeight`] for sample weights with a weighting that is not pointwise.
+/// [`Error::Stateful`] for a weighting that remembers earlier batches.
 pub fn cross_entropy<T: Element>(
     inputs: &Inputs<T>,
     weighting: Weighting,
     settings: &Settings,
     out: Outputs<T>,
 ) -> Result<Totals, Error> {
-    if inputs.measure.is_some() && !weighting.is_pointwise() {
-        return Err(Error::SampleWeight(weighting.kind()));
+    if !weighting.state_lengths().is_empty() {
+        return Err(Error::Stateful(weighting.kind()));
     }
     let Outputs { losses, weights, objective, mut grad } = out;
     let dims = Dimensions::of(inputs, settings)?;
@@ -77,7 +77,7 @@ pub fn cross_entropy<T: Element>(
         pass::run(&problem, Plan::Losses { losses: to_losses }, settings.threads);
         // SAFETY: the pass wrote the loss of every target.
         let losses = unsafe { written(losses) };
-        unit_weights(losses, &labels, &dims, weighting, settings.threads, weights);
+        unit_weights(losses, inputs.measure, &labels, &dims, weighting, settings.threads, weights);
         if problem.grad.is_some() {
             // SAFETY: the weight of every unit was written.
             pass::run(&problem, Plan::Given { weights: Some(unsafe { written(weights) }) }, settings.threads);
@@ -213,6 +213,7 @@ fn norm(reduction: Reduction, totals: &Totals) -> f64 {
 /// Weights of units (single targets, or samples) from their mean losses; targets that do not count take no part.
 fn unit_weights<A: Real>(
     losses: &[A],
+    measure: Option<&[A]>,
     labels: &Labels,
     dims: &Dimensions,
     weighting: Weighting,
@@ -221,6 +222,7 @@ fn unit_weights<A: Real>(
 ) {
     let mut counted = with_capacity(weights.len());
     let mut means = with_capacity(weights.len());
+    let mut measures = with_capacity(measure.map_or(0, <[A]>::len));
     for (u, weight) in weights.iter_mut().enumerate() {
         let targets = u * dims.unit..(u + 1) * dims.unit;
         let count = targets.clone().filter(|&i| labels.counts(i)).count();
@@ -229,10 +231,13 @@ fn unit_weights<A: Real>(
         } else {
             counted.push(u);
             means.push(reduce::total(losses[targets].iter().map(|l| l.to_f64())) / count as f64);
+            measures.extend(measure.map(|p| p[u].to_f64()));
         }
     }
     let mut of_counted = filled(counted.len(), MaybeUninit::<A>::uninit());
-    weightings::sample_weights(&Vector::of(&means), weighting, &mut of_counted, threads);
+    let means = Vector::of(&means);
+    let batch = Batch::new(&means, measure.map(|_| &measures[..]), None, threads);
+    sample_weights(&batch, weighting, &mut [], &mut of_counted).expect("the weighting keeps no state");
     for (u, w) in counted.into_iter().zip(of_counted) {
         weights[u] = w;
     }

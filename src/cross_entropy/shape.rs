@@ -21,8 +21,8 @@ pub enum Error {
     },
     /// Shapes do not fit.
     Shape(String),
-    /// Sample weights were given with weights that depend on the batch; the kind of these.
-    SampleWeight(&'static str),
+    /// The weighting remembers earlier batches; its kind.
+    Stateful(&'static str),
     /// The objective of given losses has a z-loss, and their logsumexp was not given.
     Logsumexp,
 }
@@ -37,10 +37,9 @@ impl fmt::Display for Error {
                 classes.saturating_sub(1)
             ),
             Self::Shape(message) => f.write_str(message),
-            Self::SampleWeight(kind) => write!(
+            Self::Stateful(kind) => write!(
                 f,
-                "the kernel takes sample_weight with pointwise weights only: weights of kind '{kind}' with \
-                 sample_weight are computed by the front"
+                "weights of kind '{kind}' depend on earlier batches, whose state the front keeps: it gives their weights"
             ),
             Self::Logsumexp => f.write_str(
                 "a z_loss needs the logsumexp of each target: give what cross_entropy_losses has filled",

@@ -1,10 +1,12 @@
 //! Functions of a batch of losses and sums over it, block by block.
 //!
 //! A batch is worked through in blocks of a fixed size that fit the first-level cache, and sums are joined in the order
-//! of the blocks, so that a result does not depend on the number of threads.
+//! of the blocks, so that a result does not depend on the number of threads. Where the batch has a measure `p`, sums are
+//! `sum_i p_i x_i`, and a sample with `p_i = 0` takes no part, whatever its loss is.
 
-use crate::layout::{Shared, Vector};
-use crate::numeric::{Element, Isa, Kernel, Real, dispatch};
+use super::batch::Batch;
+use crate::layout::{Shared, Values};
+use crate::numeric::{Isa, Kernel, Real, dispatch};
 use crate::parallel::{for_each_block, map_blocks};
 use std::mem::MaybeUninit;
 
@@ -19,78 +21,91 @@ pub(super) trait BlockMap: Copy + Sync {
     fn apply<I: Isa>(&self, block: &mut [f64]);
 }
 
-struct Write<'a, 'b, T, W, M> {
-    losses: &'a Vector<'b, T>,
+struct Write<'a, W, M> {
+    losses: &'a dyn Values,
+    measure: Option<&'a [f64]>,
     start: usize,
     weights: &'a mut [MaybeUninit<W>],
     map: M,
 }
 
-impl<T: Element, W: Real, M: BlockMap> Kernel for Write<'_, '_, T, W, M> {
+impl<W: Real, M: BlockMap> Kernel for Write<'_, W, M> {
     type Output = ();
     #[inline(always)]
     fn run<I: Isa>(self) {
         let mut block = vec![0.0; self.weights.len()];
-        self.losses.load(self.start, &mut block);
+        self.losses.read(self.start, &mut block);
         self.map.apply::<I>(&mut block);
+        if let Some(measure) = self.measure {
+            for (x, &p) in block.iter_mut().zip(measure) {
+                *x = if p == 0.0 { 0.0 } else { *x };
+            }
+        }
         for (w, &x) in self.weights.iter_mut().zip(&block) {
             w.write(W::from_f64(x));
         }
     }
 }
 
-/// Writes a function of each block of losses as the block's weights.
-pub(super) fn write<T: Element, W: Real>(
-    losses: &Vector<T>,
-    weights: &mut [MaybeUninit<W>],
-    threads: usize,
-    map: impl BlockMap,
-) {
-    let (n, out) = (losses.len(), Shared(weights.as_mut_ptr()));
-    for_each_block(n.div_ceil(BLOCK), threads, |i| {
+/// Writes a function of each block of losses as the block's weights; 0 where a sample takes no part.
+pub(super) fn write<W: Real>(batch: &Batch, weights: &mut [MaybeUninit<W>], map: impl BlockMap) {
+    let (losses, n, out) = (batch.losses, batch.losses.count(), Shared(weights.as_mut_ptr()));
+    for_each_block(n.div_ceil(BLOCK), batch.threads, |i| {
         let (start, end) = (i * BLOCK, n.min((i + 1) * BLOCK));
         // SAFETY: blocks are disjoint parts of `weights`, which outlives the call.
         let weights = unsafe { out.part(start, end) };
-        dispatch(Write { losses, start, weights, map });
+        dispatch(Write { losses, measure: batch.measure_of(start, end), start, weights, map });
     });
 }
 
-/// Writes one number as every weight.
-pub(super) fn fill<W: Real>(weights: &mut [MaybeUninit<W>], weight: f64) {
-    for w in weights {
-        w.write(W::from_f64(weight));
+/// One number, whatever the loss is.
+#[derive(Clone, Copy)]
+struct Constant(f64);
+
+impl BlockMap for Constant {
+    #[inline(always)]
+    fn apply<I: Isa>(&self, block: &mut [f64]) {
+        block.fill(self.0);
     }
 }
 
-/// A sum over a block of losses, which `sum` may overwrite, and how the sums of neighbouring blocks are joined.
+/// Writes one number as the weight of every sample that takes part.
+pub(super) fn fill<W: Real>(batch: &Batch, weights: &mut [MaybeUninit<W>], weight: f64) {
+    write(batch, weights, Constant(weight));
+}
+
+/// A sum over a block of losses, which `sum` may overwrite, and how the sums of neighbouring blocks are joined. `measure`
+/// has as many numbers as the block, or is `None` for ones.
 pub(super) trait BlockSum: Copy + Sync {
     type Sum: Send + Clone + Default;
-    fn sum<I: Isa>(&self, block: &mut [f64]) -> Self::Sum;
+    fn sum<I: Isa>(&self, block: &mut [f64], measure: Option<&[f64]>) -> Self::Sum;
     fn join(a: Self::Sum, b: Self::Sum) -> Self::Sum;
 }
 
-struct Sum<'a, 'b, T, F> {
-    losses: &'a Vector<'b, T>,
+struct Sum<'a, F> {
+    losses: &'a dyn Values,
+    measure: Option<&'a [f64]>,
     start: usize,
     end: usize,
     of: F,
 }
 
-impl<T: Element, F: BlockSum> Kernel for Sum<'_, '_, T, F> {
+impl<F: BlockSum> Kernel for Sum<'_, F> {
     type Output = F::Sum;
     #[inline(always)]
     fn run<I: Isa>(self) -> F::Sum {
         let mut block = vec![0.0; self.end - self.start];
-        self.losses.load(self.start, &mut block);
-        self.of.sum::<I>(&mut block)
+        self.losses.read(self.start, &mut block);
+        self.of.sum::<I>(&mut block, self.measure)
     }
 }
 
 /// Joins a function of each block of losses, in the order of the blocks.
-pub(super) fn sum<T: Element, F: BlockSum>(losses: &Vector<T>, threads: usize, of: F) -> F::Sum {
-    let n = losses.len();
-    let blocks = map_blocks(n.div_ceil(BLOCK), threads, |i| {
-        dispatch(Sum { losses, start: i * BLOCK, end: n.min((i + 1) * BLOCK), of })
+pub(super) fn sum<F: BlockSum>(batch: &Batch, of: F) -> F::Sum {
+    let (losses, n) = (batch.losses, batch.losses.count());
+    let blocks = map_blocks(n.div_ceil(BLOCK), batch.threads, |i| {
+        let (start, end) = (i * BLOCK, n.min((i + 1) * BLOCK));
+        dispatch(Sum { losses, measure: batch.measure_of(start, end), start, end, of })
     });
     blocks.into_iter().reduce(F::join).unwrap_or_default()
 }
@@ -106,6 +121,17 @@ pub(super) struct Compensated {
 }
 
 impl Compensated {
+    /// `sum_i p_i x_i`; the numbers `x_i` become the products.
+    #[inline(always)]
+    pub fn measured(numbers: &mut [f64], measure: Option<&[f64]>) -> Self {
+        if let Some(measure) = measure {
+            for (x, &p) in numbers.iter_mut().zip(measure) {
+                *x = if p == 0.0 { 0.0 } else { p * *x };
+            }
+        }
+        Self::of_lanes(numbers)
+    }
+
     #[inline(always)]
     pub fn of_lanes(numbers: &[f64]) -> Self {
         let (mut sums, mut errors) = ([0.0; ROW], [0.0; ROW]);
@@ -130,6 +156,11 @@ impl Compensated {
         }
     }
 
+    /// Adds one number.
+    pub fn add(&mut self, number: f64) {
+        *self = self.join(Self { sum: number, error: 0.0 });
+    }
+
     pub fn join(self, other: Self) -> Self {
         let sum = self.sum + other.sum;
         let part = sum - self.sum;
@@ -138,7 +169,8 @@ impl Compensated {
     }
 
     pub fn value(self) -> f64 {
-        self.sum + self.error
+        // An infinite sum has no rounding error.
+        if self.sum.is_finite() { self.sum + self.error } else { self.sum }
     }
 }
 
@@ -158,41 +190,52 @@ impl BlockMap for OnLoss {
     }
 }
 
-/// How many losses are one number.
+/// The measure of the losses that are one number.
 #[derive(Clone, Copy)]
-struct CountOf(f64);
+struct MeasureOf(f64);
 
-impl BlockSum for CountOf {
-    type Sum = usize;
+impl BlockSum for MeasureOf {
+    type Sum = Compensated;
 
     #[inline(always)]
-    fn sum<I: Isa>(&self, block: &mut [f64]) -> usize {
-        block.iter().filter(|&&l| l == self.0).count()
+    fn sum<I: Isa>(&self, block: &mut [f64], measure: Option<&[f64]>) -> Compensated {
+        measure_where(block, measure, |l| l == self.0)
     }
 
-    fn join(a: usize, b: usize) -> usize {
-        a + b
+    fn join(a: Compensated, b: Compensated) -> Compensated {
+        a.join(b)
     }
 }
 
-/// Puts all weight on the samples of one loss, which is among the losses.
-pub(super) fn put_on<T: Element, W: Real>(
-    loss: f64,
-    losses: &Vector<T>,
-    weights: &mut [MaybeUninit<W>],
-    threads: usize,
-) {
-    let count = sum(losses, threads, CountOf(loss));
-    write(losses, weights, threads, OnLoss { loss, weight: losses.len() as f64 / count as f64 });
+/// The measure of the losses of a block for which `holds`; without a measure, how many they are. It overwrites the block.
+#[inline(always)]
+pub(super) fn measure_where(
+    block: &mut [f64],
+    measure: Option<&[f64]>,
+    holds: impl Fn(f64) -> bool,
+) -> Compensated {
+    if measure.is_none() {
+        return Compensated { sum: block.iter().filter(|&&l| holds(l)).count() as f64, error: 0.0 };
+    }
+    for l in block.iter_mut() {
+        *l = f64::from(u8::from(holds(*l)));
+    }
+    Compensated::measured(block, measure)
 }
 
-/// The range of a batch of losses.
+/// Puts all weight on the samples of one loss, which is among the losses that take part.
+pub(super) fn put_on<W: Real>(loss: f64, batch: &Batch, weights: &mut [MaybeUninit<W>]) {
+    let there = sum(batch, MeasureOf(loss)).value();
+    write(batch, weights, OnLoss { loss, weight: batch.total / there });
+}
+
+/// The range of the losses that take part.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Extent {
     pub min: f64,
     pub max: f64,
-    /// How many losses are the largest.
-    pub at_max: usize,
+    /// The measure of the losses that are the largest.
+    pub at_max: Compensated,
 }
 
 #[derive(Clone, Copy)]
@@ -202,8 +245,15 @@ impl BlockSum for ExtentOf {
     type Sum = Option<Extent>;
 
     #[inline(always)]
-    fn sum<I: Isa>(&self, block: &mut [f64]) -> Option<Extent> {
+    fn sum<I: Isa>(&self, block: &mut [f64], measure: Option<&[f64]>) -> Option<Extent> {
         let (mut mins, mut maxs, mut nans) = ([f64::INFINITY; ROW], [f64::NEG_INFINITY; ROW], [0.0; ROW]);
+        if let Some(measure) = measure {
+            // What takes no part takes the place of one that does.
+            let one = measure.iter().position(|&p| p != 0.0).map(|i| block[i])?;
+            for (l, &p) in block.iter_mut().zip(measure) {
+                *l = if p == 0.0 { one } else { *l };
+            }
+        }
         for row in block.chunks(ROW) {
             for (((min, max), nan), &l) in mins.iter_mut().zip(&mut maxs).zip(&mut nans).zip(row) {
                 *min = if l < *min { l } else { *min };
@@ -214,9 +264,9 @@ impl BlockSum for ExtentOf {
         let min = mins.into_iter().fold(f64::INFINITY, f64::min);
         let max = maxs.into_iter().fold(f64::NEG_INFINITY, f64::max);
         if nans.into_iter().any(f64::is_nan) {
-            return Some(Extent { min: f64::NAN, max: f64::NAN, at_max: 0 });
+            return Some(Extent { min: f64::NAN, max: f64::NAN, at_max: Compensated::default() });
         }
-        Some(Extent { min, max, at_max: block.iter().filter(|&&l| l == max).count() })
+        Some(Extent { min, max, at_max: measure_where(block, measure, |l| l == max) })
     }
 
     fn join(a: Option<Extent>, b: Option<Extent>) -> Option<Extent> {
@@ -225,14 +275,14 @@ impl BlockSum for ExtentOf {
             return Some(if a.max.is_nan() { a } else { b });
         }
         let max = a.max.max(b.max);
-        let count = |e: Extent| if e.max == max { e.at_max } else { 0 };
-        Some(Extent { min: a.min.min(b.min), max, at_max: count(a) + count(b) })
+        let there = |e: Extent| if e.max == max { e.at_max } else { Compensated::default() };
+        Some(Extent { min: a.min.min(b.min), max, at_max: there(a).join(there(b)) })
     }
 }
 
 impl Extent {
-    /// The extent of `losses`; if one of them is NaN, `min` and `max` are too.
-    pub fn of<T: Element>(losses: &Vector<T>, threads: usize) -> Self {
-        sum(losses, threads, ExtentOf).unwrap_or_default()
+    /// The extent of the losses; if one of them is NaN, `min` and `max` are too.
+    pub fn of(batch: &Batch) -> Self {
+        sum(batch, ExtentOf).unwrap_or_default()
     }
 }

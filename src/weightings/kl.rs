@@ -1,13 +1,13 @@
 //! Exponential weights of clipped losses (arXiv 2306.09222, Algorithm 1 and Proposition 3.1).
 //!
 //! Pointwise: `w_i = exp(s min(l_i, tau))`. Normalised: the same divided by its mean over the batch, computed as
-//! `w_i = n exp(e_i - max e) / sum_j exp(e_j - max e)` with `e_i = s min(l_i, tau)`. The scale `s` may be negative, and
-//! `tau` infinite.
+//! `w_i = exp(e_i - max e) sum_j p_j / sum_j p_j exp(e_j - max e)` with `e_i = s min(l_i, tau)`. The scale `s` may be
+//! negative, and `tau` infinite.
 
+use super::batch::Batch;
 use super::blocks::{BlockMap, BlockSum, Compensated, Extent, fill, put_on, sum, write};
 use super::member::{Member, Pointwise};
-use crate::layout::Vector;
-use crate::numeric::{Element, Isa, Real, exp, two_difference, two_product};
+use crate::numeric::{Isa, Real, exp, two_difference, two_product};
 use std::mem::MaybeUninit;
 
 /// The settings of exponential weights.
@@ -43,20 +43,15 @@ impl Member for Kl {
         }
     }
 
-    fn weigh<T: Element, W: Real>(&self, losses: &Vector<T>, weights: &mut [MaybeUninit<W>], threads: usize) {
+    fn weigh<W: Real>(&self, batch: &Batch, _: &mut [Vec<f64>], weights: &mut [MaybeUninit<W>]) {
         if !self.normalize {
-            return write(losses, weights, threads, Pointwise(*self));
+            return write(batch, weights, Pointwise(*self));
         }
-        let extent = Extent::of(losses, threads);
+        let extent = Extent::of(batch);
         // The loss with the largest exponent.
         let top = if self.scale < 0.0 { extent.min } else { extent.max };
         let origin = if top > self.tau { self.tau } else { top };
-        softmax(
-            losses,
-            weights,
-            threads,
-            Exponent { tau: self.tau, scale: self.scale, origin, power_of_two: 1.0 },
-        );
+        softmax(batch, weights, Exponent { tau: self.tau, scale: self.scale, origin, power_of_two: 1.0 });
     }
 }
 
@@ -100,7 +95,7 @@ impl BlockMap for Exponentials {
     }
 }
 
-/// `sum_i exp(exponent_i)`.
+/// `sum_i p_i exp(exponent_i)`.
 #[derive(Clone, Copy)]
 pub(super) struct ExpSum(pub Exponent);
 
@@ -108,9 +103,9 @@ impl BlockSum for ExpSum {
     type Sum = Compensated;
 
     #[inline(always)]
-    fn sum<I: Isa>(&self, block: &mut [f64]) -> Compensated {
+    fn sum<I: Isa>(&self, block: &mut [f64], measure: Option<&[f64]>) -> Compensated {
         Exponentials { exponent: self.0, factor: 1.0 }.apply::<I>(block);
-        Compensated::of_lanes(block)
+        Compensated::measured(block, measure)
     }
 
     fn join(a: Compensated, b: Compensated) -> Compensated {
@@ -120,21 +115,16 @@ impl BlockSum for ExpSum {
 
 /// `w_i = exp(exponent_i) / mean_j exp(exponent_j)`; the origin of the exponent is the loss that makes it largest.
 /// Where that is infinite, all weight lies on such losses.
-pub(super) fn softmax<T: Element, W: Real>(
-    losses: &Vector<T>,
-    weights: &mut [MaybeUninit<W>],
-    threads: usize,
-    exponent: Exponent,
-) {
+pub(super) fn softmax<W: Real>(batch: &Batch, weights: &mut [MaybeUninit<W>], exponent: Exponent) {
     if exponent.scale == 0.0 && !exponent.origin.is_nan() {
-        return fill(weights, 1.0);
+        return fill(batch, weights, 1.0);
     }
     if exponent.origin.is_nan() || exponent.scale.is_nan() {
-        return fill(weights, f64::NAN);
+        return fill(batch, weights, f64::NAN);
     }
     if exponent.origin.is_infinite() {
-        return put_on(exponent.origin, losses, weights, threads);
+        return put_on(exponent.origin, batch, weights);
     }
-    let total = sum(losses, threads, ExpSum(exponent)).value();
-    write(losses, weights, threads, Exponentials { exponent, factor: losses.len() as f64 / total });
+    let total = sum(batch, ExpSum(exponent)).value();
+    write(batch, weights, Exponentials { exponent, factor: batch.total / total });
 }

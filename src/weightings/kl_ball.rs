@@ -3,11 +3,11 @@
 //! `w_i = n softmax(l / gamma)_i` with `gamma` the root of `KL(softmax(l / gamma) || uniform) = radius`. Where the ball
 //! is larger than any such distribution, all weight lies on the largest losses.
 
-use super::blocks::{BlockSum, Compensated, Extent, put_on, sum};
+use super::batch::Batch;
+use super::blocks::{BlockSum, Compensated, Extent, measure_where, put_on, sum};
 use super::kl::{ExpSum, Exponent, softmax};
 use super::member::Member;
-use crate::layout::Vector;
-use crate::numeric::{Element, Isa, MulAdd, Real, exp};
+use crate::numeric::{Isa, MulAdd, Real, exp};
 use std::mem::MaybeUninit;
 
 /// The settings of the ball.
@@ -28,35 +28,41 @@ impl Member for KlBall {
         false
     }
 
-    fn weigh<T: Element, W: Real>(&self, losses: &Vector<T>, weights: &mut [MaybeUninit<W>], threads: usize) {
-        let extent = Extent::of(losses, threads);
-        match temperature(losses, self.radius, extent, threads) {
-            Some(exponent) => softmax(losses, weights, threads, exponent),
-            None => put_on(extent.max, losses, weights, threads),
+    fn weigh<W: Real>(&self, batch: &Batch, _: &mut [Vec<f64>], weights: &mut [MaybeUninit<W>]) {
+        let extent = Extent::of(batch);
+        match temperature(batch, self.radius, extent) {
+            Some(exponent) => softmax(batch, weights, exponent),
+            None => put_on(extent.max, batch, weights),
         }
     }
 }
 
-/// The smallest loss above `-inf`, and how many losses lie there.
+/// The smallest loss above `-inf`, and the measure of the losses there.
 #[derive(Clone, Copy)]
 struct Above;
 
 impl BlockSum for Above {
-    type Sum = Option<(f64, usize)>;
+    type Sum = Option<(f64, Compensated)>;
 
     #[inline(always)]
-    fn sum<I: Isa>(&self, block: &mut [f64]) -> Option<(f64, usize)> {
+    fn sum<I: Isa>(&self, block: &mut [f64], measure: Option<&[f64]>) -> Option<(f64, Compensated)> {
+        if let Some(measure) = measure {
+            for (l, &p) in block.iter_mut().zip(measure) {
+                *l = if p == 0.0 { f64::NEG_INFINITY } else { *l };
+            }
+        }
         let above = block.iter().filter(|&&l| l > f64::NEG_INFINITY);
-        Some((above.clone().copied().fold(f64::INFINITY, f64::min), above.count()))
+        let smallest = above.copied().fold(f64::INFINITY, f64::min);
+        Some((smallest, measure_where(block, measure, |l| l > f64::NEG_INFINITY)))
     }
 
-    fn join(a: Option<(f64, usize)>, b: Option<(f64, usize)>) -> Option<(f64, usize)> {
+    fn join(a: Option<(f64, Compensated)>, b: Option<(f64, Compensated)>) -> Option<(f64, Compensated)> {
         let (Some(a), Some(b)) = (a, b) else { return a.or(b) };
-        Some((a.0.min(b.0), a.1 + b.1))
+        Some((a.0.min(b.0), a.1.join(b.1)))
     }
 }
 
-/// `KL(q || uniform)` and the variance of `v` under `q`, for `v = log(q n)`: the divergence is the mean of
+/// `KL(q || p)` and the variance of `v` under `q`, for `v = log(q / p)`: the divergence is the mean of
 /// `phi(v) = v exp(v) - exp(v) + 1 >= 0`, a sum without cancellation. Losses of `-inf` are left out.
 #[derive(Clone, Copy)]
 struct Divergence {
@@ -68,7 +74,7 @@ impl BlockSum for Divergence {
     type Sum = [Compensated; 3];
 
     #[inline(always)]
-    fn sum<I: Isa>(&self, block: &mut [f64]) -> [Compensated; 3] {
+    fn sum<I: Isa>(&self, block: &mut [f64], measure: Option<&[f64]>) -> [Compensated; 3] {
         // phi(v) = v^2 (1/2 + v/3 + v^2/8 + ...): the series sum over k >= 2 of (k - 1) / k! v^k.
         const SERIES: [f64; 9] = [
             0.5,
@@ -99,7 +105,7 @@ impl BlockSum for Divergence {
             let phi = if v.abs() < 0.1 { v * v * q } else { *vw - w + 1.0 };
             *l = if *l == f64::NEG_INFINITY { 0.0 } else { phi };
         }
-        [Compensated::of_lanes(block), Compensated::of_lanes(vw), Compensated::of_lanes(vvw)]
+        [block, vw, vvw].map(|products| Compensated::measured(products, measure))
     }
 
     fn join(a: [Compensated; 3], b: [Compensated; 3]) -> [Compensated; 3] {
@@ -120,41 +126,37 @@ fn power_of_two_for(extent: Extent) -> f64 {
     }
 }
 
-/// The exponent `beta (l - max l)` with the inverse temperature `beta = 1 / gamma` at which `KL(softmax(beta l) ||
-/// uniform) = radius`; `None` if the ball reaches the distribution on the largest losses alone, or these are infinite.
+/// The exponent `beta (l - max l)` with the inverse temperature `beta = 1 / gamma` at which the divergence of
+/// `q_i = p_i exp(beta l_i) / sum_j p_j exp(beta l_j)` from `p` is the radius; `None` if the ball reaches the distribution on the largest losses alone, or these are infinite.
 /// `beta` is NaN where a loss is. Losses of `-inf` weigh nothing at any `beta > 0`, which takes `log(n / k)` of the
-/// radius where `k` losses are left. If no radius remains, `beta` is next to 0, and those `k` have equal weights.
+/// radius where `k` of the measure `n` is left. If no radius remains, `beta` is next to 0, and what is left has equal
+/// weights.
 ///
-/// `KL` grows with `beta`, from 0 to `log(n / m)`. Newton's iteration solves `sqrt(KL) = sqrt(radius)`, nearly linear
+/// `KL` grows with `beta`, from 0 to `log(n / m)`, where `m` is the measure of the largest losses. Newton's iteration solves `sqrt(KL) = sqrt(radius)`, nearly linear
 /// in `beta` as long as `KL` is small, or `log(limit - KL) = log(limit - radius)`, nearly linear where it saturates; a
 /// bracket that every evaluation tightens keeps it safe. `KL` is flat, and Newton's step too long, between the `beta`
 /// that tells a far outlier from the rest and the one that tells the rest apart: such a step goes up by a factor that
 /// is squared each time, and a wide bracket is halved in the logarithm.
-fn temperature<T: Element>(
-    losses: &Vector<T>,
-    mut radius: f64,
-    mut extent: Extent,
-    threads: usize,
-) -> Option<Exponent> {
-    let mut n = losses.len() as f64;
+fn temperature(batch: &Batch, mut radius: f64, mut extent: Extent) -> Option<Exponent> {
+    let mut n = batch.total;
     let constant = |scale| Exponent { tau: f64::INFINITY, scale, origin: 0.0, power_of_two: 1.0 };
     if extent.max.is_nan() {
         return Some(constant(f64::NAN));
     }
-    if radius == 0.0 || losses.is_empty() || extent.min == extent.max {
+    if radius == 0.0 || extent.min == extent.max {
         return Some(constant(0.0));
     }
     if extent.max.is_infinite() {
         return None;
     }
     if extent.min.is_infinite() {
-        let (min, count) = sum(losses, threads, Above).unwrap_or_default();
+        let (min, above) = sum(batch, Above).unwrap_or_default();
         extent.min = min;
-        radius += (count as f64 / n).ln();
-        n = count as f64;
+        radius += (above.value() / n).ln();
+        n = above.value();
     }
-    let limit = (n / extent.at_max as f64).ln();
-    if radius >= limit {
+    let limit = (n / extent.at_max.value()).ln();
+    if radius >= limit || extent.min == extent.max {
         return None;
     }
     let power_of_two = power_of_two_for(extent);
@@ -170,9 +172,8 @@ fn temperature<T: Element>(
     let mut growth: f64 = 16.0;
     for _ in 0..200 {
         let exponent = exponent(beta);
-        let log_mean = (sum(losses, threads, ExpSum(exponent)).value() / n).ln();
-        let [kl, mean, square] =
-            sum(losses, threads, Divergence { exponent, log_mean }).map(|s| s.value() / n);
+        let log_mean = (sum(batch, ExpSum(exponent)).value() / n).ln();
+        let [kl, mean, square] = sum(batch, Divergence { exponent, log_mean }).map(|s| s.value() / n);
         if kl < radius {
             low = beta;
         } else {

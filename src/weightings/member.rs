@@ -1,8 +1,8 @@
 //! What a member of the family implements.
 
+use super::batch::Batch;
 use super::blocks::{BlockMap, write};
-use crate::layout::Vector;
-use crate::numeric::{Element, Isa, Real};
+use crate::numeric::{Isa, Real};
 use std::mem::MaybeUninit;
 
 /// A function from losses to weights, with its numbers.
@@ -16,6 +16,16 @@ pub trait Member: Copy + Sync {
     /// Whether each weight depends on its own loss alone.
     fn is_pointwise(&self) -> bool;
 
+    /// How many numbers each leaf of its state has, in the order of the leaves; none where it remembers nothing.
+    fn state_lengths(&self) -> Vec<usize> {
+        Vec::new()
+    }
+
+    /// How many groups it is about; `None` where it needs no groups.
+    fn groups(&self) -> Option<usize> {
+        None
+    }
+
     /// Replaces losses by their weights; called only where [`Member::is_pointwise`] holds. NaN stays NaN.
     #[inline(always)]
     fn pointwise<I: Isa>(&self, losses: &mut [f64]) {
@@ -23,9 +33,11 @@ pub trait Member: Copy + Sync {
         unreachable!("these weights depend on the whole batch");
     }
 
-    /// Fills `weights` with the weights of `losses`, which are as many.
-    fn weigh<T: Element, W: Real>(&self, losses: &Vector<T>, weights: &mut [MaybeUninit<W>], threads: usize) {
-        write(losses, weights, threads, Pointwise(*self));
+    /// Fills `weights` with the weights of a batch in which at least one sample takes part, and moves the state, which
+    /// has the lengths of [`Member::state_lengths`].
+    fn weigh<W: Real>(&self, batch: &Batch, state: &mut [Vec<f64>], weights: &mut [MaybeUninit<W>]) {
+        let _ = state;
+        write(batch, weights, Pointwise(*self));
     }
 }
 

@@ -1,29 +1,40 @@
 //! Losses to sample weights: the members of the family that have a kernel, in one table by name.
 //!
 //! A member is a function from the losses `l_1, ..., l_n` of a batch to their weights `w_1, ..., w_n`; a pointwise one
-//! has `w_i = f(l_i)`. All of it is computed in `f64`, with the rounding errors of differences and products carried
+//! has `w_i = f(l_i)`. A sample whose measure is 0 takes no part and weighs 0. Some members ask for groups, and some
+//! remember earlier batches in a state of a few vectors. All of it is computed in `f64`, with the rounding errors of differences and products carried
 //! along, and rounded once at the end.
 //!
-//! `member` says what a member implements, `blocks` has the loops over a batch. To add a member, write its file in this
+//! `member` says what a member implements, `batch` what it is given, `blocks` has the loops over a batch. To add a member, write its file in this
 //! folder, declare the module, and add its line to the table below.
 
+mod batch;
 mod blocks;
+mod chi_square;
+mod cvar;
+mod focal;
+mod group_dro;
 mod kl;
 mod kl_ball;
 mod member;
+mod moving_average;
 
 #[cfg(test)]
 mod tests;
 
-use crate::layout::Vector;
-use crate::numeric::{Element, Isa, Real};
-use blocks::PARALLEL;
+use crate::numeric::{Isa, Real};
 use std::fmt;
 use std::mem::MaybeUninit;
 
+pub use batch::Batch;
+pub use chi_square::{ChiSquare, ChiSquareBall};
+pub use cvar::Cvar;
+pub use focal::Focal;
+pub use group_dro::GroupDro;
 pub use kl::Kl;
 pub use kl_ball::KlBall;
 pub use member::Member;
+pub use moving_average::MovingAverageOfKl;
 
 /// Defines [`Weighting`], an enum with a variant for each line `name: Member`, and the functions that call the member
 /// it holds.
@@ -66,6 +77,20 @@ macro_rules! table {
                 }
             }
 
+            /// How many numbers each leaf of its state has; none where it remembers nothing.
+            #[must_use]
+            pub fn state_lengths(&self) -> Vec<usize> {
+                match self {
+                    $(Self::$Member(member) => member.state_lengths(),)*
+                }
+            }
+
+            fn groups(&self) -> Option<usize> {
+                match self {
+                    $(Self::$Member(member) => member.groups(),)*
+                }
+            }
+
             /// Replaces losses by their weights; only where [`Weighting::is_pointwise`] holds. NaN stays NaN.
             #[inline(always)]
             pub(crate) fn pointwise<I: Isa>(&self, losses: &mut [f64]) {
@@ -74,14 +99,14 @@ macro_rules! table {
                 }
             }
 
-            fn weigh<T: Element, W: Real>(
+            fn weigh<W: Real>(
                 &self,
-                losses: &Vector<T>,
+                batch: &Batch,
+                state: &mut [Vec<f64>],
                 weights: &mut [MaybeUninit<W>],
-                threads: usize,
             ) {
                 match self {
-                    $(Self::$Member(member) => member.weigh(losses, weights, threads),)*
+                    $(Self::$Member(member) => member.weigh(batch, state, weights),)*
                 }
             }
         }
@@ -89,11 +114,17 @@ macro_rules! table {
 }
 
 table! {
+    "chi_square": ChiSquare,
+    "chi_square_ball": ChiSquareBall,
+    "cvar": Cvar,
+    "focal": Focal,
+    "group_dro": GroupDro,
     "kl": Kl,
     "kl_ball": KlBall,
+    "moving_average(kl)": MovingAverageOfKl,
 }
 
-/// Why no weighting was made.
+/// Why no weighting was made, or none could weigh.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Error {
     /// No member has this name.
@@ -106,6 +137,26 @@ pub enum Error {
         expected: &'static [&'static str],
         /// How many were given.
         got: usize,
+    },
+    /// A member that asks for groups was given none.
+    NoGroups(&'static str),
+    /// The groups of some samples that take part are none of the member's.
+    GroupOutOfRange {
+        /// How many groups the member has.
+        groups: usize,
+        /// The smallest group that was given.
+        smallest: i64,
+        /// The largest.
+        largest: i64,
+    },
+    /// The leaves of the state do not have the lengths that the member's have.
+    State {
+        /// The member's name.
+        kind: &'static str,
+        /// How many numbers each leaf has.
+        expected: Vec<usize>,
+        /// What was given.
+        got: Vec<usize>,
     },
 }
 
@@ -123,6 +174,18 @@ impl fmt::Display for Error {
                 expected.len(),
                 expected.join(", ")
             ),
+            Self::NoGroups(kind) => {
+                write!(f, "a weighting of kind '{kind}' needs the group of each sample: give groups")
+            }
+            Self::GroupOutOfRange { groups, smallest, largest } => write!(
+                f,
+                "groups must lie in 0..{} for GroupDRO(groups={groups}), got {smallest} to {largest}",
+                *groups as i64 - 1
+            ),
+            Self::State { kind, expected, got } => write!(
+                f,
+                "the state of a weighting of kind '{kind}' has leaves of {expected:?} numbers, got {got:?}"
+            ),
         }
     }
 }
@@ -137,19 +200,50 @@ fn read<M: Member>(kind: &'static str, numbers: &[f64]) -> Result<M, Error> {
     }
 }
 
-/// Fills `weights` with the weights of `losses`, in row-major order, on at most `threads` threads.
+/// Fills `weights` with the weights of a batch, in row-major order, and moves `state`, the leaves of the member's state.
 ///
-/// A NaN loss makes its own weight NaN, and every weight where weights depend on the batch.
+/// A NaN loss makes its own weight NaN, and every weight where weights depend on the batch. The state stays as it was
+/// where no sample takes part, or a loss that takes part is not finite.
+///
+/// # Errors
+/// [`Error::State`], [`Error::NoGroups`] or [`Error::GroupOutOfRange`], before anything is written.
 ///
 /// # Panics
-/// If `weights` is not as long as `losses`.
-pub fn sample_weights<T: Element, W: Real>(
-    losses: &Vector<T>,
+/// If `weights` is not as long as the losses.
+pub fn sample_weights<W: Real>(
+    batch: &Batch,
     weighting: Weighting,
+    state: &mut [Vec<f64>],
     weights: &mut [MaybeUninit<W>],
-    threads: usize,
-) {
-    assert_eq!(losses.len(), weights.len());
-    let threads = if losses.len() < PARALLEL { 1 } else { threads };
-    weighting.weigh(losses, weights, threads);
+) -> Result<(), Error> {
+    assert_eq!(batch.losses.count(), weights.len());
+    check(batch, weighting, state)?;
+    if batch.total == 0.0 {
+        blocks::fill(batch, weights, 0.0);
+    } else if state.is_empty() {
+        weighting.weigh(batch, state, weights);
+    } else {
+        let mut next = state.to_vec();
+        weighting.weigh(batch, &mut next, weights);
+        if batch.is_usable() {
+            state.clone_from_slice(&next);
+        }
+    }
+    Ok(())
+}
+
+fn check(batch: &Batch, weighting: Weighting, state: &[Vec<f64>]) -> Result<(), Error> {
+    let (expected, got) = (weighting.state_lengths(), state.iter().map(Vec::len).collect::<Vec<_>>());
+    if expected != got {
+        return Err(Error::State { kind: weighting.kind(), expected, got });
+    }
+    let Some(groups) = weighting.groups() else { return Ok(()) };
+    let given = batch.groups.ok_or(Error::NoGroups(weighting.kind()))?;
+    let outside =
+        |(i, &g): (usize, &i64)| batch.p(i) != 0.0 && usize::try_from(g).map_or(true, |g| g >= groups);
+    if given.iter().enumerate().any(outside) {
+        let (smallest, largest) = given.iter().fold((i64::MAX, i64::MIN), |(a, b), &g| (a.min(g), b.max(g)));
+        return Err(Error::GroupOutOfRange { groups, smallest, largest });
+    }
+    Ok(())
 }

@@ -1,14 +1,15 @@
 //! Tests of the members against their formulas, and of the table.
 
 use super::*;
-use crate::layout::written;
+use crate::layout::{Vector, written};
+use crate::numeric::Element;
 use ndarray::{Array, IxDyn};
 use proptest::prelude::*;
 
 /// The weights of losses, in the type `W`.
 fn weigh_as<T: Element, W: Real>(losses: &Vector<T>, weighting: Weighting, threads: usize) -> Vec<W> {
     let mut weights = vec![MaybeUninit::uninit(); losses.len()];
-    sample_weights(losses, weighting, &mut weights, threads);
+    sample_weights(&Batch::new(losses, None, None, threads), weighting, &mut [], &mut weights).unwrap();
     // SAFETY: all weights were written.
     unsafe { written(&weights) }.to_vec()
 }
@@ -147,6 +148,21 @@ fn strided_losses_are_read_in_place() {
 
 proptest! {
     #[test]
+    fn the_chi_square_ball_is_filled(
+        losses in prop::collection::vec((-50i32..50).prop_map(|l| f64::from(l) / 3.0), 2..200),
+        radius in 1e-6f64..9.0
+    ) {
+        let (w, n) = (chi_square_ball(&losses, radius), losses.len() as f64);
+        let mean = |f: &dyn Fn(f64) -> f64| w.iter().map(|&w| f(w)).sum::<f64>() / n;
+        prop_assert!((mean(&|w| w) - 1.0).abs() < 1e-13 * n);
+        let max = losses.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let at_max = losses.iter().filter(|&&l| l == max).count() as f64;
+        let reachable = radius.min((n / at_max - 1.0) / 2.0);
+        let divergence = mean(&|w| (w - 1.0).powi(2)) / 2.0;
+        prop_assert!((divergence - reachable).abs() <= 1e-12 * n * reachable.max(1e-2), "{divergence} {reachable}");
+    }
+
+    #[test]
     fn normalised_weights_average_to_one(losses in prop::collection::vec(-50f64..50.0, 1..200), tau in 0.1f64..60.0) {
         let w = weigh(&losses, Weighting::Kl(Kl { tau, scale: 0.7, normalize: true }));
         prop_assert!((w.iter().sum::<f64>() / w.len() as f64 - 1.0).abs() < 1e-14 * w.len() as f64);
@@ -210,8 +226,8 @@ fn the_table_makes_members_by_name_and_names_what_it_does_not_know() {
         };
         assert_eq!(Weighting::new(kind, &vec![1.0; count]).unwrap().kind(), *kind);
     }
-    let unknown = Weighting::new("cvar", &[0.1]).unwrap_err().to_string();
-    assert!(unknown.contains("'cvar'") && unknown.contains("'kl', 'kl_ball'"), "{unknown}");
+    let unknown = Weighting::new("cauchy", &[0.1]).unwrap_err().to_string();
+    assert!(unknown.contains("'cauchy'") && unknown.contains("'kl', 'kl_ball'"), "{unknown}");
     let numbers = Weighting::new("kl", &[1.0]).unwrap_err().to_string();
     assert!(numbers.contains("3 numbers (tau, scale, normalize), got 1"), "{numbers}");
 }
@@ -221,4 +237,146 @@ fn only_weights_that_need_no_batch_are_pointwise() {
     assert!(Weighting::Kl(KL).is_pointwise());
     assert!(!Weighting::Kl(Kl { normalize: true, ..KL }).is_pointwise());
     assert!(!ball(0.1).is_pointwise());
+}
+
+/// The weights under a measure.
+fn weigh_measured(losses: &[f64], measure: &[f64], weighting: Weighting) -> Vec<f64> {
+    let losses = Vector::of(losses);
+    let mut weights = vec![MaybeUninit::uninit(); losses.len()];
+    sample_weights(&Batch::new(&losses, Some(measure), None, 1), weighting, &mut [], &mut weights).unwrap();
+    // SAFETY: all weights were written.
+    unsafe { written(&weights) }.to_vec()
+}
+
+/// The weights of group DRO, and its shares after the batch.
+fn group_dro(
+    losses: &[f64],
+    measure: Option<&[f64]>,
+    groups: Option<&[i64]>,
+    shares: &[f64],
+) -> Result<(Vec<f64>, Vec<f64>), Error> {
+    let weighting = Weighting::GroupDro(GroupDro { groups: 2, step_size: 1.0 });
+    let losses = Vector::of(losses);
+    let (mut weights, mut state) = (vec![MaybeUninit::new(7.0); losses.len()], vec![shares.to_vec()]);
+    let done = sample_weights(&Batch::new(&losses, measure, groups, 1), weighting, &mut state, &mut weights);
+    // SAFETY: all weights were initialised.
+    done.map(|()| (unsafe { written(&weights) }.to_vec(), state.remove(0)))
+}
+
+#[test]
+fn a_whole_measure_counts_as_copies_of_a_sample() {
+    let (losses, measure) = ([0.3, 1.2, 0.3, 5.0, -2.0], [2.0, 1.0, 0.0, 1.0, 3.0]);
+    let copies = [0.3, 0.3, 1.2, 5.0, -2.0, -2.0, -2.0];
+    let first = [0, 2, usize::MAX, 3, 4];
+    let normalised = Weighting::Kl(Kl { normalize: true, ..KL });
+    let members = [Weighting::Kl(KL), normalised, ball(0.2), ball(0.0), ball(5.0)];
+    let tails = [0.3, 1.0].map(|alpha| Weighting::Cvar(Cvar { alpha }));
+    let balls = [0.1, 0.9].map(|radius| Weighting::ChiSquareBall(ChiSquareBall { radius }));
+    let [focal, penalty] =
+        [Weighting::Focal(Focal { gamma: 2.0 }), Weighting::ChiSquare(ChiSquare { gamma: 3.0 })];
+    for weighting in members.into_iter().chain(tails).chain(balls).chain([focal, penalty]) {
+        let (measured, copied) = (weigh_measured(&losses, &measure, weighting), weigh(&copies, weighting));
+        for (w, i) in measured.iter().zip(first) {
+            let expected = copied.get(i).copied().unwrap_or(0.0);
+            assert!((w - expected).abs() <= 1e-14 * expected, "{weighting:?}: {w} {expected}");
+        }
+    }
+}
+
+#[test]
+fn what_takes_no_part_may_be_anything() {
+    let measure = [1.0, 0.0, 0.0, 2.0];
+    for weighting in
+        [Weighting::Kl(Kl { normalize: true, ..KL }), ball(0.1), Weighting::Cvar(Cvar { alpha: 0.5 })]
+    {
+        let w = weigh_measured(&[1.0, f64::NAN, f64::INFINITY, 2.0], &measure, weighting);
+        assert_eq!(w, weigh_measured(&[1.0, 9.0, -9.0, 2.0], &measure, weighting));
+        assert_eq!(weigh_measured(&[f64::NAN; 2], &[0.0; 2], weighting), [0.0; 2]);
+    }
+}
+
+#[test]
+fn the_tail_counts_its_edge_in_part_and_ties_alike() {
+    let cvar = |alpha| Weighting::Cvar(Cvar { alpha });
+    assert_eq!(weigh(&[0.0, 1.0, 2.0, 3.0], cvar(0.5)), [0.0, 0.0, 2.0, 2.0]);
+    assert_eq!(weigh(&[0.0, 1.0, 2.0, 3.0], cvar(0.375)), [0.0, 0.0, 0.5 / 0.375, 1.0 / 0.375]);
+    assert_eq!(weigh(&[3.0, 1.0, 3.0, 3.0, 3.0], cvar(0.4)), [1.25, 0.0, 1.25, 1.25, 1.25]);
+    assert_eq!(weigh(&[f64::INFINITY, 1.0], cvar(0.5)), [2.0, 0.0]);
+    assert_eq!(weigh(&[2.0; 3], cvar(0.1)), [1.0; 3]);
+    assert!(weigh(&[1.0, f64::NAN], cvar(0.5)).iter().all(|w| w.is_nan()));
+}
+
+fn chi_square_ball(losses: &[f64], radius: f64) -> Vec<f64> {
+    weigh(losses, Weighting::ChiSquareBall(ChiSquareBall { radius }))
+}
+
+#[test]
+fn the_chi_square_ball_knows_its_corners() {
+    let inf = f64::INFINITY;
+    assert_eq!(chi_square_ball(&[1.0, 2.0, 2.0], 0.0), [1.0; 3]);
+    assert_eq!(chi_square_ball(&[2.0; 3], 1.0), [1.0; 3]);
+    assert_eq!(chi_square_ball(&[1.0, 2.0, 2.0], 0.25), [0.0, 1.5, 1.5]);
+    assert_eq!(chi_square_ball(&[1.0, 2.0, 2.0], inf), [0.0, 1.5, 1.5]);
+    assert_eq!(chi_square_ball(&[inf, 2.0, inf, -inf], 0.01), [2.0, 0.0, 2.0, 0.0]);
+    assert_eq!(chi_square_ball(&[inf, 2.0, inf, -inf], 0.0), [1.0; 4]);
+    assert_eq!(chi_square_ball(&[-inf; 2], 0.3), [1.0; 2]);
+    assert_eq!(chi_square_ball(&[1.0, -inf, 2.0], 0.1), [1.5, 0.0, 1.5]);
+    assert_eq!(chi_square_ball(&[4.0], 0.3), [1.0]);
+    assert!(chi_square_ball(&[1.0, f64::NAN], 0.1).iter().all(|w| w.is_nan()));
+}
+
+#[test]
+fn the_chi_square_penalty_knows_its_corners() {
+    let inf = f64::INFINITY;
+    let penalty = |losses: &[f64], gamma| weigh(losses, Weighting::ChiSquare(ChiSquare { gamma }));
+    assert_eq!(penalty(&[0.0, 1.0, 2.0], 2.0), [0.5, 1.0, 1.5]);
+    assert_eq!(penalty(&[0.0, 1.0, 2.0], 0.1), [0.0, 0.0, 3.0]);
+    assert_eq!(penalty(&[7.0; 3], 0.1), [1.0; 3]);
+    assert_eq!(penalty(&[inf, -inf, 5.0, inf], 1.0), [2.0, 0.0, 0.0, 2.0]);
+    assert_eq!(penalty(&[-inf; 2], 1.0), [1.0; 2]);
+    assert_eq!(penalty(&[1.7e308, -1.7e308], 1.0), [2.0, 0.0]);
+    assert!(penalty(&[1.0, f64::NAN], 1.0).iter().all(|w| w.is_nan()));
+}
+
+#[test]
+fn group_dro_moves_its_shares_and_refuses_groups_that_it_does_not_have() {
+    let (w, shares) = group_dro(&[0.0, 0.0, 2.0], None, Some(&[0, 0, 1]), &[0.5, 0.5]).unwrap();
+    let q = 1.0 / (1.0 + 2f64.exp());
+    for (got, expected) in w.iter().chain(&shares).zip([1.5 * q, 1.5 * q, 3.0 * (1.0 - q), q, 1.0 - q]) {
+        assert!((got - expected).abs() < 1e-15, "{got} {expected}");
+    }
+    let outside = |groups| group_dro(&[1.0, 1.0], Some(&[1.0, 0.0]), Some(groups), &[0.5, 0.5]);
+    assert!(outside(&[1, -7]).is_ok());
+    let error = outside(&[2, 0]).unwrap_err();
+    assert_eq!(error, Error::GroupOutOfRange { groups: 2, smallest: 0, largest: 2 });
+    assert_eq!(group_dro(&[1.0], None, None, &[0.5, 0.5]), Err(Error::NoGroups("group_dro")));
+    let state = Error::State { kind: "group_dro", expected: vec![2], got: vec![1] };
+    assert_eq!(group_dro(&[1.0], None, Some(&[0]), &[1.0]), Err(state));
+    for loss in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+        let (_, shares) = group_dro(&[loss, 1.0], None, Some(&[0, 1]), &[0.25, 0.75]).unwrap();
+        assert_eq!(shares, [0.25, 0.75]);
+    }
+}
+
+#[test]
+fn a_running_mean_begins_with_the_first_batch() {
+    let inner = Kl { tau: f64::INFINITY, scale: 1.0, normalize: false };
+    let weighting = Weighting::MovingAverageOfKl(MovingAverageOfKl { decay: 0.75, inner });
+    let mut state = vec![vec![0.0], vec![0.0]];
+    let mut weigh = |losses: &[f64]| {
+        let losses = Vector::of(losses);
+        let mut weights = vec![MaybeUninit::new(0.0f64); losses.len()];
+        sample_weights(&Batch::new(&losses, None, None, 1), weighting, &mut state, &mut weights).unwrap();
+        // SAFETY: all weights were initialised.
+        (unsafe { written(&weights) }.to_vec(), state.clone())
+    };
+    let ln = f64::ln;
+    let close = |a: &[f64], b: &[f64]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-15);
+    let (w, state) = weigh(&[ln(1.0), ln(3.0)]);
+    assert!(close(&w, &[0.5, 1.5]) && close(&state[0], &[ln(2.0)]) && state[1] == [1.0]);
+    let (w, state) = weigh(&[ln(10.0)]);
+    assert!(close(&w, &[2.5]) && close(&state[0], &[ln(4.0)]) && state[1] == [2.0]);
+    // An infinite loss gets its weight, and is not remembered.
+    let (w, after) = weigh(&[f64::INFINITY, 0.0]);
+    assert!(close(&w, &[8.0, 0.0]) && after == state);
 }

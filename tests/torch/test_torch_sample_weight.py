@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from base_measures import INF, NAN, SOME, base_measure, losses_of, mask, run
 from family import members
-from rgd import ERM, KL, CVaR, GroupDRO, MovingAverage, Trimmed, reference
+from rgd import ERM, KL, ChiSquare, ChiSquareBall, CVaR, GroupDRO, KLBall, MovingAverage, Trimmed, reference
 from rgd.torch import RGD, RGDLoss, backend, cross_entropy, reweighted_mean, sample_weights
 from torch_family import (
     EVERY,
@@ -424,3 +424,25 @@ def test_the_statistics_of_a_loss_heed_base_measure_and_mask(weighting, name):
     assert_same_stats(stats, expected, N * T)
     assert stats.objective == pytest.approx(objective.item(), rel=1e-13)
     assert stats.count == int((where & (p > 0)).sum())
+
+
+@pytest.mark.parametrize(
+    "weighting",
+    [KL(1.0, normalize=True), KLBall(0.3), ChiSquare(1.0), ChiSquareBall(0.3), CVaR(0.4)],
+    ids=str,
+)
+def test_weights_over_a_batch_with_a_measure_come_from_the_kernel(weighting, monkeypatch):
+    losses, measure = torch.rand(9, generator=torch.manual_seed(0)), torch.arange(9.0)
+    logits, target = torch.randn(9, 4), torch.arange(9) % 4
+    expected = reference.sample_weights(losses.numpy(), weighting, sample_weight=measure.numpy())
+
+    def refuse(self, batch):
+        raise AssertionError("the formula was asked")
+
+    monkeypatch.setattr(type(weighting), "weights", refuse)
+    weights = sample_weights(losses, weighting, sample_weight=measure)
+    np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-6)
+    single = rgd.sample_weights(losses.numpy(), weighting, sample_weight=measure.numpy())
+    np.testing.assert_array_equal(single, weights.numpy())
+    criterion = RGDLoss(weighting=weighting)
+    assert torch.isfinite(criterion(logits, target, sample_weight=measure))

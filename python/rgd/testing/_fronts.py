@@ -54,7 +54,7 @@ def _check_numpy(subject: Subject) -> None:
     weigh_with: Any = rgd.sample_weights
 
     def call(case: Case, state: Any) -> tuple[Any, Any]:
-        # The kernel serves batches without a measure, whatever the weighting.
+        # A kernel has a way of its own for batches without a measure.
         plain = bool(case.where.all()) and bool((case.measure == 1).all())
         options: dict[str, Any] = {} if plain else {"where": case.where, "sample_weight": case.measure}
         return _split(

@@ -180,10 +180,10 @@ class Weigher:
             weights, self.state = weigh(weighting, batch, self.state)
         return weights[own].reshape(losses.shape).to(accumulator(losses.dtype))
 
-    def kernel_serves(self, measure: Tensor | None) -> bool:
+    @property
+    def kernel_serves(self) -> bool:
         """Whether the kernel of the weighting computes the weights of this call."""
-        plan = self.plan
-        return plan.kind is not None and self.group is None and (measure is None or plan.pointwise)
+        return self.plan.kind is not None and self.group is None
 
 
 def _as_tensor(numbers: Any, device: torch.device | str = "cpu") -> Tensor:

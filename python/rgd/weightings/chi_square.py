@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from rgd.weightings._ball import gaps_of, with_corners
-from rgd.weightings._base import Weighting, setting
+from rgd.weightings._base import Kernel, Weighting, setting
 from rgd.weightings._batch import Batch
 from rgd.weightings._limits import difference
 from rgd.weightings._sorted import first_enough, in_order
@@ -40,6 +40,8 @@ class ChiSquare(Weighting):
         Namkoong, Duchi, "Variance-based Regularization with Convex Objectives", NeurIPS 2017, section 2.
     """
 
+    kernel_name = "chi_square"
+
     gamma: float = setting("a positive, finite number", lambda gamma: (gamma > 0) & (gamma < math.inf))
 
     mean_one = True
@@ -61,6 +63,15 @@ class ChiSquare(Weighting):
         above = gaps + u
         weights = xp.where(above > 0, above, 0.0)
         return xp.where(batch.any(xp.isnan(losses)), float("nan"), weights)
+
+    def kernel(self) -> Kernel:
+        """The kernel `chi_square`: the penalty's strength."""
+        return self.kernel_name, (self.gamma,)
+
+    @classmethod
+    def of_kernel(cls, numbers: tuple[float, ...]) -> ChiSquare:
+        """The weighting of a kernel's numbers."""
+        return cls(*numbers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +102,8 @@ class ChiSquareBall(Weighting):
         f-divergences", NeurIPS 2016; Duchi, Namkoong, "Learning Models with Uniform Performance via
         Distributionally Robust Optimization", Annals of Statistics 2021, section 2.
     """
+
+    kernel_name = "chi_square_ball"
 
     radius: float = setting("a number >= 0", lambda radius: radius >= 0)
 
@@ -132,3 +145,12 @@ class ChiSquareBall(Weighting):
         above = xp.where(above > 0, above, 0.0)
         weights = xp.where(all_positive, linear, above / batch.mean(above))
         return with_corners(whole, ball, weights, radius=radius, radius_left=left, limit=limit)
+
+    def kernel(self) -> Kernel:
+        """The kernel `chi_square_ball`: the radius."""
+        return self.kernel_name, (self.radius,)
+
+    @classmethod
+    def of_kernel(cls, numbers: tuple[float, ...]) -> ChiSquareBall:
+        """The ball of a kernel's numbers."""
+        return cls(*numbers)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from rgd.weightings._base import Weighting, is_array, setting
+from rgd.weightings._base import Kernel, Weighting, is_array, setting
 from rgd.weightings._batch import Batch
 from rgd.weightings._limits import difference
 from rgd.weightings._root import polished
@@ -42,6 +42,8 @@ class CVaR(Weighting):
         Pillutla, Malick, Harchaoui, "Superquantiles at Work", 2021 (smoothing by a divergence).
     """
 
+    kernel_name = "cvar"
+
     alpha: float = setting("in (0, 1]", lambda alpha: (alpha > 0) & (alpha <= 1))
     smoothing: float = setting(
         "a finite number >= 0", lambda smoothing: (smoothing >= 0) & (smoothing < math.inf), default=0.0
@@ -58,6 +60,16 @@ class CVaR(Weighting):
             smooth = self._smooth(batch, xp.where(nu > 0, nu, 1.0))
             weights = xp.where(nu > 0, smooth, self._sharp(batch))
         return xp.where(batch.any(xp.isnan(batch.losses)), float("nan"), weights)
+
+    def kernel(self) -> Kernel | None:
+        """The kernel `cvar`: the share. Smoothed weights have none."""
+        sharp = not is_array(self.smoothing) and self.smoothing == 0
+        return (self.kernel_name, (self.alpha,)) if sharp else None
+
+    @classmethod
+    def of_kernel(cls, numbers: tuple[float, ...]) -> CVaR:
+        """The weighting of a kernel's numbers."""
+        return cls(*numbers)
 
     def _sharp(self, batch: Batch) -> Any:
         return share_in_tail(batch, self.alpha) / self.alpha

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from rgd.weightings._base import Weighting, setting
+from rgd.weightings._base import Kernel, Weighting, setting
 from rgd.weightings._batch import Batch
 
 
@@ -33,6 +33,8 @@ class Focal(Weighting):
         Lin, Goyal, Girshick, He, Dollár, "Focal Loss for Dense Object Detection", ICCV 2017, equation 4.
     """
 
+    kernel_name = "focal"
+
     gamma: float = setting("a finite number >= 0", lambda gamma: (gamma >= 0) & (gamma < math.inf))
 
     pointwise = True
@@ -42,3 +44,12 @@ class Focal(Weighting):
         xp, losses = batch.xp, batch.losses
         unlikely = -xp.expm1(-xp.where(losses > 0, losses, 0.0))
         return xp.where(xp.isnan(losses), losses, unlikely**self.gamma)
+
+    def kernel(self) -> Kernel:
+        """The kernel `focal`: the exponent."""
+        return self.kernel_name, (self.gamma,)
+
+    @classmethod
+    def of_kernel(cls, numbers: tuple[float, ...]) -> Focal:
+        """The weighting of a kernel's numbers."""
+        return cls(*numbers)

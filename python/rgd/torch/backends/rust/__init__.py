@@ -66,13 +66,14 @@ class Rust:
 
     def sample_weights(self, losses: Tensor, measure: Tensor | None, weigher: Weigher) -> Tensor:
         """The weights by the weighting's kernel where it has one, by its formula where not."""
-        if not weigher.kernel_serves(measure):
-            return weigher.weigh(losses, measure)
         plan: Any = weigher.plan
-        if torch.compiler.is_compiling():
-            weights = _ops.sample_weights(losses.detach(), plan.kind, plan.numbers)
-        else:
-            weights = fill_weights(losses.detach(), plan.kernel)
+        compiling = torch.compiler.is_compiling()
+        # The operator of compiled graphs takes no measure.
+        if not weigher.kernel_serves or (compiling and measure is not None and not plan.pointwise):
+            return weigher.weigh(losses, measure)
+        if not compiling:
+            return fill_weights(losses.detach(), plan.kernel, measure)
+        weights = _ops.sample_weights(losses.detach(), plan.kind, plan.numbers)
         return weights if measure is None else weights.masked_fill(measure == 0, 0)
 
     def cross_entropy(self, problem: Problem, weigher: Weigher) -> tuple[Tensor, Record | None]:
@@ -88,7 +89,7 @@ class Rust:
         if torch.compiler.is_compiling():
             computed = _compute_by_operators(problem, weigher, with_grad)
             return computed.objective, Record.of(problem, computed.filled, self.name)
-        if weigher.kernel_serves(problem.measure):
+        if weigher.kernel_serves:
             kernel: Any = weigher.plan.kernel
             computed = fill(problem, kernel, with_grad)
         else:
@@ -117,7 +118,7 @@ def _compute_by_operators(problem: Problem, weigher: Weigher, with_grad: bool) -
     """The same by operators, for a compiled graph: their objective carries the gradient."""
     class_weight = None if problem.class_weight is None else problem.class_weight.detach()
     problem = problem.changed(target=problem.target.detach(), class_weight=class_weight)
-    if weigher.kernel_serves(problem.measure):
+    if weigher.kernel_serves:
         return _ops.cross_entropy(problem, weigher.plan, with_grad)
     losses, logsumexp = _ops.cross_entropy_losses(problem)
     weights = weigher.weigh(*units_of(losses, problem.counted(), problem.measure, problem.options.per))

@@ -31,11 +31,17 @@ class Computed(NamedTuple):
     filled: Filled
 
 
-def fill_weights(losses: Tensor, kernel: Kernel) -> Tensor:
-    """The weights of losses by the kernel of a weighting."""
+def fill_weights(losses: Tensor, kernel: Kernel, measure: Tensor | None = None) -> Tensor:
+    """The weights of losses by the kernel of a weighting; 0 where the measure is 0."""
     weights = losses.new_empty(losses.shape, dtype=accumulator(losses.dtype))
-    _rgd.sample_weights(_plain(losses), weights, *kernel, torch.get_num_threads())
+    _rgd.sample_weights(_plain(losses), weights, *kernel, torch.get_num_threads(), _measure_of(measure))
     return weights
+
+
+def _measure_of(measure: Tensor | None) -> Tensor | None:
+    if measure is None:
+        return None
+    return _plain(measure.detach() if measure.is_floating_point() else measure.double())
 
 
 def fill(problem: Problem, kernel: Kernel, with_grad: bool) -> Computed:
