@@ -93,20 +93,20 @@ impl Member for ChiSquareBall {
             let (width, height) = (f64::INFINITY, batch.total / measure);
             return write(batch, weights, Line { origin, offset: 1.0, center: 0.0, width, height });
         }
-        let square = 1.0 + 2.0 * left;
+        // With the measure P, the mean m and the variance v of the gaps in play, and d = m - eta, the weights have the
+        // mean square (1 + v / d^2) measure / P, which must be 1 + 2 left. Small differences from 1 are kept exact.
+        let beyond_one = |p: f64| (p - measure + 2.0 * left * p) / measure;
         let mut above = Running::default();
         for (k, &(loss, p)) in samples.iter().enumerate() {
             above.add(origin.gap(loss), p);
             let Some(next) = samples.get(k + 1).map(|s| origin.gap(s.0)) else { break };
             // The mean square of the weights if they begin at the next loss: it falls from loss to loss.
             let ratio = above.variance() / (above.mean - next).powi(2);
-            if above.squares > 0.0 && measure / above.measure * (1.0 + ratio) <= square {
+            if above.squares > 0.0 && ratio <= beyond_one(above.measure) {
                 break;
             }
         }
-        // With the measure P, the mean m and the variance v of the gaps in play, and d = m - eta:
-        // (1 + v / d^2) measure / P = mean(w^2).
-        let width = (above.variance() / (square * above.measure / measure - 1.0)).sqrt();
+        let width = (above.variance() / beyond_one(above.measure)).sqrt();
         let height = batch.total / above.measure;
         write(batch, weights, Line { origin, offset: 1.0, center: above.mean, width, height });
     }
