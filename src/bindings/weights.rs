@@ -8,7 +8,7 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 #[pyfunction]
-#[allow(clippy::needless_pass_by_value)] // PyO3 reads a sequence as a vector only
+#[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // one for each tensor and setting
 #[pyo3(signature = (losses, weights, kind, numbers, threads, measure=None, groups=None, state=None))]
 pub(super) fn sample_weights(
     py: Python,

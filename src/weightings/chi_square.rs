@@ -4,7 +4,7 @@
 //! eta) / mean(max(0, l - eta))` with `eta` such that `mean((w - 1)^2) / 2 = radius`. Either gives weight to the largest
 //! losses alone, and once it is known how many these are, `eta` is a formula of their measure, mean and variance.
 //!
-//! Sources: Namkoong, Duchi, NeurIPS 2016 and 2017; Duchi, Namkoong, Annals of Statistics 2021, section 2.
+//! Sources: Namkoong, Duchi, `NeurIPS` 2016 and 2017; Duchi, Namkoong, Annals of Statistics 2021, section 2.
 
 use super::batch::Batch;
 use super::blocks::{BlockMap, fill, put_on, write};

@@ -2,11 +2,11 @@
 //!
 //! A member is a function from the losses `l_1, ..., l_n` of a batch to their weights `w_1, ..., w_n`; a pointwise one
 //! has `w_i = f(l_i)`. A sample whose measure is 0 takes no part and weighs 0. Some members ask for groups, and some
-//! remember earlier batches in a state of a few vectors. All of it is computed in `f64`, with the rounding errors of differences and products carried
-//! along, and rounded once at the end.
+//! remember earlier batches in a state of a few vectors. All of it is computed in `f64`, with the rounding errors of
+//! differences and products carried along, and rounded once at the end.
 //!
-//! `member` says what a member implements, `batch` what it is given, `blocks` has the loops over a batch. To add a member, write its file in this
-//! folder, declare the module, and add its line to the table below.
+//! `member` says what a member implements, `batch` what it is given, `blocks` has the loops over a batch. To add a
+//! member, write its file in this folder, declare the module, and add its line to the table below.
 
 mod batch;
 mod blocks;

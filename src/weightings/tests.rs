@@ -302,7 +302,7 @@ fn the_tail_counts_its_edge_in_part_and_ties_alike() {
     assert_eq!(weigh(&[0.0, 1.0, 2.0, 3.0], cvar(0.375)), [0.0, 0.0, 0.5 / 0.375, 1.0 / 0.375]);
     assert_eq!(weigh(&[3.0, 1.0, 3.0, 3.0, 3.0], cvar(0.4)), [1.25, 0.0, 1.25, 1.25, 1.25]);
     assert_eq!(weigh(&[f64::INFINITY, 1.0], cvar(0.5)), [2.0, 0.0]);
-    assert_eq!(weigh(&[2.0; 3], cvar(0.1)), [1.0; 3]);
+    assert!(weigh(&[2.0; 3], cvar(0.1)).iter().all(|w| (w - 1.0).abs() <= f64::EPSILON));
     assert!(weigh(&[1.0, f64::NAN], cvar(0.5)).iter().all(|w| w.is_nan()));
 }
 
@@ -371,7 +371,8 @@ fn a_running_mean_begins_with_the_first_batch() {
         (unsafe { written(&weights) }.to_vec(), state.clone())
     };
     let ln = f64::ln;
-    let close = |a: &[f64], b: &[f64]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-15);
+    let close =
+        |a: &[f64], b: &[f64]| a.iter().zip(b).all(|(a, b)| (a - b).abs() <= 4.0 * f64::EPSILON * b.abs());
     let (w, state) = weigh(&[ln(1.0), ln(3.0)]);
     assert!(close(&w, &[0.5, 1.5]) && close(&state[0], &[ln(2.0)]) && state[1] == [1.0]);
     let (w, state) = weigh(&[ln(10.0)]);
