@@ -352,14 +352,17 @@ def group_sums(
     if numbers.size and numbers[0] < 0:
         raise ValueError(f"groups must be integers >= 0, got {numbers[0]}")
     with np.errstate(all="ignore"):
-        columns = [np.bincount(index, values, numbers.size) for values in (p, p * losses, p * weights)]
-    return numbers, np.stack([*columns, np.bincount(index, minlength=numbers.size)], 1)
+        values = (p, p * losses, p * weights, np.ones(p.shape))
+        columns = [np.bincount(index, column, numbers.size) for column in values]
+    return numbers, np.stack(columns, 1).astype(np.float64)
 
 
 def group_stats_from_sums(sums: dict[int, npt.NDArray[np.float64]]) -> GroupStats:
     """`GroupStats` from the rows of `group_sums`, added up over several batches."""
     numbers = sorted(sums)
-    rows = np.array([sums[number] for number in numbers]).reshape(-1, 4)
+    rows = np.zeros((len(numbers), 4))
+    for row, number in zip(rows, numbers, strict=True):
+        row[:] = sums[number]
     return _stats_of_groups(np.array(numbers, np.int64), rows)
 
 
@@ -370,7 +373,7 @@ def _stats_of_groups(numbers: npt.NDArray[np.int64], rows: npt.NDArray[np.float6
         dense = np.zeros((numbers[-1] + 1 if numbers.size else 0, 4))
         dense[numbers] = rows
         rows = dense
-    measure, loss, weight, count = rows.T
+    measure, loss, weight, count = (rows[:, column] for column in range(4))
     with np.errstate(all="ignore"):
         mean_loss, share = loss / measure, weight / np.sum(weight)
     return GroupStats(

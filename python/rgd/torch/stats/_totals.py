@@ -59,7 +59,7 @@ class Totals:
     def _add_groups(self, units: Units, groups: Tensor) -> None:
         losses, weights = (np.asarray(one.detach().double()) for one in (units.losses, units.weights))
         measure = None if units.measure is None else np.asarray(units.measure.double())
-        numbers, rows = group_sums(losses, weights, measure, np.asarray(groups).reshape(losses.shape))
+        numbers, rows = group_sums(losses, weights, measure, np.asarray(groups.reshape(units.losses.shape)))
         for number, row in zip(numbers.tolist(), rows, strict=True):
             self._groups[number] = self._groups.get(number, 0.0) + row
 

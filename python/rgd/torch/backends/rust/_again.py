@@ -8,7 +8,7 @@ the short way if everything is as it was. `again` names every condition, and dec
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from rgd.torch.stats import Record
 
 _contiguous, _strided = torch.contiguous_format, torch.strided
 # Without the question for torch.func transforms, under which no call goes the short way.
-_apply: Any = super(torch.autograd.Function, Objective).apply
+_apply: Any = cast("Any", super(torch.autograd.Function, Objective)).apply
 
 
 class Accepted(NamedTuple):
@@ -132,12 +132,14 @@ def again(loss: Any, known: Accepted, logits: Any, target: Any) -> Tensor | None
         and not (dtype is torch.bfloat16 and torch.is_autocast_enabled("cpu"))
     ):
         return None
+    kernel: Any = plan.kernel
+    kind, numbers = kernel
     losses = torch.empty_like(target, dtype=losses_dtype, memory_format=_contiguous)
     weights = losses.new_empty(losses.shape[:1]) if per == "sample" else torch.empty_like(losses)
     objective, detached = losses.new_empty(()), logits.detach()
     grad = empty_like(detached)
     divisor, count = _rgd.cross_entropy(
-        detached, target, class_weight, None, *plan.kernel, ignore_index, smoothing, per == "sample",
+        detached, target, class_weight, None, kind, numbers, ignore_index, smoothing, per == "sample",
         reduction, losses, weights, objective, grad, torch.get_num_threads(), adjustment, z_loss,
     )  # fmt: skip
     counted = None if count == losses.numel() else target != ignore_index
