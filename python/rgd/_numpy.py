@@ -10,9 +10,17 @@ import numpy.typing as npt
 
 from rgd import _rgd
 from rgd._arrays import Source, SupportsDLPack, available_cores, read, read_groups, read_mask, read_measure
+from rgd._by_kernel import ByKernel
 from rgd.stats import WeightStats, WeightSums, clip_of, group_stats, stats_from_sums, worst_tenth
 from rgd.weightings import Batch, Weighting
-from rgd.weightings._call import kernel_of, map_state, require_state, resolve_weighting, weigh
+from rgd.weightings._call import (
+    kernel_of,
+    map_state,
+    require_state,
+    resolve_weighting,
+    step_kernel_of,
+    weigh,
+)
 
 _Array = TypeVar("_Array", bound=SupportsDLPack)
 _Measure = npt.NDArray[np.float64] | None
@@ -268,8 +276,10 @@ def _weights(
             xp=xp,
             concrete=True,
         )
+        kernel = step_kernel_of(weighting)
+        computing = weighting if kernel is None else ByKernel(weighting, kernel, available_cores())
         with np.errstate(all="ignore"):
-            computed, state = weigh(weighting, batch, state)
+            computed, state = weigh(computing, batch, state)
             weights[...] = computed.reshape(source.shape)
     return weights, state
 

@@ -9,6 +9,7 @@
 use super::batch::Batch;
 use super::blocks::{BlockMap, fill, put_on, write};
 use super::member::Member;
+use super::tail::samples;
 use crate::numeric::{Isa, Real};
 use std::mem::MaybeUninit;
 
@@ -114,11 +115,7 @@ impl Member for ChiSquareBall {
 
 /// The losses that take part with their measure, the largest first; `None` where one is NaN.
 fn falling(batch: &Batch) -> Option<Vec<(f64, f64)>> {
-    let losses = batch.read().into_iter().enumerate();
-    let mut samples: Vec<(f64, f64)> = losses.map(|(i, l)| (l, batch.p(i))).filter(|s| s.1 != 0.0).collect();
-    if samples.iter().any(|s| s.0.is_nan()) {
-        return None;
-    }
+    let mut samples = samples(batch)?;
     samples.sort_unstable_by(|a, b| b.0.total_cmp(&a.0));
     Some(samples)
 }

@@ -1,26 +1,30 @@
 //! Conditional value at risk: weight `1 / alpha` on the worst share `alpha` of the measure.
 //!
-//! Samples above the edge of that share weigh `1 / alpha`, and those at the edge share what is left in equal parts. A
-//! part that is 0 or 1 but for rounding is 0 or 1. The edge is selected; nothing is sorted.
+//! Smoothed by `nu > 0`, the weights are `min(1 / alpha, exp((l - eta) / nu))` with `eta` such that their mean is 1
+//! (Laguel et al., "Superquantiles at Work", 2021). Where all above the `k` smallest losses weigh `1 / alpha`, `eta` is
+//! a formula of sums over these; the right `k` is the one whose weights have the smallest mean.
 
 use super::batch::Batch;
-use super::blocks::{BlockMap, BlockSum, Compensated, fill, measure_where, sum, write};
+use super::blocks::{BlockMap, Compensated, fill, write};
 use super::member::Member;
+use super::tail::{Tail, edge, samples};
 use crate::numeric::{Isa, Real};
 use std::mem::MaybeUninit;
 
-/// The settings of conditional value at risk, sharp.
+/// The settings of conditional value at risk.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Cvar {
     /// The share, in `(0, 1]`.
     pub alpha: f64,
+    /// `nu`; >= 0.
+    pub smoothing: f64,
 }
 
 impl Member for Cvar {
-    const NUMBERS: &'static [&'static str] = &["alpha"];
+    const NUMBERS: &'static [&'static str] = &["alpha", "smoothing"];
 
     fn from_numbers(numbers: &[f64]) -> Self {
-        Self { alpha: numbers[0] }
+        Self { alpha: numbers[0], smoothing: numbers[1] }
     }
 
     fn is_pointwise(&self) -> bool {
@@ -28,82 +32,81 @@ impl Member for Cvar {
     }
 
     fn weigh<W: Real>(&self, batch: &Batch, _: &mut [Vec<f64>], weights: &mut [MaybeUninit<W>]) {
-        let losses = batch.read();
-        let mut samples: Vec<(f64, f64)> =
-            losses.into_iter().enumerate().map(|(i, l)| (l, batch.p(i))).filter(|s| s.1 != 0.0).collect();
-        if self.alpha.is_nan() || samples.iter().any(|s| s.0.is_nan()) {
+        if self.alpha.is_nan() || self.smoothing.is_nan() {
             return fill(batch, weights, f64::NAN);
         }
-        // How far a sum of the measure may be off.
+        if self.smoothing > 0.0 {
+            return match self.smooth(batch) {
+                Some(smooth) => write(batch, weights, smooth),
+                None => fill(batch, weights, f64::NAN),
+            };
+        }
+        match Tail::of(batch, self.alpha) {
+            Some(tail) => write(batch, weights, Sharp { tail, bound: 1.0 / self.alpha }),
+            None => fill(batch, weights, f64::NAN),
+        }
+    }
+}
+
+impl Cvar {
+    fn smooth(&self, batch: &Batch) -> Option<Smooth> {
+        let mut samples = samples(batch)?;
         let rounding = 8.0 * f64::EPSILON * batch.total;
-        let edge = edge_of_tail(&mut samples, self.alpha * batch.total - rounding);
-        let [above, there] = sum(batch, AboveAndAt(edge)).map(Compensated::value);
-        let left = self.alpha * batch.total - above;
-        let part = if left >= there - rounding {
-            1.0
-        } else if left > rounding {
-            left / there
-        } else {
-            0.0
-        };
-        write(batch, weights, Tail { edge, above: 1.0 / self.alpha, at_edge: part / self.alpha });
-    }
-}
-
-/// The largest loss such that losses at least as large have the measure `wanted`, by selection among halves.
-fn edge_of_tail(mut samples: &mut [(f64, f64)], wanted: f64) -> f64 {
-    let mut before = 0.0;
-    while samples.len() > 1 {
-        let middle = samples.len() / 2;
-        samples.select_nth_unstable_by(middle, |a, b| b.0.total_cmp(&a.0));
-        let (larger, rest) = samples.split_at_mut(middle);
-        let reached = before + larger.iter().map(|s| s.1).sum::<f64>();
-        samples = if reached >= wanted {
-            larger
-        } else {
-            before = reached;
-            rest
-        };
-    }
-    samples[0].0
-}
-
-/// The measure of the losses above the edge and of those at it.
-#[derive(Clone, Copy)]
-struct AboveAndAt(f64);
-
-impl BlockSum for AboveAndAt {
-    type Sum = [Compensated; 2];
-
-    #[inline(always)]
-    fn sum<I: Isa>(&self, block: &mut [f64], measure: Option<&[f64]>) -> [Compensated; 2] {
-        let mut copy = block.to_vec();
-        [measure_where(&mut copy, measure, |l| l > self.0), measure_where(block, measure, |l| l == self.0)]
-    }
-
-    fn join(a: [Compensated; 2], b: [Compensated; 2]) -> [Compensated; 2] {
-        [a[0].join(b[0]), a[1].join(b[1])]
+        let edge = edge(&mut samples, self.alpha * batch.total - rounding);
+        samples.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
+        let bound = 1.0 / self.alpha;
+        let mut smooth = Smooth { edge, smoothing: self.smoothing, shift: f64::NEG_INFINITY, bound };
+        let (mut measure, mut free) = (Compensated::default(), Compensated::default());
+        for &(loss, p) in &samples {
+            measure.add(p);
+            free.add(p * smooth.gap(loss).exp());
+            let room = batch.total - (batch.total - measure.value()) / self.alpha;
+            if room > 0.0 {
+                smooth.shift = smooth.shift.max((room / free.value()).ln());
+            }
+        }
+        // There the whole tail is bound.
+        smooth.shift = smooth.shift.min(bound.ln());
+        Some(smooth)
     }
 }
 
 #[derive(Clone, Copy)]
-struct Tail {
-    edge: f64,
-    above: f64,
-    at_edge: f64,
+struct Sharp {
+    tail: Tail,
+    bound: f64,
 }
 
-impl BlockMap for Tail {
+impl BlockMap for Sharp {
     #[inline(always)]
     fn apply<I: Isa>(&self, block: &mut [f64]) {
         for l in block {
-            *l = if *l > self.edge {
-                self.above
-            } else if *l == self.edge {
-                self.at_edge
-            } else {
-                0.0
-            };
+            *l = self.tail.part_of(*l) * self.bound;
+        }
+    }
+}
+
+/// `min(bound, exp((l - edge) / smoothing + shift))`.
+#[derive(Clone, Copy)]
+struct Smooth {
+    edge: f64,
+    smoothing: f64,
+    shift: f64,
+    bound: f64,
+}
+
+impl Smooth {
+    #[inline(always)]
+    fn gap(self, loss: f64) -> f64 {
+        if loss == self.edge { 0.0 } else { (loss - self.edge) / self.smoothing }
+    }
+}
+
+impl BlockMap for Smooth {
+    #[inline(always)]
+    fn apply<I: Isa>(&self, block: &mut [f64]) {
+        for l in block {
+            *l = (self.gap(*l) + self.shift).exp().min(self.bound);
         }
     }
 }

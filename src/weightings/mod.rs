@@ -17,7 +17,10 @@ mod group_dro;
 mod kl;
 mod kl_ball;
 mod member;
+mod midrange_kl;
 mod moving_average;
+mod tail;
+mod trimmed;
 
 #[cfg(test)]
 mod tests;
@@ -34,7 +37,14 @@ pub use group_dro::GroupDro;
 pub use kl::Kl;
 pub use kl_ball::KlBall;
 pub use member::Member;
+pub use midrange_kl::MidrangeKl;
 pub use moving_average::MovingAverageOfKl;
+pub use trimmed::Trimmed;
+
+/// [`Trimmed`] members by the names that the table can hold.
+type TrimmedChiSquare = Trimmed<ChiSquare>;
+type TrimmedCvar = Trimmed<Cvar>;
+type TrimmedKl = Trimmed<Kl>;
 
 /// Defines [`Weighting`], an enum with a variant for each line `name: Member`, and the functions that call the member
 /// it holds.
@@ -121,7 +131,11 @@ table! {
     "group_dro": GroupDro,
     "kl": Kl,
     "kl_ball": KlBall,
+    "midrange_kl": MidrangeKl,
     "moving_average(kl)": MovingAverageOfKl,
+    "trimmed(chi_square)": TrimmedChiSquare,
+    "trimmed(cvar)": TrimmedCvar,
+    "trimmed(kl)": TrimmedKl,
 }
 
 /// Why no weighting was made, or none could weigh.
@@ -139,7 +153,7 @@ pub enum Error {
         got: usize,
     },
     /// A member that asks for groups was given none.
-    NoGroups(&'static str),
+    NoGroups,
     /// The groups of some samples that take part are none of the member's.
     GroupOutOfRange {
         /// How many groups the member has.
@@ -174,8 +188,8 @@ impl fmt::Display for Error {
                 expected.len(),
                 expected.join(", ")
             ),
-            Self::NoGroups(kind) => {
-                write!(f, "a weighting of kind '{kind}' needs the group of each sample: give groups")
+            Self::NoGroups => {
+                write!(f, "GroupDRO needs the group of each sample: give groups= with the losses")
             }
             Self::GroupOutOfRange { groups, smallest, largest } => write!(
                 f,
@@ -238,7 +252,7 @@ fn check(batch: &Batch, weighting: Weighting, state: &[Vec<f64>]) -> Result<(), 
         return Err(Error::State { kind: weighting.kind(), expected, got });
     }
     let Some(groups) = weighting.groups() else { return Ok(()) };
-    let given = batch.groups.ok_or(Error::NoGroups(weighting.kind()))?;
+    let given = batch.groups.ok_or(Error::NoGroups)?;
     let outside =
         |(i, &g): (usize, &i64)| batch.p(i) != 0.0 && usize::try_from(g).map_or(true, |g| g >= groups);
     if given.iter().enumerate().any(outside) {

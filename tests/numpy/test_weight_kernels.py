@@ -42,6 +42,19 @@ STATELESS = [
     rgd.ChiSquareBall(0.7),
     rgd.ChiSquareBall(3.0),
     rgd.ChiSquareBall(99.0),
+    rgd.CVaR(0.3, smoothing=0.5),
+    rgd.CVaR(0.5, smoothing=1e-3),
+    rgd.CVaR(1.0, smoothing=2.0),
+    rgd.MidrangeKL(1.0),
+    rgd.MidrangeKL(-2.0),
+    rgd.MidrangeKL(3.0, relative=True),
+    rgd.MidrangeKL(0.0),
+    rgd.Trimmed(rgd.KL(1.0), fraction=0.2),
+    rgd.Trimmed(rgd.KL(scale=-0.7, normalize=True), fraction=0.05),
+    rgd.Trimmed(rgd.CVaR(0.3), fraction=0.1),
+    rgd.Trimmed(rgd.CVaR(0.3, smoothing=0.2), fraction=0.33),
+    rgd.Trimmed(rgd.ChiSquare(0.5), fraction=0.25),
+    rgd.Trimmed(rgd.ERM(), fraction=0.0),
 ]
 RNG = np.random.default_rng(0)
 SITUATIONS = {
@@ -120,7 +133,7 @@ def test_a_kernel_follows_its_formula(situation: str, weighting: rgd.Weighting) 
 
 def test_a_nan_makes_all_weights_of_the_tail_nan_and_of_focal_its_own() -> None:
     losses = np.array([1.0, math.nan, 2.0])
-    assert np.isnan(weigh(losses, ("cvar", (0.5,)))).all()
+    assert np.isnan(weigh(losses, ("cvar", (0.5, 0.0)))).all()
     for gamma in (0.0, 2.0):
         assert np.isnan(weigh(losses, ("focal", (gamma,)))).tolist() == [False, True, False]
     assert weigh(np.array([-3.0, 0.0]), ("focal", (0.0,))).tolist() == [1.0, 1.0]

@@ -1,5 +1,8 @@
 """Tests that take long: they start first, so that all workers end together, and `--quick` leaves them out.
 
+`--few N` runs each test function with N of its parameter sets. So do the oldest versions: they differ in what
+a function calls, not in the numbers it is given.
+
 `tests/durations.json` holds the seconds of the longest run of each test function that takes 0.5 s or more.
 On a quiet machine, `make test PYTEST_ARGS=--store-durations` brings it up to date.
 """
@@ -22,6 +25,7 @@ def pytest_addoption(parser):
         action="store_true",
         help=f"run each test with one of its parameter sets, and none of {LONG} s or with processes",
     )
+    group.addoption("--few", type=int, metavar="N", help="run each test with at most N of its parameter sets")
     group.addoption(
         "--store-durations", action="store_true", help=f"write what takes {LONG} s or more to {TABLE.name}"
     )
@@ -37,12 +41,16 @@ def function_of(nodeid):
     return nodeid.partition("[")[0].rpartition("::")[2]
 
 
-def chosen(items):
-    """Of each test function one item, whose place depends on the function's name alone."""
+def chosen(items, number):
+    """Of each test function a number of items, evenly apart, from a place that depends on its name alone."""
     variants = collections.defaultdict(list)
     for item in items:
         variants[item.nodeid.partition("[")[0]].append(item)
-    return [group[zlib.crc32(name.encode()) % len(group)] for name, group in variants.items()]
+    kept = []
+    for name, group in variants.items():
+        first, number_here = zlib.crc32(name.encode()), min(number, len(group))
+        kept += [group[(first + i * len(group) // number_here) % len(group)] for i in range(number_here)]
+    return kept
 
 
 @pytest.hookimpl(trylast=True)
@@ -55,8 +63,13 @@ def pytest_collection_modifyitems(config, items):
                 item
                 for item in items
                 if function_of(item.nodeid) not in seconds and "workers" not in item.fixturenames
-            ]
+            ],
+            number=1,
         )
+        config.hook.pytest_deselected(items=list(set(items).difference(kept)))
+        items[:] = kept
+    elif config.getoption("--few"):
+        kept = chosen(items, config.getoption("--few"))
         config.hook.pytest_deselected(items=list(set(items).difference(kept)))
         items[:] = kept
     longest = collections.defaultdict(float)

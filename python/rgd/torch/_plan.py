@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from rgd._arrays import power_of
+from rgd._by_kernel import ByKernel
 from rgd.torch._distributed import Sync, gather
 from rgd.torch._dtypes import accumulator, wide
 from rgd.torch._modes import is_exporting, values_can_be_read
 from rgd.torch._state import Memory
 from rgd.weightings import Batch, Weighting
 from rgd.weightings._base import Kernel
-from rgd.weightings._call import kernel_of, resolve_weighting, weigh, weighting_of
+from rgd.weightings._call import kernel_of, resolve_weighting, step_kernel_of, weigh, weighting_of
 from rgd.weightings._fields import fields, map_numbers, numbers_of
 
 
@@ -36,6 +37,7 @@ class Plan:
         live: The weighting with each number a 0-d float64 tensor on the CPU.
         pointwise: `weighting.pointwise`.
         stateful: `weighting.stateful`.
+        step_kernel: The Rust kernel of a weighting that remembers and the numbers of that, or None.
     """
 
     def __init__(self, weighting: Weighting, kernel: Kernel | None = None) -> None:
@@ -44,6 +46,7 @@ class Plan:
         self.kind = None if self.kernel is None else self.kernel[0]
         self.pointwise = weighting.pointwise
         self.stateful = weighting.stateful
+        self.step_kernel = step_kernel_of(weighting)
         self._numbers: Tensor | None = None
         self._live: Weighting | None = None
         self._live_on: dict[str, Weighting] = {}
@@ -143,12 +146,13 @@ class Weigher:
         alone = sync is None or (plan.pointwise and not plan.stateful)
         self.group = None if alone else sync.group()  # pyright: ignore[reportOptionalMemberAccess]
 
-    def weigh(self, losses: Tensor, measure: Tensor | None) -> Tensor:
+    def weigh(self, losses: Tensor, measure: Tensor | None, *, by_kernel: bool = False) -> Tensor:
         """The weights of a batch by the weighting's formula; the state after it takes the place of `state`.
 
         Args:
             losses: Any shape, floating.
             measure: The base measure, of the losses' shape, 0 where a loss takes no part; None for ones.
+            by_kernel: Whether a kernel that computes steps takes the place of the formula.
 
         Returns:
             Weights of the losses' shape, without grad; float64 for float64 losses, else float32.
@@ -173,7 +177,9 @@ class Weigher:
         exporting = torch.compiler.is_compiling() and is_exporting()
         batch = Batch(flat, p, groups, xp=xp, concrete=values_can_be_read(flat), any_size=exporting)
         in_graph = torch.compiler.is_compiling() and not exporting
-        weighting = self.plan.in_graphs(flat.device) if in_graph else self.plan.weighting
+        weighting: Any = self.plan.in_graphs(flat.device) if in_graph else self.plan.weighting
+        if by_kernel and self.plan.step_kernel is not None and batch.concrete:
+            weighting = ByKernel(self.plan.weighting, self.plan.step_kernel, torch.get_num_threads())
         if isinstance(self.state, Memory):
             weights = self.state.weigh(weighting, batch, given)
         else:

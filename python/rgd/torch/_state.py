@@ -83,7 +83,7 @@ class WeightingState(nn.Module):
 
         map_state(register, self._names, state)
 
-    def _weigh(self, weighting: Weighting, batch: Batch, given: tuple[Tensor, ...], trains: bool) -> Tensor:
+    def _weigh(self, weighting: Any, batch: Batch, given: tuple[Tensor, ...], trains: bool) -> Tensor:
         """The weights of a batch; where it trains, the state after it takes the place of the one before.
 
         Args:
@@ -269,7 +269,7 @@ class Memory(NamedTuple):
     state: WeightingState
     trains: bool
 
-    def weigh(self, weighting: Weighting, batch: Batch, given: tuple[Tensor, ...]) -> Tensor:
+    def weigh(self, weighting: Any, batch: Batch, given: tuple[Tensor, ...]) -> Tensor:
         """The weights of a batch; `given` are the vectors of this process that they depend on."""
         return self.state._weigh(weighting, batch, given, self.trains)  # pyright: ignore[reportPrivateUsage]
 

@@ -86,8 +86,8 @@ class Weighting:
     def kernel(self) -> Kernel | None:
         """The Rust kernel that computes the same weights, by name, and its numbers; None where there is none.
 
-        It counts only in the class that defines `weights`: a subclass that changes the formula must not
-        inherit the kernel of another.
+        It counts only in the class that defines `weights` or `step`: a subclass that changes the formula must
+        not inherit the kernel of another.
         """
         return None
 
@@ -132,8 +132,8 @@ class Weighting:
                 raise TypeError(
                     f"a field of {cls.__name__} is named {name!r}, which rgd.Weighting uses: rename it"
                 )
-        owners = [next(kind for kind in cls.__mro__ if name in vars(kind)) for name in ("kernel", "weights")]
-        cls.kernel_counts = owners[0] is owners[1]
+        formula = next(kind for kind in cls.__mro__ if "weights" in vars(kind) or "step" in vars(kind))
+        cls.kernel_counts = next(kind for kind in cls.__mro__ if "kernel" in vars(kind)) is formula
         if "kernel_name" in vars(cls):
             by_kernel[cls.kernel_name] = cls
         # The fields of a dataclass are still class attributes here. Their metadata is read now, and not when

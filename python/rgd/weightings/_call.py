@@ -49,17 +49,24 @@ def kernel_of(weighting: Weighting) -> Kernel | None:
     return weighting.kernel() if weighting.kernel_counts and not weighting.stateful else None
 
 
+def step_kernel_of(weighting: Weighting) -> Kernel | None:
+    """The same for a weighting that remembers: the kernel of its step."""
+    return weighting.kernel() if weighting.kernel_counts and weighting.stateful else None
+
+
 def weighting_of(kernel: Kernel) -> Weighting:
     """The weighting of a kernel's name and numbers: the inverse of `kernel_of`, for the same weights."""
     name, numbers = kernel
-    return by_kernel[name].of_kernel(numbers)
+    outer, _, inner = name.removesuffix(")").partition("(")
+    kind: Any = by_kernel[outer]
+    return kind.of_kernel(numbers, inner) if inner else kind.of_kernel(numbers)
 
 
-def weigh(weighting: Weighting, batch: Batch, state: Any = None) -> tuple[Any, Any]:
+def weigh(weighting: Any, batch: Batch, state: Any = None) -> tuple[Any, Any]:
     """The weights of a batch with losses, and the state after it: how every front calls a member.
 
     Args:
-        weighting: The member.
+        weighting: The member; or what computes its step by a kernel, which checks and keeps as this does.
         batch: Its losses, at least one.
         state: Its state, as arrays of the losses' kind; None for a member that keeps none.
 
@@ -70,6 +77,8 @@ def weigh(weighting: Weighting, batch: Batch, state: Any = None) -> tuple[Any, A
     Raises:
         ValueError: If the member returns weights of another shape than the losses'.
     """
+    if not isinstance(weighting, Weighting):
+        return weighting.step(batch, state)
     xp = batch.xp
     if not weighting.stateful:
         weights = weighting.weights(batch)

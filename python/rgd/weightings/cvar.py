@@ -61,10 +61,9 @@ class CVaR(Weighting):
             weights = xp.where(nu > 0, smooth, self._sharp(batch))
         return xp.where(batch.any(xp.isnan(batch.losses)), float("nan"), weights)
 
-    def kernel(self) -> Kernel | None:
-        """The kernel `cvar`: the share. Smoothed weights have none."""
-        sharp = not is_array(self.smoothing) and self.smoothing == 0
-        return (self.kernel_name, (self.alpha,)) if sharp else None
+    def kernel(self) -> Kernel:
+        """The kernel `cvar`: share and smoothing."""
+        return self.kernel_name, (self.alpha, self.smoothing)
 
     @classmethod
     def of_kernel(cls, numbers: tuple[float, ...]) -> CVaR:

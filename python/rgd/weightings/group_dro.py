@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rgd.weightings._base import Weighting, setting
+from rgd.weightings._base import Kernel, Weighting, setting
 from rgd.weightings._batch import Batch
 from rgd.weightings._limits import difference, times
 
@@ -45,6 +45,8 @@ class GroupDRO(Weighting):
         Sagawa, Koh, Hashimoto, Liang, "Distributionally Robust Neural Networks for Group Shifts", ICLR 2020,
         Algorithm 1, as in the authors' code.
     """
+
+    kernel_name = "group_dro"
 
     groups: int
     step_size: float = setting(
@@ -88,3 +90,7 @@ class GroupDRO(Weighting):
         shares = shares / xp.sum(shares)
         weights = xp.sum(xp.where(member > 0, (batch.count * shares / sizes)[:, None], 0.0), axis=0)
         return xp.where(outside, float("nan"), weights), {"shares": shares}
+
+    def kernel(self) -> Kernel:
+        """The kernel `group_dro`: the number of groups and the step size."""
+        return self.kernel_name, (self.groups, self.step_size)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from rgd.weightings._base import Weighting, setting
+from rgd.weightings._base import Kernel, Weighting, setting
 from rgd.weightings._batch import Batch
 from rgd.weightings._limits import difference, small, times
 
@@ -43,6 +43,8 @@ class MidrangeKL(Weighting):
         measures losses in half ranges: `relative=True`.
     """
 
+    kernel_name = "midrange_kl"
+
     scale: float = setting("a finite number", lambda scale: (scale > -math.inf) & (scale < math.inf))
     relative: bool = False
 
@@ -71,3 +73,12 @@ class MidrangeKL(Weighting):
         clipped = xp.where(distance == float("inf"), distance, clipped)
         weights = xp.exp(times(xp, self.scale, xp.where(falling, clipped, -clipped)))
         return weights / batch.mean(weights)
+
+    def kernel(self) -> Kernel:
+        """The kernel `midrange_kl`: the scale, and whether losses are measured in half ranges."""
+        return self.kernel_name, (self.scale, self.relative)
+
+    @classmethod
+    def of_kernel(cls, numbers: tuple[float, ...]) -> MidrangeKL:
+        """The weighting of a kernel's numbers."""
+        return cls(numbers[0], bool(numbers[1]))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from rgd.weightings._base import Weighting, setting
+from rgd.weightings._base import Kernel, Weighting, setting
 from rgd.weightings._batch import Batch
+from rgd.weightings._call import kernel_of
 from rgd.weightings._limits import difference
 from rgd.weightings.trimmed import require_weighting
 
@@ -43,6 +44,8 @@ class MovingAverage(Weighting):
         ICML 2022 (SOX); Qi, Xu, Yin, Jin, Yang, "Attentional-Biased Stochastic Gradient Descent", TMLR 2023
         (ABSGD), Algorithm 1.
     """
+
+    kernel_name = "moving_average"
 
     weighting: Weighting
     decay: float = setting("in [0, 1)", lambda decay: (decay >= 0) & (decay < 1))
@@ -83,3 +86,10 @@ class MovingAverage(Weighting):
         known = xp.isfinite(new)
         after = {"log_mean": xp.where(known, new, old), "updates": xp.where(known, updates + 1, updates)}
         return weights, after
+
+    def kernel(self) -> Kernel | None:
+        """The kernel `moving_average(kl)`: the decay, and the numbers of the inner kernel."""
+        inner = kernel_of(self.weighting)
+        if inner is None or inner[0] != "kl":
+            return None
+        return f"{self.kernel_name}({inner[0]})", (self.decay, *inner[1])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from rgd.weightings._base import Weighting, setting
+from rgd.weightings._base import Kernel, Weighting, setting
 from rgd.weightings._batch import Batch
-from rgd.weightings._call import weigh
+from rgd.weightings._call import kernel_of, weigh, weighting_of
 from rgd.weightings._tail import share_in_tail
 
 
@@ -37,6 +37,8 @@ class Trimmed(Weighting):
         Algorithm 1.
     """
 
+    kernel_name = "trimmed"
+
     weighting: Weighting
     fraction: float = setting("in [0, 1)", lambda fraction: (fraction >= 0) & (fraction < 1))
 
@@ -64,6 +66,18 @@ class Trimmed(Weighting):
         weights, state = weigh(self.weighting, batch.reweighed(batch.measure * kept), state)
         weights = kept * weights
         return xp.where(batch.any(xp.isnan(batch.losses)), float("nan"), weights), state
+
+    def kernel(self) -> Kernel | None:
+        """The kernel `trimmed(...)` of an inner kernel: the share, and the inner numbers."""
+        inner = kernel_of(self.weighting)
+        if inner is None or inner[0] not in ("chi_square", "cvar", "kl"):
+            return None
+        return f"{self.kernel_name}({inner[0]})", (self.fraction, *inner[1])
+
+    @classmethod
+    def of_kernel(cls, numbers: tuple[float, ...], inner: str = "") -> Trimmed:
+        """The weighting of a kernel's numbers and of the name of its inner kernel."""
+        return cls(weighting_of((inner, numbers[1:])), numbers[0])
 
 
 def require_weighting(weighting: Any) -> None:

@@ -70,7 +70,7 @@ class Rust:
         compiling = torch.compiler.is_compiling()
         # The operator of compiled graphs takes no measure.
         if not weigher.kernel_serves or (compiling and measure is not None and not plan.pointwise):
-            return weigher.weigh(losses, measure)
+            return weigher.weigh(losses, measure, by_kernel=True)
         if not compiling:
             return fill_weights(losses.detach(), plan.kernel, measure)
         weights = _ops.sample_weights(losses.detach(), plan.kind, plan.numbers)
@@ -110,7 +110,8 @@ class Rust:
 def _compute_in_two_passes(problem: Problem, weigher: Weigher, with_grad: bool) -> Computed:
     """First the losses, then, with the weights they call for, the gradient."""
     losses, logsumexp = fill_losses(problem)
-    weights = weigher.weigh(*units_of(losses, problem.counted(), problem.measure, problem.options.per))
+    units = units_of(losses, problem.counted(), problem.measure, problem.options.per)
+    weights = weigher.weigh(*units, by_kernel=True)
     return fill_gradient(problem, losses, weights.to(losses.dtype), logsumexp, with_grad)
 
 
