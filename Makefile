@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-BENCH ?= $(wildcard benches/*.py)
+BENCH ?= $(filter-out %/compare.py %/instructions.py,$(wildcard benches/*.py))
 EVIDENCE := $(filter-out readme,$(basename $(notdir $(wildcard examples/evidence/*.py))))
 QUICK_TESTS := $(addprefix tests/,weightings numpy torch jax package)
 # How many processes run the Python tests; 0 for this one alone, as a debugger needs it.
@@ -105,6 +105,15 @@ bench: $(VENV)/.built $(VENV)/.group-test ## Run the programs in benches/, or on
 	@for program in $(BENCH); do \
 	  printf '\n== %s\n' "$$program"; $(python) "$$program" || exit 1; \
 	done
+
+.PHONY: bench-compare
+bench-compare: $(VENV)/.built $(VENV)/.group-test ## Time this tree's steps against those of an older commit: make bench-compare REV=HEAD~5
+	@$(python) benches/compare.py $(REV)
+
+.PHONY: bench-instructions
+bench-instructions: $(VENV)/.built $(VENV)/.group-test ## Count the interpreter's steps in calls of rgd.torch, and hold them against the budget
+	$(say) "counting the interpreter's steps"
+	@$(python) benches/instructions.py
 
 .PHONY: clean
 clean: ## Remove the environments and everything built

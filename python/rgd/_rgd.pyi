@@ -44,6 +44,57 @@ class Borrowed:
     def dtype(self) -> str:
         """The name of the dtype, which need not be one that the kernels serve."""
 
+class RepeatedCrossEntropy:
+    """`cross_entropy` for calls whose tensors are alike but for where they lie.
+
+    Args:
+        dtype: Of the logits: "float64", "float32" or "bfloat16".
+        shape: Of the logits, (N, C) or (N, C, d1, ..., dk), none of them 0.
+        narrow: Whether targets are int32, and not int64.
+        kind: As for `cross_entropy`, and so are the others.
+        numbers: Likewise.
+        ignore_index: Likewise.
+        label_smoothing: Likewise.
+        per_sample: Likewise.
+        reduction: "mean" or "sum".
+        z_loss: Likewise.
+
+    Raises:
+        TypeError: If the dtype is another one.
+        ValueError: If a setting does not fit.
+    """
+
+    def __init__(
+        self,
+        dtype: str,
+        shape: Sequence[int],
+        narrow: bool,
+        kind: str,
+        numbers: Sequence[float],
+        ignore_index: int,
+        label_smoothing: float,
+        per_sample: bool,
+        reduction: str,
+        z_loss: float,
+    ) -> None: ...
+    def __call__(
+        self,
+        logits: int,
+        target: int,
+        losses: int,
+        weights: int,
+        objective: int,
+        grad: int,
+        threads: int,
+        class_weight: Any | None,
+        logit_adjustment: Any | None,
+    ) -> tuple[float, int]:
+        """Fill `losses`, `weights`, `objective` and `grad`; returns and raises as `cross_entropy`.
+
+        The first six are the addresses of tensors that the caller vouches for: they are in the CPU's memory,
+        contiguous, of the dtypes and shapes of this call, and no output shares memory with another tensor.
+        """
+
 def sample_weights(
     losses: Any,
     weights: Any,

@@ -90,7 +90,7 @@ fn outputs<'a, 'py>(outputs: &[&'a Tensor<'py>], optional: Option<&'a Tensor<'py
     outputs.iter().copied().chain(optional).collect()
 }
 
-fn read_settings(
+pub(super) fn read_settings(
     ignore_index: i64,
     label_smoothing: f64,
     per_sample: bool,
@@ -109,7 +109,7 @@ fn read_settings(
     Ok(Settings { ignore_index, label_smoothing, z_loss, per_sample, reduction, threads })
 }
 
-fn read_reduction(reduction: &str) -> PyResult<Reduction> {
+pub(super) fn read_reduction(reduction: &str) -> PyResult<Reduction> {
     match reduction {
         "none" => Ok(Reduction::None),
         "mean" => Ok(Reduction::Mean),
@@ -120,7 +120,7 @@ fn read_reduction(reduction: &str) -> PyResult<Reduction> {
     }
 }
 
-fn read_totals(totals: Result<Totals, ce::Error>) -> PyResult<(f64, usize)> {
+pub(super) fn read_totals(totals: Result<Totals, ce::Error>) -> PyResult<(f64, usize)> {
     match totals {
         Ok(totals) => Ok((totals.denominator, totals.counted)),
         Err(error @ ce::Error::OutOfRange { .. }) => Err(PyIndexError::new_err(error.to_string())),

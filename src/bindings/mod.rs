@@ -7,6 +7,7 @@
 mod boosting;
 mod call;
 mod cross_entropy;
+mod repeated;
 mod tensor;
 mod weights;
 mod xla;
@@ -22,6 +23,8 @@ mod _rgd {
         cross_entropy, cross_entropy_gradient, cross_entropy_losses, cross_entropy_rows,
         cross_entropy_rows_gradient, label_out_of_range,
     };
+    #[pymodule_export]
+    use super::repeated::RepeatedCrossEntropy;
     #[pymodule_export]
     use super::tensor::Borrowed;
     #[pymodule_export]

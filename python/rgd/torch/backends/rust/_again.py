@@ -23,7 +23,7 @@ from rgd.torch.backends._registry import leads
 from rgd.torch.backends.rust._objective import Objective
 from rgd.torch.stats import Record
 
-_contiguous, _strided = torch.contiguous_format, torch.strided
+_strided = torch.strided
 # Without the question for torch.func transforms, under which no call goes the short way.
 _apply: Any = cast("Any", super(torch.autograd.Function, Objective)).apply
 
@@ -41,7 +41,9 @@ class Accepted(NamedTuple):
         class_weight: Its class weights, as the kernels read them, or None.
         adjustment: Its adjustment of the logits, likewise.
         versions: How often these two had been changed in place.
-        losses_dtype: Of losses and weights.
+        compute: The kernels for such a call.
+        losses: A tensor like its losses.
+        objective: A tensor like its objective.
     """
 
     dtype: torch.dtype
@@ -53,7 +55,9 @@ class Accepted(NamedTuple):
     class_weight: Tensor | None
     adjustment: Tensor | None
     versions: tuple[int, int]
-    losses_dtype: torch.dtype
+    compute: _rgd.RepeatedCrossEntropy
+    losses: Tensor
+    objective: Tensor
 
 
 def accepted(given: Given, problem: Problem, plan: Plan, record: Record | None) -> Accepted | None:
@@ -63,16 +67,25 @@ def accepted(given: Given, problem: Problem, plan: Plan, record: Record | None) 
     plain = problem.measure is None and problem.groups is None and problem.has_labels()
     as_given = logits is given.input and target is given.target and logits.dtype is not torch.float16
     ordinary = problem.wants_gradient() and not options.inplace and options.reduction != "none"
-    if not (served and plain and as_given and ordinary):
+    dense = logits.is_contiguous() and target.is_contiguous() and logits.dim() > 1 and logits.numel() > 0
+    if not (served and plain and as_given and ordinary and dense):
         return None
     dtype = accumulator(logits.dtype)
     by_class = given.class_weight, given.adjustment
     if not all(numbers is None or _readable(numbers, dtype) for numbers in by_class):
         return None
     versions = _version(by_class[0]), _version(by_class[1])
+    kernel: Any = plan.kernel
+    compute = _rgd.RepeatedCrossEntropy(
+        str(logits.dtype).removeprefix("torch."), logits.shape, target.dtype is torch.int32, *kernel,
+        options.ignore_index, options.label_smoothing, options.per == "sample", options.reduction,
+        options.z_loss,
+    )  # fmt: skip
+    losses = torch.empty_like(target, dtype=dtype)
     return Accepted(
-        logits.dtype, logits.shape, target.dtype, target.shape, options, plan, *by_class, versions, dtype
-    )
+        logits.dtype, logits.shape, target.dtype, target.shape, options, plan, *by_class, versions,
+        compute, losses, losses.new_empty(()),
+    )  # fmt: skip
 
 
 def again(loss: Any, known: Accepted, logits: Any, target: Any) -> Tensor | None:
@@ -86,7 +99,7 @@ def again(loss: Any, known: Accepted, logits: Any, target: Any) -> Tensor | None
     """
     (
         dtype, shape, target_dtype, target_shape, options, plan,
-        class_weight, adjustment, versions, losses_dtype,
+        class_weight, adjustment, versions, compute, like_losses, like_objective,
     ) = known  # fmt: skip
     ignore_index, smoothing, reduction, per, _, z_loss = options
     buffers: Any = loss._buffers
@@ -107,6 +120,8 @@ def again(loss: Any, known: Accepted, logits: Any, target: Any) -> Tensor | None
         and target.shape == target_shape
         and logits.is_cpu
         and target.is_cpu
+        and logits.is_contiguous()
+        and target.is_contiguous()
         and logits.requires_grad
         and not logits.is_neg()
         and not target.is_neg()
@@ -132,22 +147,19 @@ def again(loss: Any, known: Accepted, logits: Any, target: Any) -> Tensor | None
         and not (dtype is torch.bfloat16 and torch.is_autocast_enabled("cpu"))
     ):
         return None
-    kernel: Any = plan.kernel
-    kind, numbers = kernel
-    losses = torch.empty_like(target, dtype=losses_dtype, memory_format=_contiguous)
+    losses, objective = torch.empty_like(like_losses), torch.empty_like(like_objective)
     weights = losses.new_empty(losses.shape[:1]) if per == "sample" else torch.empty_like(losses)
-    objective, detached = losses.new_empty(()), logits.detach()
-    grad = empty_like(detached)
-    divisor, count = _rgd.cross_entropy(
-        detached, target, class_weight, None, kind, numbers, ignore_index, smoothing, per == "sample",
-        reduction, losses, weights, objective, grad, torch.get_num_threads(), adjustment, z_loss,
+    grad = empty_like(logits)
+    divisor, count = compute(
+        logits.data_ptr(), target.data_ptr(), losses.data_ptr(), weights.data_ptr(), objective.data_ptr(),
+        grad.data_ptr(), torch.get_num_threads(), class_weight, adjustment,
     )  # fmt: skip
     counted = None if count == losses.numel() else target != ignore_index
     state = loss.__dict__  # the way around nn.Module, which looks for parameters first
     state["_record"] = Record(losses, weights, divisor, None, counted, None, "rust")
     state["_logits"] = weakref.ref(logits)
     read = (weights, logits, target, class_weight, adjustment, None)
-    objective = objective if dtype is losses_dtype else objective.to(dtype)
+    objective = objective if objective.dtype is dtype else objective.to(dtype)
     return _apply(logits, (objective, grad), read, options)
 
 

@@ -1,0 +1,152 @@
+//! A cross-entropy that is computed again and again, on tensors that lie elsewhere each time and else are alike.
+//!
+//! To describe six tensors through `DLPack` takes longer than to compute a hundred rows. So what does not change is read
+//! once, and a call brings addresses.
+
+use super::call::{for_float, read_weighting, released};
+use super::cross_entropy::{read_reduction, read_settings, read_totals};
+use super::tensor::{Dtype, HasDtype, Tensor};
+use crate::cross_entropy::{self as ce, Gradient, Inputs, Outputs, Settings, Target};
+use crate::numeric::Element;
+use crate::weightings::Weighting;
+use ndarray::{ArrayViewD, ArrayViewMutD, IxDyn};
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use std::mem::MaybeUninit;
+
+/// What does not change from call to call.
+#[pyclass(frozen, module = "rgd._rgd")]
+pub(super) struct RepeatedCrossEntropy {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    targets_shape: Vec<usize>,
+    narrow: bool,
+    weighting: Weighting,
+    settings: Settings,
+}
+
+/// Where the tensors of a call lie: contiguous, and no output within another tensor.
+struct Places {
+    logits: usize,
+    target: usize,
+    losses: usize,
+    weights: usize,
+    objective: usize,
+    grad: usize,
+}
+
+#[pymethods]
+impl RepeatedCrossEntropy {
+    #[new]
+    #[pyo3(signature = (
+        dtype, shape, narrow, kind, numbers, ignore_index, label_smoothing, per_sample, reduction, z_loss
+    ))]
+    #[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // one for each setting
+    fn new(
+        dtype: &str,
+        shape: Vec<usize>,
+        narrow: bool,
+        kind: &str,
+        numbers: Vec<f64>,
+        ignore_index: i64,
+        label_smoothing: f64,
+        per_sample: bool,
+        reduction: &str,
+        z_loss: f64,
+    ) -> PyResult<Self> {
+        let dtype = match dtype {
+            "float64" => Dtype::F64,
+            "float32" => Dtype::F32,
+            "bfloat16" => Dtype::Bf16,
+            other => {
+                return Err(PyTypeError::new_err(format!(
+                    "dtype must be float64, float32 or bfloat16, got {other}"
+                )));
+            }
+        };
+        let reduction = read_reduction(reduction)?;
+        if reduction == ce::Reduction::None || shape.len() < 2 || shape.contains(&0) {
+            return Err(PyValueError::new_err(format!(
+                "a repeated call has logits of shape (N, C, ...) with elements, and one number as its objective, got \
+                 {shape:?} and {reduction:?}"
+            )));
+        }
+        let targets_shape = shape[..1].iter().chain(&shape[2..]).copied().collect();
+        let settings = read_settings(ignore_index, label_smoothing, per_sample, reduction, 1, z_loss)?;
+        Ok(Self { dtype, shape, targets_shape, narrow, weighting: read_weighting(kind, &numbers)?, settings })
+    }
+
+    #[pyo3(signature = (logits, target, losses, weights, objective, grad, threads, class_weight, logit_adjustment))]
+    #[allow(clippy::too_many_arguments)] // one for each tensor
+    fn __call__(
+        &self,
+        py: Python,
+        logits: usize,
+        target: usize,
+        losses: usize,
+        weights: usize,
+        objective: usize,
+        grad: usize,
+        threads: usize,
+        class_weight: Option<&Bound<PyAny>>,
+        logit_adjustment: Option<&Bound<PyAny>>,
+    ) -> PyResult<(f64, usize)> {
+        let places = Places { logits, target, losses, weights, objective, grad };
+        let class_weight = class_weight.map(|c| Tensor::import("weight", c)).transpose()?;
+        let adjustment = logit_adjustment.map(|a| Tensor::import("logit_adjustment", a)).transpose()?;
+        let by_class = [class_weight.as_ref(), adjustment.as_ref()];
+        for_float!(self.dtype, "logits", T => self.compute::<T>(py, &places, by_class, threads))
+    }
+}
+
+impl RepeatedCrossEntropy {
+    fn compute<T: Element<Real: HasDtype> + HasDtype>(
+        &self,
+        py: Python,
+        places: &Places,
+        [class_weight, logit_adjustment]: [Option<&Tensor>; 2],
+        threads: usize,
+    ) -> PyResult<(f64, usize)> {
+        let targets = self.targets_shape.iter().product();
+        let units = if self.settings.per_sample { self.shape[0] } else { targets };
+        let logits = view::<T>(places.logits, &self.shape)?;
+        let target = if self.narrow {
+            Target::Int32(view(places.target, &self.targets_shape)?)
+        } else {
+            Target::Int64(view(places.target, &self.targets_shape)?)
+        };
+        let inputs = Inputs {
+            logits,
+            target,
+            class_weight: class_weight.map(Tensor::slice).transpose()?,
+            logit_adjustment: logit_adjustment.map(Tensor::slice).transpose()?,
+            measure: None,
+        };
+        let grad: *mut MaybeUninit<T> = pointer(places.grad)?;
+        // SAFETY: the caller vouches for the outputs: contiguous memory of these lengths and types that no other
+        // argument shares. `pointer` has checked that they are there and aligned.
+        let out = unsafe {
+            Outputs {
+                losses: std::slice::from_raw_parts_mut(pointer(places.losses)?, targets),
+                weights: std::slice::from_raw_parts_mut(pointer(places.weights)?, units),
+                objective: std::slice::from_raw_parts_mut(pointer(places.objective)?, 1),
+                grad: Gradient::Separate(ArrayViewMutD::from_shape_ptr(IxDyn(&self.shape), grad)),
+            }
+        };
+        let settings = Settings { threads, ..self.settings };
+        read_totals(released(py, || ce::cross_entropy(&inputs, self.weighting, &settings, out))?)
+    }
+}
+
+fn view<'a, T>(address: usize, shape: &[usize]) -> PyResult<ArrayViewD<'a, T>> {
+    let first: *mut T = pointer(address)?;
+    // SAFETY: the caller vouches for the inputs: contiguous memory of this shape and type that stays during the call.
+    Ok(unsafe { ArrayViewD::from_shape_ptr(IxDyn(shape), first.cast_const()) })
+}
+
+fn pointer<T>(address: usize) -> PyResult<*mut T> {
+    if address == 0 || !address.is_multiple_of(align_of::<T>()) {
+        return Err(PyValueError::new_err("a tensor has elements and no data, or lies at an odd address"));
+    }
+    Ok(std::ptr::with_exposed_provenance_mut(address))
+}
