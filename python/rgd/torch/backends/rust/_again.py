@@ -76,8 +76,9 @@ def accepted(given: Given, problem: Problem, plan: Plan, record: Record | None) 
         return None
     versions = _version(by_class[0]), _version(by_class[1])
     kernel: Any = plan.kernel
+    kind, numbers = kernel
     compute = _rgd.RepeatedCrossEntropy(
-        str(logits.dtype).removeprefix("torch."), logits.shape, target.dtype is torch.int32, *kernel,
+        str(logits.dtype).removeprefix("torch."), logits.shape, target.dtype is torch.int32, kind, numbers,
         options.ignore_index, options.label_smoothing, options.per == "sample", options.reduction,
         options.z_loss,
     )  # fmt: skip
