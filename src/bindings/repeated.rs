@@ -1,7 +1,7 @@
 //! A cross-entropy that is computed again and again, on tensors that lie elsewhere each time and else are alike.
 //!
-//! To describe six tensors through `DLPack` takes longer than to compute a hundred rows. So what does not change is read
-//! once, and a call brings addresses.
+//! To describe six tensors through `DLPack` takes longer than to compute a hundred rows. So what does not change is
+//! read once, and a call brings addresses.
 
 use super::call::{for_float, read_weighting, released};
 use super::cross_entropy::{read_reduction, read_settings, read_totals};

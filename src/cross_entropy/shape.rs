@@ -39,7 +39,8 @@ impl fmt::Display for Error {
             Self::Shape(message) => f.write_str(message),
             Self::Stateful(kind) => write!(
                 f,
-                "weights of kind '{kind}' depend on earlier batches, whose state the front keeps: it gives their weights"
+                "weights of kind '{kind}' depend on earlier batches, whose state the front keeps: it gives \
+                 their weights"
             ),
             Self::Logsumexp => f.write_str(
                 "a z_loss needs the logsumexp of each target: give what cross_entropy_losses has filled",

@@ -1,8 +1,8 @@
 //! Functions of a batch of losses and sums over it, block by block.
 //!
 //! A batch is worked through in blocks of a fixed size that fit the first-level cache, and sums are joined in the order
-//! of the blocks, so that a result does not depend on the number of threads. Where the batch has a measure `p`, sums are
-//! `sum_i p_i x_i`, and a sample with `p_i = 0` takes no part, whatever its loss is.
+//! of the blocks, so that a result does not depend on the number of threads. Where the batch has a measure `p`, sums
+//! are `sum_i p_i x_i`, and a sample with `p_i = 0` takes no part, whatever its loss is.
 
 use super::batch::Batch;
 use crate::layout::{Shared, Values};
@@ -74,8 +74,8 @@ pub(super) fn fill<W: Real>(batch: &Batch, weights: &mut [MaybeUninit<W>], weigh
     write(batch, weights, Constant(weight));
 }
 
-/// A sum over a block of losses, which `sum` may overwrite, and how the sums of neighbouring blocks are joined. `measure`
-/// has as many numbers as the block, or is `None` for ones.
+/// A sum over a block of losses, which `sum` may overwrite, and how the sums of neighbouring blocks are joined.
+/// `measure` has as many numbers as the block, or is `None` for ones.
 pub(super) trait BlockSum: Copy + Sync {
     type Sum: Send + Clone + Default;
     fn sum<I: Isa>(&self, block: &mut [f64], measure: Option<&[f64]>) -> Self::Sum;
@@ -207,7 +207,8 @@ impl BlockSum for MeasureOf {
     }
 }
 
-/// The measure of the losses of a block for which `holds`; without a measure, how many they are. It overwrites the block.
+/// The measure of the losses of a block for which `holds`; without a measure, how many they are. It overwrites the
+/// block.
 #[inline(always)]
 pub(super) fn measure_where(
     block: &mut [f64],

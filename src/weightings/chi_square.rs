@@ -1,8 +1,9 @@
 //! Worst cases with a chi-square divergence, penalised and within a ball, exactly: by one sort and running sums.
 //!
-//! Penalised: `w_i = max(0, (l_i - eta) / gamma)` with `eta` such that `mean(w) = 1`. Within a ball: `w_i = max(0, l_i -
-//! eta) / mean(max(0, l - eta))` with `eta` such that `mean((w - 1)^2) / 2 = radius`. Either gives weight to the largest
-//! losses alone, and once it is known how many these are, `eta` is a formula of their measure, mean and variance.
+//! Penalised: `w_i = max(0, (l_i - eta) / gamma)` with `eta` such that `mean(w) = 1`. Within a ball, with
+//! `g_i = max(0, l_i - eta)`: `w_i = g_i / mean(g)` with `eta` such that `mean((w - 1)^2) / 2 = radius`. Either gives
+//! weight to the largest losses alone, and once it is known how many these are, `eta` is a formula of their measure,
+//! mean and variance.
 //!
 //! Sources: Namkoong, Duchi, `NeurIPS` 2016 and 2017; Duchi, Namkoong, Annals of Statistics 2021, section 2.
 

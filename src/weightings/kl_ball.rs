@@ -126,17 +126,18 @@ fn power_of_two_for(extent: Extent) -> f64 {
     }
 }
 
-/// The exponent `beta (l - max l)` with the inverse temperature `beta = 1 / gamma` at which the divergence of
-/// `q_i = p_i exp(beta l_i) / sum_j p_j exp(beta l_j)` from `p` is the radius; `None` if the ball reaches the distribution on the largest losses alone, or these are infinite.
-/// `beta` is NaN where a loss is. Losses of `-inf` weigh nothing at any `beta > 0`, which takes `log(n / k)` of the
-/// radius where `k` of the measure `n` is left. If no radius remains, `beta` is next to 0, and what is left has equal
-/// weights.
+/// The exponent `beta (l - max l)` with the inverse temperature `beta = 1 / gamma` at which the divergence of `q_i =
+/// p_i exp(beta l_i) / sum_j p_j exp(beta l_j)` from `p` is the radius; `None` if the ball reaches the distribution on
+/// the largest losses alone, or these are infinite. `beta` is NaN where a loss is. Losses of `-inf` weigh nothing at
+/// any `beta > 0`, which takes `log(n / k)` of the radius where `k` of the measure `n` is left. If no radius remains,
+/// `beta` is next to 0, and what is left has equal weights.
 ///
-/// `KL` grows with `beta`, from 0 to `log(n / m)`, where `m` is the measure of the largest losses. Newton's iteration solves `sqrt(KL) = sqrt(radius)`, nearly linear
-/// in `beta` as long as `KL` is small, or `log(limit - KL) = log(limit - radius)`, nearly linear where it saturates; a
-/// bracket that every evaluation tightens keeps it safe. `KL` is flat, and Newton's step too long, between the `beta`
-/// that tells a far outlier from the rest and the one that tells the rest apart: such a step goes up by a factor that
-/// is squared each time, and a wide bracket is halved in the logarithm.
+/// `KL` grows with `beta`, from 0 to `log(n / m)`, where `m` is the measure of the largest losses. Newton's iteration
+/// solves `sqrt(KL) = sqrt(radius)`, nearly linear in `beta` as long as `KL` is small, or
+/// `log(limit - KL) = log(limit - radius)`, nearly linear where it saturates; a bracket that every evaluation tightens
+/// keeps it safe. `KL` is flat, and Newton's step too long, between the `beta` that tells a far outlier from the rest and the one that tells the
+/// rest apart: such a step goes up by a factor that is squared each time, and a wide bracket is halved in the
+/// logarithm.
 fn temperature(batch: &Batch, mut radius: f64, mut extent: Extent) -> Option<Exponent> {
     let mut n = batch.total;
     let constant = |scale| Exponent { tau: f64::INFINITY, scale, origin: 0.0, power_of_two: 1.0 };

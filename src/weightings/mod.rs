@@ -214,7 +214,8 @@ fn read<M: Member>(kind: &'static str, numbers: &[f64]) -> Result<M, Error> {
     }
 }
 
-/// Fills `weights` with the weights of a batch, in row-major order, and moves `state`, the leaves of the member's state.
+/// Fills `weights` with the weights of a batch, in row-major order, and moves `state`, the leaves of the member's
+/// state.
 ///
 /// A NaN loss makes its own weight NaN, and every weight where weights depend on the batch. The state stays as it was
 /// where no sample takes part, or a loss that takes part is not finite.
