@@ -135,9 +135,9 @@ fn power_of_two_for(extent: Extent) -> f64 {
 /// `KL` grows with `beta`, from 0 to `log(n / m)`, where `m` is the measure of the largest losses. Newton's iteration
 /// solves `sqrt(KL) = sqrt(radius)`, nearly linear in `beta` as long as `KL` is small, or
 /// `log(limit - KL) = log(limit - radius)`, nearly linear where it saturates; a bracket that every evaluation tightens
-/// keeps it safe. `KL` is flat, and Newton's step too long, between the `beta` that tells a far outlier from the rest and the one that tells the
-/// rest apart: such a step goes up by a factor that is squared each time, and a wide bracket is halved in the
-/// logarithm.
+/// keeps it safe. `KL` is flat, and Newton's step too long, between the `beta` that tells a far outlier from the rest
+/// and the one that tells the rest apart: such a step goes up by a factor that is squared each time, and a wide bracket
+/// is halved in the logarithm.
 fn temperature(batch: &Batch, mut radius: f64, mut extent: Extent) -> Option<Exponent> {
     let mut n = batch.total;
     let constant = |scale| Exponent { tau: f64::INFINITY, scale, origin: 0.0, power_of_two: 1.0 };
