@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import itertools
 import os
+import pathlib
 
 import pytest
 from hypothesis import settings
@@ -20,6 +21,12 @@ collect_ignore = [path for path, client in NEEDS.items() if importlib.util.find_
 settings.register_profile("rgd", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("rgd")
 
+# Workers, programs that tests start and the next run share what JAX has compiled: most of its tests' time.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent / ".pytest_cache" / "jax")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several processes share the cores; tests that are about threads set their number themselves. This stands
     # before torch is imported, which reads it then.

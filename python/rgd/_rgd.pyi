@@ -48,7 +48,7 @@ class RepeatedCrossEntropy:
     """`cross_entropy` for calls whose tensors are alike but for where they lie.
 
     Args:
-        dtype: Of the logits: "float64", "float32" or "bfloat16".
+        dtype: Of the logits: "float64", "float32", "float16" or "bfloat16".
         shape: Of the logits, (N, C) or (N, C, d1, ..., dk), none of them 0.
         narrow: Whether targets are int32, and not int64.
         kind: As for `cross_entropy`, and so are the others.
@@ -93,6 +93,27 @@ class RepeatedCrossEntropy:
 
         The first six are the addresses of tensors that the caller vouches for: they are in the CPU's memory,
         contiguous, of the dtypes and shapes of this call, and no output shares memory with another tensor.
+        """
+
+class RepeatedWeights:
+    """`sample_weights` without a measure, groups and state, for tensors that only lie elsewhere each time.
+
+    Args:
+        dtype: Of the losses: "float64", "float32", "float16" or "bfloat16".
+        kind: Name of the weighting's kernel.
+        numbers: The weighting's numbers.
+
+    Raises:
+        TypeError: If the dtype is another one.
+        ValueError: If the kernel or its number of numbers is not known.
+    """
+
+    def __init__(self, dtype: str, kind: str, numbers: Sequence[float]) -> None: ...
+    def __call__(self, losses: int, weights: int, count: int, threads: int) -> None:
+        """Fill `weights`.
+
+        The addresses are those of contiguous tensors in the CPU's memory that do not overlap, with `count`
+        numbers each; the weights are float64 for float64 losses, else float32.
         """
 
 def sample_weights(

@@ -24,7 +24,7 @@ mod _rgd {
         cross_entropy_rows_gradient, label_out_of_range,
     };
     #[pymodule_export]
-    use super::repeated::RepeatedCrossEntropy;
+    use super::repeated::{RepeatedCrossEntropy, RepeatedWeights};
     #[pymodule_export]
     use super::tensor::Borrowed;
     #[pymodule_export]

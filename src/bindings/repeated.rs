@@ -1,4 +1,4 @@
-//! A cross-entropy that is computed again and again, on tensors that lie elsewhere each time and else are alike.
+//! Computations that are made again and again, on tensors that lie elsewhere each time and else are alike.
 //!
 //! To describe six tensors through `DLPack` takes longer than to compute a hundred rows. So what does not change is
 //! read once, and a call brings addresses.
@@ -7,14 +7,15 @@ use super::call::{for_float, read_weighting, released};
 use super::cross_entropy::{read_reduction, read_settings, read_totals};
 use super::tensor::{Dtype, HasDtype, Tensor};
 use crate::cross_entropy::{self as ce, Gradient, Inputs, Outputs, Settings, Target};
+use crate::layout::Vector;
 use crate::numeric::Element;
-use crate::weightings::Weighting;
+use crate::weightings::{self, Batch, Weighting};
 use ndarray::{ArrayViewD, ArrayViewMutD, IxDyn};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use std::mem::MaybeUninit;
 
-/// What does not change from call to call.
+/// What does not change from call to call of `cross_entropy`.
 #[pyclass(frozen, module = "rgd._rgd")]
 pub(super) struct RepeatedCrossEntropy {
     dtype: Dtype,
@@ -54,16 +55,7 @@ impl RepeatedCrossEntropy {
         reduction: &str,
         z_loss: f64,
     ) -> PyResult<Self> {
-        let dtype = match dtype {
-            "float64" => Dtype::F64,
-            "float32" => Dtype::F32,
-            "bfloat16" => Dtype::Bf16,
-            other => {
-                return Err(PyTypeError::new_err(format!(
-                    "dtype must be float64, float32 or bfloat16, got {other}"
-                )));
-            }
-        };
+        let dtype = read_dtype(dtype)?;
         let reduction = read_reduction(reduction)?;
         if reduction == ce::Reduction::None || shape.len() < 2 || shape.contains(&0) {
             return Err(PyValueError::new_err(format!(
@@ -135,6 +127,56 @@ impl RepeatedCrossEntropy {
         };
         let settings = Settings { threads, ..self.settings };
         read_totals(released(py, || ce::cross_entropy(&inputs, self.weighting, &settings, out))?)
+    }
+}
+
+/// What does not change from call to call of `sample_weights`.
+#[pyclass(frozen, module = "rgd._rgd")]
+pub(super) struct RepeatedWeights {
+    dtype: Dtype,
+    weighting: Weighting,
+}
+
+#[pymethods]
+impl RepeatedWeights {
+    #[new]
+    #[allow(clippy::needless_pass_by_value)] // PyO3 reads a sequence as a vector only
+    fn new(dtype: &str, kind: &str, numbers: Vec<f64>) -> PyResult<Self> {
+        Ok(Self { dtype: read_dtype(dtype)?, weighting: read_weighting(kind, &numbers)? })
+    }
+
+    fn __call__(
+        &self,
+        py: Python,
+        losses: usize,
+        weights: usize,
+        count: usize,
+        threads: usize,
+    ) -> PyResult<()> {
+        if count == 0 {
+            return Ok(());
+        }
+        for_float!(self.dtype, "losses", T => {
+            let losses = Vector::new(view::<T>(losses, &[count])?);
+            let batch = Batch::new(&losses, None, None, threads);
+            // SAFETY: as above; the weights are as many numbers of the accumulator's type, which nothing shares.
+            let weights: &mut [MaybeUninit<<T as Element>::Real>] =
+                unsafe { std::slice::from_raw_parts_mut(pointer(weights)?, count) };
+            released(py, || weightings::sample_weights(&batch, self.weighting, &mut [], weights))?
+                .map_err(|error| PyValueError::new_err(error.to_string()))
+        })
+    }
+}
+
+fn read_dtype(dtype: &str) -> PyResult<Dtype> {
+    match dtype {
+        "float64" => Ok(Dtype::F64),
+        "float32" => Ok(Dtype::F32),
+        "float16" => Ok(Dtype::F16),
+        "bfloat16" => Ok(Dtype::Bf16),
+        other => Err(PyTypeError::new_err(format!(
+            "dtype must be float64, float32, float16 or bfloat16, got {other}"
+        ))),
     }
 }
 

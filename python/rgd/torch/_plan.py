@@ -38,6 +38,7 @@ class Plan:
         pointwise: `weighting.pointwise`.
         stateful: `weighting.stateful`.
         step_kernel: The Rust kernel of a weighting that remembers and the numbers of that, or None.
+        repeated: What a backend keeps from one call to the next, by the dtype of the losses.
     """
 
     def __init__(self, weighting: Weighting, kernel: Kernel | None = None) -> None:
@@ -47,6 +48,7 @@ class Plan:
         self.pointwise = weighting.pointwise
         self.stateful = weighting.stateful
         self.step_kernel = step_kernel_of(weighting)
+        self.repeated: dict[torch.dtype, Any] = {}
         self._numbers: Tensor | None = None
         self._live: Weighting | None = None
         self._live_on: dict[str, Weighting] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rgd.stats import WeightStats, clip_of, stats_from_sums
@@ -24,6 +25,7 @@ from rgd.torch._state import functional_state
 from rgd.torch._weighted import mark_weighted, refuse_weighted
 from rgd.torch.backends._formulas import reduce_losses, units_of
 from rgd.torch.backends._registry import choose
+from rgd.torch.backends.rust import plain_weights
 from rgd.torch.stats import Record, stats_by_group, sums_of, tail_of, times_power
 from rgd.weightings import Weighting
 from rgd.weightings._call import resolve_weighting
@@ -82,8 +84,14 @@ def sample_weights(
         Kumar et al., arXiv 2306.09222, Algorithm 1.
     """
     check_losses(losses)
-    measure, power = measure_of(losses.shape, losses, where, sample_weight), 1.0
     plan, sharing = plan_of(weighting, tau, scale), sync_of(process_group, sync)
+    simple = where is None and sample_weight is None and groups is None and state is None
+    if simple and not torch.compiler.is_compiling():
+        refuse_weighted(losses, plan.weighting)
+        weights = plain_weights(losses, plan, sharing)
+        if weights is not None:
+            return weights
+    measure, power = measure_of(losses.shape, losses, where, sample_weight), 1.0
     members = check_groups(groups, losses.shape, losses.device, "element")
     given = functional_state(plan.weighting, state, losses.device)
     refuse_weighted(losses, plan.weighting)

@@ -29,19 +29,20 @@ from rgd.torch.backends._formulas import units_of
 from rgd.torch.backends._in_place import Overwritten
 from rgd.torch.backends._steps import Step
 from rgd.torch.backends.rust import _ops
-from rgd.torch.backends.rust._again import Accepted, accepted, again
+from rgd.torch.backends.rust._again import Accepted, accepted, again, plain_weights
 from rgd.torch.backends.rust._kernels import (
     Computed,
     RustStep,
     fill,
     fill_gradient,
     fill_losses,
+    fill_plain_weights,
     fill_weights,
 )
 from rgd.torch.backends.rust._objective import Objective
 from rgd.torch.stats import Record
 
-__all__ = ["Accepted", "Rust", "accepted", "again"]
+__all__ = ["Accepted", "Rust", "accepted", "again", "plain_weights"]
 
 
 class Rust:
@@ -72,7 +73,11 @@ class Rust:
         if not weigher.kernel_serves or (compiling and measure is not None and not plan.pointwise):
             return weigher.weigh(losses, measure, by_kernel=True)
         if not compiling:
-            return fill_weights(losses.detach(), plan.kernel, measure)
+            return (
+                fill_plain_weights(losses, plan)
+                if measure is None
+                else fill_weights(losses, plan.kernel, measure)
+            )
         weights = _ops.sample_weights(losses.detach(), plan.kind, plan.numbers)
         return weights if measure is None else weights.masked_fill(measure == 0, 0)
 

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from rgd import _rgd
+from rgd.torch._distributed import Sync
 from rgd.torch._dtypes import accumulator
-from rgd.torch._modes import PLAIN, trains_plainly
+from rgd.torch._modes import PLAIN, on_the_cpu_and_eager, trains_plainly
 from rgd.torch._plan import Plan
 from rgd.torch._problem import Given, Options, Problem
 from rgd.torch.backends._memory import empty_like
 from rgd.torch.backends._registry import leads
+from rgd.torch.backends.rust._kernels import fill_plain_weights
 from rgd.torch.backends.rust._objective import Objective
 from rgd.torch.stats import Record
 
@@ -162,6 +164,24 @@ def again(loss: Any, known: Accepted, logits: Any, target: Any) -> Tensor | None
     read = (weights, logits, target, class_weight, adjustment, None)
     objective = objective if objective.dtype is dtype else objective.to(dtype)
     return _apply(logits, (objective, grad), read, options)
+
+
+def plain_weights(losses: Tensor, plan: Plan, sharing: Sync) -> Tensor | None:
+    """The weights of losses without measure, groups and state, at once; None where more must be asked.
+
+    Args:
+        losses: Losses, checked.
+        plan: The weighting.
+        sharing: With whom the batch is shared.
+    """
+    if (
+        plan.kernel is not None
+        and on_the_cpu_and_eager((losses,))
+        and leads("rust")
+        and (plan.pointwise or sharing.group() is None)
+    ):
+        return fill_plain_weights(losses, plan)
+    return None
 
 
 def _readable(numbers: Tensor, dtype: torch.dtype) -> bool:
