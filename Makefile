@@ -5,7 +5,9 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-BENCH ?= $(filter-out %/compare.py %/instructions.py,$(wildcard benches/*.py))
+BENCH ?= $(filter-out %/_report.py %/compare.py %/instructions.py,$(wildcard benches/*.py))
+# Those that write their table into the pages.
+WRITING := benches/torch_step.py benches/weightings.py
 EVIDENCE := $(filter-out readme,$(basename $(notdir $(wildcard examples/evidence/*.py))))
 QUICK_TESTS := $(addprefix tests/,weightings numpy torch jax package)
 # How many processes run the Python tests; 0 for this one alone, as a debugger needs it.
@@ -101,9 +103,11 @@ wheel: $(VENV)/.tools | rust ## Build the abi3 wheel into dist/ and try it in a 
 	@$(python) tests/package/smoke_wheel.py dist/rgd-*.whl
 
 .PHONY: bench
-bench: $(VENV)/.built $(VENV)/.group-test ## Run the programs in benches/, or one: make bench BENCH=benches/...
+bench: $(VENV)/.built $(VENV)/.group-test ## Run the programs in benches/, or one: make bench BENCH=benches/...; WRITE=1 for the pages' tables
 	@for program in $(BENCH); do \
-	  printf '\n== %s\n' "$$program"; $(python) "$$program" || exit 1; \
+	  printf '\n== %s\n' "$$program"; \
+	  case "$(if $(WRITE),$(WRITING))" in *"$$program"*) write=--write;; *) write=;; esac; \
+	  $(python) "$$program" $$write || exit 1; \
 	done
 
 .PHONY: bench-compare

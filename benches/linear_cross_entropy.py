@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from _report import machine, write
 from rgd.torch import RGDLoss, linear_cross_entropy
 from torch import Tensor, nn
-from torch_step import machine, write
 from tqdm import tqdm
 
 SIZES = [(2048, 256, 32000), (4096, 768, 50257), (1024, 2048, 128256)]

@@ -1,34 +1,38 @@
 """Times a training step's loss, forward and backward from logits, against what a user has or would write.
 
-Run `make bench BENCH=benches/torch_step.py`, or this file with `--json FILE` or `--quick`. Each pair A, B is
-timed in turn, A B A B ..., in one process; the table gives the median of the pairwise ratios and their
-quartiles. A ratio of 2 says that RGDLoss took half the time.
+Run `make bench BENCH=benches/torch_step.py`, or this file: `--json FILE` writes the figures, `--write` the
+README's table, `--quick` times the small sizes for a moment. Each pair A, B is timed in turn, A B A B ..., in
+one process. The table gives the median of the pairwise ratios and its quartiles: below 1, RGDLoss is faster.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from _report import described, publish, write
 from rgd.torch import RGDLoss
 from torch import Tensor, nn
 from tqdm import tqdm
 
 SIZES = [(128, 10), (512, 100), (1024, 1000), (8, 21, 256, 256), (2048, 32000)]
 DTYPES = [torch.float32, torch.bfloat16]
-PEERS = ["nn.CrossEntropyLoss", "plain-torch RGD", "torch.compile'd RGD", "memcpy of the logits"]
+PEERS = [
+    "nn.CrossEntropyLoss, one thread",
+    "nn.CrossEntropyLoss",
+    "plain-torch RGD",
+    "torch.compile'd RGD",
+    "memcpy of the logits",
+]
 
 
 class Ratio(NamedTuple):
-    """Peer's time over RGDLoss's, and the median times in milliseconds."""
+    """RGDLoss's time over the peer's, and the median times in milliseconds."""
 
     median: float
     low: float
@@ -42,31 +46,6 @@ def plain_rgd(logits: Tensor, target: Tensor) -> Tensor:
     losses = F.cross_entropy(logits, target, reduction="none")
     weights = (losses.clamp(max=1.0) / 2.0).exp().detach()
     return (weights * losses).mean()
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def machine() -> dict[str, object]:
-    """What the figures were measured with."""
-    return {
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def write(path: str, figures: list[dict[str, object]]) -> None:
-    """The figures as JSON, with the machine."""
-    Path(path).write_text(json.dumps({"machine": machine(), "figures": figures}, indent=1) + "\n")
 
 
 def step(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Callable[[], None]:
@@ -105,57 +84,70 @@ def compare(rgd: Callable[[], None], peer: Callable[[], None], budget: float) ->
     pairs = max(7, min(41, int(budget / once)))
     repeat = max(1, int(budget / once / pairs))
     times = [(seconds(rgd, repeat), seconds(peer, repeat)) for _ in range(pairs)]
-    low, median, high = statistics.quantiles([peer / ours for ours, peer in times], n=4)
+    low, median, high = statistics.quantiles([ours / peer for ours, peer in times], n=4)
     ours, theirs = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
     return Ratio(median, low, high, ours, theirs)
+
+
+def ratios(
+    size: tuple[int, ...], dtype: torch.dtype, compiled: Callable[[Tensor, Tensor], Tensor], budget: float
+) -> list[Ratio]:
+    """RGDLoss against each peer."""
+    logits = torch.randn(size).to(dtype).requires_grad_()
+    target = torch.randint(0, size[1], (size[0], *size[2:]))
+    buffer = torch.zeros_like(logits)
+    ours, plain = step(RGDLoss(), logits, target), step(nn.CrossEntropyLoss(), logits, target)
+    peers = [plain, step(plain_rgd, logits, target), step(compiled, logits, target), copy(buffer, logits)]
+    peers[2]()  # code for this size, before the clock runs
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = compare(ours, plain, budget)
+    torch.set_num_threads(threads)
+    return [alone, *(compare(ours, peer, budget) for peer in peers)]
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", metavar="FILE", help="also write the figures as JSON")
+    parser.add_argument("--write", action="store_true", help="also write the README's table")
     parser.add_argument(
         "--quick", action="store_true", help="the small sizes only, for a fraction of the time"
     )
     arguments = parser.parse_args()
-    sizes = SIZES[:3] if arguments.quick else SIZES
-    budget = 0.3 if arguments.quick else 3.0
+    sizes, budget = (SIZES[:3], 0.3) if arguments.quick else (SIZES, 3.0)
     torch.manual_seed(0)
     compiled = torch.compile(plain_rgd)
     rows = []
     progress = tqdm([(size, dtype) for size in sizes for dtype in DTYPES], leave=False)
     for size, dtype in progress:
-        progress.set_description(f"{tuple(size)} {str(dtype).removeprefix('torch.')}")
-        logits = torch.randn(size).to(dtype).requires_grad_()
-        target = torch.randint(0, size[1], (size[0], *size[2:]))
-        buffer = torch.zeros_like(logits)
-        peers = [
-            step(nn.CrossEntropyLoss(), logits, target),
-            step(plain_rgd, logits, target),
-            step(compiled, logits, target),
-            copy(buffer, logits),
-        ]
-        # Compiled code for this size, before the clock runs.
-        peers[2]()
-        ours = step(RGDLoss(), logits, target)
-        rows.append((size, dtype, [compare(ours, peer, budget) for peer in peers]))
+        name = str(dtype).removeprefix("torch.")
+        progress.set_description(f"{size} {name}")
+        rows.append((size, name, ratios(size, dtype, compiled, budget)))
     progress.close()
 
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    print("time of the peer over the time of RGDLoss: median of pairwise ratios (quartiles)\n")
-    print("| logits | dtype | RGDLoss, ms | " + " | ".join(PEERS) + " |")
-    print("|---|---|---|" + "---|" * len(PEERS))
-    for size, dtype, ratios in rows:
-        cells = [f"{r.median:.2f} ({r.low:.2f}-{r.high:.2f})" for r in ratios]
-        name = str(dtype).removeprefix("torch.")
-        print(f"| {tuple(size)} | {name} | {ratios[0].rgd_ms:.3f} | " + " | ".join(cells) + " |")
+    text = [
+        f"One step of loss, forward and backward from logits, on {described()}: the time of `RGDLoss()` over",
+        "that of each alternative, median of pairs timed in turn, with quartiles. Below 1, it is faster.",
+        f"One column is for one thread, the others for {torch.get_num_threads()}.",
+        "`make bench BENCH=benches/torch_step.py` measures it on your machine.",
+        "",
+        "| logits | dtype | RGDLoss, ms | " + " | ".join(PEERS) + " |",
+        "|---|---|---|" + "---|" * len(PEERS),
+    ]
+    for size, name, found in rows:
+        cells = [f"{r.median:.2f} ({r.low:.2f}-{r.high:.2f})" for r in found]
+        text.append(f"| {size} | {name} | {found[1].rgd_ms:.3f} | " + " | ".join(cells) + " |")
+    print("\n".join(text))
+    figures = [
+        {"size": size, "dtype": name, "peer": peer, **ratio._asdict()}
+        for size, name, found in rows
+        for peer, ratio in zip(PEERS, found, strict=True)
+    ]
     if arguments.json:
-        figures = [
-            {"size": size, "dtype": str(dtype), "peer": peer, **ratio._asdict()}
-            for size, dtype, ratios in rows
-            for peer, ratio in zip(PEERS, ratios, strict=True)
-        ]
         write(arguments.json, figures)
+    if arguments.write:
+        publish("README.md", "torch_step", "\n".join(text), figures)
 
 
 if __name__ == "__main__":
