@@ -444,11 +444,13 @@ fn an_integer_sample_weight_equals_repetition() {
 }
 
 #[test]
-fn sample_weights_are_refused_with_weights_of_a_whole_batch() {
+fn weights_of_a_whole_batch_heed_sample_weights() {
     let (logits, labels) = example::<f32>(&[4, 3], 1);
-    let inputs = Inputs { measure: Some(&[1.0; 4]), ..plain(&logits, &labels) };
-    let error = run(&inputs, BALL, &SETTINGS).unwrap_err();
-    assert!(error.to_string().contains("kind 'kl_ball'"), "{error}");
+    let inputs = Inputs { measure: Some(&[1.0, 0.0, 2.0, 1.0]), ..plain(&logits, &labels) };
+    let weights = run(&inputs, BALL, &SETTINGS).unwrap().weights;
+    // The label of the last row is ignored.
+    let mean = (weights[0] + 2.0 * weights[2]) / 3.0;
+    assert!(weights[1] == 0.0 && weights[3] == 0.0 && (mean - 1.0).abs() < 1e-6, "{weights:?}");
     let inputs = Inputs { measure: Some(&[1.0; 3]), ..plain(&logits, &labels) };
     let error = run(&inputs, KL, &SETTINGS).unwrap_err();
     assert!(error.to_string().contains("sample_weight must have 4 elements"), "{error}");
