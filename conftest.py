@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import os
 import pathlib
+import sys
 
 import pytest
 from hypothesis import settings
@@ -41,6 +42,16 @@ def pytest_collection_finish():
 
 def pytest_unconfigure():
     gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_what_was_compiled():
+    """A process that keeps the programs of all files has gigabytes of objects, and every test of it is slow."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

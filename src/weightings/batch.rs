@@ -1,8 +1,10 @@
 //! What a member is given: the losses of a batch, their measure and their groups.
 
-use super::blocks::{BlockSum, Compensated, PARALLEL, measure_where, sum};
+use super::compensated::Compensated;
 use crate::layout::Values;
-use crate::numeric::Isa;
+
+/// Losses below which waking a thread costs more than it saves.
+const PARALLEL: usize = 1 << 15;
 
 /// The losses of a batch. A sample with measure 0 takes no part.
 pub struct Batch<'a> {
@@ -33,11 +35,8 @@ impl<'a> Batch<'a> {
         assert!(measure.is_none_or(|measure| measure.len() == n));
         assert!(groups.is_none_or(|groups| groups.len() == n));
         let threads = if n < PARALLEL { 1 } else { threads };
-        let mut batch = Self { losses, measure, groups, total: n as f64, threads };
-        if measure.is_some() {
-            batch.total = sum(&batch, Total).value();
-        }
-        batch
+        let total = measure.map_or(n as f64, |measure| Compensated::of_lanes(measure).value());
+        Self { losses, measure, groups, total, threads }
     }
 
     /// The measure of the losses `start..end`.
@@ -55,43 +54,5 @@ impl<'a> Batch<'a> {
     /// The measure of sample `i`.
     pub(super) fn p(&self, i: usize) -> f64 {
         self.measure.map_or(1.0, |measure| measure[i])
-    }
-
-    /// Whether at least one loss takes part, and all that do are finite.
-    pub(super) fn is_usable(&self) -> bool {
-        self.total > 0.0 && sum(self, Infinite).value() == 0.0
-    }
-}
-
-#[derive(Clone, Copy)]
-struct Total;
-
-impl BlockSum for Total {
-    type Sum = Compensated;
-
-    #[inline(always)]
-    fn sum<I: Isa>(&self, block: &mut [f64], measure: Option<&[f64]>) -> Compensated {
-        measure_where(block, measure, |_| true)
-    }
-
-    fn join(a: Compensated, b: Compensated) -> Compensated {
-        a.join(b)
-    }
-}
-
-/// The measure of the losses that are not finite.
-#[derive(Clone, Copy)]
-struct Infinite;
-
-impl BlockSum for Infinite {
-    type Sum = Compensated;
-
-    #[inline(always)]
-    fn sum<I: Isa>(&self, block: &mut [f64], measure: Option<&[f64]>) -> Compensated {
-        measure_where(block, measure, |l| !l.is_finite())
-    }
-
-    fn join(a: Compensated, b: Compensated) -> Compensated {
-        a.join(b)
     }
 }

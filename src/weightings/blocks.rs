@@ -5,6 +5,7 @@
 //! are `sum_i p_i x_i`, and a sample with `p_i = 0` takes no part, whatever its loss is.
 
 use super::batch::Batch;
+use super::compensated::{Compensated, ROW};
 use crate::layout::{Shared, Values};
 use crate::numeric::{Isa, Kernel, Real, dispatch};
 use crate::parallel::{for_each_block, map_blocks};
@@ -12,9 +13,6 @@ use std::mem::MaybeUninit;
 
 /// Elements of a block: 16 KiB of f64, kept off the stack, which may be small.
 const BLOCK: usize = 2048;
-
-/// Elements below which waking a thread costs more than it saves.
-pub(super) const PARALLEL: usize = 16 * BLOCK;
 
 /// A function of a block of losses, applied in place.
 pub(super) trait BlockMap: Copy + Sync {
@@ -110,70 +108,6 @@ pub(super) fn sum<F: BlockSum>(batch: &Batch, of: F) -> F::Sum {
     blocks.into_iter().reduce(F::join).unwrap_or_default()
 }
 
-/// How many partial sums are kept, so that adding a row of as many numbers to them is vector code.
-const ROW: usize = 64;
-
-/// A sum and its rounding error so far.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Compensated {
-    sum: f64,
-    error: f64,
-}
-
-impl Compensated {
-    /// `sum_i p_i x_i`; the numbers `x_i` become the products.
-    #[inline(always)]
-    pub fn measured(numbers: &mut [f64], measure: Option<&[f64]>) -> Self {
-        if let Some(measure) = measure {
-            for (x, &p) in numbers.iter_mut().zip(measure) {
-                *x = if p == 0.0 { 0.0 } else { p * *x };
-            }
-        }
-        Self::of_lanes(numbers)
-    }
-
-    #[inline(always)]
-    pub fn of_lanes(numbers: &[f64]) -> Self {
-        let (mut sums, mut errors) = ([0.0; ROW], [0.0; ROW]);
-        Self::add_rows(numbers, &mut sums, &mut errors);
-        let mut total = Self::default();
-        for (sum, error) in sums.into_iter().zip(errors) {
-            total = total.join(Self { sum, error });
-        }
-        total
-    }
-
-    /// Adds each row of numbers to `sums` and the rounding errors of that to `errors`.
-    #[inline(always)]
-    fn add_rows(numbers: &[f64], sums: &mut [f64], errors: &mut [f64]) {
-        for row in numbers.chunks(ROW) {
-            for ((sum, error), &x) in sums.iter_mut().zip(&mut *errors).zip(row) {
-                let next = *sum + x;
-                let part = next - *sum;
-                *error += (*sum - (next - part)) + (x - part);
-                *sum = next;
-            }
-        }
-    }
-
-    /// Adds one number.
-    pub fn add(&mut self, number: f64) {
-        *self = self.join(Self { sum: number, error: 0.0 });
-    }
-
-    pub fn join(self, other: Self) -> Self {
-        let sum = self.sum + other.sum;
-        let part = sum - self.sum;
-        let error = (self.sum - (sum - part)) + (other.sum - part);
-        Self { sum, error: self.error + other.error + error }
-    }
-
-    pub fn value(self) -> f64 {
-        // An infinite sum has no rounding error.
-        if self.sum.is_finite() { self.sum + self.error } else { self.sum }
-    }
-}
-
 /// All weight, in equal parts, on the samples of one loss.
 #[derive(Clone, Copy)]
 struct OnLoss {
@@ -216,7 +150,7 @@ pub(super) fn measure_where(
     holds: impl Fn(f64) -> bool,
 ) -> Compensated {
     if measure.is_none() {
-        return Compensated { sum: block.iter().filter(|&&l| holds(l)).count() as f64, error: 0.0 };
+        return Compensated::exact(block.iter().filter(|&&l| holds(l)).count() as f64);
     }
     for l in block.iter_mut() {
         *l = f64::from(u8::from(holds(*l)));
@@ -228,6 +162,28 @@ pub(super) fn measure_where(
 pub(super) fn put_on<W: Real>(loss: f64, batch: &Batch, weights: &mut [MaybeUninit<W>]) {
     let there = sum(batch, MeasureOf(loss)).value();
     write(batch, weights, OnLoss { loss, weight: batch.total / there });
+}
+
+/// Whether at least one loss takes part, and all that do are finite.
+pub(super) fn is_usable(batch: &Batch) -> bool {
+    batch.total > 0.0 && sum(batch, Infinite).value() == 0.0
+}
+
+/// The measure of the losses that are not finite.
+#[derive(Clone, Copy)]
+struct Infinite;
+
+impl BlockSum for Infinite {
+    type Sum = Compensated;
+
+    #[inline(always)]
+    fn sum<I: Isa>(&self, block: &mut [f64], measure: Option<&[f64]>) -> Compensated {
+        measure_where(block, measure, |l| !l.is_finite())
+    }
+
+    fn join(a: Compensated, b: Compensated) -> Compensated {
+        a.join(b)
+    }
 }
 
 /// The range of the losses that take part.

@@ -5,7 +5,8 @@
 //! a formula of sums over these; the right `k` is the one whose weights have the smallest mean.
 
 use super::batch::Batch;
-use super::blocks::{BlockMap, Compensated, fill, write};
+use super::blocks::{BlockMap, fill, write};
+use super::compensated::Compensated;
 use super::member::Member;
 use super::tail::{Tail, edge, samples};
 use crate::numeric::{Isa, Real};

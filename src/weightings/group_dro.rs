@@ -5,7 +5,7 @@
 //! batch and `n_g` that of the group.
 
 use super::batch::Batch;
-use super::blocks::Compensated;
+use super::compensated::Compensated;
 use super::member::Member;
 use crate::numeric::Real;
 use std::mem::MaybeUninit;

@@ -5,7 +5,8 @@
 //! negative, and `tau` infinite.
 
 use super::batch::Batch;
-use super::blocks::{BlockMap, BlockSum, Compensated, Extent, fill, put_on, sum, write};
+use super::blocks::{BlockMap, BlockSum, Extent, fill, put_on, sum, write};
+use super::compensated::Compensated;
 use super::member::{Member, Pointwise};
 use crate::numeric::{Isa, Real, exp, two_difference, two_product};
 use std::mem::MaybeUninit;

@@ -4,7 +4,8 @@
 //! is larger than any such distribution, all weight lies on the largest losses.
 
 use super::batch::Batch;
-use super::blocks::{BlockSum, Compensated, Extent, measure_where, put_on, sum};
+use super::blocks::{BlockSum, Extent, measure_where, put_on, sum};
+use super::compensated::Compensated;
 use super::kl::{ExpSum, Exponent, softmax};
 use super::member::Member;
 use crate::numeric::{Isa, MulAdd, Real, exp};

@@ -4,7 +4,8 @@
 //! in sixteenths of losses, so that no difference of finite ones overflows.
 
 use super::batch::Batch;
-use super::blocks::{BlockMap, BlockSum, Compensated, Extent, fill, sum, write};
+use super::blocks::{BlockMap, BlockSum, Extent, fill, sum, write};
+use super::compensated::Compensated;
 use super::member::Member;
 use crate::numeric::{Isa, Real, exp};
 use std::mem::MaybeUninit;

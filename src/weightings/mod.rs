@@ -11,6 +11,7 @@
 mod batch;
 mod blocks;
 mod chi_square;
+mod compensated;
 mod cvar;
 mod focal;
 mod group_dro;
@@ -240,7 +241,7 @@ pub fn sample_weights<W: Real>(
     } else {
         let mut next = state.to_vec();
         weighting.weigh(batch, &mut next, weights);
-        if batch.is_usable() {
+        if blocks::is_usable(batch) {
             state.clone_from_slice(&next);
         }
     }

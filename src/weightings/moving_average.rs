@@ -4,7 +4,8 @@
 //! of it is computed in logarithms, and measured from the largest weight.
 
 use super::batch::Batch;
-use super::blocks::{BlockMap, BlockSum, Compensated, sum, write};
+use super::blocks::{BlockMap, BlockSum, sum, write};
+use super::compensated::Compensated;
 use super::kl::{Exponent, Kl};
 use super::member::Member;
 use crate::numeric::{Isa, Real, exp};

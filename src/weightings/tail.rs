@@ -1,7 +1,8 @@
 //! The tail of a batch: which part of each sample lies among the share of the measure with the largest losses.
 
 use super::batch::Batch;
-use super::blocks::{BlockSum, Compensated, measure_where, sum};
+use super::blocks::{BlockSum, measure_where, sum};
+use super::compensated::Compensated;
 use crate::numeric::Isa;
 
 /// The edge of a tail. Samples above it are in the tail, samples below it are not, and those at it are in part.

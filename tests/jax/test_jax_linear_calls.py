@@ -315,7 +315,7 @@ BAD = [
     ),
     ({"backend": "rust", "weight": np.ones(5)}, ValueError, "backend='rust' cannot serve class weights"),
     ({"backend": "rust", "weighting": rgd.CVaR(0.5)}, ValueError, "weights depend on the whole batch"),
-    ({"backend": "rust", "weighting": rgd.Focal(1.0)}, ValueError, "which has no kernel"),
+    ({"backend": "rust", "weighting": rgd.Pointwise(abs)}, ValueError, "which has no kernel"),
 ]
 
 

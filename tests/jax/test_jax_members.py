@@ -460,10 +460,10 @@ def test_a_setting_that_is_no_key_of_a_cache_still_works():
             "sample_weight must have the shape",
         ),
         (
-            lambda x, w: rj.cross_entropy(jnp.ones((9, 3)), jnp.zeros(9, int), weighting=rgd.Focal(1.0),
-                                          backend="rust"),
+            lambda x, w: rj.cross_entropy(jnp.ones((9, 3)), jnp.zeros(9, int), backend="rust",
+                                          weighting=rgd.Pointwise(lambda losses: losses)),
             ValueError,
-            "Focal.*no kernel",
+            "Pointwise.*no kernel",
         ),
     ],
 )  # fmt: skip

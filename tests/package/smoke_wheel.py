@@ -26,7 +26,7 @@ weights = rgd.sample_weights(losses, tau=1.0)
 np.testing.assert_allclose(weights, [1.0, math.exp(0.25), math.exp(0.5)], rtol=1e-14)
 np.testing.assert_allclose(rgd.reweighted_mean(losses, tau=1.0), (weights * losses).mean(), rtol=1e-14)
 np.testing.assert_allclose(rgd.sample_weights(losses, rgd.KLBall(radius=10.0)), [0.0, 0.0, 3.0])
-np.testing.assert_allclose(rgd.sample_weights(losses, rgd.CVaR(1 / 3)), [0.0, 0.0, 3.0])  # it has no kernel
+np.testing.assert_allclose(rgd.sample_weights(losses, rgd.CVaR(1 / 3)), [0.0, 0.0, 3.0])
 assert rgd.sample_weights(losses.astype(np.float32)).dtype == np.float32
 assert "torch" not in sys.modules
 print(f"rgd {rgd.__version__} with NumPy {np.__version__}: the weights are right")

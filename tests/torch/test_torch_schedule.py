@@ -170,7 +170,8 @@ def averaged(step):
 SCHEDULES = {
     "with a kernel": (lambda step: KL(0.5 + 0.1 * step, scale=0.3), True),
     "normalised, with a kernel": (lambda step: KL(math.inf, scale=0.1 * step, normalize=True), True),
-    "without a kernel": (lambda step: Trimmed(CVaR(0.3 + 0.05 * step), 0.2 + 0.01 * step), False),
+    "nested, with a kernel": (lambda step: Trimmed(CVaR(0.3 + 0.05 * step), 0.2 + 0.01 * step), True),
+    "without a kernel": (lambda step: Trimmed(KLBall(0.1 + 0.05 * step), 0.2 + 0.01 * step), False),
     "with a state": (averaged, False),
 }
 

@@ -53,6 +53,15 @@ class Plan:
         self._live: Weighting | None = None
         self._live_on: dict[str, Weighting] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what backends keep."""
+        return {**self.__dict__, "repeated": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if "step_kernel" not in state:  # of a release before there were kernels of steps
+            self.step_kernel, self.repeated = step_kernel_of(self.weighting), {}
+
     @classmethod
     def of_kernel(cls, kind: str, numbers: tuple[float, ...]) -> Plan:
         """The plan of a kernel, known by its name and numbers alone, as an operator gets it."""
