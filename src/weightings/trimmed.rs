@@ -41,9 +41,9 @@ macro_rules! trimmed {
 }
 
 trimmed! {
-    super::Kl: &["fraction", "tau", "scale", "normalize"],
-    super::Cvar: &["fraction", "alpha", "smoothing"],
-    super::ChiSquare: &["fraction", "gamma"],
+    super::kl::Kl: &["fraction", "tau", "scale", "normalize"],
+    super::cvar::Cvar: &["fraction", "alpha", "smoothing"],
+    super::chi_square::ChiSquare: &["fraction", "gamma"],
 }
 
 fn weigh<M: Member, W: Real>(
