@@ -46,7 +46,7 @@ def pytest_unconfigure():
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_what_was_compiled():
-    """A process that keeps the programs of all files has gigabytes of objects, and every test of it is slow."""
+    """A process that keeps the programs of all files has gigabytes of objects, and its tests are slow."""
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
