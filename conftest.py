@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import os
 import pathlib
+import random
 import sys
 
 import pytest
@@ -42,6 +43,13 @@ def pytest_collection_finish():
 
 def pytest_unconfigure():
     gc.unfreeze()
+
+
+def pytest_runtest_setup():
+    """A test draws the same numbers alone, after others and in any worker."""
+    random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.manual_seed(0)
 
 
 @pytest.fixture(scope="module", autouse=True)
