@@ -84,10 +84,21 @@ def test_pointwise_weights_take_three_products_and_others_four(options, expected
     # A layer that is not trained, or inputs that need no gradient, save one product.
     assert products(jax.grad(loss, 0), inputs, kernel) == expected - 1
     assert products(jax.grad(loss, 1), inputs, kernel) == expected - 1
+    assert products(lambda *given: jax.jvp(loss, given, given), inputs, kernel) == expected
 
 
-@pytest.mark.parametrize("options", [{}, {"backend": "rust"}, {"reduction": "none"}], ids=str)
-def test_no_array_of_all_logits_is_ever_made(options):
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("reverse", {}),
+        ("reverse", {"backend": "rust"}),
+        ("reverse", {"reduction": "none"}),
+        ("forward", {}),
+        ("forward", {"reduction": "none"}),
+    ],
+    ids=str,
+)
+def test_no_array_of_all_logits_is_ever_made(mode, options):
     rows, width, classes = 512, 8, 1024
     shapes = (rows, width), (width, classes)
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -97,7 +108,11 @@ def test_no_array_of_all_logits_is_ever_made(options):
     def loss(inputs, kernel, labels):
         return jnp.sum(rj.linear_cross_entropy(inputs, kernel, labels, chunk_bytes=chunk, **options))
 
-    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arguments).compile()
+    def tangent(inputs, kernel, labels):
+        return jax.jvp(lambda *given: loss(*given, labels), (inputs, kernel), (inputs, kernel))
+
+    step = jax.value_and_grad(loss, (0, 1)) if mode == "reverse" else tangent
+    compiled = jax.jit(step).lower(*arguments).compile()
     assert f"f32[{rows},{classes}]" not in compiled.as_text()
     assert f"f32[16,{classes}]" in compiled.as_text()
     # Two sums of the kernel's size, the inputs' gradient, and some arrays of a chunk's size.
@@ -122,6 +137,9 @@ def test_every_transformation_gives_what_it_gives_for_the_logits(options):
     def scanned(inputs, kernel):
         return jax.lax.scan(lambda sums, _: (sums + loss(inputs, kernel), None), 0.0, length=2)[0]
 
+    def of_both(inputs, kernel):
+        return jnp.sum(jax.vmap(loss, (0, None))(inputs, kernel))
+
     gradient = jax.grad(loss, (0, 1))
 
     @jax.jit
@@ -130,6 +148,7 @@ def test_every_transformation_gives_what_it_gives_for_the_logits(options):
             "vmap": jax.vmap(gradient)(*pair),
             "vmap of the inputs": jax.vmap(gradient, (0, None))(pair[0], kernel),
             "vmap of the kernel": jax.vmap(gradient, (None, 0))(inputs, pair[1]),
+            "of a vmap": jax.grad(of_both, (0, 1))(pair[0], kernel),
             "remat": jax.grad(jax.checkpoint(loss), (0, 1))(inputs, kernel),
             "scan": jax.grad(scanned, (0, 1))(inputs, kernel),
         }
@@ -139,17 +158,19 @@ def test_every_transformation_gives_what_it_gives_for_the_logits(options):
         plain = {key: value for key, value in options.items() if key != "backend"}
         return jax.grad(lambda *given: jnp.sum(whole(*given, labels, **plain)), (0, 1))(inputs, kernel)
 
-    def of_both(*points):
+    def of_points(*points):
         return jax.tree.map(lambda *x: jnp.stack(x), *(of_logits(*point) for point in points))
 
     once = of_logits(inputs, kernel)
+    d_inputs, d_kernel = of_points((pair[0][0], kernel), (pair[0][1], kernel))
     same(gradient(inputs, kernel), once)
     same(
         transformed(inputs, kernel),
         {
-            "vmap": of_both((pair[0][0], pair[1][0]), (pair[0][1], pair[1][1])),
-            "vmap of the inputs": of_both((pair[0][0], kernel), (pair[0][1], kernel)),
-            "vmap of the kernel": of_both((inputs, pair[1][0]), (inputs, pair[1][1])),
+            "vmap": of_points((pair[0][0], pair[1][0]), (pair[0][1], pair[1][1])),
+            "vmap of the inputs": (d_inputs, d_kernel),
+            "vmap of the kernel": of_points((inputs, pair[1][0]), (inputs, pair[1][1])),
+            "of a vmap": (d_inputs, jnp.sum(d_kernel, axis=0)),
             "remat": once,
             "scan": jax.tree.map(lambda x: 2 * x, once),
         },
@@ -176,10 +197,66 @@ def test_second_derivatives_are_those_of_the_logits(options):
     same(products_with(chunked, options), expected)
 
 
-def test_forward_mode_alone_is_refused():
+@pytest.mark.usefixtures("compiled_in_a_hurry")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reduction": "none", "z_loss": 0.1}, {"weighting": rgd.CVaR(0.5), "label_smoothing": 0.1}],
+    ids=lambda options: "-".join(options) or "default",
+)
+def test_forward_mode_gives_what_it_gives_for_the_logits(options):
     inputs, kernel, labels = layer()
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda head: chunked(inputs, head, labels), (kernel,), (kernel,))
+    bias = jnp.sin(jnp.arange(CLASSES * 1.0))
+    moves = jnp.cos(jnp.arange(inputs.size * 1.0)).reshape(inputs.shape), jnp.sin(kernel), jnp.cos(bias)
+
+    def results(function):
+        def of_bias(bias):
+            return function(inputs, kernel, bias)
+
+        def along(kernel):
+            return jax.jvp(lambda *given: function(*given, bias), (inputs, kernel), moves[:2])
+
+        @jax.jit
+        def computed(inputs, kernel, bias):
+            value, tangent_of = jax.linearize(function, inputs, kernel, bias)
+            return {
+                "jvp": jax.jvp(function, (inputs, kernel, bias), moves),
+                "linearize": (value, tangent_of(*moves)),
+                "jacfwd": jax.jacfwd(of_bias)(bias),
+                "jacrev": jax.jacrev(of_bias)(bias),
+                "vmap": jax.vmap(along)(jnp.stack([kernel, jnp.cos(kernel)])),
+                "forward over forward": jax.jvp(lambda k: along(k)[1], (kernel,), moves[1:2])[1],
+                "reverse over forward": jax.grad(lambda k: jnp.sum(jnp.sin(along(k)[1])))(kernel),
+            }
+
+        return computed(inputs, kernel, bias)
+
+    def in_chunks(inputs, kernel, bias):
+        return chunked(inputs, kernel, labels, bias=bias, logit_softcap=2.0, **options)
+
+    def of_logits(inputs, kernel, bias):
+        logits = 2.0 * jnp.tanh((inputs @ kernel + bias) / 2.0)
+        return rj.cross_entropy(logits, labels, backend="jnp", **options)
+
+    actual, expected = results(in_chunks), results(of_logits)
+    same(actual, expected)
+    same(actual["jacfwd"], actual["jacrev"])
+
+
+@pytest.mark.usefixtures("compiled_in_a_hurry")
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=str)
+def test_tangents_of_ignored_rows_reach_no_tangent(options):
+    inputs, kernel, labels = layer()
+
+    @jax.jit
+    def tangent(held):
+        at, along = (x.at[1].set(held) for x in (inputs, jnp.cos(inputs)))
+
+        def of_kernel(kernel):
+            return jax.jvp(lambda x: jnp.sum(chunked(x, kernel, labels, **options)), (at,), (along,))[1]
+
+        return jax.value_and_grad(of_kernel)(kernel)
+
+    jax.tree.map(np.testing.assert_array_equal, tangent(jnp.nan), tangent(0.0))
 
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=str)

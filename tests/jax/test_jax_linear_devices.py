@@ -100,8 +100,26 @@ def rows_alone():
                                out_specs=(P(), (P("data"), P())))
         same(jax.jit(spread)(inputs, kernel, labels), expected)
 
+def forward_mode():
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "classes"))
+    moves = jax.tree.map(jnp.cos, operands)
+
+    @jax.jit
+    def tangents(operands):
+        results = []
+        for options in CASES[0], CASES[3]:
+            sharded = jax.shard_map(
+                lambda *a, options=options: chunked(*a, **options), mesh=mesh, in_specs=(specs, *rest_specs),
+                out_specs=P("data") if "reduction" in options else P())
+            results.append([jax.jvp(lambda one, f=f: f(one, *rest), (operands,), (moves,))
+                            for f in (sharded, lambda *a, options=options: whole(*a, **options))])
+        return results
+
+    for actual, expected in tangents(operands):
+        same(actual, expected)
+
 CHECKS = {f"{d} by {c}": lambda d=d, c=c: spread_over(d, c) for d, c in ((1, 3), (2, 2), (2, 1))}
-CHECKS["rows alone"] = rows_alone
+CHECKS |= {"rows alone": rows_alone, "forward mode": forward_mode}
 """
 
 
@@ -110,7 +128,7 @@ def outcomes():
     return outcomes_on_four_devices(PROGRAM)
 
 
-MESHES = ["1 by 3", "2 by 2", "2 by 1", "rows alone"]
+MESHES = ["1 by 3", "2 by 2", "2 by 1", "rows alone", "forward mode"]
 
 
 def test_every_mesh_of_the_program_is_asked_for(outcomes):

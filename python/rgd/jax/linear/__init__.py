@@ -92,8 +92,8 @@ def linear_cross_entropy(
     computed.
 
     `jax.checkpoint` around this function computes the losses once more, and saves nothing but the gradients.
-    Reverse mode may be repeated (`jax.hessian` too), and then holds all logits. There is no `jax.jvp` of it
-    alone: take `rgd.jax.cross_entropy(inputs @ kernel, ...)`.
+    Forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) takes as many passes and products, also in chunks.
+    Derivatives may be repeated (`jax.hessian`); reverse mode of a derivative holds all logits.
 
     Args:
         inputs: (..., D), floating: (N, D), or (B, T, D) for sequences.

@@ -63,6 +63,18 @@ class Above(NamedTuple):
     of_logs: Any
 
 
+class Along(NamedTuple):
+    """What the tangents of known losses are made of.
+
+    Attributes:
+        normalizer: Of each row, as `losses_pass` gives it.
+        moves: The tangents of the operands, None for one that stays.
+    """
+
+    normalizer: Normalizer
+    moves: Operands
+
+
 def one_pass(
     settings: Settings, wanted: Operands, operands: Operands, constants: Constants
 ) -> tuple[Any, Operands]:
@@ -133,6 +145,32 @@ def gradient_pass(
     return Operands(d_inputs, *sums)
 
 
+def tangents_pass(
+    settings: Settings, wanted: None, operands: Operands, constants: Constants, along: Along
+) -> tuple[jax.Array, jax.Array | None]:
+    """The tangents of the losses, and with a z-loss of the logsumexp: this device's part of them."""
+    del wanted
+
+    def body(carry: None, chunk: Any) -> tuple[None, Any]:
+        own, known = _of_chunk(operands, constants, chunk[:2])
+        normalizer, d_inputs = chunk[2:]
+        moves = along.moves._replace(inputs=counted_inputs(d_inputs, known.rows.codes))
+        logits = _logits(settings, own)
+        shifted = adjusted(logits, constants.adjustment)
+        moved = _through_cap(settings, logits, _moved_logits(own, moves))
+        zeros, ones = jnp.zeros_like(known.rows.measure), jnp.ones_like(known.rows.measure)
+
+        def tangent(above: Above) -> jax.Array:
+            return jnp.sum(_gradient(settings, known, shifted, above) * moved, axis=-1)
+
+        of_losses = tangent(Above(normalizer, ones, None))
+        of_logs = None if constants.z_loss is None else tangent(Above(normalizer, zeros, ones))
+        return carry, (of_losses, of_logs)
+
+    arrays = operands.inputs, constants.rows, along.normalizer, along.moves.inputs
+    return _scan(settings, body, None, arrays)[1]
+
+
 def _scan(settings: Settings, body: Callable[..., Any], start: Any, arrays: Any) -> tuple[Any, Any]:
     """`lax.scan` over chunks of the rows, the last filled up with rows that do not count."""
     leaves = jax.tree_util.tree_leaves(arrays)
@@ -159,10 +197,14 @@ def _scan(settings: Settings, body: Callable[..., Any], start: Any, arrays: Any)
 def _of_chunk(
     operands: Operands, constants: Constants, chunk: tuple[jax.Array, Rows]
 ) -> tuple[Operands, Constants]:
-    """The operands and constants of a chunk, with inputs of 0 where a row does not count: 0 * NaN is NaN."""
+    """The operands and constants of a chunk."""
     inputs, rows = chunk
-    inputs = jnp.where((rows.codes != IGNORED)[:, None], inputs, 0)
-    return operands._replace(inputs=inputs), constants._replace(rows=rows)
+    return operands._replace(inputs=counted_inputs(inputs, rows.codes)), constants._replace(rows=rows)
+
+
+def counted_inputs(inputs: Any, codes: jax.Array) -> Any:
+    """Inputs, or their tangents if any, of 0 where a row does not count: 0 * NaN is NaN."""
+    return None if inputs is None else jnp.where((codes != IGNORED)[:, None], inputs, 0)
 
 
 def _logits(settings: Settings, operands: Operands) -> jax.Array:
@@ -174,8 +216,19 @@ def _logits(settings: Settings, operands: Operands) -> jax.Array:
     return logits if settings.softcap is None else settings.softcap * jnp.tanh(logits / settings.softcap)
 
 
+def _moved_logits(operands: Operands, moves: Operands) -> jax.Array:
+    """The tangent of the logits before they are capped."""
+    dtype = accumulator(operands)
+    moved: Any = jnp.zeros((), dtype)
+    for inputs, kernel in ((moves.inputs, operands.kernel), (operands.inputs, moves.kernel)):
+        if inputs is not None and kernel is not None:
+            product = lax.dot_general(inputs, kernel, (((1,), (0,)), ((), ())), preferred_element_type=dtype)
+            moved = moved + product
+    return moved if moves.bias is None else moved + moves.bias
+
+
 def _through_cap(settings: Settings, logits: jax.Array, gradient: jax.Array) -> jax.Array:
-    """The gradient over the logits before they were capped."""
+    """The gradient over the logits before they were capped, or the tangent of those after."""
     return gradient if settings.softcap is None else gradient * (1 - (logits / settings.softcap) ** 2)
 
 

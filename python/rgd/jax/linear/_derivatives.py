@@ -2,7 +2,8 @@
 
 `weighted_total` knows the weight of a loss inside its chunk, and computes the gradients in the forward pass:
 three matrix products. `token_losses` gets the factor of each loss from above: its forward pass computes
-losses, its backward pass the logits again, and then the gradients: four products.
+losses, its backward pass the logits again, and then the gradients: four products. Forward mode takes as many:
+the tangent is the gradients times the tangents of the operands, or comes from a second pass.
 """
 
 # The types of jax leave members partly unknown.
@@ -19,8 +20,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from rgd.jax._devices import mapped_axes, psum, vary
+from rgd.jax._linear_map import linear_map
 from rgd.jax._rows import IGNORED
-from rgd.jax.linear._chunks import Above, gradient_pass, losses_pass, one_pass
+from rgd.jax.linear._chunks import (
+    Above,
+    Along,
+    counted_inputs,
+    gradient_pass,
+    losses_pass,
+    one_pass,
+    tangents_pass,
+)
 from rgd.jax.linear._problem import Constants, Operands, Settings
 
 
@@ -51,18 +61,43 @@ def _over_devices(
     return jax.tree_util.tree_map(functools.partial(psum, axis_name=settings.vocab_axis), result)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _weighted_total(settings: Settings, operands: Operands, constants: Constants) -> jax.Array:
     return _compiled(one_pass, settings, Operands(None, None, None), operands, constants)[0]
 
 
-def _weighted_total_forward(
-    settings: Settings, operands: Operands, constants: Constants
-) -> tuple[jax.Array, Any]:
-    wanted, operands, constants = _unwrapped(operands, constants)
-    value, gradients = _value_and_gradients(settings, wanted, operands, constants)
-    any_counts = jnp.any(constants.rows.codes != IGNORED)
-    return value, (gradients, _no_entries(operands), any_counts)
+@functools.partial(_weighted_total.defjvp, symbolic_zeros=True)
+def _(
+    settings: Settings, primals: tuple[Operands, Constants], tangents: tuple[Operands, Any]
+) -> tuple[jax.Array, jax.Array]:
+    moves = _nonzero(tangents[0])
+    value, gradients = _value_and_gradients(settings, _wanted(moves), *primals)
+    known = gradients, primals[1].rows.codes
+    return value, linear_map(_along_gradients, _times_gradients, known, moves)
+
+
+@jax.jit
+def _along_gradients(known: tuple[Operands, jax.Array], moves: Operands) -> jax.Array:
+    gradients, codes = known
+    moves = moves._replace(inputs=counted_inputs(moves.inputs, codes))
+
+    def product(gradient: jax.Array, move: jax.Array) -> jax.Array:
+        dtype = jnp.promote_types(move.dtype, jnp.float32)
+        return jnp.sum(gradient * move.astype(dtype)).astype(dtype)
+
+    products = jax.tree_util.tree_map(product, gradients, moves)
+    return jnp.where(_any_counts(codes), sum(jax.tree_util.tree_leaves(products)), 0)
+
+
+def _times_gradients(known: tuple[Operands, jax.Array], cotangent: jax.Array) -> Operands:
+    gradients, codes = known
+    cotangent = jnp.where(_any_counts(codes), cotangent, 0)
+    return Operands(*(None if gradient is None else cotangent * gradient for gradient in gradients))
+
+
+def _any_counts(codes: jax.Array) -> jax.Array:
+    """Where no row counts, "mean" divides by 0, and infinity times a gradient of 0 is NaN."""
+    return jnp.any(codes != IGNORED)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -86,73 +121,41 @@ def _(
     return _value_and_gradients(settings, wanted, *primals), tangent
 
 
-def _weighted_total_backward(settings: Settings, residuals: Any, cotangent: Any) -> tuple[Any, None]:
-    del settings
-    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        return None, None
-    gradients, like, any_counts = residuals
-    # Where no row counts, "mean" divides by 0, and infinity times a gradient of 0 is NaN.
-    cotangent = jnp.where(any_counts, cotangent, 0)
-    return Operands(
-        *(
-            None if g is None else (cotangent * g).astype(x.dtype)
-            for g, x in zip(gradients, like, strict=True)
-        )
-    ), None
-
-
-_weighted_total.defvjp(_weighted_total_forward, _weighted_total_backward, symbolic_zeros=True)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _token_losses(
     settings: Settings, operands: Operands, constants: Constants
 ) -> tuple[jax.Array, jax.Array | None]:
     return _compiled(losses_pass, settings, None, operands, constants)[:2]
 
 
-def _token_losses_forward(settings: Settings, operands: Operands, constants: Constants) -> tuple[Any, Any]:
-    wanted, operands, constants = _unwrapped(operands, constants)
-    losses, logs, normalizer = _compiled(losses_pass, settings, None, operands, constants)
-    return (losses, logs), (wanted, operands, constants, normalizer)
+@functools.partial(_token_losses.defjvp, symbolic_zeros=True)
+def _(
+    settings: Settings, primals: tuple[Operands, Constants], tangents: tuple[Operands, Any]
+) -> tuple[Any, Any]:
+    moves = _nonzero(tangents[0])
+    wanted = _wanted(moves)
+    losses, logs, normalizer = _compiled(losses_pass, settings, None, *primals)
+
+    def forward(known: Any, moves: Operands) -> Any:
+        operands, constants, normalizer = known
+        return _compiled(tangents_pass, settings, None, operands, constants, Along(normalizer, moves))
+
+    def backward(known: Any, cotangents: Any) -> Operands:
+        operands, constants, normalizer = known
+        above = Above(normalizer, *cotangents)
+        return _compiled(gradient_pass, settings, wanted, operands, constants, above)
+
+    return (losses, logs), linear_map(forward, backward, (*primals, normalizer), moves)
 
 
-def _token_losses_backward(settings: Settings, residuals: Any, cotangents: Any) -> tuple[Any, None]:
-    wanted, operands, constants, normalizer = residuals
-    if all(x is None or isinstance(x, jax.custom_derivatives.SymbolicZero) for x in cotangents):
-        return None, None
-    of_losses, of_logs = map(_instantiated, cotangents)
-    above = Above(normalizer, of_losses, of_logs)
-    gradients = _compiled(gradient_pass, settings, wanted, operands, constants, above)
-    return Operands(
-        *(None if g is None else g.astype(x.dtype) for g, x in zip(gradients, operands, strict=True))
-    ), None
+def _nonzero(tangents: Operands) -> Operands:
+    """The tangents, None for one that is known to be 0."""
+    return Operands(*(None if isinstance(x, jax.custom_derivatives.SymbolicZero) else x for x in tangents))
 
 
-_token_losses.defvjp(_token_losses_forward, _token_losses_backward, symbolic_zeros=True)
-
-
-def _unwrapped(operands: Operands, constants: Constants) -> tuple[Operands, Operands, Constants]:
-    """Of which operands a gradient is wanted, as () or None, which a residual may hold; and the values."""
-    wanted = Operands(*(None if x is None or not x.perturbed else () for x in operands))
-
-    def value(leaf: Any) -> Any:
-        return leaf.value
-
-    return wanted, *jax.tree_util.tree_map(value, (operands, constants))
-
-
-def _instantiated(cotangent: Any) -> Any:
-    """The cotangent, as an array where it is known to be 0."""
-    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        shape: Any = cotangent
-        return jnp.zeros(shape.shape, shape.dtype)
-    return cotangent
-
-
-def _no_entries(operands: Operands) -> Operands:
-    """Arrays of no elements that remember the dtypes."""
-    return Operands(*(None if x is None else jnp.zeros((0,), x.dtype) for x in operands))
+def _wanted(moves: Operands) -> Operands:
+    """Of which operands a gradient is wanted: () or None, which a setting may hold."""
+    return Operands(*(None if move is None else () for move in moves))
 
 
 def _compiled(
