@@ -115,7 +115,8 @@ def in_threads(function, calls=50, threads=8):
 def test_totals_and_state_of_a_shared_module_count_every_call_of_every_thread():
     criterion = RGDLoss(weighting=rgd.MovingAverage(rgd.KL(), decay=0.9), warn=True)
     criterion.reset_stats()
-    logits, target = torch.linspace(-1, 1, 15).reshape(5, 3), torch.arange(5) % 3  # losses on both sides of tau
+    # Losses on both sides of tau, so that nothing is warned of.
+    logits, target = torch.linspace(-1, 1, 15).reshape(5, 3), torch.arange(5) % 3
     calls = in_threads(lambda: criterion(logits, target))
     assert criterion.stats(total=True).count == 5 * calls
     assert int(criterion.weighting_state.updates) == calls

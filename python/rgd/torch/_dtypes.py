@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,3 +23,25 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def wide(tensor: Tensor) -> torch.dtype:
     """The dtype that weights are computed in, to be rounded once: float64, where the device has it."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that matrix products of a tensor are computed in.
+
+    It is float32 for bfloat16 on an x86 processor without bfloat16 instructions, where torch takes several
+    times as long for a product in bfloat16.
+    """
+    slow = tensor.is_cpu and tensor.dtype is torch.bfloat16 and not multiplies_bfloat16()
+    return torch.float32 if slow else tensor.dtype
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor multiplies matrices of bfloat16; True where torch cannot tell."""
+    if platform.machine().lower() not in {"x86_64", "amd64"}:
+        return True
+    cpu: Any = torch.cpu
+    known = [
+        asked for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        if (asked := getattr(cpu, name, None)) is not None
+    ]  # fmt: skip
+    return not known or any(asked() for asked in known)

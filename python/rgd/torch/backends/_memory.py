@@ -15,9 +15,9 @@ from torch import Tensor
 _LARGE = 1 << 22
 
 
-def empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """An uninitialised contiguous tensor of a shape, of the dtype and device of `like`."""
-    return _on_huge_pages(like.new_empty(shape))
+def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """An uninitialised contiguous tensor of a shape and dtype, on the device of `like`."""
+    return _on_huge_pages(like.new_empty(shape, dtype=dtype))
 
 
 def empty_like(tensor: Tensor) -> Tensor:

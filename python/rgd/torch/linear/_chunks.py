@@ -21,8 +21,7 @@ from rgd.torch._dtypes import accumulator
 from rgd.torch._plan import Weigher
 from rgd.torch.backends._memory import empty
 from rgd.torch.backends._steps import Rows, Step
-
-_PRODUCT_BYTES = 1 << 20
+from rgd.torch.linear._products import Products
 
 
 class Wanted(NamedTuple):
@@ -62,8 +61,7 @@ class ChunkedHead(NamedTuple):
 
     Attributes:
         input: (N, D).
-        weight: (C, D).
-        bias: (C,), or None.
+        products: The matrix products with its weight, (C, D), and bias.
         target: Class indices, int64 or int32, (N,), or probabilities, (N, C).
         takes_part: Which rows take part, (N,), bool; None for all of them.
         softcap: Logits are `softcap * tanh(z / softcap)`; None for `z` itself.
@@ -74,8 +72,7 @@ class ChunkedHead(NamedTuple):
     """
 
     input: Tensor
-    weight: Tensor
-    bias: Tensor | None
+    products: Products
     target: Tensor
     takes_part: Tensor | None
     softcap: float | None
@@ -118,14 +115,15 @@ class _Run:
         elif takes_part is not None and not bool(takes_part.all()):
             self._kept = takes_part.nonzero().view(-1)
         self.count = head.input.shape[0] if self._kept is None else self._kept.numel()
-        classes = head.weight.shape[0]
+        weight, dtype = head.products.weight, head.products.dtype
+        classes = weight.shape[0]
         self._size = max(1, min(head.rows, self.count))
-        self._buffer = empty((self._size, classes), head.input)
-        self._tanh = None if head.softcap is None else empty((self._size, classes), head.input)
+        self._buffer = empty((self._size, classes), weight, dtype)
+        self._tanh = None if head.softcap is None else empty((self._size, classes), weight, dtype)
         make = torch.empty_like if self._kept is None else torch.zeros_like
         self._input = make(head.input) if wanted.input else None
-        self._weight = head.weight.new_zeros(head.weight.shape, dtype=head.dtype) if wanted.weight else None
-        self._bias = head.weight.new_zeros((classes,), dtype=head.dtype) if wanted.bias else None
+        self._weight = weight.new_zeros(weight.shape, dtype=head.dtype) if wanted.weight else None
+        self._bias = weight.new_zeros((classes,), dtype=head.dtype) if wanted.bias else None
 
     def __iter__(self) -> Iterator[tuple[_Chunk, Tensor]]:
         """The chunks, each with its logits."""
@@ -136,19 +134,21 @@ class _Run:
                 rows = head.input[own]
                 if self._mask is not None:
                     rows = rows.masked_fill(~self._mask[own].unsqueeze(1), 0)
-                chunk = _Chunk(own, rows, head.target[own], None)
+                chunk = _Chunk(own, rows, self._target(head.target[own]), None)
             else:
                 at = self._kept[own]
-                chunk = _Chunk(own, head.input.index_select(0, at), head.target.index_select(0, at), at)
+                target = self._target(head.target.index_select(0, at))
+                chunk = _Chunk(own, head.input.index_select(0, at), target, at)
             yield chunk, self._logits(chunk)
+
+    def _target(self, target: Tensor) -> Tensor:
+        """Class probabilities in the dtype of the logits."""
+        return target.to(self._buffer.dtype) if target.is_floating_point() else target
 
     def _logits(self, chunk: _Chunk) -> Tensor:
         head = self.head
         logits = self._buffer[: chunk.rows.shape[0]]
-        if head.bias is None:
-            torch.mm(chunk.rows, head.weight.t(), out=logits)
-        else:
-            torch.addmm(head.bias, chunk.rows, head.weight.t(), out=logits)
+        head.products.write_logits(chunk.rows, logits)
         if head.softcap is not None and self._tanh is not None:
             tanh = self._tanh[: logits.shape[0]]
             torch.tanh(logits.div_(head.softcap), out=tanh)
@@ -162,21 +162,15 @@ class _Run:
             gradient.mul_(self._tanh[: gradient.shape[0]].square_().neg_().add_(1))
         if self._input is not None:
             if chunk.at is None:
-                torch.mm(gradient, head.weight, out=self._input[chunk.own])
+                head.products.write_input_gradient(gradient, self._input[chunk.own])
             else:
-                self._input.index_copy_(0, chunk.at, torch.mm(gradient, head.weight))
+                own = torch.empty_like(chunk.rows)
+                head.products.write_input_gradient(gradient, own)
+                self._input.index_copy_(0, chunk.at, own)
         if self._bias is not None:
             self._bias += gradient.sum(0, dtype=head.dtype)
-        if self._weight is None:
-            return
-        if head.dtype is gradient.dtype:
-            self._weight.addmm_(gradient.t(), chunk.rows)
-            return
-        # A product has the dtype of its factors. Some classes at a time keep it small.
-        classes = max(1, _PRODUCT_BYTES // max(1, head.input.shape[1] * head.input.element_size()))
-        for first in range(0, self._weight.shape[0], classes):
-            some = slice(first, first + classes)
-            self._weight[some] += torch.mm(gradient[:, some].t(), chunk.rows)
+        if self._weight is not None:
+            head.products.add_weight_gradient(self._weight, gradient, chunk.rows)
 
     def spread(self, values: Tensor) -> Tensor:
         """A vector over the rows that take part as one over all rows, 0 elsewhere."""

@@ -15,6 +15,7 @@ from rgd.torch._measure import spread
 from rgd.torch._problem import Problem
 from rgd.torch.backends._registry import Backend
 from rgd.torch.linear._chunks import ChunkedHead
+from rgd.torch.linear._products import products_of
 from rgd.torch.linear._vocabulary import VocabStep
 
 
@@ -60,18 +61,18 @@ def chunked(problem: Problem, dtype: torch.dtype, backend: Backend) -> ChunkedHe
         ones = torch.ones(problem.losses_shape(), dtype=torch.bool, device=problem.target.device)
         takes_part = as_rows(problem, ones if measure is None else measure != 0, 0)
     weight = weight.detach().to(dtype)
+    products = products_of(weight, None if bias is None else bias.detach().to(dtype).contiguous())
     classes = weight.shape[0] if shard is None else shard.widest
     accumulate = chunking.accumulate_dtype or accumulator(dtype)
     return ChunkedHead(
         problem.logits.detach().to(dtype).flatten(0, -2),
-        weight,
-        None if bias is None else bias.detach().to(dtype).contiguous(),
+        products,
         as_rows(problem, problem.target.detach(), problem.options.ignore_index),
         takes_part,
         chunking.logit_softcap,
         chunk_rows(
             chunking.chunk_bytes,
-            row_bytes=classes * dtype.itemsize,
+            row_bytes=classes * products.dtype.itemsize,
             gradient_bytes=classes * weight.shape[1] * accumulate.itemsize,
         ),
         accumulate,
