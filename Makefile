@@ -149,10 +149,15 @@ $(VENV)/.tools: | $(python)
 	@$(pip_install) --upgrade 'pip>=25.1' 'maturin>=1.9,<2'
 	@touch $@
 
-# In editable mode: a changed Python file needs no rebuild. A missing extension does, whatever the stamp says.
+# In editable mode: a changed Python file needs no rebuild. A missing extension does, whatever the stamp says. One
+# extension serves every Python: an environment that finds a new one links the package and builds nothing.
 $(VENV)/.built: pyproject.toml $(rust_sources) $(if $(extension),,FORCE) | rust $(VENV)/.tools
-	$(say) "building the Rust extension in release mode (a minute or two the first time)"
-	@PIP_QUIET=1 VIRTUAL_ENV="$(abspath $(VENV))" $(python) -m maturin develop --release --quiet
+	@if [ -n "$(extension)" ] && [ -z "$$(find $(rust_sources) pyproject.toml -newer '$(extension)')" ]; then \
+	  echo "$(abspath python)" > "$$($(python) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/rgd.pth"; \
+	else \
+	  printf '\n== %s\n' "building the Rust extension in release mode (a minute or two the first time)"; \
+	  PIP_QUIET=1 VIRTUAL_ENV="$(abspath $(VENV))" $(python) -m maturin develop --release --quiet; \
+	fi
 	@touch $@
 
 $(VENV)/.group-%: pyproject.toml | $(VENV)/.tools

@@ -204,7 +204,7 @@ def train(
 
 
 def run(session: Session, bf16: bool = False) -> list[Result]:
-    base = digits(epochs=4 if session.quick else EPOCHS)
+    base = digits(epochs=2 if session.quick else EPOCHS)
     taus, mixtures = (TAUS[:1], (MIXUP,)) if session.quick else (TAUS, (MIXUP, 0.0))
     session.expect(len(mixtures) * sweeps(taus), **GRIDS)
     results: list[Result] = []

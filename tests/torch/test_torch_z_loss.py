@@ -99,12 +99,14 @@ def test_weights_and_statistics_see_the_cross_entropy_alone(kind):
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
-@pytest.mark.parametrize("weighting", [rgd.KL(), rgd.CVaR(0.5)], ids=str)
-def test_compiled_graphs_and_second_derivatives_give_the_same(kind, weighting):
+@pytest.mark.parametrize(
+    ("weighting", "reductions"), [(rgd.KL(), ["mean", "none"]), (rgd.CVaR(0.5), ["mean"])], ids=str
+)
+def test_compiled_graphs_and_second_derivatives_give_the_same(kind, weighting, reductions):
     hidden, head, target = batch()
     logits = F.linear(hidden, head).movedim(-1, 1).requires_grad_()
     inputs = hidden.requires_grad_(), head.requires_grad_()
-    for reduction in ("mean", "none"):
+    for reduction in reductions:
         settings = {"weighting": weighting, "reduction": reduction, "z_loss": Z}
 
         def dense(x, settings=settings):
