@@ -32,10 +32,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Half of the time of a first run was XLA's newer emitters of fused loops. Programs over several devices, and
 # the oldest versions, run with them. XLA ends a process for a flag that it does not know, as it may later.
-if (
-    importlib.util.find_spec("jaxlib") is not None
-    and (0, 7) < tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11)
-):
+if importlib.util.find_spec("jaxlib") is not None and (0, 7) < tuple(
+    map(int, importlib.metadata.version("jaxlib").split(".")[:2])
+) < (0, 11):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several processes share the cores; tests that are about threads set their number themselves. This stands

@@ -27,6 +27,16 @@ class Gaps(NamedTuple):
     share: Any
     infinite: Any
 
+    def mean(self, values: Any) -> Any:
+        """The mean of numbers that are finite where a sample takes no part, (n,) or (m, n).
+
+        It is `batch.mean` in fewer operations.
+        """
+        batch, xp = self.batch, self.batch.xp
+        if batch.is_plain():
+            return xp.mean(values, axis=-1)
+        return xp.sum(values * batch.measure, axis=-1) / batch.count
+
 
 def gaps_of(batch: Batch) -> Gaps:
     """The gaps of a batch."""
@@ -38,8 +48,8 @@ def gaps_of(batch: Batch) -> Gaps:
     below = difference(xp, losses, top)
     values = batch.only(below / xp.where(extent > 0, extent, 1.0))
     on_top = xp.astype(losses == top, losses.dtype)
-    share = batch.mean(on_top)
-    return Gaps(batch, left, values, on_top, share, top == float("inf"))
+    gaps = Gaps(batch, left, values, on_top, extent, top == float("inf"))
+    return gaps._replace(share=gaps.mean(on_top))
 
 
 def with_corners(batch: Batch, gaps: Gaps, weights: Any, *, radius: Any, radius_left: Any, limit: Any) -> Any:

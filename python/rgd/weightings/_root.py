@@ -1,7 +1,7 @@
 """The root of an increasing function, in a fixed number of operations: none of them waits for a value.
 
-A bracket `[low, high]` is cut into equal parts at several candidates at once, and the part that holds the
-root is kept, until it is 2^-24 of the first bracket. Newton's steps, kept near the bracket, then find the
+A bracket `[low, low + width]` is cut into equal parts at several candidates at once, and the part that holds
+the root is kept, until it is 2^-18 of the first bracket. Newton's steps, kept near the bracket, then find the
 root to rounding.
 """
 
@@ -13,30 +13,29 @@ from typing import Any
 
 from rgd.weightings._batch import Batch
 
-BITS = 24
+BITS = 18
 """The bracket shrinks by this power of two before Newton's steps."""
 
-NEWTON_STEPS = 3
-"""As many find a root to rounding from anywhere within that; two do from a solution but for rounding."""
+NEWTON_STEPS = 2
+"""As many find a root to rounding from anywhere within that."""
 
 ELEMENTS = 1 << 20
 """Numbers that the candidates of one round may make together: fewer candidates for larger batches."""
 
-_ROUNDS = [(2**bits - 1, BITS // bits) for bits in (6, 4, 2, 1)]
+_ROUNDS = [(2**bits - 1, BITS // bits) for bits in (6, 3, 2, 1)]
 
 
-def root(batch: Batch, function: Callable[[Any], tuple[Any, Any]], low: Any, high: Any) -> Any:
-    """The `x` in `[low, high]` at which an increasing function is 0.
+def bracketed(batch: Batch, function: Callable[[Any], Any], low: Any, high: Any) -> tuple[Any, Any]:
+    """The ends of a part of `[low, high]` that holds the root of an increasing function.
 
     Args:
         batch: The batch the function is about; its size decides how many candidates are evaluated at once.
-        function: Maps candidates, shape (m, 1), to the function's values and its derivatives, each of shape
-            (m,), as `batch.mean` of shape (m, n) gives them.
+        function: Maps candidates, shape (m, 1), to the function's values, shape (m,). It may err by rounding.
         low: Where the search starts, 0-d.
         high: Where it ends, 0-d.
 
     Returns:
-        The root, 0-d. `low` or `high` where the function has no sign change between them.
+        The ends, 0-d: the first or last part where the function has no sign change between `low` and `high`.
     """
     xp = batch.xp
     candidates, rounds = _ROUNDS[0]
@@ -44,21 +43,18 @@ def root(batch: Batch, function: Callable[[Any], tuple[Any, Any]], low: Any, hig
         size = int(batch.losses.shape[-1])
         fitting = [(number, times) for number, times in _ROUNDS if number * size <= ELEMENTS]
         candidates, rounds = fitting[0] if fitting else _ROUNDS[-1]
-    fractions = batch.arange(1, candidates + 1) / (candidates + 1)
+    parts = candidates + 1
+    fractions = batch.arange(1, parts)[:, None] / parts
 
     def narrow(bracket: tuple[Any, Any]) -> tuple[Any, Any]:
-        low, high = bracket
-        width = high - low
-        values, _ = function((low + width * fractions)[:, None])
-        below = xp.sum(xp.astype(values < 0, batch.losses.dtype)) / (candidates + 1)
-        return low + width * below, low + width * (below + 1 / (candidates + 1))
+        low, width = bracket
+        below = xp.sum(xp.astype(function(low + width * fractions) < 0, batch.losses.dtype))
+        width = width / parts
+        return low + width * below, width
 
     # The first round is apart: what JAX knows of an array (dtype, mapped axes) is then as it stays in a loop.
-    low, high = _repeat(xp, rounds - 1, narrow, narrow((low, high)))
-
-    # A root on the bracket's end may lie beyond it by a rounding.
-    middle, width = (low + high) / 2, high - low
-    return polished(batch, function, middle, (low - width, high + width))
+    low, width = _repeat(xp, rounds - 1, narrow, narrow((low, high - low)))
+    return low, low + width
 
 
 def polished(
@@ -72,18 +68,18 @@ def polished(
 
     Args:
         batch: The batch the function is about.
-        function: As for `root`.
+        function: Maps a number, 0-d, to the function's value and its derivative, 0-d.
         x: A number near the root, 0-d.
-        bracket: The ends that no step goes beyond, 0-d.
+        bracket: The ends, 0-d. A step that would reach them or go beyond is not taken.
         steps: How many steps.
     """
     xp, (low, high) = batch.xp, bracket
 
     def polish(x: Any) -> Any:
-        values, slopes = function(xp.reshape(x, (1, 1)))
-        step = x - xp.reshape(values / slopes, ())
-        step = xp.where(step < low, low, xp.where(step > high, high, step))
-        return xp.where(xp.isnan(step), x, step)
+        value, slope = function(x)
+        step = x - value / slope
+        # Where the function is flat but for rounding, x is as good as any number near it.
+        return xp.where((step > low) & (step < high), step, x)
 
     return _repeat(xp, steps, polish, x)
 

@@ -111,40 +111,40 @@ class ChiSquareBall(Weighting):
 
     def weights(self, batch: Batch) -> Any:
         """`max(0, gap + t) / mean(max(0, gap + t))`, `t` such that the divergence is the radius."""
-        xp, losses, whole, radius = batch.xp, batch.losses, batch, batch.scalar(self.radius)
+        xp, losses, radius = batch.xp, batch.losses, batch.scalar(self.radius)
         ball = gaps_of(batch)
-        batch, gaps = ball.batch, ball.values
+        gaps, mean_of = ball.values, ball.mean
         # Losses of -inf, which weigh nothing, take their part of the divergence.
         left = radius * ball.left - (1.0 - ball.left) / 2.0
         left = xp.where(left < 0, 0.0, left)
         limit = (1.0 / ball.share - 1.0) / 2.0
-        mean = batch.mean(gaps)
+        mean = mean_of(gaps)
         deviation = gaps - mean
-        variance = batch.mean(deviation**2)
+        variance = mean_of(deviation**2)
         variance = xp.where(variance > 0, variance, 1.0)
         # As long as no weight is 0, they are linear in the loss.
         linear = 1.0 + deviation * (2.0 * left / variance) ** 0.5
-        all_positive = batch.min(linear) >= 0
+        all_positive = ball.batch.min(linear) >= 0
         square = 1.0 + 2.0 * left
 
         def enough(t: Any) -> Any:
             """Whether the mean square of the weights is at most what the radius allows, at several `t`."""
             above = xp.where(gaps + t > 0, gaps + t, 0.0)
-            return batch.mean((above / batch.mean(above)[:, None]) ** 2) <= square
+            return mean_of((above / mean_of(above)[:, None]) ** 2) <= square
 
         # The weights begin between this loss and the one above it. All above it are in play, and their share
         # of the measure, mean and variance tell where: (1 + variance / (mean + t)^2) / share = square.
-        in_play = gaps + first_enough(batch, xp.sort(-gaps), enough) > 0
-        extent = batch.max(xp.where(in_play, -gaps, 0.0))
+        in_play = gaps + first_enough(ball.batch, xp.sort(-gaps), enough) > 0
+        extent = ball.batch.max(xp.where(in_play, -gaps, 0.0))
         scaled = gaps / xp.where(extent > 0, extent, 1.0)
-        share = batch.mean(xp.astype(in_play, losses.dtype))
-        mean = batch.mean(xp.where(in_play, scaled, 0.0)) / share
-        variance = batch.mean(xp.where(in_play, scaled - mean, 0.0) ** 2) / share
+        share = mean_of(xp.astype(in_play, losses.dtype))
+        mean = mean_of(xp.where(in_play, scaled, 0.0)) / share
+        variance = mean_of(xp.where(in_play, scaled - mean, 0.0) ** 2) / share
         beyond = (share - 1.0) + 2.0 * left * share
         above = scaled - mean + (variance / xp.where(beyond > 0, beyond, 1.0)) ** 0.5
         above = xp.where(above > 0, above, 0.0)
-        weights = xp.where(all_positive, linear, above / batch.mean(above))
-        return with_corners(whole, ball, weights, radius=radius, radius_left=left, limit=limit)
+        weights = xp.where(all_positive, linear, above / mean_of(above))
+        return with_corners(batch, ball, weights, radius=radius, radius_left=left, limit=limit)
 
     def kernel(self) -> Kernel:
         """The kernel `chi_square_ball`: the radius."""

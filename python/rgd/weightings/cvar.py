@@ -96,6 +96,6 @@ class CVaR(Weighting):
         roots = xp.log(room / batch.cumulative_sum(measure * xp.exp(rising)))
         u = xp.max(xp.where(room > 0, roots, -float("inf")))
         u = xp.where(u < ceiling, u, ceiling)
-        u = polished(batch, excess, u, (u - 1.0, ceiling), steps=2)
+        u = polished(batch, excess, u, (u - 1.0, ceiling))
         exponent = gaps + u
         return xp.where(exponent < ceiling, xp.exp(xp.where(exponent < ceiling, exponent, 0.0)), bound)

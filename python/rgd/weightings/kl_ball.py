@@ -8,7 +8,7 @@ from typing import Any
 from rgd.weightings._ball import gaps_of, with_corners
 from rgd.weightings._base import Kernel, Weighting, setting
 from rgd.weightings._batch import Batch
-from rgd.weightings._root import root
+from rgd.weightings._root import bracketed, polished
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,38 +45,44 @@ class KLBall(Weighting):
 
     def weights(self, batch: Batch) -> Any:
         """`exp(b * gap) / mean(exp(b * gap))`, `b` the root of `KL = radius`."""
-        xp, losses, whole, radius = batch.xp, batch.losses, batch, batch.scalar(self.radius)
+        xp, losses, radius = batch.xp, batch.losses, batch.scalar(self.radius)
         ball = gaps_of(batch)
-        batch, gaps = ball.batch, ball.values
+        gaps, mean = ball.values, ball.mean
         # Losses of -inf, which weigh nothing, take their part of the divergence.
         left = radius + xp.log(ball.left)
         left = xp.where(left < 0, 0.0, left)
         limit = -xp.log(ball.share)
         inside = (left > 0) & (left < limit)
         target = xp.where(inside, left, 0.5)
-        nearest = batch.min(xp.where(gaps < 0, -gaps, float("inf")))
+        nearest = ball.batch.min(xp.where(gaps < 0, -gaps, float("inf")))
         nearest = xp.where(inside, nearest, 1.0)
 
-        def divergence(log_b: Any) -> tuple[Any, Any]:
-            """KL - radius and its derivative with respect to `log(b)`, at several `b` at once."""
-            b = xp.exp(log_b)
-            exponent = b * gaps
-            logarithm = exponent - xp.log1p(batch.mean(xp.expm1(exponent)))[:, None]
+        def divergence(log_b: Any) -> tuple[Any, Any, Any]:
+            """KL of the weights, the weights and their logarithms, at one `b` or several."""
+            exponent = xp.exp(log_b) * gaps
+            logarithm = exponent - xp.log1p(mean(xp.expm1(exponent)))[..., None]
             weights = xp.exp(logarithm)
             # mean(w log w) + 1 - mean(w), where the error of the logarithms' common shift cancels.
-            value = batch.mean(logarithm * weights - xp.expm1(logarithm))
-            deviation = gaps - batch.mean(weights * gaps)[:, None]
-            slope = batch.mean(weights * (b * deviation) ** 2)
-            return value - target, slope
+            return mean(logarithm * weights - xp.expm1(logarithm)), weights, logarithm
+
+        def excess(log_b: Any) -> tuple[Any, Any]:
+            """KL - radius and its derivative with respect to `log(b)`."""
+            value, weights, logarithm = divergence(log_b)
+            return value - target, mean(weights * (logarithm - value) ** 2)
 
         # With gaps in [-1, 0], KL(b) <= b^2 / 8; at 1000 / nearest all weight lies on the largest losses.
         largest = xp.finfo(losses.dtype).max / 8
         high = 1000.0 / nearest
-        low = xp.log(8.0 * target) / 2
-        log_b = root(batch, divergence, low, xp.log(xp.where(high < largest, high, largest)))
+        high = xp.log(xp.where(high < largest, high, largest))
+        low, high = bracketed(
+            batch, lambda log_b: divergence(log_b)[0] - target, xp.log(8.0 * target) / 2, high
+        )
+        # A root on the bracket's end may lie beyond it by a rounding.
+        width = high - low
+        log_b = polished(batch, excess, (low + high) / 2, (low - width, high + width))
         weights = xp.exp(xp.exp(log_b) * gaps)
-        weights = weights / batch.mean(weights)
-        return with_corners(whole, ball, weights, radius=radius, radius_left=left, limit=limit)
+        weights = weights / mean(weights)
+        return with_corners(batch, ball, weights, radius=radius, radius_left=left, limit=limit)
 
     def kernel(self) -> Kernel:
         """The kernel `kl_ball`: the radius."""
