@@ -95,7 +95,7 @@ def main():
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "backend": jax.default_backend(),
-        "threads": "XLA's pool for jnp; one for the kernel",
+        "threads": "XLA's pool",
         "jax": jax.__version__,
         "optax": optax.__version__,
         "python": platform.python_version(),

@@ -229,6 +229,16 @@ unsafe impl<T: Send> Send for Shared<T> {}
 unsafe impl<T: Send> Sync for Shared<T> {}
 
 impl<T> Shared<T> {
+    /// The address of element `i`.
+    ///
+    /// # Safety
+    /// There is such an element, or it is the end.
+    #[inline(always)]
+    pub(crate) unsafe fn address(self, i: usize) -> *mut T {
+        // SAFETY: what the caller promises.
+        unsafe { self.0.add(i) }
+    }
+
     /// The part `start..end` of a slice given at construction.
     ///
     /// # Safety

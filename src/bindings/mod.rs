@@ -11,6 +11,8 @@ mod repeated;
 mod tensor;
 mod weights;
 mod xla;
+mod xla_api;
+mod xla_pool;
 
 use pyo3::prelude::*;
 

@@ -1,7 +1,6 @@
 //! The fused cross-entropy as a custom call of XLA on the CPU, through its foreign function interface (FFI).
 //!
-//! Mirrors the part of `xla/ffi/api/c_api.h` (shipped with jaxlib) that a handler needs, version 0.1, which every later
-//! version of the interface serves. Of a row of logits `x`, its label `y` and its settings `(norm, smoothing, z,
+//! Of a row of logits `x`, its label `y` and its settings `(norm, smoothing, z,
 //! numbers...)` the call writes the loss `l`, its weight `w`, the gradient of `norm (w l + z Z^2)`, which may take the
 //! place of the logits, and `Z`, the logsumexp of the row, where the fourth result has elements. The attribute `kind`
 //! names the weighting that has these numbers, which must be pointwise. A fourth operand is added to the logits of each
@@ -10,164 +9,30 @@
 //! XLA promises: buffers are dense, row-major and aligned, live as long as the call, and an output shares memory with
 //! an input only where the caller of `jax.ffi.ffi_call` allowed it, and then exactly. Outputs are uninitialised, and a
 //! buffer of no elements may be null. This module promises: nothing is written but outputs and, of structures of XLA's,
-//! fields within their stated size; no panic crosses the boundary; no thread is started, since XLA runs handlers on its
-//! own.
+//! fields within their stated size; no panic crosses the boundary; no thread is started: blocks of rows are shared with
+//! the threads of XLA's own pool.
 
+use super::xla_api::{
+    Api, Attributes, BF16, Buffers, ByteSpan, CallFrame, ErrorCreateArgs, Extension, F16, F32, F64, INTERNAL,
+    INVALID_ARGUMENT, METADATA, Metadata, MetadataExtension, RESOURCE_EXHAUSTED, S32, STRING, XlaError,
+};
+use super::xla_pool::Pool;
 use crate::cross_entropy::{
     Gradient, Inputs, NormedOutputs, Overwrite, Reduction, Settings, Target, with_norms,
 };
+use crate::layout::Shared;
 use crate::numeric::{Element, Real};
 use crate::parallel::Stop;
 use crate::weightings::Weighting;
 use half::{bf16, f16};
 use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2};
 use pyo3::prelude::*;
-use std::ffi::{CString, c_char, c_int, c_void};
+use std::ffi::{CString, c_int, c_void};
 use std::mem::{MaybeUninit, offset_of, size_of};
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::{null, null_mut};
-
-#[repr(C)]
-struct Extension {
-    struct_size: usize,
-    kind: c_int,
-    next: *mut Extension,
-}
-
-const METADATA: c_int = 1;
-
-#[repr(C)]
-struct ApiVersion {
-    struct_size: usize,
-    extensions: *mut Extension,
-    major: c_int,
-    minor: c_int,
-}
-
-#[repr(C)]
-struct Metadata {
-    struct_size: usize,
-    api_version: ApiVersion,
-    traits: u32,
-}
-
-#[repr(C)]
-struct MetadataExtension {
-    base: Extension,
-    metadata: *mut Metadata,
-}
-
-/// An error of XLA's own making.
-enum XlaError {}
-
-#[repr(C)]
-struct ErrorCreateArgs {
-    struct_size: usize,
-    extensions: *mut Extension,
-    message: *const c_char,
-    code: c_int,
-}
-
-const INVALID_ARGUMENT: c_int = 3;
-const RESOURCE_EXHAUSTED: c_int = 8;
-const INTERNAL: c_int = 13;
-
-/// The head of `XLA_FFI_Api`, which has grown since at its end only.
-#[repr(C)]
-struct Api {
-    struct_size: usize,
-    extensions: *mut Extension,
-    version: ApiVersion,
-    internal: *const c_void,
-    error_create: Option<unsafe extern "C" fn(*mut ErrorCreateArgs) -> *mut XlaError>,
-}
-
-/// `XLA_FFI_Args` and `XLA_FFI_Rets`.
-#[repr(C)]
-struct Buffers {
-    struct_size: usize,
-    extensions: *mut Extension,
-    size: i64,
-    kinds: *const c_int,
-    data: *const *const Buffer,
-}
-
-#[repr(C)]
-struct Buffer {
-    struct_size: usize,
-    extensions: *mut Extension,
-    dtype: c_int,
-    data: *mut c_void,
-    rank: i64,
-    dims: *const i64,
-}
-
-#[repr(C)]
-struct Attributes {
-    struct_size: usize,
-    extensions: *mut Extension,
-    size: i64,
-    kinds: *const c_int,
-    names: *const *const ByteSpan,
-    values: *const *const c_void,
-}
-
-/// A string, without a zero at its end.
-#[repr(C)]
-struct ByteSpan {
-    data: *const u8,
-    size: usize,
-}
-
-impl ByteSpan {
-    /// # Safety
-    /// The span is XLA's and outlives `'a`.
-    unsafe fn bytes<'a>(&self) -> &'a [u8] {
-        if self.size == 0 {
-            return &[];
-        }
-        // SAFETY: what the caller promises.
-        unsafe { std::slice::from_raw_parts(self.data, self.size) }
-    }
-}
-
-/// `XLA_FFI_CallFrame` without its later field `future`.
-#[repr(C)]
-struct CallFrame {
-    struct_size: usize,
-    extensions: *mut Extension,
-    api: *const Api,
-    context: *mut c_void,
-    stage: c_int,
-    args: Buffers,
-    rets: Buffers,
-    attributes: Attributes,
-}
-
-const _: () = {
-    assert!(size_of::<*const ()>() == 8, "laid out for 64-bit platforms");
-    assert!(size_of::<Extension>() == 24);
-    assert!(size_of::<ApiVersion>() == 24);
-    assert!(offset_of!(Metadata, traits) == 32);
-    assert!(size_of::<MetadataExtension>() == 32);
-    assert!(size_of::<ErrorCreateArgs>() == 32);
-    assert!(offset_of!(Api, error_create) == 48);
-    assert!(size_of::<Buffers>() == 40);
-    assert!(size_of::<Buffer>() == 48);
-    assert!(size_of::<Attributes>() == 48);
-    assert!(size_of::<ByteSpan>() == 16);
-    assert!(size_of::<CallFrame>() == 40 + 2 * 40 + 48);
-};
-
-/// The kind of a string attribute.
-const STRING: c_int = 4;
-
-/// The data type of a signed integer of 32 bits.
-const S32: c_int = 4;
-const F16: c_int = 10;
-const F32: c_int = 11;
-const F64: c_int = 12;
-const BF16: c_int = 16;
+use std::sync::{Mutex, PoisonError};
 
 /// The label of a row that takes no part.
 const IGNORED: i32 = -1;
@@ -326,6 +191,8 @@ unsafe fn run(frame: &CallFrame) -> Result<(), String> {
         classes: classes as usize,
         width: width as usize,
         kind,
+        // SAFETY: the table and the context are those of the call.
+        pool: unsafe { Pool::new(frame.api, frame.context) },
     };
     // SAFETY: shapes and dtypes were checked.
     unsafe {
@@ -365,6 +232,7 @@ struct Call<'a> {
     /// How many settings a row has: its norm, its label smoothing, its z-loss and the numbers of the weighting.
     width: usize,
     kind: &'a str,
+    pool: Pool<'a>,
 }
 
 unsafe fn fill<T: Element>(call: &Call) -> Result<(), String> {
@@ -396,38 +264,45 @@ unsafe fn fill<T: Element>(call: &Call) -> Result<(), String> {
     let in_place = x == grad;
     let block = (BLOCK / classes).max(1);
     let settings_of = |row: usize| settings[width * row..width * (row + 1)].split_at(1);
-    let mut clean = Vec::new();
-    let mut norms = Vec::new();
 
+    // Parts of one weighting, smoothing, z-loss and adjustment each; their bounds do not depend on the threads.
+    let mut parts = Vec::new();
     let mut start = 0;
     while start < rows {
         let own = settings_of(start).1;
         let limit = rows.min(start + block).min((start / adjusted + 1) * adjusted);
         let end = (start + 1..limit).find(|&row| settings_of(row).1 != own).unwrap_or(limit);
-        let part = start..end;
+        parts.push(start..end);
+        start = end;
+    }
+    let to = Shared(x);
+    let (losses, weights) = (Shared(losses.as_mut_ptr()), Shared(weights.as_mut_ptr()));
+    let logsumexp = (!logsumexp.is_empty()).then_some(Shared(logsumexp.as_mut_ptr()));
+    let grad = Shared(grad);
+    let failed = Mutex::new(None);
+    let fill_part = |part: Range<usize>| -> Result<(), String> {
+        let own: Vec<f64> = settings_of(part.start).1.iter().map(|number| number.to_f64()).collect();
         let outside = |&label: &i32| label != IGNORED && !(0..classes as i64).contains(&i64::from(label));
-        clean.clear();
-        clean.extend(labels[part.clone()].iter().map(|label| if outside(label) { IGNORED } else { *label }));
-        norms.clear();
-        norms.extend(part.clone().map(|row| settings_of(row).0[0]));
-        let own: Vec<f64> = own.iter().map(|number| number.to_f64()).collect();
-        let shape = (end - start, classes);
+        let within = |label: &i32| if outside(label) { IGNORED } else { *label };
+        let clean: Vec<i32> = labels[part.clone()].iter().map(within).collect();
+        let norms: Vec<T::Real> = part.clone().map(|row| settings_of(row).0[0]).collect();
+        let shape = (part.len(), classes);
         // SAFETY: rows of two buffers of `rows` rows each, which are one buffer or do not overlap. XLA allows a result
-        // to be written, and nothing else touches these rows.
-        let (logits, memory, to) = unsafe {
-            let (x, grad) = (x.add(start * classes), grad.add(start * classes));
-            let to = if in_place {
+        // to be written, and nothing but this part touches these rows.
+        let (logits, memory, gradient) = unsafe {
+            let (x, grad) = (to.address(part.start * classes), grad.address(part.start * classes));
+            let gradient = if in_place {
                 Gradient::InPlace(Overwrite::granted())
             } else {
                 Gradient::Separate(ArrayViewMut2::from_shape_ptr(shape, grad.cast()).into_dyn())
             };
-            (ArrayView2::from_shape_ptr(shape, x.cast_const()).into_dyn(), grad, to)
+            (ArrayView2::from_shape_ptr(shape, x.cast_const()).into_dyn(), grad, gradient)
         };
         let inputs = Inputs {
             logits,
             target: Target::Int32(ArrayView1::from(&clean[..]).into_dyn()),
             class_weight: None,
-            logit_adjustment: adjustment.chunks_exact(classes).nth(start / adjusted),
+            logit_adjustment: adjustment.chunks_exact(classes).nth(part.start / adjusted),
             measure: None,
         };
         let settings = Settings {
@@ -438,9 +313,12 @@ unsafe fn fill<T: Element>(call: &Call) -> Result<(), String> {
             reduction: Reduction::Sum,
             threads: 1,
         };
-        let (losses, weights) = (&mut losses[part.clone()], &mut weights[part.clone()]);
-        let mut logsumexp = (!logsumexp.is_empty()).then(|| &mut logsumexp[part.clone()]);
-        let out = NormedOutputs { losses, weights, logsumexp: logsumexp.as_deref_mut(), grad: to };
+        // SAFETY: the entries of this part's rows, which nothing else touches.
+        let (losses, weights, mut logsumexp) = unsafe {
+            let of_part = |out: &Shared<MaybeUninit<T::Real>>| out.part(part.start, part.end);
+            (of_part(&losses), of_part(&weights), logsumexp.as_ref().map(of_part))
+        };
+        let out = NormedOutputs { losses, weights, logsumexp: logsumexp.as_deref_mut(), grad: gradient };
         with_norms(&inputs, read(&own[2..])?, &settings, &norms, out).map_err(|error| error.to_string())?;
         for (i, &label) in labels[part].iter().enumerate() {
             let nan = T::Real::from_f64(f64::NAN);
@@ -455,14 +333,19 @@ unsafe fn fill<T: Element>(call: &Call) -> Result<(), String> {
                 // Masked logits may hold anything, and 0 * NaN is NaN.
                 let g = T::narrow(if label == IGNORED { T::Real::default() } else { nan });
                 for k in i * classes..(i + 1) * classes {
-                    // SAFETY: an element of this block's rows of the gradient.
+                    // SAFETY: an element of this part's rows of the gradient.
                     unsafe { memory.add(k).write(g) };
                 }
             }
         }
-        start = end;
-    }
-    Ok(())
+        Ok(())
+    };
+    call.pool.for_each(parts.len(), &|i| {
+        if let Err(message) = fill_part(parts[i].clone()) {
+            *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(message);
+        }
+    });
+    failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
 /// The XLA FFI handler of the fused cross-entropy, in the capsule that `jax.ffi.register_ffi_target` takes.
@@ -479,6 +362,7 @@ pub(super) fn xla_handler(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::xla_api::ApiVersion;
     use super::*;
 
     #[test]

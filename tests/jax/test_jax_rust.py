@@ -67,6 +67,23 @@ def test_kernel_gives_the_value_and_gradient_of_jnp_and_of_the_reference(shape, 
         close(gradient, np.moveaxis(expected, 1, -1), dtype, logits.size)
 
 
+@pytest.mark.parametrize("classes", [7, 300])
+def test_rows_shared_among_threads_are_those_of_a_thread_alone(classes):
+    """A part has 2^15 logits: the whole has many, of which threads take any, and a slice has one."""
+    rows = (1 << 17) // classes
+    logits, labels = problem((rows, classes))
+    labels = labels.at[rows // 2].set(classes + 5)
+    step = jax.jit(jax.value_and_grad(lambda z, y: rj.cross_entropy(z, y, reduction="sum", backend="rust")))
+    value, gradient = step(logits, labels)
+    assert jnp.isnan(value)
+    own = (1 << 14) // classes
+    for start in range(0, rows - own, own):
+        part = slice(start, start + own)
+        np.testing.assert_array_equal(gradient[part], step(logits[part], labels[part])[1])
+    for _ in range(20):
+        np.testing.assert_array_equal(step(logits, labels)[1], gradient)
+
+
 @pytest.mark.parametrize("classes", [5, 101])
 @pytest.mark.parametrize("wanted", [True, False])
 def test_the_raw_call_takes_a_z_loss_of_each_row_and_gives_the_logsumexp(classes, wanted):
@@ -228,9 +245,13 @@ def test_one_function_lowers_for_other_platforms_without_the_kernel():
 def test_kernel_is_chosen_by_size_and_refused_where_it_does_not_serve(monkeypatch, cores):
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     small = problem((7, 5))
-    large = jax.ShapeDtypeStruct((1024, 4096), jnp.float32), jax.ShapeDtypeStruct((1024,), jnp.int32)
+    large, few_classes, few_rows = (
+        (jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:1], jnp.int32))
+        for shape in ((128, 100), (4096, 99), (8, 1000))
+    )
     step = jax.jit(jax.value_and_grad(rj.cross_entropy), static_argnames="backend")
-    assert "rgd_cross_entropy" not in step.lower(*small).as_text()
+    for other in (small, few_classes, few_rows):
+        assert "rgd_cross_entropy" not in step.lower(*other).as_text()
     assert "rgd_cross_entropy" in step.lower(*large).as_text()
     assert "rgd_cross_entropy" not in step.lower(*large, backend="jnp").as_text()
     assert "rgd_cross_entropy" in step.lower(*small, backend="rust").as_text()

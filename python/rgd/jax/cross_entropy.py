@@ -118,8 +118,7 @@ def cross_entropy(
             kernel (`rgd.KL`, `rgd.ERM`), class indices without class weights, "mean" and "sum",
             `per="element"` and the class axis last. It cannot be exported by `jax.export`, and where logits
             are sharded it must be called inside `jax.shard_map`. By default the kernel is taken where it
-            serves, JAX runs on one CPU device, C >= 512, and logits have at least 2^22 entries. It has one
-            thread: on a host of many cores compare with "jnp".
+            serves, JAX runs on one CPU device, C >= 100, and logits have at least 2^13 entries.
 
     Returns:
         The objective, float64 for float64 logits, else float32: shape () or, for "none", the logits' shape

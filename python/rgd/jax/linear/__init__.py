@@ -139,7 +139,7 @@ def linear_cross_entropy(
         backend: What computes the rows of a chunk in one pass, as in `rgd.jax.cross_entropy`: "jnp" is plain
             `jax.numpy`, "rust" a kernel on the CPU. "rust" serves pointwise weightings that have a kernel,
             without class weights and `vocab_axis_name`. By default the kernel is taken where it serves, JAX
-            runs on one CPU device, C >= 512, and there are at least 2^22 logits in all.
+            runs on one CPU device, C >= 100, and there are at least 2^13 logits in all.
 
     Returns:
         The objective: float64 where inputs or kernel are, else float32, in which half precision is computed:
