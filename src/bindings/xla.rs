@@ -362,8 +362,8 @@ pub(super) fn xla_handler(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::xla_api::ApiVersion;
     use super::*;
+    use crate::bindings::xla_api::ApiVersion;
 
     #[test]
     fn the_metadata_query_is_answered_without_an_api_and_within_its_size() {

@@ -153,12 +153,12 @@ impl Pool<'_> {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use super::*;
     use std::time::Duration;
 
     /// Tables of functions as XLA's, of a pool that runs tasks in one way or another.
-    pub(in crate::bindings) fn api(
+    fn api(
         schedule: unsafe extern "C" fn(*mut ScheduleArgs) -> *mut XlaError,
         num_threads: unsafe extern "C" fn(*mut NumThreadsArgs) -> *mut XlaError,
     ) -> Api {
