@@ -15,6 +15,7 @@ import rgd
 import torch
 from rgd.integrations.transformers import RGDStatsCallback, rgd_loss_func, use_linear_rgd
 from rgd.torch import LinearRGDLoss, RGDLoss, WeightingSchedule
+from rgd.torch._dtypes import product_dtype
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -422,12 +423,13 @@ def test_a_model_in_bfloat16_has_a_float32_loss(transformers):
     model, inputs = make(transformers, dtype=torch.bfloat16).train(), batch()
     with torch.no_grad():
         hidden = model.model(inputs["input_ids"]).last_hidden_state
-        logits = F.linear(hidden, model.lm_head.weight).float()
+        dtype = product_dtype(hidden)
+        logits = F.linear(hidden.to(dtype), model.lm_head.weight.to(dtype)).float()
     expected = RGDLoss(tau=8.0)(logits[:, :-1].movedim(-1, 1), inputs["labels"][:, 1:])
     with use_linear_rgd(model, tau=8.0):
         loss = model(**inputs, num_items_in_batch=None).loss
     assert loss.dtype is torch.float32
-    # The logits are rounded to bfloat16 in both; what differs is the order of sums in float32.
+    # The logits have one dtype in both; what differs is the order of sums in float32.
     torch.testing.assert_close(loss, expected, rtol=CLASSES * torch.finfo(torch.float32).eps, atol=0)
     loss.backward()
     assert model.lm_head.weight.grad.dtype is torch.bfloat16

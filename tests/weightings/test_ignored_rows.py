@@ -18,6 +18,7 @@ from rgd.torch import backend, cross_entropy, linear_cross_entropy
 from rgd.torch._problem import Options, Problem
 from rgd.torch.backends.composite import ComposedStep
 from rgd.torch.linear._chunks import ChunkedHead, Wanted, gradients_in_chunks, losses_in_chunks
+from rgd.torch.linear._products import Products
 
 WIDTH = 4
 DEVICES = [
@@ -132,7 +133,7 @@ def test_rows_that_cannot_be_counted_without_waiting_are_set_to_zero():
     counted = target != -100
     wanted, factors = Wanted(True, True, False), counted.double()
     for mask in (counted, OnAnotherDevice(counted)):
-        head = ChunkedHead(hidden, weight, None, target, mask, None, 2, torch.float64, step)
+        head = ChunkedHead(hidden, Products(weight, None), target, mask, None, 2, torch.float64, step)
         (losses, _), found = losses_in_chunks(head), gradients_in_chunks(head, factors, None, wanted)
         assert losses.isfinite().all()
         assert found.input.isfinite().all()

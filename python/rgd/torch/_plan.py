@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, cast
 
 import array_api_compat.torch as xp
 import numpy as np
 import torch
 from torch import Tensor
 
+from rgd import _rgd
 from rgd._arrays import power_of
 from rgd._by_kernel import ByKernel
 from rgd.torch._distributed import Sync, gather
@@ -185,17 +186,45 @@ class Weigher:
             own = slice(first, first + own.stop)
         if flat.shape[0] == 0:
             return losses.detach().to(accumulator(losses.dtype))
+        if (
+            by_kernel
+            and self.group is None
+            and isinstance(self.state, Memory)
+            and self._steps_by_kernel(flat)
+        ):
+            weights = self._step(flat, p, groups, given)
+            return weights.reshape(losses.shape).to(accumulator(losses.dtype))
         exporting = torch.compiler.is_compiling() and is_exporting()
         batch = Batch(flat, p, groups, xp=xp, concrete=values_can_be_read(flat), any_size=exporting)
         in_graph = torch.compiler.is_compiling() and not exporting
         weighting: Any = self.plan.in_graphs(flat.device) if in_graph else self.plan.weighting
-        if by_kernel and self.plan.step_kernel is not None and batch.concrete:
-            weighting = ByKernel(self.plan.weighting, self.plan.step_kernel, torch.get_num_threads())
+        if by_kernel and self._steps_by_kernel(flat):
+            kernel: Any = self.plan.step_kernel
+            weighting = ByKernel(self.plan.weighting, kernel, torch.get_num_threads())
         if isinstance(self.state, Memory):
             weights = self.state.weigh(weighting, batch, given)
         else:
             weights, self.state = weigh(weighting, batch, self.state)
         return weights[own].reshape(losses.shape).to(accumulator(losses.dtype))
+
+    def _steps_by_kernel(self, losses: Tensor) -> bool:
+        return self.plan.step_kernel is not None and values_can_be_read(losses)
+
+    def _step(
+        self, losses: Tensor, measure: Tensor | None, groups: Tensor | None, given: tuple[Tensor, ...]
+    ) -> Tensor:
+        """The weights of float64 losses, (n,), by a kernel that moves the state of a module."""
+        kind, numbers = cast("Kernel", self.plan.step_kernel)
+        if groups is not None and groups.dtype not in {torch.int32, torch.int64}:
+            groups = groups.long()
+        weights = torch.empty_like(losses)
+
+        def fill(leaves: list[Tensor]) -> None:
+            threads = torch.get_num_threads()
+            _rgd.sample_weights(losses, weights, kind, numbers, threads, measure, groups, leaves)
+
+        self.state.step(fill, given)
+        return weights
 
     @property
     def kernel_serves(self) -> bool:

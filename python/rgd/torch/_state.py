@@ -107,17 +107,45 @@ class WeightingState(nn.Module):
                 self.write(after)
             return weights
 
+    def _step(self, fill: Callable[[list[Tensor]], None], given: tuple[Tensor, ...], trains: bool) -> None:
+        """Let a kernel compute weights and, where it trains, move the state; else as `_weigh`, on the CPU.
+
+        Args:
+            fill: Takes the leaves of the state in float64, in the order of `init()`, and moves them.
+            given: As for `_weigh`.
+            trains: Whether the call trains.
+        """
+        with one_at_a_time(), torch.no_grad():
+            if trains and recomputes():
+                fill([leaf.to(torch.float64, copy=True) for leaf in _leaves(self._before(given))])
+                return
+            before = self.read(torch.device("cpu")) if trains and may_be_recomputed() else None
+            self._settle()
+            self._refuse_meta()
+            own = [self._get(name) for name in self._first]
+            leaves = [leaf.to("cpu", torch.float64, copy=True) for leaf in own]
+            fill(leaves)
+            if trains:
+                if before is not None:
+                    self._past.append(_Past(tuple(one.clone() for one in given), before))
+                for leaf, new in zip(own, leaves, strict=True):
+                    leaf.copy_(new)
+
+    def _refuse_meta(self) -> None:
+        if any(self._get(name).is_meta for name in self._known):
+            raise RuntimeError(
+                f"the state of {self._kind} was moved to the meta device, which keeps no values: call "
+                "reset_parameters() or load_state_dict() once the module is on a real device"
+            )
+
     def read(self, device: torch.device) -> Any:
         """The state, its leaves copies of the buffers on a device."""
         if torch.compiler.is_compiling():
             _settle_while_tracing(self._token)
         else:
             self._settle()
-        if not is_exporting() and device.type != "meta" and any(self._get(n).is_meta for n in self._known):
-            raise RuntimeError(
-                f"the state of {self._kind} was moved to the meta device, which keeps no values: call "
-                "reset_parameters() or load_state_dict() once the module is on a real device"
-            )
+        if not is_exporting() and device.type != "meta":
+            self._refuse_meta()
 
         # Copies: autograd or a caller may keep them, and the buffers are written to.
         def copied(name: str) -> Any:
@@ -268,6 +296,10 @@ class Memory(NamedTuple):
 
     state: WeightingState
     trains: bool
+
+    def step(self, fill: Callable[[list[Tensor]], None], given: tuple[Tensor, ...]) -> None:
+        """Let a kernel compute the weights and move the state, whose leaves in float64 `fill` takes."""
+        self.state._step(fill, given, self.trains)  # pyright: ignore[reportPrivateUsage]
 
     def weigh(self, weighting: Any, batch: Batch, given: tuple[Tensor, ...]) -> Tensor:
         """The weights of a batch; `given` are the vectors of this process that they depend on."""
