@@ -52,7 +52,7 @@ evidence: $(VENV)/.built $(VENV)/.group-evidence ## Run the programs of examples
 test: $(VENV)/.built $(VENV)/.group-test ## Run the Rust tests, then the Python tests with README, notebook and doctests
 	$(say) "cargo test: the kernels, without Python"
 	@cargo test --quiet
-	$(say) "pytest: 13,000 tests, about 5 minutes on two quiet cores"
+	$(say) "pytest: 14,000 tests, about 8 minutes on two quiet cores"
 	@$(pytest)
 
 .PHONY: test-quick

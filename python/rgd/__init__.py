@@ -19,9 +19,9 @@ The weightings, which every part takes:
 - `MovingAverage`: weights over their running mean.
 - `Pointwise`: a function of yours; a subclass of `Weighting` for more.
 
-`help(rgd.KL)` and the like tell each one's formula. `log_prior` and `class_balanced` serve rare classes. The
-modules `torch`, `jax`, `optax`, `boosting`, `sklearn`, `plot`, `testing` and `integrations` are imported
-when they are first used.
+`help(rgd.KL)` and the like tell each one's formula. `suspects` names the samples that look mislabelled;
+`log_prior` and `class_balanced` serve rare classes. The modules `torch`, `jax`, `optax`, `boosting`,
+`sklearn`, `plot`, `testing` and `integrations` are imported when they are first used.
 
 Example:
     >>> import numpy as np, rgd
@@ -41,6 +41,7 @@ from rgd import _main_interpreter  # noqa: F401  # pyright: ignore[reportUnusedI
 
 # isort: split
 from rgd._numpy import reweighted_mean, sample_weights, weight_stats
+from rgd._suspects import Suspects, suspects
 from rgd.class_counts import class_balanced, log_prior
 from rgd.stats import GroupStats, WeightStats
 from rgd.weightings import (
@@ -74,6 +75,7 @@ __all__ = [
     "MidrangeKL",
     "MovingAverage",
     "Pointwise",
+    "Suspects",
     "Trimmed",
     "WeightStats",
     "Weighting",
@@ -81,6 +83,7 @@ __all__ = [
     "log_prior",
     "reweighted_mean",
     "sample_weights",
+    "suspects",
     "weight_stats",
 ]
 

@@ -13,7 +13,6 @@ Example:
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,14 +20,15 @@ import numpy as np
 import numpy.typing as npt
 
 import rgd
-from rgd._arrays import refuse_masked
+from rgd._suspects import Suspects
+from rgd._to_numpy import as_floats, as_numpy
 from rgd.weightings import Weighting
 from rgd.weightings._call import resolve_weighting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["heaviest_samples", "largest_losses", "weight_curve", "weight_history"]
+__all__ = ["heaviest_samples", "largest_losses", "suspects", "weight_curve", "weight_history"]
 
 _INK, _MUTED, _GRID, _ACCENT, _PALE = "#1f2430", "#5d6675", "#e3e6eb", "#d55e00", "#c9d3e0"
 
@@ -80,7 +80,7 @@ def weight_curve(
         ('loss of the sample', 'weight')
     """
     weighting = resolve_weighting(weighting, tau, scale)
-    given = None if losses is None else _numbers("losses", losses)
+    given = None if losses is None else as_floats("losses", losses)
     batch = None if given is None else given.ravel()
     if batch is None and not weighting.pointwise:
         raise ValueError(f"the weights of {weighting} depend on the batch: give its losses, losses=...")
@@ -140,11 +140,11 @@ def weight_history(
         >>> ax.get_xlabel()
         'step'
     """
-    kept = [_numbers(f"weights[{i}]", w).ravel() for i, w in enumerate(weights)]
+    kept = [as_floats(f"weights[{i}]", w).ravel() for i, w in enumerate(weights)]
     kept = [w[np.isfinite(w)] for w in kept]
     if not any(w.size for w in kept):
         raise ValueError("weights holds no finite weight to draw: give one array for each step that was kept")
-    times = np.arange(len(kept)) if steps is None else _array(steps, "steps")
+    times = np.arange(len(kept)) if steps is None else as_numpy(steps, "steps")
     if len(times) != len(kept) or np.any(np.diff(times) <= 0):
         raise ValueError(
             f"steps must hold {len(kept)} increasing numbers, one for each of weights, got {steps}"
@@ -288,6 +288,75 @@ def largest_losses(
     return axes
 
 
+def suspects(
+    found: Suspects,
+    *,
+    target: Any = None,
+    classes: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
+    images: Any = None,
+    count: int = 10,
+    ax: Axes | None = None,
+) -> Axes:
+    """The samples that look mislabelled, with the given label and the model's.
+
+    Args:
+        found: What `rgd.suspects` returned.
+        target: The given labels of all samples, integers, shape (N,); None to leave them out.
+        classes: What to call each class, strings; None for its number.
+        names: As for `heaviest_samples`, of all samples.
+        images: As for `heaviest_samples`, of all samples.
+        count: As for `heaviest_samples`.
+        ax: As for `heaviest_samples`.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        TypeError: If `target` holds no integers.
+        ValueError: If nothing was found, `names`, `images` or `target` are of too few samples, or `count` is
+            not positive.
+
+    Example:
+        >>> import matplotlib; matplotlib.use("agg")
+        >>> import rgd
+        >>> found = rgd.suspects([0.1, 3.0, 0.5], k=2, logits=[[0.0, 1.0], [2.0, 0.0], [1.0, 0.0]])
+        >>> ax = suspects(found, target=[1, 1, 1], classes=["cat", "dog"])
+        >>> [text.get_text() for text in ax.texts]
+        ['dog, model: cat', 'dog, model: cat']
+    """
+    if count < 1:
+        raise ValueError(f"count must be a positive integer, got {count}")
+    if not len(found.indices):
+        raise ValueError("no suspects were found: there is nothing to draw")
+    chosen = found.indices[:count]
+    least = int(found.indices.max()) + 1
+    labels = None if target is None else as_numpy(target, "target")
+    if labels is not None and labels.dtype.kind not in "iu":
+        raise TypeError(f"target must hold class indices, integers, got {labels.dtype}")
+    pictures = None if images is None else as_numpy(images, "images")
+    for name, given in (("target", labels), ("names", names), ("images", pictures)):
+        if given is not None and len(given) < least:
+            raise ValueError(f"{name} must have an entry for each sample, at least {least}, got {len(given)}")
+
+    def called(label: Any) -> str:
+        return str(label if classes is None else classes[label])
+
+    notes = ["" if labels is None else called(labels[i]) for i in chosen]
+    if found.proposed is not None:
+        says = [f"model: {called(label)}" for label in found.proposed[:count]]
+        notes = [", ".join(filter(None, pair)) for pair in zip(notes, says, strict=True)]
+    rows = [f"sample {i}" if names is None else str(names[i]) for i in chosen]
+    axes = _bars(
+        found.losses[:count], notes, rows, marked=np.zeros(len(chosen), bool),
+        pictures=None if pictures is None else pictures[chosen], ax=ax,
+    )  # fmt: skip
+    _style(axes, "loss", "", f"The first {len(chosen)} of {len(found.indices)} suspects", "")
+    axes.grid(visible=False, axis="y")
+    return axes
+
+
 # --- what the pictures share ---
 
 
@@ -305,7 +374,7 @@ class _Ranked:
         names: Sequence[str] | None,
         images: Any,
     ) -> None:
-        values = _numbers("losses", losses)
+        values = as_floats("losses", losses)
         if values.ndim != 1 or not values.size:
             raise ValueError(f"losses must have shape (N,), one loss a sample, got {values.shape}")
         if count < 1:
@@ -314,7 +383,7 @@ class _Ranked:
             raise ValueError(
                 f"names must hold one string for each of {len(values)} samples, got {len(names)}"
             )
-        pictures = None if images is None else _array(images, "images")
+        pictures = None if images is None else as_numpy(images, "images")
         if pictures is not None and (len(pictures) != len(values) or pictures.ndim not in (3, 4)):
             raise ValueError(
                 f"images must have shape (N, H, W) or (N, 3, H, W) with N = {len(values)}, got "
@@ -335,23 +404,40 @@ class _Ranked:
         ax: Axes | None,
     ) -> Any:
         """A bar for each of the chosen samples, with a note, its name and its picture."""
-        rows = np.arange(len(chosen))
-        axes = _axes(ax, height=max(2.4, 0.9 + 0.36 * len(chosen)))
-        colors = [_ACCENT if m else _PALE for m in marked[chosen]]
-        axes.barh(rows, lengths[chosen], height=0.68, color=colors, zorder=2)
-        finite = lengths[chosen][np.isfinite(lengths[chosen])]
-        largest = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
-        for row, sample, note in zip(rows, chosen, notes, strict=True):
-            axes.annotate(
-                note, (lengths[sample], row), (5, 0), textcoords="offset points", va="center", fontsize=9,
-                color=_MUTED,
-            )  # fmt: skip
-        axes.set_xlim(0, 1.4 * largest)
-        axes.set_ylim(len(chosen) - 0.5, -0.5)
-        axes.set_yticks(rows, [f"sample {i}" if self.names is None else self.names[i] for i in chosen])
-        if self.pictures is not None:
-            _thumbnails(axes, self.pictures[chosen], rows)
-        return axes
+        rows = [f"sample {i}" if self.names is None else str(self.names[i]) for i in chosen]
+        pictures = None if self.pictures is None else self.pictures[chosen]
+        return _bars(lengths[chosen], notes, rows, marked=marked[chosen], pictures=pictures, ax=ax)
+
+
+def _bars(
+    lengths: npt.NDArray[np.float64],
+    notes: list[str],
+    names: list[str],
+    *,
+    marked: npt.NDArray[np.bool_],
+    pictures: npt.NDArray[Any] | None,
+    ax: Axes | None,
+) -> Any:
+    """Bars one below the other, each with a note at its end, a name and a picture; infinite ones are cut."""
+    rows = np.arange(len(lengths))
+    axes = _axes(ax, height=max(2.4, 0.9 + 0.36 * len(lengths)))
+    finite = lengths[np.isfinite(lengths)]
+    largest = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+    infinite = np.isposinf(lengths)
+    lengths = np.where(infinite, 1.1 * largest, lengths)
+    of_infinite = [", ".join(filter(None, ("∞", note))) for note in notes]
+    notes = [of_infinite[i] if infinite[i] else note for i, note in enumerate(notes)]
+    axes.barh(rows, lengths, height=0.68, color=[_ACCENT if m else _PALE for m in marked], zorder=2)
+    for row, length, note in zip(rows, lengths, notes, strict=True):
+        axes.annotate(
+            note, (length, row), (5, 0), textcoords="offset points", va="center", fontsize=9, color=_MUTED
+        )
+    axes.set_xlim(0, 1.4 * largest)
+    axes.set_ylim(len(lengths) - 0.5, -0.5)
+    axes.set_yticks(rows, names)
+    if pictures is not None:
+        _thumbnails(axes, pictures, rows)
+    return axes
 
 
 def _weights(
@@ -368,7 +454,7 @@ def _weights(
         known: dict[str, Any] = {}
     else:
         known = {"state": weighting.init() if state is None else state}
-    members = None if groups is None else _array(groups, "groups")
+    members = None if groups is None else as_numpy(groups, "groups")
     weigh: Any = rgd.sample_weights
     result = weigh(losses, weighting, sample_weight=mass, groups=members, **known)
     return result[0] if known else result
@@ -478,32 +564,3 @@ def _borders(times: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         return np.array([times[0] - 0.5, times[0] + 0.5], dtype=np.float64)
     middle = (times[1:] + times[:-1]) / 2
     return np.concatenate([[times[0] - (middle[0] - times[0])], middle, [2 * times[-1] - middle[-1]]])
-
-
-def _numbers(name: str, given: Any) -> npt.NDArray[np.float64]:
-    """Losses or weights as float64 on the CPU, of their own shape."""
-    numbers = _array(given, name)
-    kind, dtype = numbers.dtype.kind, str(cast("Any", numbers.dtype))
-    # Whole numbers in a list are numbers; an array of integers is something else, as labels.
-    if kind != "f" and dtype != "bfloat16" and not (isinstance(given, (list, tuple)) and kind in "iu"):
-        raise TypeError(f"{name} must hold floating numbers, got {dtype}")
-    if numbers.ndim == 0:
-        raise ValueError(
-            f"{name} is a scalar: it is already reduced to one number. Give one number a sample; for losses, "
-            'reduction="none" keeps them'
-        )
-    return numbers.astype(np.float64)
-
-
-def _array(given: Any, name: str) -> npt.NDArray[Any]:
-    """Any array as one of NumPy, cut from its graph and brought to the CPU."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(given, torch.Tensor):
-        tensor: Any = given.detach().cpu().resolve_neg()
-        # NumPy has no bfloat16.
-        return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
-    if isinstance(given, (list, tuple)):
-        entries = cast("list[Any]", given)
-        return np.stack([_array(entry, name) for entry in entries]) if entries else np.empty(0)
-    refuse_masked(name, given, "leave out what is masked")
-    return np.asarray(given)

@@ -2,6 +2,7 @@
 
 from rgd.torch.backends import backend
 from rgd.torch.functional import cross_entropy, reweighted_mean, sample_weights, weight_stats
+from rgd.torch.history import LossHistory
 from rgd.torch.linear import LinearRGDLoss, linear_cross_entropy
 from rgd.torch.loss import RGDLoss
 from rgd.torch.optimizer import RGD
@@ -10,6 +11,7 @@ from rgd.torch.schedule import WeightingSchedule
 __all__ = [
     "RGD",
     "LinearRGDLoss",
+    "LossHistory",
     "RGDLoss",
     "WeightingSchedule",
     "backend",

@@ -118,7 +118,7 @@ class RGDLoss(Dial, nn.Module):
     """
 
     # TorchScript compiles properties, and reads annotations of a class but not those in its methods.
-    __jit_unused_properties__ = ("weighting", "tau", "scale", "backend", "last_weights")
+    __jit_unused_properties__ = ("weighting", "tau", "scale", "backend", "last_losses", "last_weights")
     __jit_ignored_attributes__ = ("tau", "scale")  # they raise where the weighting has none
     __signature__ = InitSignature()
     z_loss = 0.0  # of a loss, too, that an earlier release has pickled
@@ -337,6 +337,14 @@ class RGDLoss(Dial, nn.Module):
                 "with state="
             )
         return Memory(state, self._trains())
+
+    @property
+    def last_losses(self) -> Tensor | None:
+        """A copy of the last call's plain losses, without grad: one a target; by `per="sample"` too.
+
+        0 for a target that takes no part; None where `stats` has no call to describe.
+        """
+        return None if self._record is None else self._record.losses.clone()
 
     @property
     def last_weights(self) -> Tensor | None:

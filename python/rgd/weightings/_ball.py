@@ -32,10 +32,7 @@ class Gaps(NamedTuple):
 
         It is `batch.mean` in fewer operations.
         """
-        batch, xp = self.batch, self.batch.xp
-        if batch.is_plain():
-            return xp.mean(values, axis=-1)
-        return xp.sum(values * batch.measure, axis=-1) / batch.count
+        return _mean(self.batch, values)
 
 
 def gaps_of(batch: Batch) -> Gaps:
@@ -48,8 +45,7 @@ def gaps_of(batch: Batch) -> Gaps:
     below = difference(xp, losses, top)
     values = batch.only(below / xp.where(extent > 0, extent, 1.0))
     on_top = xp.astype(losses == top, losses.dtype)
-    gaps = Gaps(batch, left, values, on_top, extent, top == float("inf"))
-    return gaps._replace(share=gaps.mean(on_top))
+    return Gaps(batch, left, values, on_top, _mean(batch, on_top), top == float("inf"))
 
 
 def with_corners(batch: Batch, gaps: Gaps, weights: Any, *, radius: Any, radius_left: Any, limit: Any) -> Any:
@@ -70,6 +66,12 @@ def with_corners(batch: Batch, gaps: Gaps, weights: Any, *, radius: Any, radius_
     # No ball at all gives ones, infinite losses too, and so do losses that are all -inf.
     weights = xp.where((radius == 0) | (gaps.left == 0), 1.0, weights)
     return xp.where(batch.any(xp.isnan(batch.losses)), float("nan"), weights)
+
+
+def _mean(batch: Batch, values: Any) -> Any:
+    if batch.is_plain():
+        return batch.xp.mean(values, axis=-1)
+    return batch.xp.sum(values * batch.measure, axis=-1) / batch.count
 
 
 def _above_minus_infinity(batch: Batch) -> tuple[Batch, Any]:

@@ -1,0 +1,40 @@
+"""What a picture or a list of samples is made of: any array as one of NumPy, with its graph left behind."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from rgd._arrays import refuse_masked
+
+
+def as_floats(name: str, given: Any) -> npt.NDArray[np.float64]:
+    """Losses, weights or logits as float64 on the CPU, of their own shape."""
+    numbers = as_numpy(given, name)
+    kind, dtype = numbers.dtype.kind, str(cast("Any", numbers.dtype))
+    # Whole numbers in a list are numbers; an array of integers is something else, as labels.
+    if kind != "f" and dtype != "bfloat16" and not (isinstance(given, (list, tuple)) and kind in "iu"):
+        raise TypeError(f"{name} must hold floating numbers, got {dtype}")
+    if numbers.ndim == 0:
+        raise ValueError(
+            f"{name} is a scalar: it is already reduced to one number. Give one number a sample; for losses, "
+            'reduction="none" keeps them'
+        )
+    return numbers.astype(np.float64)
+
+
+def as_numpy(given: Any, name: str) -> npt.NDArray[Any]:
+    """Any array as one of NumPy, cut from its graph and brought to the CPU."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(given, torch.Tensor):
+        tensor: Any = given.detach().cpu().resolve_neg()
+        # NumPy has no bfloat16.
+        return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
+    if isinstance(given, (list, tuple)):
+        entries = cast("list[Any]", given)
+        return np.stack([as_numpy(entry, name) for entry in entries]) if entries else np.empty(0)
+    refuse_masked(name, given, "leave out what is masked")
+    return np.asarray(given)
