@@ -324,7 +324,7 @@ def suspects(
         >>> found = rgd.suspects([0.1, 3.0, 0.5], k=2, logits=[[0.0, 1.0], [2.0, 0.0], [1.0, 0.0]])
         >>> ax = suspects(found, target=[1, 1, 1], classes=["cat", "dog"])
         >>> [text.get_text() for text in ax.texts]
-        ['dog, model: cat', 'dog, model: cat']
+        ['given dog, model cat', 'given dog, model cat']
     """
     if count < 1:
         raise ValueError(f"count must be a positive integer, got {count}")
@@ -343,9 +343,9 @@ def suspects(
     def called(label: Any) -> str:
         return str(label if classes is None else classes[label])
 
-    notes = ["" if labels is None else called(labels[i]) for i in chosen]
+    notes = ["" if labels is None else f"given {called(labels[i])}" for i in chosen]
     if found.proposed is not None:
-        says = [f"model: {called(label)}" for label in found.proposed[:count]]
+        says = [f"model {called(label)}" for label in found.proposed[:count]]
         notes = [", ".join(filter(None, pair)) for pair in zip(notes, says, strict=True)]
     rows = [f"sample {i}" if names is None else str(names[i]) for i in chosen]
     axes = _bars(

@@ -98,16 +98,17 @@ def test_a_picture_shows_given_and_proposed_labels():
     target = np.array([0, 2, 2, 2, 0, 1, 1])
     found = rgd.suspects(LOSSES, k=7, target=target, logits=logits)
     axes = plot.suspects(found, target=target, images=np.zeros((7, 4, 4)), count=3)
-    assert [text.get_text() for text in axes.texts] == ["∞, 1, model: 0", "2, model: 1", "2, model: 0"]
+    notes = [text.get_text() for text in axes.texts]
+    assert notes == ["∞, given 1, model 0", "given 2, model 1", "given 2, model 0"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["sample 5", "sample 1", "sample 3"]
     axes.figure.canvas.draw()
     axes = plot.suspects(rgd.suspects(LOSSES, k=2), names=list("abcdefg"), classes=list("xyz"), target=target)
-    assert [text.get_text() for text in axes.texts] == ["∞, y", "z"]
+    assert [text.get_text() for text in axes.texts] == ["∞, given y", "given z"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["f", "b"]
     for given, match in [
         ({"count": 0}, "positive"),
-        ({"names": ["a"]}, "at least 6"),
-        ({"target": [1]}, "at least 6"),
+        ({"names": ["a"]}, "at least 7"),
+        ({"target": [1]}, "at least 7"),
     ]:
         with pytest.raises(ValueError, match=match):
             plot.suspects(found, **given)
