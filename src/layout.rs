@@ -246,7 +246,7 @@ impl<T> Shared<T> {
     #[inline(always)]
     pub(crate) unsafe fn part<'a>(self, start: usize, end: usize) -> &'a mut [T] {
         // SAFETY: what the caller promises.
-        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), end - start) }
+        unsafe { std::slice::from_raw_parts_mut(self.address(start), end - start) }
     }
 }
 
