@@ -30,8 +30,8 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# Half of the time of a first run was XLA's newer emitters of fused loops. Programs over several devices, and
-# the oldest versions, run with them. XLA ends a process for a flag that it does not know, as it may later.
+# Without XLA's newer fusion emitters, a first run compiles in half the time. Programs over several devices
+# and the oldest versions still use them. XLA aborts on an unknown flag: only versions that know it get it.
 if importlib.util.find_spec("jaxlib") is not None and (0, 7) < tuple(
     map(int, importlib.metadata.version("jaxlib").split(".")[:2])
 ) < (0, 11):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from rgd._to_numpy import as_floats, as_numpy
+from rgd._to_numpy import as_floats, as_labels
 
 
 class Suspects(NamedTuple):
@@ -114,9 +114,7 @@ def _limits(count: int, k: int | None, share: float | None, threshold: float | N
 
 
 def _labels(target: Any, count: int) -> npt.NDArray[Any]:
-    labels = as_numpy(target, "target")
-    if labels.dtype.kind not in "iu":
-        raise TypeError(f"target must hold class indices, integers, got {labels.dtype}")
+    labels = as_labels("target", target)
     if labels.shape != (count,):
         raise ValueError(f"target must have the shape of losses, ({count},), got {labels.shape}")
     return labels

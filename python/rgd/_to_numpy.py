@@ -26,6 +26,14 @@ def as_floats(name: str, given: Any) -> npt.NDArray[np.float64]:
     return numbers.astype(np.float64)
 
 
+def as_labels(name: str, given: Any) -> npt.NDArray[Any]:
+    """Class indices on the CPU, in the dtype they were given in."""
+    labels = as_numpy(given, name)
+    if labels.dtype.kind not in "iu":
+        raise TypeError(f"{name} must hold class indices, integers, got {labels.dtype}")
+    return labels
+
+
 def as_numpy(given: Any, name: str) -> npt.NDArray[Any]:
     """Any array as one of NumPy, cut from its graph and brought to the CPU."""
     torch = sys.modules.get("torch")

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 import rgd
 from rgd._suspects import Suspects
-from rgd._to_numpy import as_floats, as_numpy
+from rgd._to_numpy import as_floats, as_labels, as_numpy
 from rgd.weightings import Weighting
 from rgd.weightings._call import resolve_weighting
 
@@ -332,9 +332,7 @@ def suspects(
         raise ValueError("no suspects were found: there is nothing to draw")
     chosen = found.indices[:count]
     least = int(found.indices.max()) + 1
-    labels = None if target is None else as_numpy(target, "target")
-    if labels is not None and labels.dtype.kind not in "iu":
-        raise TypeError(f"target must hold class indices, integers, got {labels.dtype}")
+    labels = None if target is None else as_labels("target", target)
     pictures = None if images is None else as_numpy(images, "images")
     for name, given in (("target", labels), ("names", names), ("images", pictures)):
         if given is not None and len(given) < least:

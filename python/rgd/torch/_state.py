@@ -108,7 +108,7 @@ class WeightingState(nn.Module):
             return weights
 
     def _step(self, fill: Callable[[list[Tensor]], None], given: tuple[Tensor, ...], trains: bool) -> None:
-        """Let a kernel compute weights and, where it trains, move the state; else as `_weigh`, on the CPU.
+        """As `_weigh`, for a kernel on the CPU: it computes the weights and the state after the batch.
 
         Args:
             fill: Takes the leaves of the state in float64, in the order of `init()`, and moves them.

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rgd.torch._dtypes import INTEGERS
+from rgd.torch._dtypes import INTEGERS, wide
 
 
 class LossHistory:
@@ -35,8 +35,8 @@ class LossHistory:
     def __init__(self, count: int, device: torch.device | str | None = None) -> None:
         if count < 0:
             raise ValueError(f"count must be the number of samples, got {count}")
-        self._sums = torch.zeros(count, dtype=torch.float64, device=device)
         self._seen = torch.zeros(count, dtype=torch.int64, device=device)
+        self._sums = torch.zeros_like(self._seen, dtype=wide(self._seen))
 
     def __len__(self) -> int:
         """The number of samples."""
@@ -49,7 +49,8 @@ class LossHistory:
         Args:
             index: The places of the samples in the data set, integers, shape (n,). A sample may come twice.
             losses: Their plain losses, floating, shape (n,), as `criterion.last_losses`; (n, ...) for several
-                targets a sample, of which the mean is taken.
+                targets a sample, of which the mean is taken. A target that takes no part has a loss of 0, and
+                counts with it.
 
         Raises:
             IndexError: If a place is out of range.
@@ -70,11 +71,13 @@ class LossHistory:
                 f"{tuple(index.shape)} and {tuple(losses.shape)}"
             )
         index = index.to(self._sums.device, torch.int64)
-        values = losses.detach().to(self._sums.device, torch.float64)
+        values = losses.detach().to(self._sums.device, self._sums.dtype)
         values = values if values.dim() == 1 else values.flatten(1).mean(1)
-        if index.is_cpu and index.numel() and not bool(((index >= 0) & (index < len(self))).all()):
-            wrong = index[(index < 0) | (index >= len(self))][0]
-            raise IndexError(f"index {int(wrong)} is out of range: the data set has {len(self)} samples")
+        outside = (index < 0) | (index >= len(self))
+        if index.is_cpu and bool(outside.any()):
+            raise IndexError(
+                f"index {int(index[outside][0])} is out of range: the data set has {len(self)} samples"
+            )
         self._sums.index_add_(0, index, values)
         self._seen.index_add_(0, index, torch.ones_like(index))
 

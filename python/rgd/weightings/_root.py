@@ -30,7 +30,7 @@ def bracketed(batch: Batch, function: Callable[[Any], Any], low: Any, high: Any)
 
     Args:
         batch: The batch the function is about; its size decides how many candidates are evaluated at once.
-        function: Maps candidates, shape (m, 1), to the function's values, shape (m,). It may err by rounding.
+        function: Maps candidates, shape (m, 1), to the function's values, shape (m,).
         low: Where the search starts, 0-d.
         high: Where it ends, 0-d.
 
