@@ -42,6 +42,8 @@ def test_a_history_goes_through_a_checkpoint():
         (torch.tensor([0, 1]), torch.ones(1), ValueError, "one place for each sample"),
         (torch.tensor(0), torch.ones(()), ValueError, "one place for each sample"),
         (torch.tensor([0]), None, ValueError, "there are no losses"),
+        ([0], torch.ones(1), TypeError, "index must be a tensor, got list"),
+        (torch.tensor([0]), [1.0], TypeError, "losses must be a tensor, got list"),
     ],
 )
 def test_bad_updates_are_refused_and_change_nothing(index, losses, error, match):

@@ -54,13 +54,16 @@ class LossHistory:
 
         Raises:
             IndexError: If a place is out of range.
-            TypeError: If `index` holds no integers, or `losses` no floating numbers.
+            TypeError: If one is no tensor, `index` holds no integers, or `losses` no floating numbers.
             ValueError: If the shapes do not fit.
         """
         if losses is None:
             raise ValueError(
                 "there are no losses: update the history after a call of the criterion in training"
             )
+        for name, given in (("index", index), ("losses", losses)):
+            if not isinstance(given, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(f"{name} must be a tensor, got {type(given).__name__}")
         if index.dtype not in INTEGERS:
             raise TypeError(f"index must hold integers, got {index.dtype}")
         if not losses.is_floating_point():
@@ -68,7 +71,7 @@ class LossHistory:
         if index.dim() != 1 or losses.shape[:1] != index.shape:
             raise ValueError(
                 f"index must have shape (n,) and losses (n, ...), one place for each sample, got "
-                f"{tuple(index.shape)} and {tuple(losses.shape)}"
+                f"{tuple(index.shape)} and {tuple(losses.shape)}: criterion.last_losses are not reduced"
             )
         index = index.to(self._sums.device, torch.int64)
         values = losses.detach().to(self._sums.device, self._sums.dtype)
