@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 from family import EPS, formula, front
-from rgd import KL, ChiSquare, ChiSquareBall, CVaR, KLBall, Trimmed, reference
+from rgd import KL, Batch, ChiSquare, ChiSquareBall, CVaR, KLBall, Trimmed, reference
 
 
 @pytest.fixture(params=[front, formula, reference.sample_weights], ids=["front", "formula", "reference"])
@@ -230,6 +230,18 @@ def test_the_kl_penalty_has_no_duality_gap(weigh, worst, strength):
     gamma = strength * scale
     w = weigh(losses, KL(math.inf, scale=1 / gamma, normalize=True), sample_weight=p)
     assert_gap_closed(p @ (w * losses) - gamma * kl(p, w), soft_maximum(losses, p, gamma))
+
+
+@pytest.mark.parametrize("radius", [1e-7, 1e-5, 1e-3])
+@pytest.mark.parametrize("size", [50, 300])
+def test_the_formula_of_a_small_kl_ball_is_as_exact_in_float32_as_its_losses(radius, size):
+    """Its divergence is a small difference, whose rounding errors must not decide the weights."""
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        losses = rng.exponential(size=size).astype(np.float32)
+        actual = KLBall(radius).weights(Batch(losses))
+        expected = KLBall(radius).weights(Batch(losses.astype(np.float64)))
+        np.testing.assert_allclose(actual, expected, rtol=8 * np.finfo(np.float32).eps)
 
 
 @pytest.mark.parametrize("radius", [1e-3, 0.1, 0.5])
