@@ -346,11 +346,14 @@ def train_all(  # noqa: PLR0917
     with tqdm(total=steps * len(runs), unit="step", desc="training", smoothing=0.05, disable=rank > 0) as bar:
         for number, run in enumerate(runs):
             bar.set_postfix_str(f"{number + 1}/{len(runs)}: {run.arm}, rate {run.learning_rate:g}")
-            if run in results:
-                bar.update(steps)
-                continue
             name = re.sub(r"[^\w.=-]+", "_", "_".join(map(str, run)))
             checkpoint = None if folder is None else folder / f"{name}.pt"
+            if run in results:
+                if rank == 0 and checkpoint is not None:
+                    # It is still there if the program was killed right after it had written the result.
+                    checkpoint.unlink(missing_ok=True)
+                bar.update(steps)
+                continue
             results[run] = train(run, size, data, *arms[run.arm], checkpoint, every, bar.update)
             if rank == 0 and finished is not None and checkpoint is not None:
                 with finished.open("a") as file:

@@ -126,6 +126,15 @@ def test_a_training_goes_on_from_its_checkpoint_and_not_from_its_beginning(lm, d
     assert again == whole
 
 
+def test_the_checkpoint_of_a_finished_run_is_deleted_when_the_program_starts_again(lm, data, tmp_path):
+    runs, arms = [lm.Run("ERM", 0.003, 0)], {"ERM": (rgd.ERM(), "element")}
+    first = lm.train_all(runs, small(lm), data, arms, tmp_path)
+    left = tmp_path / "ERM_0.003_0.pt"
+    left.touch()  # as if killed after writing the result
+    assert lm.train_all(runs, small(lm), data, arms, tmp_path) == first
+    assert not left.exists()
+
+
 def test_a_folder_of_other_settings_is_refused(lm, data, tmp_path):
     size = small(lm)
     arms = {"ERM": (rgd.ERM(), "element")}
