@@ -35,9 +35,10 @@ def machine() -> dict[str, object]:
     }
 
 
-def described() -> str:
-    """The machine in words."""
-    found, torch_version = machine(), torch.__version__.partition("+")[0]
+def described(found: dict[str, object] | None = None) -> str:
+    """A machine in words: this one, or that of some results."""
+    found = found or machine()
+    torch_version = str(found["torch"]).partition("+")[0]
     return f"{found['cores']} cores of an {found['processor']}, torch {torch_version}"
 
 
@@ -46,6 +47,26 @@ def write(path: str | Path, figures: list[dict[str, object]]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), "figures": figures}, indent=1) + "\n")
+
+
+def place(page: str, name: str, text: str) -> None:
+    """Put a text between its markers in a page.
+
+    Args:
+        page: The page, from the root of the repository.
+        name: What the markers are called.
+        text: What goes between the markers.
+
+    Raises:
+        ValueError: If the page has no such markers.
+    """
+    begin, end = f"<!-- bench {name}: begin -->\n", f"<!-- bench {name}: end -->"
+    path = ROOT / page
+    before = path.read_text()
+    if begin not in before or end not in before:
+        raise ValueError(f"{page} has no markers {begin.strip()} and {end}")
+    pattern = re.escape(begin) + ".*?" + re.escape(end)
+    path.write_text(re.sub(pattern, lambda _: f"{begin}{text.strip()}\n{end}", before, flags=re.DOTALL))
 
 
 def publish(page: str, name: str, text: str, figures: list[dict[str, object]]) -> None:
@@ -60,11 +81,5 @@ def publish(page: str, name: str, text: str, figures: list[dict[str, object]]) -
     Raises:
         ValueError: If the page has no such markers.
     """
-    begin, end = f"<!-- bench {name}: begin -->\n", f"<!-- bench {name}: end -->"
-    path = ROOT / page
-    before = path.read_text()
-    if begin not in before or end not in before:
-        raise ValueError(f"{page} has no markers {begin.strip()} and {end}")
-    pattern = re.escape(begin) + ".*?" + re.escape(end)
-    path.write_text(re.sub(pattern, lambda _: f"{begin}{text.strip()}\n{end}", before, flags=re.DOTALL))
+    place(page, name, text)
     write(RESULTS / f"{name}.json", figures)

@@ -1,8 +1,9 @@
 """Times a training step's loss, forward and backward from logits, against what a user has or would write.
 
 Run `make bench BENCH=benches/torch_step.py`, or this file: `--json FILE` writes the figures, `--write` the
-README's table, `--quick` times the small sizes for a moment. Each pair A, B is timed in turn, A B A B ..., in
-one process. The table gives the median of the pairwise ratios and its quartiles: below 1, RGDLoss is faster.
+tables of README.md and docs/speed.md, `--quick` times the small sizes for a moment. Each pair A, B is timed
+in turn, A B A B ..., in one process. The table gives the median of the pairwise ratios and its quartiles:
+below 1, RGDLoss is faster.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from _report import described, publish, write
+from _report import described, machine, place, publish, write
 from rgd.torch import RGDLoss
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -29,6 +30,9 @@ PEERS = [
     "torch.compile'd RGD",
     "memcpy of the logits",
 ]
+# What the README shows of them, in float32.
+FRONT_SIZES = [(128, 10), (1024, 1000), (2048, 32000)]
+FRONT_PEERS = ["nn.CrossEntropyLoss", "plain-torch RGD"]
 
 
 class Ratio(NamedTuple):
@@ -106,15 +110,63 @@ def ratios(
     return [alone, *(compare(ours, peer, budget) for peer in peers)]
 
 
+def cell(figure: dict[str, Any]) -> str:
+    """A ratio with its quartiles."""
+    return f"{figure['median']:.2f} ({figure['low']:.2f}-{figure['high']:.2f})"
+
+
+def full_table(figures: list[dict[str, Any]], found: dict[str, Any]) -> str:
+    """What docs/speed.md says: every size, dtype and peer.
+
+    Args:
+        figures: One ratio each, a row's in the order of `PEERS`.
+        found: The machine they were measured with.
+    """
+    lines = [
+        f"One step of loss, forward and backward from logits, on {described(found)}: the time of "
+        "`RGDLoss()` over",
+        "that of each alternative, median of pairs timed in turn, with quartiles. Below 1, it is faster.",
+        f"One column is for one thread, the others for {found['threads']}.",
+        "`make bench BENCH=benches/torch_step.py` measures it on your machine.",
+        "",
+        "| logits | dtype | RGDLoss, ms | " + " | ".join(PEERS) + " |",
+        "|---|---|---|" + "---|" * len(PEERS),
+    ]
+    for start in range(0, len(figures), len(PEERS)):
+        row = figures[start : start + len(PEERS)]
+        head = f"| {tuple(row[0]['size'])} | {row[0]['dtype']} | {row[1]['rgd_ms']:.3f} | "
+        lines.append(head + " | ".join(map(cell, row)) + " |")
+    return "\n".join(lines)
+
+
+def front_table(figures: list[dict[str, Any]], found: dict[str, Any]) -> str:
+    """What README.md says: three sizes, against two peers."""
+    by_key = {(tuple(figure["size"]), figure["dtype"], figure["peer"]): figure for figure in figures}
+    lines = [
+        f"One step of loss, forward and backward from float32 logits, on {described(found)}, "
+        f"{found['threads']} threads:",
+        "the time of `RGDLoss()`, and its ratio to two others. Below 1, it is faster.",
+        "",
+        "| logits | RGDLoss, ms | " + " | ".join(f"over {peer}" for peer in FRONT_PEERS) + " |",
+        "|---|---|" + "---|" * len(FRONT_PEERS),
+    ]
+    for size in FRONT_SIZES:
+        row = [by_key[size, "float32", peer] for peer in FRONT_PEERS]
+        lines.append(f"| {size} | {row[0]['rgd_ms']:.3f} | " + " | ".join(map(cell, row)) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", metavar="FILE", help="also write the figures as JSON")
-    parser.add_argument("--write", action="store_true", help="also write the README's table")
+    parser.add_argument("--write", action="store_true", help="also write the pages' tables")
     parser.add_argument(
         "--quick", action="store_true", help="the small sizes only, for a fraction of the time"
     )
     arguments = parser.parse_args()
+    if arguments.write and arguments.quick:
+        parser.error("--write needs every size, measured in full: leave out --quick")
     sizes, budget = (SIZES[:3], 0.3) if arguments.quick else (SIZES, 3.0)
     torch.manual_seed(0)
     compiled = torch.compile(plain_rgd)
@@ -126,28 +178,17 @@ def main() -> None:
         rows.append((size, name, ratios(size, dtype, compiled, budget)))
     progress.close()
 
-    text = [
-        f"One step of loss, forward and backward from logits, on {described()}: the time of `RGDLoss()` over",
-        "that of each alternative, median of pairs timed in turn, with quartiles. Below 1, it is faster.",
-        f"One column is for one thread, the others for {torch.get_num_threads()}.",
-        "`make bench BENCH=benches/torch_step.py` measures it on your machine.",
-        "",
-        "| logits | dtype | RGDLoss, ms | " + " | ".join(PEERS) + " |",
-        "|---|---|---|" + "---|" * len(PEERS),
-    ]
-    for size, name, found in rows:
-        cells = [f"{r.median:.2f} ({r.low:.2f}-{r.high:.2f})" for r in found]
-        text.append(f"| {size} | {name} | {found[1].rgd_ms:.3f} | " + " | ".join(cells) + " |")
-    print("\n".join(text))
     figures = [
         {"size": size, "dtype": name, "peer": peer, **ratio._asdict()}
         for size, name, found in rows
         for peer, ratio in zip(PEERS, found, strict=True)
     ]
+    print(full_table(figures, machine()))
     if arguments.json:
         write(arguments.json, figures)
     if arguments.write:
-        publish("README.md", "torch_step", "\n".join(text), figures)
+        publish("docs/speed.md", "torch_step", full_table(figures, machine()), figures)
+        place("README.md", "torch_step, three rows", front_table(figures, machine()))
 
 
 if __name__ == "__main__":

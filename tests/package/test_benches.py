@@ -32,14 +32,29 @@ def test_a_table_takes_its_place_between_the_markers(bench, monkeypatch, tmp_pat
         report.publish("page.md", "other", "", [])
 
 
-@pytest.mark.parametrize(("page", "name"), [("README.md", "torch_step"), ("docs/which.md", "weightings")])
-def test_the_pages_have_the_markers_and_the_figures_are_those_of_the_results(page, name):
+def between_markers(page: str, name: str) -> str:
     text = (BENCHES.parent / page).read_text()
-    begin, end = f"<!-- bench {name}: begin -->\n", f"<!-- bench {name}: end -->"
-    table = text[text.index(begin) : text.index(end)]
-    for figure in json.loads((BENCHES / "results" / f"{name}.json").read_text())["figures"]:
+    begin, end = f"<!-- bench {name}: begin -->\n", f"\n<!-- bench {name}: end -->"
+    return text[text.index(begin) + len(begin) : text.index(end)]
+
+
+def results(name: str) -> dict:
+    return json.loads((BENCHES / "results" / f"{name}.json").read_text())
+
+
+def test_the_table_of_weightings_has_the_figures_of_the_results():
+    table = between_markers("docs/which.md", "weightings")
+    for figure in results("weightings")["figures"]:
         cell = f"{figure['median']:.2f} ({figure['low']:.2f}-{figure['high']:.2f})"
         assert cell in table, figure
+
+
+def test_the_tables_of_a_step_in_torch_are_those_of_the_results(bench):
+    step, found = bench("torch_step"), results("torch_step")
+    full, front = (table(found["figures"], found["machine"]) for table in (step.full_table, step.front_table))
+    assert between_markers("docs/speed.md", "torch_step") == full
+    assert between_markers("README.md", "torch_step, three rows") == front
+    assert len(front.splitlines()) - front.splitlines().index("") - 3 == 3
 
 
 def test_the_interpreters_steps_are_the_same_in_every_call(bench):

@@ -1,5 +1,6 @@
-"""Every Python block of README.md and of docs/ runs, and what they point at exists."""
+"""Every Python block of README.md, CONTRIBUTING.md and docs/ runs, and what they point at exists."""
 
+import inspect
 import pathlib
 import re
 import shlex
@@ -15,7 +16,8 @@ from rgd.torch import RGDLoss, sample_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = pathlib.Path(__file__).parents[2]
-PATHS = {path.name: path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+FRONT = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PATHS = {path.name: path for path in [*FRONT, *sorted(ROOT.glob("docs/*.md"))]}
 PAGES = {name: path.read_text(encoding="utf-8") for name, path in PATHS.items()}
 README = PAGES["README.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -34,6 +36,13 @@ def blocks(text: str, language: str, page: str = "README.md") -> list[tuple[int,
         for match in FENCE.finditer(text)
         if match[1] == language
     ]
+
+
+def tables(page: str) -> list[list[str]]:
+    """The cells of each row of a page's tables, headers left in. A bar in mathematics is written `\\|`."""
+    text = FENCE.sub("", PAGES[page])
+    rows = re.findall(r"^ *\|(.*)\|$", text, re.MULTILINE)
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)] for row in rows]
 
 
 WITH_CODE = [
@@ -58,7 +67,7 @@ def test_a_sections_code_runs_top_to_bottom_on_its_own(page: str, text: str):
 def test_working_code_stands_within_the_first_15_lines():
     line, code = blocks(README, "python")[0]
     assert line + code.count("\n") <= 15
-    assert "RGDLoss()" in code
+    assert "RGDLoss(" in code
     assert "CrossEntropyLoss()" in code
 
 
@@ -66,7 +75,8 @@ def test_every_file_it_links_to_exists():
     for page, text in PAGES.items():
         local = [link for link in re.findall(r"\]\(([^)#\s]+)[)#]", text) if "://" not in link]
         assert [link for link in local if not (PATHS[page].parent / link).exists()] == []
-    assert all(f"docs/{page}" in README for page in PAGES if page != "README.md")
+    linked = set(re.findall(r"\]\(([^)#\s]+)[)#]", README))
+    assert {str(path.relative_to(ROOT)) for path in PATHS.values()} - {"README.md"} <= linked
 
 
 def test_every_section_it_links_to_exists():
@@ -88,13 +98,43 @@ def test_every_section_it_links_to_exists():
 
 
 def test_the_table_of_weightings_holds_the_whole_family():
-    (table,) = [text for title, text in sections("README.md") if title == "Weightings"]
+    (table,) = [text for title, text in sections("weightings.md") if title == "The members"]
     members = {
         name
         for name in rgd.__all__
         if isinstance(kind := getattr(rgd, name), type) and issubclass(kind, rgd.Weighting)
     }
     assert set(re.findall(r"^\| `rgd\.(\w+)\(", table, re.MULTILINE)) == members - {"Weighting"}
+
+
+@pytest.mark.parametrize(
+    ("page", "function"),
+    [
+        ("torch.md", RGDLoss.__init__),
+        ("torch.md", RGDLoss.forward),
+        ("numpy.md", rgd.sample_weights),
+        ("jax.md", rgd.jax.cross_entropy),
+        ("jax.md", rgd.jax.reweighted_mean),
+        ("jax.md", rgd.jax.linear_cross_entropy),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__qualname__,
+)
+def test_the_tables_of_a_front_leave_out_no_argument(page: str, function: Callable[..., object]):
+    arguments = {cell for row in tables(page) for cell in re.findall(r"`(\w+)`", row[0])}
+    parameters = inspect.signature(function).parameters.values()
+    assert {p.name for p in parameters if p.default is not p.empty} - {"target"} - arguments == set()
+
+
+def test_the_readme_is_read_in_two_minutes():
+    assert README.count("\n") <= 160
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "torch.md", "jax.md", "numpy.md", "weightings.md", "speed.md"]
+)
+def test_no_cell_of_a_table_has_more_than_25_words(page: str):
+    assert tables(page)
+    assert [cell for row in tables(page) for cell in row if len(cell.split()) > 25] == []
 
 
 def test_the_map_of_the_house_names_every_room():
@@ -216,16 +256,22 @@ def test_the_page_on_backends_counts_the_operations_of_each_search():
     assert operations(rgd.KLBall(0.1), 100_000) == pytest.approx(int(large), rel=0.1)
 
 
-def test_every_make_target_it_names_exists():
+def test_every_make_target_they_name_exists():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
-    named = set(re.findall(r"\bmake ([a-z]+)\b(?=`|\s+#|\s+&&)", README))
-    assert {"demo", "test", "lint", "wheel", "bench", "help"} <= named <= targets
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    named = {
+        page: set(re.findall(r"\bmake ([a-z-]+)\b(?=`|\s+#|\s+&&| [A-Z]+=)", PAGES[page]))
+        for page in ("README.md", "CONTRIBUTING.md", "speed.md")
+    }
+    assert {"demo", "test", "wheel"} <= named["README.md"] <= targets
+    assert {"bench", "bench-compare", "bench-instructions"} <= named["speed.md"] <= targets
+    listed = re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE)
+    assert set(listed) <= named["CONTRIBUTING.md"] <= targets
 
 
 def test_pip_is_given_a_path_and_never_the_name_of_another_project():
-    commands = re.findall(r"pip install ([^\n#]+)", README)
-    assert commands
+    commands = [command for text in PAGES.values() for command in re.findall(r"pip install ([^\n#]+)", text)]
+    assert re.findall(r"pip install ", README)
     for command in commands:
         arguments = [word for word in shlex.split(command) if not word.startswith("-")]
         assert all("/" in word for word in arguments), command

@@ -8,7 +8,7 @@ import pytest
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brought it")
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def bounds(requirements, operator):
@@ -43,9 +43,9 @@ def test_the_test_group_asks_for_no_newer_versions_than_the_package():
     assert {name: tested.get(name, version) for name, version in stated().items()} == stated()
 
 
-def test_the_readme_names_the_bounds():
-    (row,) = re.findall(r"^\| oldest \|.*$", README, re.MULTILINE)
-    (header,) = re.findall(r"^\| tested \|.*$", README, re.MULTILINE)
+def test_the_table_of_versions_names_the_bounds():
+    (row,) = re.findall(r"^\| oldest \|.*$", CONTRIBUTING, re.MULTILINE)
+    (header,) = re.findall(r"^\| tested \|.*$", CONTRIBUTING, re.MULTILINE)
     names = [cell.strip().lower() for cell in header.split("|")[2:-1]]
     versions = [cell.strip() for cell in row.split("|")[2:-1]]
     oldest = dict(zip(names, versions, strict=True))
