@@ -6,12 +6,13 @@ on the scale s, with right labels and with 20% wrong ones?
 Arms: every pair of `TAUS` and `SCALES`, the opposite sign among them, each compared with plain
 cross-entropy. Controls for tau = 1, s = 0.5, the paper's default: the same weights divided by their
 mean over the batch, and plain cross-entropy times the mean weight. "tuned" is the pair of the positive scales
-that validation chose among `TUNED`; it is compared with plain training that was given as many runs.
+that validation chose among `TUNED`, seed by seed; it is compared with plain training that chose among as many
+starts.
 
 Protocol: as in `dial.py`, on scikit-learn's digits: 500 training, 300 validation, 997 test images, wrong
 labels in training and validation, right ones in the test; 64 hidden units, SGD with momentum 0.9, batches of
-32, a cosine schedule over 30 epochs, the last step's network. Learning rate and weight decay are chosen for
-every arm by the mean validation accuracy over 12 seeds, and lie inside their grid.
+32, a cosine schedule over 30 epochs, the last step's network. Each seed chooses learning rate and weight
+decay of every arm by its own validation accuracy.
 
 Run it with `make evidence ROW=clip`, or `python examples/evidence/clip.py --full`.
 """
@@ -23,7 +24,7 @@ import pathlib
 
 import numpy as np
 import rgd
-from harness import Arm, Grid, Result, Row, Session, Table, digits, main, tuned
+from harness import Arm, Claim, Grid, Result, Row, Session, Table, digits, main, tuned
 from harness.arms import mean_one, times_mean_weight
 from harness.pictures import heat_map, pyplot, save
 
@@ -45,7 +46,7 @@ def setting(noise: float) -> str:
 
 
 def run(session: Session) -> list[Result]:
-    grid = Grid((0.05, 0.1, 0.2, 0.4), (0.0, 0.001, 0.004, 0.016))
+    grid = Grid((0.05, 0.1, 0.2, 0.4), (0.0, 0.001, 0.002, 0.004, 0.008, 0.016))
     noises = NOISES[:1] if session.quick else NOISES
     pairs = TUNED if session.quick else tuple((t, s) for t in TAUS for s in SCALES)
     session.expect(len(noises) * (len(pairs) + len(TUNED) + 2), grid)
@@ -56,7 +57,8 @@ def run(session: Session) -> list[Result]:
         arms = {pair: Arm(name(*pair), rgd.KL(pair[0], scale=pair[1])) for pair in pairs}
         chosen = {pair: session.sweep(problem, arm, grid) for pair, arm in arms.items()}
         results += [Result(here, c, PLAIN) for c in chosen.values()]
-        plain = session.sweep(problem, Arm(PLAIN_BUDGET), grid, 1 if session.quick else len(TUNED))
+        starts = 1 if session.quick else len(TUNED)
+        plain = session.as_many_runs(problem, Arm(PLAIN_BUDGET), starts, grid)
         results.append(Result(here, plain))
         best = tuned("tuned", [chosen[pair] for pair in TUNED], problem.select)
         results.append(Result(here, best, PLAIN_BUDGET))
@@ -82,7 +84,7 @@ def picture(table: Table, path: pathlib.Path) -> None:
             heat_map(
                 panel, factor * np.array([[line.difference for line in r] for r in lines]),
                 [f"{t:g}" for t in taus], [f"{s:g}" for s in scales], limit=limit, digits=decimals,
-                findings=np.array([[line.finding for line in r] for r in lines]), good_is_high=factor == 100,
+                outside=np.array([[line.outside for line in r] for r in lines]), good_is_high=factor == 100,
             )  # fmt: skip
             panel.set_title(f"{where}: {label}", loc="left", fontsize=10)
             panel.set_xlabel("scale s")
@@ -108,7 +110,15 @@ def sentence(table: Table) -> str:
     return f"The paper's default, tau = 1 and s = 0.5, against plain training. {'. '.join(parts)}."
 
 
-ROW = Row("clip", "Clip and scale (Figure 1)", METRICS, run, picture, sentence)
+ROW = Row(
+    "clip",
+    "Clip and scale (Figure 1)",
+    Claim(setting(0.0), name(*DEFAULT), "accuracy", "With right labels, RGD's default raises accuracy."),
+    METRICS,
+    run,
+    picture,
+    sentence,
+)
 
 if __name__ == "__main__":
     main(ROW)

@@ -8,10 +8,10 @@ is compared with plain training.
 
 Protocol: scikit-learn's digits, turned by 0, 15, 30, 45, 60 or 75 degrees; each image is seen at one angle
 only. For each angle left out, 500 training and 300 validation images at the other five, 100 and 60 of each;
-the test has 200 images at the angle left out. Nothing is chosen on that angle: learning rate and weight decay
-are those with the best mean validation accuracy on the five angles of training over 12 seeds, and lie inside
-their grid. 64 hidden units, SGD with momentum 0.9, batches of 32, a cosine schedule over 30 epochs, the last
-step's network. "all angles" is the mean over the six angles left out, seed by seed.
+the test has 200 images at the angle left out. Nothing is chosen on that angle: each seed chooses learning
+rate and weight decay of every arm by its own validation accuracy on the five angles of training. 64 hidden
+units, SGD with momentum 0.9, batches of 32, a cosine schedule over 30 epochs, the last step's network. "all
+angles" is the mean over the six angles left out, seed by seed.
 
 Run it with `make evidence ROW=domains`, or `python examples/evidence/domains.py --full`.
 """
@@ -25,7 +25,23 @@ import pathlib
 import numpy as np
 import rgd
 import torch
-from harness import Arm, Chosen, Classification, Data, Grid, Part, Result, Row, Session, Table, main
+from harness import (
+    Arm,
+    Cell,
+    Choice,
+    Chosen,
+    Claim,
+    Classification,
+    Data,
+    Grid,
+    Part,
+    Reported,
+    Result,
+    Row,
+    Session,
+    Table,
+    main,
+)
 from harness.arms import mean_one, opposite_sign, times_mean_weight
 from harness.pictures import BLUE, GREEN, GREY, ORANGE, PURPLE, pyplot, save
 from harness.problems import load
@@ -89,12 +105,15 @@ def mean_of(chosen: list[Chosen]) -> Chosen:
         mean["worst_angle_accuracy"] = min(test["accuracy"] for test in tests)
         weight = float(np.mean([run[-1].mean_weight for run in runs]))
         outcomes.append((runs[0][-1]._replace(test=mean, mean_weight=weight),))
-    cell = chosen[0].cell._replace(learning_rate=float("nan"), weight_decay=float("nan"))
-    return dataclasses.replace(chosen[0], outcomes=tuple(outcomes), cell=cell, grid="as for each angle")
+    nan = float("nan")
+    choice = Choice(Cell(nan, nan), nan, "as for each angle")
+    return dataclasses.replace(
+        chosen[0], outcomes=tuple(outcomes), choices=tuple(choice for _ in chosen[0].choices)
+    )
 
 
 def run(session: Session) -> list[Result]:
-    grid = Grid((0.05, 0.1, 0.2, 0.4), (0.0, 0.001, 0.004, 0.016))
+    grid = Grid((0.05, 0.1, 0.2, 0.4), (0.0, 0.001, 0.002, 0.004, 0.008, 0.016))
     angles = (0, 75) if session.quick else ANGLES
     session.expect(len(angles) * (len(ARMS) + 3), grid)
     of_arm: dict[str, list[Chosen]] = {}
@@ -156,7 +175,21 @@ def sentence(table: Table) -> str:
     )
 
 
-ROW = Row("domains", "Domains: an angle left out", METRICS, run, picture, sentence)
+ROW = Row(
+    "domains",
+    "Domains: an angle left out",
+    Claim(
+        ALL,
+        RGD,
+        "accuracy",
+        "RGD raises accuracy on an angle that training does not show.",
+        Reported(0.7, "DomainBed, mean of its data sets"),
+    ),
+    METRICS,
+    run,
+    picture,
+    sentence,
+)
 
 if __name__ == "__main__":
     main(ROW)

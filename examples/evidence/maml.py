@@ -6,7 +6,7 @@ the worst tenth of them?
 Arms: MAML; MAML with RGD over the tasks (`rgd.KL(tau=1)` and `rgd.KL(tau=3)`); with `rgd.CVaR(0.5)`.
 Controls for tau = 3: weights divided by their mean over the meta-batch, plain MAML times the mean weight,
 the opposite sign. Each is compared with plain MAML; the better of the two tau, chosen on validation tasks,
-with plain MAML given as many runs.
+with plain MAML that chose among two starts.
 
 Sinusoids, as Finn et al. (ICML 2017, section 5.1): a task is a sine of amplitude 0.1 to 5 and phase 0 to pi
 on [-5, 5], 10 points to adapt to and 10 points to measure the squared error; one step of adaptation at rate
@@ -26,10 +26,9 @@ fewer and more turns.
 
 Protocol: 16 tasks a meta-batch; Adam with a cosine schedule, 500 meta-steps on sinusoids and 200 on digits;
 the last step's network is measured on 300 test tasks. Adam's learning rate and weight decay (added to the
-gradient) are chosen for every arm by the mean loss over 200 validation tasks and 12 seeds, and lie inside
-their grid. Classes, tasks and initial network depend on the seed alone. "worst_tenth" is the mean loss of
-the tenth of the tasks with the largest loss, "worst_tenth_accuracy" the mean accuracy of the tenth with the
-lowest accuracy.
+gradient) are chosen for every arm and by each seed, by the mean loss over its 200 validation tasks. Classes,
+tasks and initial network depend on the seed alone. "worst_tenth" is the mean loss of the tenth of the tasks
+with the largest loss, "worst_tenth_accuracy" the mean accuracy of the tenth with the lowest accuracy.
 
 Real data: `python examples/evidence/maml.py --full --omniglot FOLDER`, which holds `images_background` and
 `images_evaluation` with `<alphabet>/<character>/*.png` (a fifth of the background characters chooses, the
@@ -57,7 +56,7 @@ from typing import NamedTuple
 
 import rgd
 import torch
-from harness import Arm, Grid, Result, Row, Session, Table, few_shot, main, recipe, tuned
+from harness import Arm, Claim, Grid, Result, Row, Session, Table, few_shot, main, recipe, tuned
 from harness.arms import mean_one, opposite_sign, times_mean_weight
 from harness.few_shot import Parts, Tasks, draw_tasks
 from harness.meta import TRAIN, Draw, MetaProblem, meta_train
@@ -71,8 +70,8 @@ PLAIN, BUDGET, RGD, RGD_1, TUNED = "MAML", "MAML, as many runs", "RGD, tau 3", "
 METRICS = ("accuracy", "worst_tenth_accuracy", "mean_loss", "worst_tenth")
 HERE, DIGITS = "sinusoids, 10 shots", "digits, 5 ways, 1 shot"
 GRIDS = {
-    HERE: Grid((0.0025, 0.005, 0.01, 0.02), (0.0, 1e-4, 1e-3), decay_factor=10.0),
-    DIGITS: Grid((0.0015, 0.003, 0.006), (0.0, 0.01, 0.1), decay_factor=10.0),
+    HERE: Grid((0.0025, 0.005, 0.01, 0.02), (0.0, 1e-4, 2e-4, 4e-4)),
+    DIGITS: Grid((0.0015, 0.003, 0.006), (0.0, 0.02, 0.04, 0.08)),
 }
 GRIDS_OF_IMAGES = {
     "grid": Grid((0.0005, 0.001, 0.002), (0.0,), one_axis=True),
@@ -186,7 +185,8 @@ def compare(session: Session, problem: MetaProblem) -> list[Result]:
     if session.quick:
         return results
     taus = [chosen[RGD_1], chosen[RGD]]
-    plain = best(Arm(BUDGET), budget=len(taus))
+    starts = [chosen[PLAIN], *(best(Arm(PLAIN).started(k)) for k in range(1, len(taus)))]
+    plain = tuned(BUDGET, starts, problem.select)
     found = tuned(TUNED, taus, problem.select)
     return [*results, Result(problem.name, plain), Result(problem.name, found, BUDGET)]
 
@@ -261,15 +261,15 @@ def picture(table: Table, path: pathlib.Path) -> None:
             panel.tick_params(length=0)
         panels[0].set_yticks(range(0, -len(arms), -1), [shortened(arm) for arm in arms])
     figure.suptitle(
-        f"Test tasks: difference to MAML and 95% interval, {table.lines[0].seeds} seeds; grey: no finding",
+        f"Test tasks: difference to MAML and 95% interval, {table.lines[0].seeds} seeds",
         x=0.012, ha="left", fontsize=12, fontweight="bold",
     )  # fmt: skip
     save(figure, path, table)
 
 
 def shortened(arm: str) -> str:
-    if arm.startswith(TUNED):
-        return f"tuned tau ({arm[-2]}), equal budget"
+    if arm == TUNED:
+        return "tuned tau, as many runs"
     return arm.replace(f"plain x mean weight of {RGD}", "MAML x mean weight of tau 3")
 
 
@@ -323,7 +323,16 @@ def own_options() -> argparse.ArgumentParser:
     return parser
 
 
-ROW = Row("maml", "Meta-learning (MAML)", METRICS, run, picture, sentence, own_options)
+ROW = Row(
+    "maml",
+    "Meta-learning (MAML)",
+    Claim(HERE, RGD_1, "mean_loss", "RGD over the tasks lowers the error of test tasks (sinusoids)."),
+    METRICS,
+    run,
+    picture,
+    sentence,
+    own_options,
+)
 
 
 def command_line(arguments: Sequence[str] | None = None) -> Table:

@@ -19,12 +19,11 @@ has bfloat16 the forward pass runs in it. The network of the last step is measur
 
 Protocol, that of `examples/evidence`, whose harness does it: learning rate and weight decay are chosen for
 every arm by the accuracy on a tenth of the training set that is held out, from a grid that grows until the
-best value lies inside; test data choose nothing. For want of time `--tuning-seeds` (2) seeds choose, and the
-chosen cell is then trained with all `--seeds` (12). One seed gives all arms the same split, initial network,
-batches, crops and flips, and differences are taken seed by seed. Held-out labels are as noisy as the training
-labels. With `--imbalance` the held-out part is balanced and drawn first, so the largest class has 4500 images
-(of CIFAR-100: 450). An arm takes (9 cells) x 2 + 10 runs, more where its grid grows; `--untuned` trains one
-cell alone, and its table says NOT TUNED.
+best value lies inside; test data choose nothing. Each of the `--seeds` (12) chooses for itself. One seed
+gives all arms the same split, initial network, batches, crops and flips, and differences are taken seed by
+seed. Held-out labels are as noisy as the training labels. With `--imbalance` the held-out part is balanced
+and drawn first, so the largest class has 4500 images (of CIFAR-100: 450). An arm takes 9 cells a seed, more
+where its grid grows; `--untuned` trains one cell alone, and its table says NOT TUNED.
 
 Everything is written to `--output`. Finished runs are kept there and the run under way is saved after every
 epoch: the same command goes on where it was stopped, and one that only adds arms or seeds trains only those.
@@ -383,7 +382,6 @@ def parser() -> argparse.ArgumentParser:
         "--controls", action="store_true", help="RGD's weights over their mean, their mean, the opposite sign"
     )
     add("--seeds", type=int, default=12, help="that are measured")
-    add("--tuning-seeds", type=int, default=2, help="how many of them choose rate and decay")
     add(
         "--rates",
         nargs="+",
@@ -429,10 +427,6 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError("--only trains the arms that --arms or --scale names: give one of them")
     if options.seeds < 2:
         raise ValueError(f"--seeds must be at least 2 for an interval, got {options.seeds}")
-    if not 1 <= options.tuning_seeds <= options.seeds:
-        raise ValueError(
-            f"--tuning-seeds must be 1 to {options.seeds}, as --seeds, got {options.tuning_seeds}"
-        )
     if not 0 < options.validation < 1:
         raise ValueError(f"--validation must lie between 0 and 1, got {options.validation:g}")
 
@@ -471,7 +465,7 @@ def compared(options: argparse.Namespace, problem: CifarProblem, trainer: Traine
         names = options.arms or ()
     arms = chosen_arms(names, options.scale, alone=options.only)
     grid = Grid(tuple(sorted(options.rates)), tuple(sorted(options.decays)))
-    runs = options.seeds + (options.tuning_seeds * (len(grid.cells()) - 1) if options.untuned is None else 0)
+    runs = options.seeds * (len(grid.cells()) if options.untuned is None else 1)
     with tqdm(desc=problem.name, total=runs * len(arms), unit="run", disable=None) as progress:
 
         def best(arm: Arm) -> Chosen:
@@ -481,7 +475,7 @@ def compared(options: argparse.Namespace, problem: CifarProblem, trainer: Traine
                     trainer=trainer, progress=progress, one_by_one=True,
                 )  # fmt: skip
             return sweep(
-                problem, arm, grid=grid, seeds=options.seeds, tuning_seeds=options.tuning_seeds,
+                problem, arm, grid=grid, seeds=options.seeds,
                 store=trainer.store, trainer=trainer, progress=progress, one_by_one=True,
             )  # fmt: skip
 
@@ -500,7 +494,7 @@ def picture(table: Table, path: pathlib.Path) -> None:
     lines = {arm: table.line(setting, arm, METRICS[0]) for arm in table.arms(setting)}
     arms = {a: a if line.baseline == ERM else f"{a}, against {line.baseline}" for a, line in lines.items()}
     arms.pop(ERM)
-    marks = "grey: no finding" + (", NOT TUNED" if "NOT TUNED" in table.runs[0]["grid"] else "")
+    marks = "hollow: the interval holds 0" + (", NOT TUNED" if "NOT TUNED" in table.runs[0]["grid"] else "")
     title = f"Difference to {ERM}, {table.lines[0].seeds} seeds; {marks}"
     words = {metric: metric.replace("_", " ") for metric in METRICS}
     save(intervals(table, arms, words, title), path, table)

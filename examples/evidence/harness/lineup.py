@@ -40,14 +40,14 @@ def lineup(
 
     Args:
         setting: What the table calls it.
-        best: Tunes an arm, with a `budget`, as `Session.sweep` does for a problem.
+        best: Tunes an arm, as `Session.sweep` does for a problem.
         taus: The clipping factors; the controls are those of the first.
         select: The metric that validation chooses tau by.
         controls: Which of `CONTROLS`.
     """
-    plain = best(Arm(PLAIN), budget=1)
-    budget = best(Arm(PLAIN), budget=len(taus)).renamed(PLAIN_BUDGET)
-    weighted = [best(Arm(name(tau), rgd.KL(tau)), budget=1) for tau in taus]
+    starts = [best(Arm(PLAIN).started(k)) for k in range(len(taus))]
+    plain, budget = starts[0], tuned(PLAIN_BUDGET, starts, select)
+    weighted = [best(Arm(name(tau), rgd.KL(tau))) for tau in taus]
     first = weighted[0]
     arms = {
         MEAN_ONE: mean_one(first.arm),
@@ -59,7 +59,7 @@ def lineup(
         Result(setting, budget),
         *(Result(setting, chosen, PLAIN) for chosen in weighted),
         Result(setting, tuned(TUNED, weighted, select), PLAIN_BUDGET),
-        *(Result(setting, best(arms[control], budget=1).renamed(control), PLAIN) for control in controls),
+        *(Result(setting, best(arms[control]).renamed(control), PLAIN) for control in controls),
     ]
 
 
@@ -89,7 +89,7 @@ def draw_lineup(what: str, table: Table, metrics: dict[str, str], path: pathlib.
     """The picture of a program: `pictures.intervals` of `metrics` for all arms that are compared."""
     title = (
         f"{what}, difference to cross-entropy, {table.lines[0].seeds} seeds; "
-        "blue: better, orange: worse, grey: no finding"
+        "blue: better, orange: worse, hollow: the 95% interval holds 0"
     )
     save(intervals(table, labels(table), metrics, title), path, table)
 

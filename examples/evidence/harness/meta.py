@@ -110,7 +110,8 @@ def meta_train(
         return Tasks(*(torch.stack(same).repeat_interleave(copies, 0) for same in zip(*drawn, strict=True)))
 
     validation, test = of_every_seed(VALIDATION, problem.validation), of_every_seed(TEST, problem.test)
-    parameters = [p.to(problem.device).requires_grad_() for p in problem.initial(seeds, copies)]
+    starts = [arm.seed(seed) for seed in seeds]
+    parameters = [p.to(problem.device).requires_grad_() for p in problem.initial(starts, copies)]
     rate, decay = (
         torch.tensor([cell[k] for _ in seeds for cell in cells], device=problem.device) for k in (0, 1)
     )

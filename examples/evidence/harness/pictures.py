@@ -45,11 +45,14 @@ def heat_map(
     columns: Sequence[str],
     *,
     limit: float,
-    findings: npt.NDArray[np.bool_],
+    outside: npt.NDArray[np.bool_],
     good_is_high: bool = True,
     digits: int = 1,
 ) -> None:
-    """Differences (rows, columns) from blue, better, over white, none, to orange, worse; findings in bold."""
+    """Differences (rows, columns) from blue, better, over white, none, to orange, worse.
+
+    Bold where the 95% interval excludes 0.
+    """
     from matplotlib.colors import LinearSegmentedColormap  # noqa: PLC0415
 
     ends = (ORANGE, "#ffffff", BLUE)
@@ -59,7 +62,7 @@ def heat_map(
         strong = abs(value) > 0.55 * limit
         axes.text(
             j, i, f"{value:+.{digits}f}", ha="center", va="center", fontsize=9.5,
-            color="white" if strong else INK, fontweight="bold" if findings[i, j] else "normal",
+            color="white" if strong else INK, fontweight="bold" if outside[i, j] else "normal",
         )  # fmt: skip
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
@@ -71,14 +74,14 @@ def heat_map(
 def differences(panel: Any, lines: Sequence[Line], **style: Any) -> None:
     """Differences to the baseline with 95% intervals, one below the other; accuracies in points.
 
-    Blue is better, orange worse, grey no finding.
+    Blue is better, orange worse; a hollow marker where the 95% interval holds 0.
     """
     panel.axvline(0, color=MUTED, linewidth=0.8)
     for k, line in enumerate(lines):
-        high = higher_is_better(line.metric)
-        color = (BLUE if (line.difference > 0) == high else ORANGE) if line.finding else GREY
-        x, half = (100 if high else 1) * np.array([line.difference, line.difference_half])
-        panel.errorbar([x], [-k], xerr=[half], fmt="o", color=color, **style)
+        color = BLUE if line.better else ORANGE
+        x, half = line.unit * np.array([line.difference, line.difference_half])
+        face = color if line.outside else "white"
+        panel.errorbar([x], [-k], xerr=[half], fmt="o", color=color, markerfacecolor=face, **style)
 
 
 def intervals(table: Table, arms: dict[str, str], metrics: dict[str, str], title: str) -> Any:

@@ -167,25 +167,50 @@ def load(name: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     return inputs, target.astype(np.int64)
 
 
-def flip(labels: npt.NDArray[np.int64], share: float, classes: int, random: np.random.Generator) -> None:
-    """Replaces a share of the labels by another class, each of the others alike, in place."""
+@functools.cache
+def load_mnist1d() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """MNIST-1D: ten kinds of noisy curves, inputs (5000, 40) and classes (5000,)."""
+    try:
+        from mnist1d.data import make_dataset  # noqa: PLC0415
+    except ImportError:
+        raise SystemExit("this program needs the package mnist1d: run `pip install mnist1d`") from None
+    made = make_dataset()
+    inputs, target = (np.concatenate([made[name], made[f"{name}_test"]]) for name in ("x", "y"))
+    return inputs, target.astype(np.int64)
+
+
+def flip(
+    labels: npt.NDArray[np.int64],
+    share: float,
+    classes: int,
+    random: np.random.Generator,
+    pairs: bool = False,
+) -> None:
+    """Replaces a share of the labels in place: by any other class alike, or by the next class (`pairs`)."""
     chosen = random.permutation(len(labels))[: round(share * len(labels))]
-    labels[chosen] = (labels[chosen] + random.integers(1, classes, len(chosen))) % classes
+    moved = np.ones(len(chosen), np.int64) if pairs else random.integers(1, classes, len(chosen))
+    labels[chosen] = (labels[chosen] + moved) % classes
 
 
-def split(
-    name: str, seed: int, sizes: tuple[int, int], noise: float = 0.0, keep: npt.NDArray[np.intp] | None = None
+def split(  # noqa: PLR0917
+    name: str,
+    seed: int,
+    sizes: tuple[int, int],
+    noise: float = 0.0,
+    keep: npt.NDArray[np.intp] | None = None,
+    pairs: bool = False,
 ) -> Data:
     """A random split into training, validation and test data, the first two with wrong labels.
 
     Args:
-        name: A data set of scikit-learn.
+        name: A data set of scikit-learn, or "mnist1d".
         seed: A seed gives the same split at every noise.
         sizes: Training and validation samples; the others are the test.
         noise: Share of wrong labels among training and validation labels. Test labels are right.
         keep: The rows to split; None for all.
+        pairs: Whether a wrong label is the next class, instead of any other.
     """
-    inputs, target = load(name)
+    inputs, target = load_mnist1d() if name == "mnist1d" else load(name)
     random = np.random.default_rng([11, seed])
     rows = random.permutation(np.arange(len(target)) if keep is None else keep)
     parts: list[Part] = []
@@ -193,16 +218,26 @@ def split(
     for k, chosen in enumerate(np.split(rows, ends)):
         labels = target[chosen].copy()
         if k < 2:
-            flip(labels, noise, int(target.max()) + 1, np.random.default_rng([12 + k, seed]))
+            flip(labels, noise, int(target.max()) + 1, np.random.default_rng([12 + k, seed]), pairs)
         x, y = torch.tensor(inputs[chosen], dtype=torch.float32), torch.tensor(labels)
         parts.append(Part(x, y, torch.zeros_like(y)))
     return Data(*parts)
 
 
-def digits(noise: float = 0.0, sizes: tuple[int, int] = (500, 300), epochs: int = 30) -> Classification:
+def digits(
+    noise: float = 0.0, sizes: tuple[int, int] = (500, 300), epochs: int = 30, pairs: bool = False
+) -> Classification:
     """scikit-learn's 1797 handwritten digits, 8 by 8 pixels, with wrong labels in training and validation."""
-    draw = functools.partial(split, "digits", sizes=sizes, noise=noise)
-    return Classification(f"digits, noise {noise:g}, {sizes}", draw, 64, 10, epochs=epochs)
+    draw = functools.partial(split, "digits", sizes=sizes, noise=noise, pairs=pairs)
+    return Classification(f"digits, noise {noise:g}, pairs {pairs}, {sizes}", draw, 64, 10, epochs=epochs)
+
+
+def mnist1d(
+    noise: float = 0.0, sizes: tuple[int, int] = (2500, 1000), epochs: int = 30, pairs: bool = False
+) -> Classification:
+    """MNIST-1D (Greydanus & Kobak, ICML 2024): 5000 curves of 40 numbers; wrong labels as in `digits`."""
+    draw = functools.partial(split, "mnist1d", sizes=sizes, noise=noise, pairs=pairs)
+    return Classification(f"MNIST-1D, noise {noise:g}, pairs {pairs}, {sizes}", draw, 40, 10, epochs=epochs)
 
 
 def breast_cancer(

@@ -19,13 +19,13 @@ from typing import NamedTuple
 import numpy as np
 
 from harness.problems import higher_is_better
-from harness.statistics import FINDING, Vector, compare, compare_over_families, interval
+from harness.statistics import DETECTABLE, Vector, compare, compare_over_families, interval
 from harness.sweep import Chosen
 
 RUN_COLUMNS = ("setting", "arm", "baseline", "learning_rate", "weight_decay", "grid", "mean_weight", "seed")
 COLUMNS = (
-    "setting", "arm", "learning_rate", "weight_decay", "metric", "seeds", "mean", "half", "baseline",
-    "difference", "difference_half", "p", "finding",
+    "setting", "arm", "metric", "seeds", "mean", "half", "baseline", "difference", "difference_half", "p",
+    "detectable",
 )  # fmt: skip
 
 
@@ -39,12 +39,13 @@ class Result(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A metric of an arm in a setting: mean and half of the 95% interval, the difference to the baseline."""
+    """A metric of an arm in a setting: mean and half of the 95% interval, the difference to the baseline.
+
+    `detectable` is the difference that this number of seeds cannot miss: see `statistics.DETECTABLE`.
+    """
 
     setting: str
     arm: str
-    learning_rate: float
-    weight_decay: float
     metric: str
     seeds: int
     mean: float
@@ -53,16 +54,30 @@ class Line(NamedTuple):
     difference: float
     difference_half: float
     p: float
-    finding: bool
+    detectable: float
+
+    @property
+    def outside(self) -> bool:
+        """Whether the 95% interval of the difference excludes 0."""
+        return abs(self.difference) > self.difference_half
+
+    @property
+    def better(self) -> bool:
+        """Whether the difference points to the better side of its metric."""
+        return (self.difference > 0) == higher_is_better(self.metric)
+
+    @property
+    def unit(self) -> float:
+        """What a difference is multiplied by to be shown: 100 for an accuracy, which is told in points."""
+        return 100.0 if higher_is_better(self.metric) else 1.0
 
     def points(self) -> str:
         """The difference in points of 1/100, for a sentence."""
         return self.shown(100, ".1f")
 
     def shown(self, factor: float = 1, form: str = ".3f") -> str:
-        """The difference and half of its interval, for a sentence; says so where it is no finding."""
-        text = f"{factor * self.difference:+{form}} ± {factor * self.difference_half:{form}}"
-        return text if self.finding else f"{text} (no finding)"
+        """The difference and half of its interval, for a sentence."""
+        return f"{factor * self.difference:+{form}} ± {factor * self.difference_half:{form}}"
 
     def said(self) -> str:
         """The difference in the unit of its metric: points for an accuracy."""
@@ -83,18 +98,19 @@ class Table:
         for run in runs:
             self.by_arm.setdefault((run["setting"], run["arm"]), []).append(run)
         self.lines = self._summary()
-        self.header["comparisons"] = f"{self.comparisons}; a finding has p below {FINDING:g} in both tests"
+        outside = sum(line.outside for line in self.compared())
+        self.header["comparisons"] = f"{len(self.compared())}; the 95% interval excludes 0 in {outside}"
 
     @classmethod
     def of(cls, header: dict[str, str], metrics: Sequence[str], results: Iterable[Result]) -> Table:
         """The table of what was trained."""
         runs: list[dict[str, str]] = []
         for setting, chosen, baseline, snapshot in results:
-            for k, seed in enumerate(chosen.seeds):
+            for k, (seed, choice) in enumerate(zip(chosen.seeds, chosen.choices, strict=True)):
                 outcome = chosen.outcomes[k][snapshot]
                 values = (
-                    setting, chosen.arm.name, baseline, f"{chosen.cell.learning_rate:g}",
-                    f"{chosen.cell.weight_decay:g}", chosen.grid, f"{outcome.mean_weight:.5g}", str(seed),
+                    setting, chosen.arm.name, baseline, f"{choice.cell.learning_rate:g}",
+                    f"{choice.cell.weight_decay:g}", choice.grid, f"{outcome.mean_weight:.5g}", str(seed),
                 )  # fmt: skip
                 measured = {m: f"{outcome.test[m]:.7g}" if m in outcome.test else "" for m in metrics}
                 runs.append(dict(zip(RUN_COLUMNS, values, strict=True)) | measured)
@@ -108,14 +124,9 @@ class Table:
         metrics = [column for column in runs[0] if column not in RUN_COLUMNS]
         return cls(header, metrics, runs)
 
-    @property
-    def comparisons(self) -> int:
-        """How many differences were tested."""
-        return sum(line.baseline != "" for line in self.lines)
-
-    def findings(self) -> list[Line]:
-        """The comparisons whose p is small enough."""
-        return [line for line in self.lines if line.finding]
+    def compared(self) -> list[Line]:
+        """The lines of arms that have a baseline."""
+        return [line for line in self.lines if line.baseline]
 
     def values(self, setting: str, arm: str, metric: str) -> Vector:
         """A metric of each seed."""
@@ -159,7 +170,7 @@ class Table:
                 values = self.values(setting, arm, metric)
                 families = self.families(setting, arm)
                 nan = float("nan")
-                difference = (nan, nan, nan, False)
+                difference = (nan, nan, nan, nan)
                 if run["baseline"]:
                     baseline = self.values(setting, run["baseline"], metric)
                     paired = (
@@ -167,29 +178,14 @@ class Table:
                         if families
                         else compare(values, baseline)
                     )
-                    difference = (*paired, paired.finding)
-                # Each data set has its own rate and decay: those are in its run.
-                rate, decay = (
-                    (nan, nan) if families else (float(run["learning_rate"]), float(run["weight_decay"]))
-                )
+                    difference = (*paired[:3], DETECTABLE * paired.deviation)
                 mean, half = (
                     compare_over_families(values, np.zeros_like(values), families)[:2]
                     if families
                     else interval(values)
                 )
                 lines.append(
-                    Line(
-                        setting,
-                        arm,
-                        rate,
-                        decay,
-                        metric,
-                        len(values),
-                        mean,
-                        half,
-                        run["baseline"],
-                        *difference,
-                    )
+                    Line(setting, arm, metric, len(values), mean, half, run["baseline"], *difference)
                 )
         return lines
 
@@ -210,10 +206,8 @@ class Table:
         return hashlib.sha256(rows.encode()).hexdigest()
 
 
-def shown(value: str | float | bool) -> str:
+def shown(value: str | float) -> str:
     """Five digits; nothing for what is not there."""
-    if isinstance(value, bool):
-        return "yes" if value else ""
     if isinstance(value, float):
         return "" if value != value else f"{value:.5g}"  # noqa: PLR0124
     return str(value)

@@ -7,6 +7,7 @@ import dataclasses
 import pathlib
 import platform
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import rgd
@@ -15,9 +16,10 @@ from tqdm import tqdm
 
 from harness.arms import Arm
 from harness.problems import Problem, higher_is_better
-from harness.results import Result, Table
+from harness.results import Line, Result, Table
+from harness.statistics import LEVEL
 from harness.store import Store
-from harness.sweep import Chosen, Grid, Trainer, sweep
+from harness.sweep import Chosen, Grid, Trainer, sweep, tuned
 from harness.train import train
 
 FOLDER = pathlib.Path(__file__).parents[1]
@@ -45,23 +47,89 @@ class Session:
         """The grid to begin with; a small one for a quick run."""
         return quick if self.quick else full
 
-    def sweep(  # noqa: PLR0917
+    def sweep(
         self,
         problem: Problem,
         arm: Arm,
         grid: Grid = FULL_GRID,
-        budget: int = 1,
         snapshots: Sequence[int] = (),
         trainer: Trainer = train,
         *,
         quick: Grid = QUICK_GRID,
+        stop_early: bool = False,
         one_by_one: bool = False,
     ) -> Chosen:
         """Tunes an arm: see `harness.sweep.sweep`. A quick run begins with the grid `quick`."""
         return sweep(
-            problem, arm, grid=self.grid(grid, quick), seeds=self.seeds, store=self.store, budget=budget,
-            snapshots=snapshots, progress=self.progress, trainer=trainer, one_by_one=one_by_one,
+            problem, arm, grid=self.grid(grid, quick), seeds=self.seeds, store=self.store,
+            snapshots=snapshots, stop_early=stop_early, edges=self.quick, progress=self.progress, trainer=trainer,
+            one_by_one=one_by_one,
         )  # fmt: skip
+
+    def as_many_runs(
+        self, problem: Problem, arm: Arm, times: int, grid: Grid = FULL_GRID, **options: Any
+    ) -> Chosen:
+        """Plain training that chooses among `times` starts, for an arm that chose among as many settings."""
+        starts = [self.sweep(problem, arm.started(k), grid, **options) for k in range(times)]
+        return tuned(arm.name, starts, problem.select)
+
+
+class Reported(NamedTuple):
+    """A gain that the paper reports.
+
+    Args:
+        points: Of accuracy, or of the benchmark's score.
+        where: On what.
+        arm: The arm that stands for it here, where it is not that of the claim.
+        metric: The metric that stands for it here, where it is not that of the claim.
+    """
+
+    points: float
+    where: str
+    arm: str = ""
+    metric: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """What a program says in advance: that an arm is better than its baseline, by one metric in one setting.
+
+    It is tested by the paired t test, two-sided, with Holm's correction over all rows. Everything else in a
+    table is description.
+
+    Args:
+        setting: Of the table.
+        arm: Of the table.
+        metric: That the rates were chosen by, or of the same kind.
+        words: The claim as a sentence.
+        paper: What the paper reports for this kind of task; None where it reports nothing.
+    """
+
+    setting: str
+    arm: str
+    metric: str
+    words: str
+    paper: Reported | None = None
+
+    def line(self, table: Table) -> Line:
+        """What was measured."""
+        return table.line(self.setting, self.arm, self.metric)
+
+    def holds(self, table: Table, p: float) -> bool:
+        """Whether the difference is on the better side, with `p` adjusted for the number of rows."""
+        return self.line(table).better and p < LEVEL
+
+    def of_paper(self, table: Table) -> str:
+        """What the row says of the paper's figure: could not have told, excluded here, or within."""
+        if self.paper is None:
+            return ""
+        line = table.line(self.setting, self.paper.arm or self.arm, self.paper.metric or self.metric)
+        shown = f"The paper's +{self.paper.points:g} points ({self.paper.where})"
+        if self.paper.points > line.unit * (line.difference + line.difference_half):
+            return f"{shown}: excluded here."
+        if self.paper.points < line.unit * line.detectable:
+            return f"{shown}: this row could not have told."
+        return f"{shown}: within the interval."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +139,7 @@ class Row:
     Args:
         name: Of its files.
         title: For the table of all programs.
+        claim: What it says in advance.
         metrics: What is reported. Each is compared, and each comparison counted.
         run: Trains, and gives the results.
         picture: Draws the table.
@@ -81,6 +150,7 @@ class Row:
 
     name: str
     title: str
+    claim: Claim
     metrics: tuple[str, ...]
     run: Callable[[Session], list[Result]]
     picture: Callable[[Table, pathlib.Path], None]
@@ -177,12 +247,13 @@ def text(table: Table) -> str:
                 scale = 100 if higher_is_better(metric) else 1
                 cell = f"{scale * line.mean:.4g}"
                 if line.baseline:
-                    star = "*" if line.finding else " "
+                    star = "*" if line.outside else " "
                     cell += f" ({scale * line.difference:+.3g} ± {scale * line.difference_half:.2g}){star}"
                 cells.append(f"{cell:>26}")
             lines.append(f"{arm:<{width}}" + "".join(cells))
     lines += [
         "",
-        f"In brackets: the difference to the baseline. Comparisons: {table.header['comparisons']}: *",
+        "In brackets: the difference to the baseline and half of its 95% interval; *: it excludes 0.",
+        f"Comparisons: {table.header['comparisons']}.",
     ]
     return "\n".join(lines)

@@ -1,15 +1,19 @@
 """The choice of learning rate and weight decay, the same for every arm.
 
-A cell's score is the mean over the seeds of a metric on validation data; test data choose nothing. The best
-cell must lie inside the grid. Where it lies at an edge, the grid grows by one value there, for all values of
-the other axis, until it does not. No weight decay at all, 0, is no edge: there is nothing below it.
+Each seed chooses for itself: it has its own split, takes the cell with the best score on its own validation
+part, and is measured on its own test part. Nothing is pooled over seeds, so no choice is shared by their
+differences, and the interval over them holds. Test data choose nothing.
+
+The best cell of a seed must lie inside the grid. Where it lies at an edge, the grid of that seed grows by one
+value there, for all values of the other axis, until it does not. No weight decay at all, 0, is no edge: there
+is nothing below it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +26,7 @@ from harness.store import Store
 from harness.train import Cell, Outcome, train
 
 SEEDS_AT_ONCE = 12
-MOST_WIDENINGS = 6
+MOST_WIDENINGS = 8
 
 Trainer = Callable[
     [Problem, Arm, Sequence[int], Sequence[Cell], Sequence[int]], dict[tuple[int, Cell], list[Outcome]]
@@ -37,9 +41,9 @@ class Grid(NamedTuple):
     """Values to try, in increasing order, and the factor by which an axis grows."""
 
     learning_rates: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
-    weight_decays: tuple[float, ...] = (0.0, 0.001, 0.004, 0.016)
+    weight_decays: tuple[float, ...] = (0.0, 0.001, 0.002, 0.004, 0.008, 0.016)
     rate_factor: float = 2.0
-    decay_factor: float = 4.0
+    decay_factor: float = 2.0
     one_axis: bool = False  # where time forces it: the learning rate alone is tuned, the decay held
 
     def cells(self) -> list[Cell]:
@@ -62,6 +66,12 @@ class Grid(NamedTuple):
             decays = (tidy(decays[0] / self.decay_factor), *decays)
         return self._replace(learning_rates=rates, weight_decays=decays)
 
+    def neighbours(self, cell: Cell) -> list[Cell]:
+        """The cells that differ by at most one step on either axis, `cell` among them."""
+        axes = ((self.learning_rates, cell.learning_rate), (self.weight_decays, cell.weight_decay))
+        near = [axis[max(0, axis.index(own) - 1) : axis.index(own) + 2] for axis, own in axes]
+        return [Cell(rate, decay) for rate in near[0] for decay in near[1]]
+
     def __str__(self) -> str:
         rates, decays = self.learning_rates, self.weight_decays
         if self.one_axis:
@@ -78,16 +88,22 @@ def tidy(value: float) -> float:
     return float(f"{value:.6g}")
 
 
+class Choice(NamedTuple):
+    """The cell that a seed chose, its score on the seed's validation part, and the grid that it lies in."""
+
+    cell: Cell
+    score: float  # the larger, the better
+    grid: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """An arm on a problem, at the learning rate and weight decay that validation chose for it."""
+    """An arm on a problem: what each seed chose, and what it reached with that."""
 
     problem: str
     arm: Arm
-    cell: Cell
-    grid: str
-    score: float
     seeds: tuple[int | str, ...]  # or the data set, as "family/data set"
+    choices: tuple[Choice, ...]  # of each seed
     outcomes: tuple[tuple[Outcome, ...], ...]  # of each seed, at each snapshot
 
     @property
@@ -115,63 +131,114 @@ def sweep(
     grid: Grid,
     seeds: int,
     store: Store,
-    budget: int = 1,
     snapshots: Sequence[int] = (),
+    stop_early: bool = False,
     most_widenings: int = MOST_WIDENINGS,
+    edges: bool = False,
     trainer: Trainer = train,
     progress: tqdm | None = None,
-    tuning_seeds: int | None = None,
     one_by_one: bool = False,
 ) -> Chosen:
-    """Tunes an arm on a problem, and gives what the chosen cell reached.
+    """Tunes an arm on a problem, seed by seed, and gives what each seed reached with its choice.
 
     Args:
         problem: What is learnt.
         arm: How.
-        grid: Where to begin; it grows as far as needed.
+        grid: Where to begin; it grows for each seed as far as needed.
         seeds: Seeds 0 to `seeds - 1` are trained and measured.
         store: Finished runs are taken from it and added to it.
-        budget: Plain training is given this many times as many runs: further seeds, which choose the cell
-            together with the others and are not measured. For comparisons with an arm that tunes one more
-            setting over `budget` values.
         snapshots: Further steps at which to measure. The last step chooses.
-        most_widenings: How often the grid may grow.
+        stop_early: Whether a seed chooses the snapshot as well, by the same validation score.
+        most_widenings: How often the grid of a seed may grow.
+        edges: Whether the best cell is taken even where it lies at an edge, for a smoke test.
         trainer: What trains.
         progress: A bar that shows which arm is trained.
-        tuning_seeds: How many of the seeds choose the cell, where a run takes minutes; None for all of them.
         one_by_one: Whether the trainer gets one run at a time and each is kept as soon as it is finished.
 
     Raises:
-        EdgeError: If the best cell is at the edge after `most_widenings`, or if in every cell a run diverged.
+        EdgeError: If a seed's best cell is at the edge after `most_widenings`, or if all of its runs
+        diverged.
     """
-    everything = range((seeds if tuning_seeds is None else tuning_seeds) * budget)
-    higher = higher_is_better(problem.select)
+    sign = 1 if higher_is_better(problem.select) else -1
+    grids = dict.fromkeys(range(seeds), grid)
+    chosen: dict[int, tuple[Choice, tuple[Outcome, ...]]] = {}
     for widening in range(most_widenings + 1):
-        cells = grid.cells()
-        found = run_cells(problem, arm, everything, cells, store, snapshots, trainer, progress, one_by_one)
-        scores = {cell: score([found[s, cell] for s in everything], problem.select, higher) for cell in cells}
-        best = max(cells, key=lambda cell: scores[cell])
-        diverged = scores[best] == -math.inf
-        # Where every cell diverged, the first stands for the best: the grid grows towards smaller steps.
-        grown = grid.grown(cells[0] if diverged else best)
-        if grown == grid:
-            if tuning_seeds is not None:
-                found = run_cells(
-                    problem, arm, range(seeds), [best], store, snapshots, trainer, progress, one_by_one
+        for some in alike(grids):
+            own = grids[some[0]]
+            found = run_cells(
+                problem, arm, some, own.cells(), store, snapshots, trainer, progress, one_by_one
+            )
+            for seed in some:
+                scores, when = scored(
+                    {cell: found[seed, cell] for cell in own.cells()}, problem.select, sign, stop_early
                 )
-            outcomes = tuple(tuple(found[s, best]) for s in range(seeds))
-            grown_by = f"{grid}, widened {widening}x" if widening else str(grid)
-            if tuning_seeds is not None:
-                grown_by += f", chosen by {tuning_seeds} seed{'s' * (tuning_seeds > 1)}"
-            sign = 1 if higher else -1
-            value = sign * scores[best]
-            return Chosen(problem.name, arm, best, grown_by, value, tuple(range(seeds)), outcomes)
-        grid = grown
-    what = "every cell diverged" if diverged else f"the best cell, {best}, is still at the edge"
-    raise EdgeError(
-        f"{arm.name} on {problem.name}: {what} after {most_widenings} widenings, on {grid}. "
-        "Begin with a grid nearer to the best values, or allow more widenings."
-    )
+                best = best_of(scores, own)
+                # Where every cell diverged, the first stands for the best: the grid grows to smaller steps.
+                diverged = scores[best] == -math.inf
+                grown = own.grown(own.cells()[0] if diverged else best)
+                if grown == own or edges:
+                    shown = f"{own}, widened {widening}x" if widening else str(own)
+                    shown += ", at an edge" if grown != own else ""
+                    outcomes = found[seed, best]
+                    kept = (outcomes[when[best]],) if stop_early else tuple(outcomes)
+                    chosen[seed] = Choice(best, sign * scores[best], shown), kept
+                    del grids[seed]
+                elif widening < most_widenings:
+                    grids[seed] = grown
+                else:
+                    what = "every cell diverged" if diverged else f"the best cell, {best}, is at the edge"
+                    raise EdgeError(
+                        f"{arm.name} on {problem.name}, seed {seed}: {what} after {most_widenings} "
+                        f"widenings, on {own}. Begin with a grid nearer to the best values, or allow more "
+                        "widenings."
+                    )
+        if not grids:
+            break
+    return collected(problem, arm, chosen)
+
+
+def collected(problem: Problem, arm: Arm, chosen: dict[int, tuple[Choice, tuple[Outcome, ...]]]) -> Chosen:
+    """The seeds in their order."""
+    choices, outcomes = zip(*(chosen[seed] for seed in sorted(chosen)), strict=True)
+    return Chosen(problem.name, arm, tuple(sorted(chosen)), choices, outcomes)
+
+
+def alike(grids: dict[int, Grid]) -> list[list[int]]:
+    """The seeds, those of the same grid together."""
+    return [[seed for seed in grids if grids[seed] == grid] for grid in dict.fromkeys(grids.values())]
+
+
+def scored(
+    outcomes: dict[Cell, list[Outcome]], metric: str, sign: int, stop_early: bool
+) -> tuple[dict[Cell, float], dict[Cell, int]]:
+    """The score of each cell on validation data, the larger the better, and the snapshot that has it.
+
+    A run that diverged has minus infinity.
+    """
+    scores: dict[Cell, float] = {}
+    when: dict[Cell, int] = {}
+    for cell, measured in outcomes.items():
+        values = [sign * o.validation[metric] for o in (measured if stop_early else measured[-1:])]
+        finite = [value if math.isfinite(value) else -math.inf for value in values]
+        scores[cell] = max(finite)
+        when[cell] = finite.index(scores[cell]) if stop_early else -1
+    return scores, when
+
+
+def best_of(scores: dict[Cell, float], grid: Grid) -> Cell:
+    """The cell with the best score; among equals, the one whose neighbours have the best mean score.
+
+    A small validation part gives many cells the same accuracy. The middle of such a plateau is taken, where
+    the first cell of the list would favour small rates.
+    """
+    best = max(scores.values())
+    if best == -math.inf:
+        return next(iter(scores))
+
+    def around(cell: Cell) -> float:
+        return float(np.mean([scores[near] for near in grid.neighbours(cell)]))
+
+    return max((cell for cell, score in scores.items() if score == best), key=around)
 
 
 def run_cells(  # noqa: PLR0917
@@ -186,34 +253,35 @@ def run_cells(  # noqa: PLR0917
     one_by_one: bool = False,
 ) -> dict[tuple[int, Cell], list[Outcome]]:
     """The outcomes of every seed and cell; trains those that the store does not have, many at once."""
-    found: dict[tuple[int, Cell], list[Outcome]] = {}
-    together: list[tuple[Sequence[int], Sequence[Cell]]] = [
-        (seeds[begin : begin + SEEDS_AT_ONCE], cells) for begin in range(0, len(seeds), SEEDS_AT_ONCE)
-    ]
-    if one_by_one:
-        together = [([seed], [cell]) for seed in seeds for cell in cells]
-    for some, these in together:
-        keys = {(s, c): store.key(problem, arm, s, c, snapshots) for s in some for c in these}
-        known = {run: store.get(key) for run, key in keys.items()}
-        missing = [c for c in these if any(known[s, c] is None for s in some)]
-        if missing:
-            if progress is not None:
-                progress.set_postfix_str(f"{problem.name}: {arm.name}")
-            new = trainer(problem, arm, some, missing, snapshots)
-            store.add((keys[run], outcomes) for run, outcomes in new.items())
-            known.update(new)
-            if progress is not None:
-                progress.update(len(new))
-        found.update({run: outcomes for run, outcomes in known.items() if outcomes is not None})
+    keys = {(s, c): store.key(problem, arm, s, c, snapshots) for s in seeds for c in cells}
+    found = {run: outcomes for run, key in keys.items() if (outcomes := store.get(key)) is not None}
+    missing = [run for run in keys if run not in found]
+    if progress is not None and missing:
+        progress.set_postfix_str(f"{problem.name}: {arm.name}")
+    for some, these in together(missing, one_by_one):
+        new = trainer(problem, arm, some, these, snapshots)
+        store.add((keys[run], outcomes) for run, outcomes in new.items())
+        found.update(new)
+        if progress is not None:
+            progress.update(len(new))
     return found
 
 
-def score(runs: Sequence[list[Outcome]], metric: str, higher: bool) -> float:
-    """Mean over the seeds, larger is better; minus infinity if a run diverged."""
-    mean = float(np.mean([outcomes[-1].validation[metric] for outcomes in runs]))
-    if not math.isfinite(mean):
-        return -math.inf
-    return mean if higher else -mean
+def together(runs: Iterable[tuple[int, Cell]], one_by_one: bool) -> list[tuple[list[int], list[Cell]]]:
+    """Runs in blocks for the trainer: some seeds, all with the same cells."""
+    if one_by_one:
+        return [([seed], [cell]) for seed, cell in runs]
+    cells_of: dict[int, list[Cell]] = {}
+    for seed, cell in runs:
+        cells_of.setdefault(seed, []).append(cell)
+    seeds_of: dict[tuple[Cell, ...], list[int]] = {}
+    for seed, cells in cells_of.items():
+        seeds_of.setdefault(tuple(cells), []).append(seed)
+    return [
+        (seeds[begin : begin + SEEDS_AT_ONCE], list(cells))
+        for cells, seeds in seeds_of.items()
+        for begin in range(0, len(seeds), SEEDS_AT_ONCE)
+    ]
 
 
 def untuned(
@@ -233,15 +301,45 @@ def untuned(
     No evidence for an arm: tables mark it in the column `grid`.
     """
     found = run_cells(problem, arm, range(seeds), [cell], store, snapshots, trainer, progress, one_by_one)
-    outcomes = tuple(tuple(found[s, cell]) for s in range(seeds))
-    return Chosen(problem.name, arm, cell, "NOT TUNED", math.nan, tuple(range(seeds)), outcomes)
+    choice = Choice(cell, math.nan, "NOT TUNED")
+    return collected(problem, arm, {s: (choice, tuple(found[s, cell])) for s in range(seeds)})
+
+
+def retrained(
+    problem: Problem,
+    arm: Arm,
+    cells: Sequence[Cell],
+    *,
+    store: Store,
+    progress: tqdm | None = None,
+) -> Chosen:
+    """An arm at the cells that an earlier sweep chose, one for each seed."""
+    chosen: dict[int, tuple[Choice, tuple[Outcome, ...]]] = {}
+    for cell in dict.fromkeys(cells):
+        some = [seed for seed, own in enumerate(cells) if own == cell]
+        found = run_cells(problem, arm, some, [cell], store, (), train, progress)
+        chosen |= {s: (Choice(cell, math.nan, "chosen before"), tuple(found[s, cell])) for s in some}
+    return collected(problem, arm, chosen)
 
 
 def tuned(name: str, candidates: Sequence[Chosen], select: str) -> Chosen:
-    """The candidate with the best validation score, as an arm of its own.
+    """Each seed's candidate with the best validation score, as an arm of its own.
 
-    It chose among `len(candidates)` settings: compare it with plain training swept with that `budget`.
+    It chose among `len(candidates)` settings: compare it with plain training that chose among as many starts,
+    `tuned(name, [sweep(plain.started(k)) for k in range(len(candidates))])`. Candidates of the same score are
+    taken in their order.
     """
     sign = 1 if higher_is_better(select) else -1
-    best = max(candidates, key=lambda chosen: sign * chosen.score)
-    return best.renamed(f"{name} ({best.arm.name})")
+    first = candidates[0]
+    winners = [
+        max(candidates, key=lambda chosen: sign * chosen.choices[k].score) for k in range(len(first.seeds))
+    ]
+    return dataclasses.replace(
+        first,
+        arm=dataclasses.replace(first.arm, name=name),
+        choices=tuple(
+            winner.choices[k]._replace(grid=f"{winner.arm.name}: {winner.choices[k].grid}")
+            for k, winner in enumerate(winners)
+        ),
+        outcomes=tuple(winner.outcomes[k] for k, winner in enumerate(winners)),
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from rgd.torch import sample_weights
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from harness.arms import Arm
+from harness.arms import Arm, Memory, Ramp
 from harness.problems import Data, Part, Problem, stack
 
 MOMENTUM = 0.9
@@ -71,6 +71,22 @@ def forward(parameters: Sequence[Tensor], inputs: Tensor, cosine: bool = False) 
     return torch.baddbmm(parameters[-1], hidden, parameters[-2])
 
 
+def mixtures(seeds: Sequence[int], steps: int, alpha: float) -> Tensor:
+    """What mixup leaves of each sample at each step, Beta(alpha, alpha), (S, steps)."""
+    drawn = [np.random.default_rng([51, seed]).beta(alpha, alpha, steps) for seed in seeds]
+    return torch.tensor(np.stack(drawn), dtype=torch.get_default_dtype())
+
+
+def balanced(seeds: Sequence[int], groups: Tensor, batch_size: int, steps: int) -> Tensor:
+    """Samples (S, steps, B) of groups (S, n), drawn with replacement, all groups with the same chance."""
+    drawn: list[Tensor] = []
+    for seed, own in zip(seeds, groups, strict=True):
+        generator = torch.Generator().manual_seed(2000 + seed)
+        chance = 1 / torch.bincount(own)[own].double()
+        drawn.append(torch.multinomial(chance, steps * batch_size, replacement=True, generator=generator))
+    return torch.stack(drawn).view(len(seeds), steps, batch_size)
+
+
 def orders(seeds: Sequence[int], samples: int, batch_size: int, epochs: int) -> Tensor:
     """The samples of each step of each seed, (S, steps, B). What does not fill a batch waits an epoch."""
     batches = samples // batch_size
@@ -85,16 +101,17 @@ def orders(seeds: Sequence[int], samples: int, batch_size: int, epochs: int) -> 
 class Weigher:
     """Weights (M, B) of losses (M, B), each model's batch by itself; keeps states between batches."""
 
-    def __init__(self, weighting: rgd.Weighting | None, models: int) -> None:
+    def __init__(self, weighting: rgd.Weighting | Ramp | None, models: int) -> None:
         self.weighting = weighting
         self.state: Any = None
-        if weighting is not None and weighting.stateful:
+        if isinstance(weighting, rgd.Weighting) and weighting.stateful:
             self.state = tree_map(
                 lambda leaf: torch.stack([torch.as_tensor(leaf)] * models), weighting.init()
             )
 
-    def __call__(self, losses: Tensor, groups: Tensor) -> Tensor:
-        weighting = self.weighting
+    def __call__(self, losses: Tensor, groups: Tensor, done: float = 1.0) -> Tensor:
+        """`done` is the share of the steps that is over, for a weighting that changes."""
+        weighting = self.weighting.at(done) if isinstance(self.weighting, Ramp) else self.weighting
         if weighting is None:
             return torch.ones_like(losses)
         if self.state is not None:
@@ -125,7 +142,8 @@ def train(
     begin = time.process_time()
     data = stack([problem.draw(seed) for seed in seeds])
     copies, models = len(cells), len(seeds) * len(cells)
-    parameters = initial((problem.features, *problem.hidden, problem.outputs), seeds, copies)
+    starts = [arm.seed(seed) for seed in seeds]
+    parameters = initial((problem.features, *problem.hidden, problem.outputs), starts, copies)
     velocities = [torch.zeros_like(p) for p in parameters]
     for parameter in parameters:
         parameter.requires_grad_()
@@ -136,20 +154,33 @@ def train(
     class_weights = None if arm.class_weights is None else arm.class_weights(counts)
     weigher = Weigher(arm.weighting, models)
     weight_sum = torch.zeros(models, dtype=torch.float64)
-    batches = orders(seeds, data.train.target.shape[1], problem.batch_size, problem.epochs)
+    samples = data.train.target.shape[1]
+    batches = orders(starts, samples, problem.batch_size, problem.epochs)
     steps = batches.shape[1]
+    if arm.balance:
+        batches = balanced(starts, data.train.groups, problem.batch_size, steps)
+    shares = mixtures(starts, steps, arm.mixup) if arm.mixup else None
+    loss_of = loss_function(problem, arm, models, samples, counts)
     seed_axis = torch.arange(len(seeds))[:, None]
     outcomes: dict[tuple[int, Cell], list[Outcome]] = {(s, c): [] for s in seeds for c in cells}
     for step in range(steps):
         chosen = batches[:, step]
         inputs, target, groups = (part[seed_axis, chosen].repeat_interleave(copies, 0) for part in data.train)
-        outputs = forward(parameters, inputs, arm.cosine)
-        losses = problem.losses(outputs, target) if arm.loss is None else arm.loss(outputs, target, counts)
+        index = chosen.repeat_interleave(copies, 0)
+        if shares is None:
+            losses = loss_of(forward(parameters, inputs, arm.cosine), target, index)
+        else:
+            # Each sample is mixed with its neighbour in the batch, whose order is random.
+            share = shares[:, step].repeat_interleave(copies)[:, None]
+            mixed = share[..., None] * inputs + (1 - share[..., None]) * inputs.roll(1, 1)
+            outputs = forward(parameters, mixed, arm.cosine)
+            own, neighbour = (loss_of(outputs, labels, index) for labels in (target, target.roll(1, 1)))
+            losses = share * own + (1 - share) * neighbour
         mass: Tensor | float = float(problem.batch_size)
         if class_weights is not None:
             of_sample = class_weights.gather(1, target)
             losses, mass = of_sample * losses, of_sample.sum(1, keepdim=True)
-        weights = weigher(losses.detach(), groups)
+        weights = weigher(losses.detach(), groups, step / steps)
         weight_sum += weights.mean(1)
         # A layer of cosines has no bias: its gradient is 0.
         objective = (weights * losses / mass).sum()
@@ -169,6 +200,18 @@ def train(
                     outcome = Outcome(validation, test, mean_weights[s * copies + k], share)
                     outcomes[seed, cell].append(outcome)
     return outcomes
+
+
+def loss_function(
+    problem: Problem, arm: Arm, models: int, samples: int, counts: Tensor
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Losses (M, B) of outputs (M, B, C), targets (M, B) and the samples' numbers (M, B)."""
+    loss = arm.loss
+    if loss is None:
+        return lambda outputs, target, index: problem.losses(outputs, target)
+    if isinstance(loss, Memory):
+        return loss.begin(models, samples, problem.outputs)
+    return lambda outputs, target, index: loss(outputs, target, counts)
 
 
 @torch.no_grad()
