@@ -220,8 +220,8 @@ def sentence(table: Table) -> str:
             part += f"; after temperature scaling {better(setting, 'scaled_worst_tenth')}"
         parts.append(part)
     return (
-        "Which lower the loss of the worst tenth, with a 95% interval that excludes 0, against plain training "
-        f"tuned by the same number? {'. '.join(parts)}."
+        "Which lower the loss of the worst tenth, with a 95% interval that excludes 0, against plain "
+        f"training tuned by the same number? {'. '.join(parts)}."
     )
 
 

@@ -62,8 +62,8 @@ class Session:
         """Tunes an arm: see `harness.sweep.sweep`. A quick run begins with the grid `quick`."""
         return sweep(
             problem, arm, grid=self.grid(grid, quick), seeds=self.seeds, store=self.store,
-            snapshots=snapshots, stop_early=stop_early, edges=self.quick, progress=self.progress, trainer=trainer,
-            one_by_one=one_by_one,
+            snapshots=snapshots, stop_early=stop_early, edges=self.quick, progress=self.progress,
+            trainer=trainer, one_by_one=one_by_one,
         )  # fmt: skip
 
     def as_many_runs(
@@ -139,7 +139,7 @@ class Row:
     Args:
         name: Of its files.
         title: For the table of all programs.
-        claim: What it says in advance.
+        claim: What it says in advance; None where it checks the harness.
         metrics: What is reported. Each is compared, and each comparison counted.
         run: Trains, and gives the results.
         picture: Draws the table.
@@ -150,7 +150,7 @@ class Row:
 
     name: str
     title: str
-    claim: Claim
+    claim: Claim | None
     metrics: tuple[str, ...]
     run: Callable[[Session], list[Result]]
     picture: Callable[[Table, pathlib.Path], None]
