@@ -79,8 +79,8 @@ def rate(table: Table) -> tuple[int, int]:
 def sentence(table: Table) -> str:
     outside, number = rate(table)
     return (
-        f"Plain training against plain training: {outside} of {number} intervals ({100 * outside / number:.1f}%) "
-        "exclude 0."
+        f"Plain training against plain training: {outside} of {number} intervals "
+        f"({100 * outside / number:.1f}%) exclude 0."
     )
 
 

@@ -43,7 +43,7 @@ from harness import (
     main,
 )
 from harness.arms import mean_one, opposite_sign, times_mean_weight
-from harness.pictures import BLUE, GREEN, GREY, ORANGE, PURPLE, pyplot, save
+from harness.pictures import intervals, save
 from harness.problems import load
 from scipy import ndimage
 
@@ -56,9 +56,7 @@ ARMS = (
     Arm("CVaR(0.3)", rgd.CVaR(0.3)),
     Arm(RGD, rgd.KL(1.0)),
 )
-METRICS = (
-    "accuracy", "worst_angle_accuracy", "mean_loss", "worst_tenth", "scaled_mean_loss", "scaled_worst_tenth",
-)  # fmt: skip
+METRICS = ("accuracy", "worst_angle_accuracy")
 
 
 def setting(angle: int) -> str:
@@ -134,30 +132,12 @@ def run(session: Session) -> list[Result]:
 
 
 def picture(table: Table, path: pathlib.Path) -> None:
-    plt = pyplot()
-    settings = table.settings()
-    arms = [arm for arm in table.arms(ALL) if arm != PLAIN]
-    colors = dict(zip(arms, (PURPLE, ORANGE, BLUE, "#56b4e9", GREY, GREEN), strict=True))
-    figure, axes = plt.subplots(figsize=(11, 4.4))
-    axes.axhline(0, color=GREY, linewidth=1)
-    for k, (arm, color) in enumerate(colors.items()):
-        lines = [table.line(where, arm, "accuracy") for where in settings]
-        axes.errorbar(
-            np.arange(len(settings)) + 0.1 * (k - 2.5), [100 * line.difference for line in lines],
-            [100 * line.difference_half for line in lines], fmt="o", color=color, label=arm,
-            markersize=5, elinewidth=1.2,
-        )  # fmt: skip
-    axes.set_xticks(range(len(settings)), [s.replace(" degrees left out", "°") for s in settings])
-    axes.set_xlabel("angle that training does not show")
-    axes.set_ylabel("accuracy against ERM, points")
-    axes.grid(axis="y", color="#e3e6eb")
-    axes.tick_params(length=0)
-    axes.legend(frameon=False, fontsize=8.5, ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.13))
-    axes.set_title(
-        f"An angle left out: difference to ERM and 95% interval, {table.lines[0].seeds} seeds", loc="left",
-        fontsize=12, fontweight="bold",
-    )  # fmt: skip
-    save(figure, path, table)
+    arms = {
+        arm: arm.replace("plain x mean weight of", "placebo of") for arm in table.arms(ALL) if arm != PLAIN
+    }
+    words = {"accuracy": "accuracy, mean of the angles", "worst_angle_accuracy": "accuracy, worst angle"}
+    title = f"An angle left out: difference to ERM, {table.lines[0].seeds} seeds"
+    save(intervals(table, arms, words, title, [ALL]), path, table)
 
 
 def sentence(table: Table) -> str:
@@ -168,10 +148,9 @@ def sentence(table: Table) -> str:
         return ", ".join(f"{arm} {table.line(ALL, arm, metric).said()}" for arm in arms)
 
     return (
-        "On the angle left out, against ERM. Accuracy, mean of the angles, in points "
+        "On the angle left out, against ERM, in points. Accuracy, mean of the angles "
         f"({100 * plain.mean:.1f}%): {shown('accuracy')}; of the worst angle: "
-        f"{shown('worst_angle_accuracy')}. Loss of the worst tenth: {shown('worst_tenth')}; after "
-        f"temperature scaling: {shown('scaled_worst_tenth')}."
+        f"{shown('worst_angle_accuracy')}."
     )
 
 

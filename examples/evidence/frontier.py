@@ -26,7 +26,6 @@ import functools
 import importlib
 import math
 import pathlib
-import textwrap
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -147,60 +146,42 @@ def run(session: Session) -> list[Result]:
     return results
 
 
-def color_of(arm: str) -> str:
-    """The color of an arm's family."""
-    return next((color for start, color in FAMILIES.items() if arm.startswith(start)), GREY)
-
-
-def frontier(panel: Any, table: Table, setting: str) -> None:
-    """Every arm as a point, mean loss against the worst tenth; full are those that no other beats in both."""
-    names = table.arms(setting)
-    points = [
-        [table.line(setting, arm, metric).mean for metric in ("mean_loss", "worst_tenth")] for arm in names
-    ]
-    unbeaten: list[str] = []
-    for arm, (mean, tail) in zip(names, points, strict=True):
-        beaten = any(m <= mean and t <= tail and (m, t) != (mean, tail) for m, t in points)
-        unbeaten += [] if beaten else [arm]
-        style = {"marker": "s", "color": INK} if arm == PLAIN else {"marker": "o", "color": color_of(arm)}
-        panel.plot(mean, tail, linestyle="", markersize=6, alpha=0.3 if beaten else 1, **style)
-        if arm == PLAIN:
-            panel.annotate(arm, (mean, tail), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    listed = textwrap.fill(f"beaten in both by no other: {'; '.join(unbeaten)}", 46)
-    panel.set_xlabel(listed, loc="left", fontsize=8)
-    panel.set_title(f"{setting}:\nmean loss (across), worst tenth (up)", loc="left", fontsize=10)
-    panel.grid(color="#e3e6eb")
-    panel.tick_params(length=0)
-    panel.margins(x=0.15)
-
-
 def picture(table: Table, path: pathlib.Path) -> None:
     plt = pyplot()
     settings = table.settings()
-    arms = list(dict.fromkeys(arm for setting in settings for arm in table.arms(setting) if arm != PLAIN))
-    panels = {"mean_loss": "mean loss", "worst_tenth": "worst tenth"}
-    figure, axes = plt.subplots(3, len(settings), figsize=(1.6 + 3.4 * len(settings), 13), squeeze=False)
-    for number, (column, setting) in enumerate(zip(axes.T, settings, strict=True)):
-        frontier(column[0], table, setting)
-        for panel, (metric, label) in zip(column[1:], panels.items(), strict=True):
-            panel.axvline(0, color=GREY, linewidth=1)
-            for arm in table.arms(setting)[1:]:
-                line = table.line(setting, arm, metric)
-                panel.errorbar(
-                    line.difference, -arms.index(arm), xerr=line.difference_half,
-                    fmt="D" if line.outside else "o", color=color_of(arm), markersize=5, elinewidth=1,
-                )  # fmt: skip
-            panel.set_title(f"{setting}:\n{label}, difference to plain", loc="left", fontsize=10)
-            panel.grid(axis="x", color="#e3e6eb")
-            panel.tick_params(length=0)
-            panel.set_yticks([-k for k in range(len(arms))], arms if number == 0 else [])
-            panel.set_ylim(-len(arms) + 0.4, 0.6)
+    figure, axes = plt.subplots(
+        -(-len(settings) // 2), 2, figsize=(12, 5.2 * -(-len(settings) // 2)), squeeze=False
+    )
+    for panel, here in zip(axes.flat, settings, strict=False):
+        arms = table.arms(here)
+        points = {arm: [table.line(here, arm, m).mean for m in ("mean_loss", "worst_tenth")] for arm in arms}
+        for arm, (mean, tail) in points.items():
+            line = table.line(here, arm, "worst_tenth")
+            family = (c for start, c in FAMILIES.items() if arm.startswith(start))
+            color = INK if arm == PLAIN else next(family, GREY)
+            full = color if arm == PLAIN or line.outside else "white"
+            panel.plot(mean, tail, "s" if arm == PLAIN else "o", color=color, markerfacecolor=full)
+        named = [arm for arm in arms if arm in {PLAIN, RGD} or unbeaten(arm, points)]
+        for arm in named:
+            panel.annotate(arm, points[arm], xytext=(6, 3), textcoords="offset points", fontsize=8, color=INK)
+        panel.set_title(here, loc="left", fontsize=11)
+        panel.set_xlabel("mean test loss")
+        panel.set_ylabel("loss of the worst tenth")
+        panel.grid(color="#e3e6eb")
+        panel.tick_params(length=0)
+        panel.margins(x=0.25, y=0.12)
     figure.suptitle(
-        f"Test loss: {table.lines[0].seeds} seeds, 95% intervals; left and down is better; "
-        "diamond: the interval excludes 0; before temperature scaling",
+        f"Left and down is better; {table.lines[0].seeds} seeds; full: the worst tenth differs from plain's; "
+        "named: beaten in both by no other",
         x=0.012, ha="left", fontsize=12, fontweight="bold",
     )  # fmt: skip
     save(figure, path, table)
+
+
+def unbeaten(arm: str, points: dict[str, list[float]]) -> bool:
+    """Whether no other arm is better in both."""
+    mean, tail = points[arm]
+    return not any(m <= mean and t <= tail and (m, t) != (mean, tail) for m, t in points.values())
 
 
 def sentence(table: Table) -> str:

@@ -61,7 +61,6 @@ from harness.arms import mean_one, opposite_sign, times_mean_weight
 from harness.few_shot import Parts, Tasks, draw_tasks
 from harness.meta import TRAIN, Draw, MetaProblem, meta_train
 from harness.pictures import differences, pyplot, save
-from harness.problems import higher_is_better
 from harness.train import initial
 from torch import Tensor
 
@@ -239,38 +238,31 @@ def run_images(session: Session, name: str, folder: pathlib.Path, options: Optio
 
 
 def picture(table: Table, path: pathlib.Path) -> None:
-    rows: list[tuple[str, tuple[str, str]]] = []
-    for setting in table.settings():
-        rows.append((setting, ("mean_loss", "worst_tenth")))
-        if table.has(setting, "accuracy"):
-            rows.append((setting, ("accuracy", "worst_tenth_accuracy")))
-    figure, axes = pyplot().subplots(
-        len(rows), 2, figsize=(11, 0.7 + 2.9 * len(rows)), squeeze=False, sharey="row"
-    )
-    for panels, (setting, metrics) in zip(axes, rows, strict=True):
-        arms = [a for a in table.arms(setting) if table.line(setting, a, metrics[0]).baseline]
-        for panel, metric, where in zip(panels, metrics, ("mean", "worst tenth"), strict=True):
-            accurate = higher_is_better(metric)
-            differences(panel, [table.line(setting, arm, metric) for arm in arms])
-            unit = "points" if accurate else "squared error" if setting == HERE else "nats"
-            kind = "accuracy" if accurate else "error" if setting == HERE else "loss"
-            panel.set_title(f"{setting}: {kind}, {where}", loc="left", fontsize=10)
-            panel.locator_params(axis="x", nbins=6)
-            panel.set_xlabel(f"{unit}, {'right' if accurate else 'left'} is better")
-            panel.grid(axis="x", color="#e3e6eb")
-            panel.tick_params(length=0)
-        panels[0].set_yticks(range(0, -len(arms), -1), [shortened(arm) for arm in arms])
+    settings = table.settings()
+    figure, axes = pyplot().subplots(1, len(settings), figsize=(5.6 * len(settings), 3.8), squeeze=False)
+    for panel, setting in zip(axes[0], settings, strict=True):
+        metric = "accuracy" if table.has(setting, "accuracy") else "mean_loss"
+        arms = [a for a in table.arms(setting) if table.line(setting, a, metric).baseline]
+        differences(panel, [table.line(setting, arm, metric) for arm in arms])
+        unit = "accuracy, points" if metric == "accuracy" else "squared error"
+        panel.set_title(setting, loc="left", fontsize=11)
+        panel.locator_params(axis="x", nbins=6)
+        panel.set_xlabel(f"{unit}; {'right' if metric == 'accuracy' else 'left'} is better")
+        panel.grid(axis="x", color="#e3e6eb")
+        panel.tick_params(length=0)
+        panel.set_yticks(range(0, -len(arms), -1), [shortened(arm) for arm in arms])
     figure.suptitle(
-        f"Test tasks: difference to MAML and 95% interval, {table.lines[0].seeds} seeds",
+        f"Mean over test tasks: difference to MAML and 95% interval, {table.lines[0].seeds} seeds",
         x=0.012, ha="left", fontsize=12, fontweight="bold",
     )  # fmt: skip
     save(figure, path, table)
 
 
 def shortened(arm: str) -> str:
+    """An arm's name where there is little room."""
     if arm == TUNED:
         return "tuned tau, as many runs"
-    return arm.replace(f"plain x mean weight of {RGD}", "MAML x mean weight of tau 3")
+    return arm.replace(f"plain x mean weight of {RGD}", "placebo of tau 3")
 
 
 def sentence(table: Table) -> str:

@@ -3,16 +3,17 @@
 Asked, after Figure 4 of the paper, whose data are not published: in linear regression where some directions
 of the input occur rarely, how do the squared errors in frequent and in rare directions fall over the steps?
 
-Arms: plain least squares; RGD (`rgd.KL(tau=1)`) and with tau = 3. Controls: RGD's weights divided by their
-mean over the batch; plain training times RGD's mean weight; RGD with the opposite sign. Each is compared with
-plain training.
+Arms: plain least squares; RGD (`rgd.KL(tau=1)`) and with tau = 3; RGD with the opposite sign, which weights
+large errors less. Controls: RGD's weights divided by their mean over the batch; plain training times RGD's
+mean weight; Huber's loss with delta 1 and the absolute error, which are made for outliers. Each is compared
+with plain training.
 
 Protocol: 20 dimensions. A sample is standard normal in the first ten and 0 in the others, or, one in 200, the
 other way round. The true coefficients are standard normal. Three settings: noise of deviation 0.1; noise of
 deviation 1; noise of 0.1 where 5% of the targets are outliers, moved by a normal number of deviation 10. One
-pass over 16000 samples in batches of 32, 500 steps; SGD with momentum 0.9 and a cosine schedule. Learning
-rate and weight decay are chosen for every arm by the mean loss at the last step on 4000 validation samples
-over 12 seeds, and lie inside their grid; the steps before are on the way to it. The error falls as an
+pass over 16000 samples in batches of 32, 500 steps; SGD with momentum 0.9 and a cosine schedule. Each
+of 12 seeds chooses learning rate and weight decay of every arm by the mean squared error at the last step on
+its own 4000 validation samples; the steps before are on the way to it. The error falls as an
 exponential of the learning rate, so the grid is fine here: ten values a decade. Validation data are made as
 training data are, outliers included. The test has 2000 samples without noise or outliers, half of them rare:
 its squared errors are the squared errors of the coefficients. Errors differ by factors between seeds, so the
@@ -50,7 +51,7 @@ from harness import (
     untuned,
 )
 from harness.arms import mean_one, opposite_sign, times_mean_weight
-from harness.pictures import BLUE, GREEN, GREY, ORANGE, pyplot, save
+from harness.pictures import BLUE, GREY, ORANGE, pyplot, save
 
 DIMENSIONS, SHARE = 10, 0.005
 TRAINING, VALIDATION, TEST, BATCH = 16000, 4000, 2000, 32
@@ -63,7 +64,20 @@ SETTINGS = {
     "noise 0.1, 5% outliers": (0.1, 0.05),
     UNTUNED: (0.1, 0.0),
 }
-PLAIN, RGD = "plain", "RGD, tau 1"
+PLAIN, RGD, HUBER, ABSOLUTE = "plain", "RGD, tau 1", "Huber loss", "absolute error"
+
+
+def huber(outputs: torch.Tensor, target: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Twice Huber's loss with delta 1 (Huber 1964), which is the squared error up to an error of 1."""
+    del counts
+    error = (outputs.squeeze(-1) - target).abs()
+    return torch.where(error <= 1, error.square(), 2 * error - 1)
+
+
+def absolute(outputs: torch.Tensor, target: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The absolute error."""
+    del counts
+    return (outputs.squeeze(-1) - target).abs()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +118,7 @@ def run(session: Session) -> list[Result]:
     rates = tuple(round(10 ** (k / 10), 4) for k in range(-20, -5))
     grid = Grid(rates, (0.0, 1e-4, 2e-4, 4e-4, 8e-4), rate_factor=10**0.1)
     settings = {k: v for k, v in SETTINGS.items() if v == (0.1, 0.0)} if session.quick else SETTINGS
-    session.expect(len(settings) * 6, grid)
+    session.expect(len(settings) * 8, grid)
     training, snapshots = (50 * BATCH, SNAPSHOTS[:1]) if session.quick else (TRAINING, SNAPSHOTS)
     results: list[Result] = []
     for here, (noise, outliers) in settings.items():
@@ -129,6 +143,8 @@ def run(session: Session) -> list[Result]:
             mean_one(rgd_arm),
             times_mean_weight(rgd_arm, weighted.mean_weight),
             opposite_sign(rgd_arm),
+            Arm(HUBER, loss=huber),
+            Arm(ABSOLUTE, loss=absolute),
         )
         chosen = [plain, weighted, *map(best, others)]
         for k, step in enumerate((*snapshots, training // BATCH)):
@@ -138,36 +154,34 @@ def run(session: Session) -> list[Result]:
 
 def picture(table: Table, path: pathlib.Path) -> None:
     plt = pyplot()
-    groups = list(dict.fromkeys(s.rsplit(", step ", 1)[0] for s in table.settings()))
-    colors = {
-        PLAIN: GREY, RGD: BLUE, "RGD, tau 3": "#56b4e9", f"{RGD}, mean one": GREEN,
-        f"{RGD}, opposite sign": ORANGE,
-    }  # fmt: skip
-    figure, axes = plt.subplots(2, len(groups), figsize=(4.2 * len(groups), 6.6), squeeze=False, sharex=True)
-    for column, group in zip(axes.T, groups, strict=True):
-        steps = [s.rsplit(", step ", 1)[1] for s in table.settings() if s.rsplit(", step ", 1)[0] == group]
-        for panel, metric in zip(column, ("frequent_loss", "rare_loss"), strict=True):
-            for arm, color in colors.items():
-                lines = [table.line(f"{group}, step {step}", arm, metric) for step in steps]
-                panel.errorbar(
-                    [float(step) for step in steps], [line.mean for line in lines],
-                    [line.half for line in lines], color=color, marker="o", markersize=4, elinewidth=0.8,
-                    linewidth=1.3, label=arm,
-                )  # fmt: skip
-            panel.set_xscale("log")
-            panel.set_yscale("log")
-            panel.set_xticks([float(step) for step in steps[::2]], steps[::2])
-            panel.yaxis.set_major_formatter("{x:g}")
-            panel.minorticks_off()
-            panel.grid(axis="y", color="#e3e6eb")
-        column[0].set_title(group, loc="left", fontsize=11)
-        column[1].set_xlabel("step")
-    axes[0, 0].set_ylabel("squared error, frequent directions")
-    axes[1, 0].set_ylabel("squared error, rare directions")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    steps = {here: int(here.rsplit(" ", 1)[1]) for here in table.settings()}
+    settings = [here for here in steps if steps[here] == max(steps.values())]
+    figure, axes = plt.subplots(1, len(settings), figsize=(3 + 2.6 * len(settings), 3.9), squeeze=False)
+    for panel, here in zip(axes[0], settings, strict=True):
+        arms = [arm for arm in table.arms(here) if arm != PLAIN]
+        panel.axvline(1, color=GREY, linewidth=1)
+        for k, arm in enumerate(arms):
+            line = table.line(here, arm, "log_rare_loss")
+            ratio, low, high = (math.exp(line.difference + s * line.difference_half) for s in (0, -1, 1))
+            color = BLUE if line.better else ORANGE
+            panel.errorbar(
+                ratio, -k, xerr=[[ratio - low], [high - ratio]], fmt="o", color=color, markersize=5,
+                markerfacecolor=color if line.outside else "white",
+            )  # fmt: skip
+        words = [arm.replace("plain x mean weight of RGD, tau 1", "placebo of RGD, tau 1") for arm in arms]
+        panel.set_yticks(range(0, -len(arms), -1), words if panel is axes[0][0] else [])
+        panel.set_ylim(0.6 - len(arms), 0.6)
+        panel.set_xscale("log")
+        panel.set_xticks([0.1, 0.25, 0.5, 1, 2], ["0.1", "0.25", "0.5", "1", "2"])
+        panel.minorticks_off()
+        panel.set_title(here.rsplit(", step", 1)[0], loc="left", fontsize=10)
+        panel.grid(axis="x", color="#e3e6eb")
+        panel.tick_params(length=0)
+    figure.supxlabel("squared error in rare directions over that of plain training", fontsize=10)
     figure.suptitle(
-        f"Rare directions: mean and 95% interval over {table.lines[0].seeds} seeds", x=0.012, ha="left",
-        fontsize=12, fontweight="bold",
+        f"Rare directions after {max(steps.values())} steps: ratio to plain training, 95% interval, "
+        f"{table.lines[0].seeds} seeds",
+        x=0.012, ha="left", fontsize=12, fontweight="bold",
     )  # fmt: skip
     save(figure, path, table)
 
@@ -184,7 +198,7 @@ def sentence(table: Table) -> str:
         if here in table.settings():
             ratios = (
                 f"RGD {ratio(here, RGD)}, with mean-one weights {ratio(here, f'{RGD}, mean one')}, opposite "
-                f"sign {ratio(here, f'{RGD}, opposite sign')}"
+                f"sign {ratio(here, f'{RGD}, opposite sign')}, Huber's loss {ratio(here, HUBER)}"
             )
             parts.append(f"{group.replace('NOT TUNED', 'one rate for all, NOT TUNED')}: {ratios}")
     return (

@@ -27,10 +27,8 @@ runs:
 A run in the table is a data set, the mean over its splits. Intervals are a bootstrap over the originals
 ("families"), p is that of a t test over the families' means.
 
-Where accuracy chooses, the mean differences of the losses say little. On small sets many cells are equally
-right: a large rate can win whose few errors cost tens of nats, and a temperature chosen on a validation part
-without an error makes the errors of the test part dearer. A few such sets make the mean, for either arm.
-The sentence therefore gives the median over the sets and counts sets as well.
+Losses are reported where the loss chose, accuracies where accuracy did. A few sets can make the mean of a
+loss, so the sentence gives the median over the sets and counts sets as well.
 
 Run it with `make evidence ROW=tabular`, or `python examples/evidence/tabular.py --full`.
 
@@ -86,7 +84,6 @@ from harness import (
 )
 from harness.pictures import BLUE, GREY, ORANGE, pyplot, save
 from harness.problems import Metrics
-from harness.results import Line
 from harness.sweep import Trainer
 from sources import keel, openml
 from sources.rows import Source, encode, split
@@ -106,15 +103,8 @@ LOSSES = {
     "scaled_mean_loss": "after temperature scaling",
     "worst_tenth": "worst tenth",
 }
-LINEAR = 0.01  # nats: below, the pictures are linear
-METRICS = (
-    "accuracy",
-    "balanced_accuracy",
-    "mean_loss",
-    "scaled_mean_loss",
-    "worst_tenth",
-    "scaled_worst_tenth",
-)
+ACCURACIES = ("accuracy", "balanced_accuracy")
+METRICS = (*ACCURACIES, *LOSSES)
 
 
 # --- a data set as a problem ---
@@ -185,11 +175,11 @@ def problem(source: Source, learner: Learner) -> Tabular:
 # --- the comparison ---
 
 
-def averaged(chosen: Chosen, name: str, seed: str) -> Chosen:
-    """A data set as one run: the mean over its splits."""
+def averaged(chosen: Chosen, name: str, seed: str, metrics: Sequence[str]) -> Chosen:
+    """A data set as one run: the mean over its splits, of what is reported."""
     last = [outcomes[-1] for outcomes in chosen.outcomes]
     validation, test = (
-        {metric: float(np.mean([part[metric] for part in parts])) for metric in parts[0]}
+        {metric: float(np.mean([part[metric] for part in parts])) for metric in metrics}
         for parts in ([o.validation for o in last], [o.test for o in last])
     )
     outcome = Outcome(validation, test, chosen.mean_weight, sum(o.seconds for o in last))
@@ -234,7 +224,8 @@ def compare_on(sources: Iterable[Source], number: int, session: Session, learner
                 continue
             setting, seed = f"{source.kind} sets{how}", f"{source.family}/{source.name}"
             found.setdefault(setting, []).extend(
-                Result(setting, averaged(chosen, name, seed), base) for name, chosen, base in arms
+                Result(setting, averaged(chosen, name, seed, LOSSES if how else ACCURACIES), base)
+                for name, chosen, base in arms
             )
     for setting, results in found.items():
         if len({result.chosen.seeds for result in results}) < 2:
@@ -267,39 +258,36 @@ def differences(table: Table, setting: str, arm: str, metric: str) -> npt.NDArra
 
 
 def settings(table: Table) -> list[tuple[str, str]]:
-    """The settings of a table, each with the accuracy that counts there."""
-    return [(setting, CHOSEN_BY[setting.partition(" sets")[0]]) for setting in table.settings()]
+    """The settings of a table, each with the metric that chose there."""
+    return [
+        (setting, "mean_loss" if setting.endswith(BY_LOSS) else CHOSEN_BY[setting.partition(" sets")[0]])
+        for setting in table.settings()
+    ]
 
 
 def bars(table: Table, title: str) -> Any:
-    """A figure with a row a setting and a bar a data set: RGD against plain training."""
+    """A figure with a panel a setting and a bar a data set: RGD against plain training, by what chose."""
+    plt = pyplot()
     rows = settings(table)
-    size = (15, 0.8 + 2.3 * len(rows))
-    figure, axes = pyplot().subplots(len(rows), 1 + len(LOSSES), figsize=size, squeeze=False)
-    for row, (setting, accuracy) in zip(axes, rows, strict=True):
-        for panel, metric in zip(row, (accuracy, *LOSSES), strict=True):
-            loss = metric in LOSSES
-            values = (1 if loss else 100) * np.sort(differences(table, setting, RGD, metric))
-            better = values < 0 if loss else values > 0
-            panel.bar(range(len(values)), values, color=np.where(better, BLUE, ORANGE))
-            panel.axhline(0, color=GREY, linewidth=0.8)
-            label = f"{LOSSES[metric]}, nats" if loss else f"{metric.replace('_', ' ')}, points"
-            line = table.line(setting, RGD, metric)
-            mean = line.shown() if loss else line.points()
-            median = f"{np.median(values):+.{4 if loss else 2}f}"
-            panel.set_title(f"{label}\nmedian {median}, mean {mean}", loc="left", fontsize=9)
-            if loss:  # a few sets differ by a thousand times as much as the others
-                panel.set_yscale("symlog", linthresh=LINEAR)
-                ends = [10.0**k for k in range(-2, 4) if LINEAR < 10.0**k <= np.abs(values).max()]
-                ticks = [-x for x in ends if -x >= values[0]] + [-LINEAR, 0, LINEAR]
-                ticks += [x for x in ends if x <= values[-1]]
-                panel.set_yticks(ticks, [f"{x:g}" for x in ticks])
-                panel.minorticks_off()
-            panel.set_xticks([])
-            panel.tick_params(length=0, labelsize=8)
-        row[0].set_ylabel(setting.replace(", chosen", ",\nchosen"), fontsize=9)
-    title = f"{title}, a bar a data set, blue is better; losses on a logarithmic scale beyond ±{LINEAR:g}"
-    figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold")
+    figure, axes = plt.subplots(2, -(-len(rows) // 2), figsize=(11, 6), squeeze=False)
+    for panel, (setting, metric) in zip(axes.flat, rows, strict=False):
+        line, values = table.line(setting, RGD, metric), differences(table, setting, RGD, metric)
+        values = line.unit * np.sort(values)
+        better = values > 0 if line.unit > 1 else values < 0
+        panel.bar(range(len(values)), values, color=np.where(better, BLUE, ORANGE))
+        panel.axhline(0, color=GREY, linewidth=0.8)
+        panel.set_title(
+            f"{setting}\nmean {line.said()}, median {np.median(values):+.3g}", loc="left", fontsize=10
+        )
+        panel.set_ylabel("points" if line.unit > 1 else "nats")
+        largest = np.quantile(np.abs(values), 0.95)
+        if largest > 0:
+            panel.set_ylim(-1.3 * largest, 1.3 * largest)  # a few sets differ by many times as much
+        panel.set_xticks([])
+        panel.tick_params(length=0)
+    figure.suptitle(
+        f"{title}; a bar a data set, blue is better", x=0.012, ha="left", fontsize=12, fontweight="bold"
+    )
     return figure
 
 
@@ -313,29 +301,20 @@ def counted(table: Table, setting: str, metric: str, arm: str = RGD) -> str:
     values, line = differences(table, setting, arm, metric), table.line(setting, arm, metric)
     lower, higher = (values < 0).sum(), (values > 0).sum()
     if metric in LOSSES:
-        return f"{LOSSES[metric]} {typical(line, values)}, lower on {lower} and higher on {higher} sets"
+        shown = f"{line.shown()}, median {np.median(values):+.4f}"
+        return f"{LOSSES[metric]} {shown}, lower on {lower} and higher on {higher} sets"
     return f"{metric.replace('_', ' ')} in points {line.points()}, {higher} won, {lower} lost"
 
 
-def typical(line: Line, values: npt.NDArray[np.float64]) -> str:
-    """Mean and median difference of a loss."""
-    return f"{line.shown()}, median {np.median(values):+.4f}"
-
-
-def said(table: Table, setting: str, accuracy: str) -> str:
+def said(table: Table, setting: str, metric: str) -> str:
     """What came out in a setting."""
     families = table.families(setting, RGD)
     originals = len(set(families))
     versions = f" ({originals} originals)" if originals < len(families) else ""
     kind, _, how = setting.partition(" sets")
-    begin = f"{len(families)} {kind} sets{versions}{how or ', chosen by ' + accuracy.replace('_', ' ')}"
-    right = counted(table, setting, accuracy)
-    mean, scaled, tail = (counted(table, setting, loss) for loss in LOSSES)
-
-    if not how:
-        return f"{begin}: {right}, with tuned tau {table.line(setting, TUNED, accuracy).points()}; {tail}"
-    line, values = table.line(setting, TUNED, "mean_loss"), differences(table, setting, TUNED, "mean_loss")
-    return f"{begin}: {mean}, with tuned tau {typical(line, values)}; {scaled}; {tail}"
+    begin = f"{len(families)} {kind} sets{versions}{how or ', chosen by ' + metric.replace('_', ' ')}"
+    shown = [counted(table, setting, m) for m in (LOSSES if how else (metric,))]
+    return f"{begin}: {'; '.join(shown)}; with tuned tau {table.line(setting, TUNED, metric).said()}"
 
 
 def sentence(table: Table) -> str:

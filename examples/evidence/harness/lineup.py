@@ -14,7 +14,6 @@ import rgd
 
 from harness.arms import Arm, mean_one, opposite_sign, times_mean_weight
 from harness.pictures import intervals, save
-from harness.problems import higher_is_better
 from harness.results import Result, Table
 from harness.sweep import Chosen, tuned
 
@@ -85,27 +84,30 @@ def labels(table: Table) -> dict[str, str]:
     return {arm: arm for arm in rgds} | {arm: f"control: {word}" for arm, word in controls_of(table).items()}
 
 
-def draw_lineup(what: str, table: Table, metrics: dict[str, str], path: pathlib.Path) -> None:
+def draw_lineup(
+    what: str,
+    table: Table,
+    metrics: dict[str, str],
+    path: pathlib.Path,
+    settings: Sequence[str] | None = None,
+) -> None:
     """The picture of a program: `pictures.intervals` of `metrics` for all arms that are compared."""
-    title = (
-        f"{what}, difference to cross-entropy, {table.lines[0].seeds} seeds; "
-        "blue: better, orange: worse, hollow: the 95% interval holds 0"
-    )
-    save(intervals(table, labels(table), metrics, title), path, table)
+    title = f"{what}: difference to cross-entropy, 95% interval"
+    save(intervals(table, labels(table), metrics, title, settings), path, table)
 
 
 def said(table: Table, setting: str, metrics: dict[str, str]) -> str:
-    """What came out in a setting, for a sentence: RGD with the first and the last tau, the others in short.
+    """What came out in a setting, for a sentence.
 
     Args:
         table: Of the program.
         setting: Of the table.
-        metrics: What is said of RGD, and what to call it. The first is said of the tuned tau, mean loss
-            and worst tenth of the controls.
+        metrics: What is said of RGD with the first and the last tau, and what to call it. The first is said
+            of the tuned tau and of the controls.
     """
 
     def shown(arm: str, metric: str) -> str:
-        return f"{table.line(setting, arm, metric).said()}{' points' * higher_is_better(metric)}"
+        return table.line(setting, arm, metric).said()
 
     first, *_, last = taus_of(table) * 2
     parts = [
@@ -114,8 +116,5 @@ def said(table: Table, setting: str, metrics: dict[str, str]) -> str:
     ]
     metric, word = next(iter(metrics.items()))
     parts.append(f"tuned tau, against as many runs: {word} {shown(TUNED, metric)}")
-    controls = ", ".join(
-        f"{word} {shown(arm, 'mean_loss')} and {shown(arm, 'worst_tenth')}"
-        for arm, word in controls_of(table).items()
-    )
-    return f"{'; '.join(parts)}; controls of {first}, mean loss and worst tenth: {controls}"
+    controls = ", ".join(f"{short} {shown(arm, metric)}" for arm, short in controls_of(table).items())
+    return f"{'; '.join(parts)}; controls of {first}: {controls}"

@@ -84,7 +84,13 @@ def differences(panel: Any, lines: Sequence[Line], **style: Any) -> None:
         panel.errorbar([x], [-k], xerr=[half], fmt="o", color=color, markerfacecolor=face, **style)
 
 
-def intervals(table: Table, arms: dict[str, str], metrics: dict[str, str], title: str) -> Any:
+def intervals(
+    table: Table,
+    arms: dict[str, str],
+    metrics: dict[str, str],
+    title: str,
+    settings: Sequence[str] | None = None,
+) -> Any:
     """A figure of `differences`: a line of panels a setting, a panel a metric.
 
     Args:
@@ -92,8 +98,9 @@ def intervals(table: Table, arms: dict[str, str], metrics: dict[str, str], title
         arms: The arms, from top to bottom, and what to call them.
         metrics: From left to right, and what to call them; the unit is added.
         title: Of the figure.
+        settings: From top to bottom; None for all.
     """
-    plt, settings = pyplot(), table.settings()
+    plt, settings = pyplot(), table.settings() if settings is None else settings
     size = (1.9 + 2.2 * len(metrics), 0.6 + len(settings) * (0.9 + 0.27 * len(arms)))
     figure, axes = plt.subplots(len(settings), len(metrics), figsize=size, sharey=True, squeeze=False)
     for setting, panels in zip(settings, axes, strict=True):
