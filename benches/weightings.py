@@ -1,7 +1,7 @@
 """Times a training step's loss with each weighting, forward and backward from logits, and with peers' losses.
 
 Run `make bench BENCH=benches/weightings.py`, or this file: `--json FILE` writes the figures, `--write` the
-table of docs/which.md, `--quick` takes a fraction of the time. Each loss is timed in turn with
+table of docs/speed.md, `--quick` takes a fraction of the time. Each loss is timed in turn with
 `nn.CrossEntropyLoss`, A B A B ..., in one process. The table gives the median of the pairwise ratios and its
 quartiles. A ratio of 0.5 says that the loss took half the time of `nn.CrossEntropyLoss`.
 """
@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", metavar="FILE", help="also write the figures as JSON")
     parser.add_argument("--quick", action="store_true", help="a fraction of the time")
-    parser.add_argument("--write", action="store_true", help="also write the table of docs/which.md")
+    parser.add_argument("--write", action="store_true", help="also write the table of docs/speed.md")
     arguments = parser.parse_args()
     budget = 0.2 if arguments.quick else 2.0
     torch.manual_seed(0)
@@ -109,7 +109,7 @@ def main() -> None:
     if arguments.json:
         write(arguments.json, figures)
     if arguments.write:
-        publish("docs/which.md", "weightings", "\n".join(text), figures)
+        publish("docs/speed.md", "weightings", "\n".join(text), figures)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ training that chose among three starts. Controls at no noise and at 40%,
 for s = -0.7 and 0.5: the same weights divided by their mean over the batch, and plain cross-entropy times the
 mean weight of the re-weighted runs. The opposite sign is on the dial.
 
-Protocol: scikit-learn's digits (500 training, 300 validation, 997 test images) and breast cancer (250, 120,
-199 rows). Wrong labels are drawn uniformly from the other classes, in training AND validation data: nobody
+Protocol: scikit-learn's digits (500 training, 300 validation, 997 test images) and breast cancer (200, 200,
+169 rows). Wrong labels are drawn uniformly from the other classes, in training AND validation data: nobody
 has clean labels to choose with. Test labels are right. A multilayer perceptron with 64 hidden units, SGD with
 momentum 0.9, batches of 32, a cosine schedule over 30 epochs; the last step's network is measured. Each
 seed has its own split, wrong labels, initial network and order of batches, and chooses learning rate and

@@ -15,7 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples" / "evidenc
 
 from harness import Arm, Cell, Grid, lineup
 from harness.results import Table
-from harness.sweep import Chosen
+from harness.sweep import Choice, Chosen
 from harness.train import Outcome
 
 tabular, trees, vit = map(importlib.import_module, ("tabular", "trees", "vit"))
@@ -36,11 +36,11 @@ def test_a_grid_of_one_axis_holds_the_decay():
 def test_every_arm_of_a_lineup_meets_plain_training_of_its_budget():
     asked = []
 
-    def best(arm, budget):
-        asked.append((arm, budget))
-        score = {"RGD, tau 3": 0.9}.get(arm.name, 0.5)
+    def best(arm):
+        asked.append(arm)
+        score = {"RGD, tau 3": 0.9}.get(arm.name, 0.5 + 0.1 * arm.start)
         outcome = Outcome({"accuracy": score}, {"accuracy": score}, 1.5, 0.0)
-        return Chosen("p", arm, Cell(0.1, 0.0), "", score, (0,), ((outcome,),))
+        return Chosen("p", arm, (0,), (Choice(Cell(0.1, 0.0), score, ""),), ((outcome,),))
 
     results = lineup.lineup("here", best, (1.0, 3.0), "accuracy", [*lineup.CONTROLS])
     assert [(r.chosen.arm.name, r.baseline) for r in results] == [
@@ -48,16 +48,19 @@ def test_every_arm_of_a_lineup_meets_plain_training_of_its_budget():
         ("cross-entropy, as many runs", ""),
         ("RGD, tau 1", "cross-entropy"),
         ("RGD, tau 3", "cross-entropy"),
-        ("RGD, tuned tau (RGD, tau 3)", "cross-entropy, as many runs"),
+        ("RGD, tuned tau", "cross-entropy, as many runs"),
         ("RGD, mean one", "cross-entropy"),
         ("plain x mean weight of RGD", "cross-entropy"),
         ("RGD, opposite sign", "cross-entropy"),
     ]
-    assert [budget for _, budget in asked] == [1, 2, 1, 1, 1, 1, 1]
-    # The runs of plain training are among those of its larger budget.
-    assert sum(budget for _, budget in asked) - 1 == lineup.sweeps((1.0, 3.0), [*lineup.CONTROLS])
+    assert [arm.start for arm in asked] == [0, 1, 0, 0, 0, 0, 0]
+    assert len(asked) == lineup.sweeps((1.0, 3.0), [*lineup.CONTROLS])
+    tests = {r.chosen.arm.name: r.chosen.test("accuracy")[0] for r in results}
+    # Of two starts validation chose the second, and of two tau the larger.
+    assert (tests["cross-entropy"], tests["cross-entropy, as many runs"]) == (0.5, 0.6)
+    assert tests["RGD, tuned tau"] == 0.9
     losses = torch.tensor([0.5, 2.0], dtype=torch.float64)
-    weights = [arm.weighting and sample_weights(losses, arm.weighting) for arm, _ in asked]
+    weights = [arm.weighting and sample_weights(losses, arm.weighting) for arm in asked]
     rgd_1 = np.exp([0.25, 0.5])
     expected = [
         None, None, rgd_1, np.exp([0.125, 0.5]), rgd_1 / rgd_1.mean(), [1.5, 1.5], 1 / rgd_1,
@@ -70,26 +73,23 @@ def test_every_arm_of_a_lineup_meets_plain_training_of_its_budget():
 def test_a_lineup_is_told_by_its_first_and_last_tau_and_its_controls():
     rng = np.random.default_rng(0)
 
-    def best(arm, budget):
+    def best(arm):
         values = rng.uniform(size=(12, 3))
         outcomes = tuple((Outcome({}, dict(zip(metrics, v, strict=True)), 1.0, 0.0),) for v in values)
-        score = float(arm.name == "RGD, tau 2")
-        return Chosen("p", arm, Cell(0.1, 0.0), "", score, tuple(range(12)), outcomes)
+        choice = Choice(Cell(0.1, 0.0), float(arm.name == "RGD, tau 2"), "")
+        return Chosen("p", arm, tuple(range(12)), (choice,) * 12, outcomes)
 
     metrics = ["accuracy", "mean_loss", "worst_tenth"]
     results = lineup.lineup("here", best, (1.0, 2.0, 3.0), "accuracy", [lineup.CONTROL, lineup.OPPOSITE])
     table = Table.of({}, metrics, results)
-    mean, tail = (
-        {arm: table.line("here", arm, m).shown() for arm in table.arms("here")} for m in metrics[1:]
-    )
-    right = {arm: f"{table.line('here', arm, 'accuracy').points()} points" for arm in table.arms("here")}
+    tail = {arm: table.line("here", arm, "worst_tenth").shown() for arm in table.arms("here")}
+    right = {arm: table.line("here", arm, "accuracy").points() for arm in table.arms("here")}
     times, opposite = "plain x mean weight of RGD", "RGD, opposite sign"
     assert lineup.said(table, "here", {"accuracy": "right", "worst_tenth": "tail"}) == (
         f"RGD, tau 1: right {right['RGD, tau 1']}, tail {tail['RGD, tau 1']}; "
         f"RGD, tau 3: right {right['RGD, tau 3']}, tail {tail['RGD, tau 3']}; "
-        f"tuned tau, against as many runs: right {right['RGD, tuned tau (RGD, tau 2)']}; "
-        f"controls of RGD, tau 1, mean loss and worst tenth: x mean weight {mean[times]} and {tail[times]}, "
-        f"opposite sign {mean[opposite]} and {tail[opposite]}"
+        f"tuned tau, against as many runs: right {right['RGD, tuned tau']}; "
+        f"controls of RGD, tau 1: x mean weight {right[times]}, opposite sign {right[opposite]}"
     )
     assert [*lineup.labels(table)][:4] == ["RGD, tau 1", "RGD, tau 2", "RGD, tau 3", "RGD, tuned tau"]
 

@@ -43,7 +43,7 @@ def results(name: str) -> dict:
 
 
 def test_the_table_of_weightings_has_the_figures_of_the_results():
-    table = between_markers("docs/which.md", "weightings")
+    table = between_markers("docs/speed.md", "weightings")
     for figure in results("weightings")["figures"]:
         cell = f"{figure['median']:.2f} ({figure['low']:.2f}-{figure['high']:.2f})"
         assert cell in table, figure

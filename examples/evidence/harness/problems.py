@@ -241,7 +241,7 @@ def mnist1d(
 
 
 def breast_cancer(
-    noise: float = 0.0, sizes: tuple[int, int] = (250, 120), epochs: int = 30
+    noise: float = 0.0, sizes: tuple[int, int] = (200, 200), epochs: int = 30
 ) -> Classification:
     """Wisconsin breast cancer: 569 rows of 30 numbers, two classes, with wrong labels as in `digits`."""
     draw = functools.partial(split, "breast_cancer", sizes=sizes, noise=noise)

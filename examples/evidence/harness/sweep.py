@@ -26,7 +26,7 @@ from harness.store import Store
 from harness.train import Cell, Outcome, train
 
 SEEDS_AT_ONCE = 12
-MOST_WIDENINGS = 8
+MOST_WIDENINGS = 16
 
 Trainer = Callable[
     [Problem, Arm, Sequence[int], Sequence[Cell], Sequence[int]], dict[tuple[int, Cell], list[Outcome]]
