@@ -179,8 +179,11 @@ def averaged(chosen: Chosen, name: str, seed: str, metrics: Sequence[str]) -> Ch
     """A data set as one run: the mean over its splits, of what is reported."""
     last = [outcomes[-1] for outcomes in chosen.outcomes]
     validation, test = (
-        {metric: float(np.mean([part[metric] for part in parts])) for metric in metrics}
-        for parts in ([o.validation for o in last], [o.test for o in last])
+        {metric: float(np.mean([part[metric] for part in parts])) for metric in names}
+        for names, parts in (
+            (last[0].validation, [o.validation for o in last]),
+            (metrics, [o.test for o in last]),
+        )
     )
     outcome = Outcome(validation, test, chosen.mean_weight, sum(o.seconds for o in last))
     nan = float("nan")

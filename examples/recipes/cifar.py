@@ -394,7 +394,7 @@ def parser() -> argparse.ArgumentParser:
         "--decays",
         nargs="+",
         type=float,
-        default=(1e-4, 4e-4, 1.6e-3),
+        default=(2.5e-4, 5e-4, 1e-3),
         metavar="D",
         help="weight decays to begin with",
     )

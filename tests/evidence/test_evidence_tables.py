@@ -47,17 +47,13 @@ def test_versions_of_one_original_count_once_in_the_tests():
     assert many.p > 10 * stats.ttest_1samp(np.repeat(single, 5) + shift, 0).pvalue
 
 
-@pytest.mark.parametrize("outlier", [0.0, 1000.0])
-def test_p_over_data_sets_is_the_larger_of_wilcoxon_s_and_the_t_test_over_their_originals(outlier):
+def test_p_over_data_sets_is_that_of_the_t_test_over_their_originals():
     means = np.random.default_rng(1).normal(0.5, 1.0, 20)
-    means[0] += outlier
     # Three versions an original, which spread around its mean.
     differences = (means[:, None] + [-0.1, 0.0, 0.1]).ravel()
     families = [f"f{k}" for k in range(20) for _ in range(3)]
     of_sets = statistics.compare_over_families(differences, np.zeros(60), families)
-    t, wilcoxon = stats.ttest_1samp(means, 0).pvalue, stats.wilcoxon(means).pvalue
-    assert (t > wilcoxon) == (outlier > 0), "each of the two is the larger one once"
-    assert of_sets.p == pytest.approx(max(t, wilcoxon), rel=1e-6)
+    assert of_sets.p == pytest.approx(stats.ttest_1samp(means, 0).pvalue, rel=1e-6)
     _, low, high = statistics.bootstrap_over_families(differences, families)
     assert of_sets.half == (high - low) / 2
 
@@ -80,8 +76,7 @@ def test_a_table_of_data_sets_takes_its_interval_over_their_families():
     expected = statistics.compare_over_families(
         np.array([*other.values()]), np.array([*plain.values()]), ["a", "a", "b", "c"]
     )
-    assert (line.seeds, line.difference, line.difference_half, line.p) == (4, *expected)
-    assert np.isnan(line.learning_rate), "each data set has its own"
+    assert (line.seeds, line.difference, line.difference_half, line.p) == (4, *expected[:3])
 
 
 def test_a_set_that_dominates_the_mean_does_not_move_the_median_beside_it():
@@ -409,21 +404,22 @@ def test_rates_are_chosen_by_accuracy_and_by_mean_loss_and_the_tuned_arm_meets_a
     seen = {}
     learner = tabular.Learner(Grid((0.1, 0.3), (0.0,), rate_factor=3.0), 2, pretended_trainer(seen))
     results = tabular.compare_on(two_sources(), 2, Session(quick=False, store=Store()), learner)
-    rates = {(result.setting, result.chosen.cell.learning_rate) for result in results}
-    assert rates == {("balanced sets", 0.3), ("balanced sets, chosen by mean loss", 0.1)}
-    baselines = {result.chosen.arm.name.partition(" (")[0]: result.baseline for result in results}
+    best = {"balanced sets": "chosen_accuracy", "balanced sets, chosen by mean loss": "mean_loss"}
+    for result in results:
+        ((outcome,),) = result.chosen.outcomes
+        assert outcome.validation[best[result.setting]] == 0
+        assert set(outcome.test) == set(
+            tabular.LOSSES if "mean loss" in result.setting else tabular.ACCURACIES
+        )
+    baselines = {result.chosen.arm.name: result.baseline for result in results}
     assert baselines[tabular.TUNED] == tabular.PLAIN_BUDGET
     assert (
         baselines[tabular.RGD] == baselines[tabular.MEAN_ONE] == baselines[tabular.CONTROL] == tabular.PLAIN
     )
-    assert seen.pop(Arm("plain").key()) == set(range(2 * len(tabular.TAUS)))
     assert all(seeds == {0, 1} for seeds in seen.values())
-    assert set(seen) == {
-        Arm("", weighting).key()
-        for weighting in (
-            *map(rgd.KL, tabular.TAUS), harness.MeanOne(rgd.KL(1.0)), harness.Constant(1.5)
-        )
-    }  # fmt: skip
+    weightings = (*map(rgd.KL, tabular.TAUS), harness.MeanOne(rgd.KL(1.0)), harness.Constant(1.5))
+    starts = [Arm("").started(k).key() for k in range(len(tabular.TAUS))]
+    assert set(seen) == {*starts, *(Arm("", weighting).key() for weighting in weightings)}
 
 
 def test_other_rows_make_another_problem_and_other_code_finds_no_old_runs(tmp_path):
