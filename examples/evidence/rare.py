@@ -4,9 +4,10 @@ Asked, after Figure 4 of the paper, whose data are not published: in linear regr
 of the input occur rarely, how do the squared errors in frequent and in rare directions fall over the steps?
 
 Arms: plain least squares; RGD (`rgd.KL(tau=1)`) and with tau = 3; RGD with the opposite sign, which weights
-large errors less. Controls: RGD's weights divided by their mean over the batch; plain training times RGD's
-mean weight; Huber's loss with delta 1 and the absolute error, which are made for outliers. Each is compared
-with plain training.
+large errors less, but with the same clip; `rgd.KL(scale=s)` with s = -0.02 and -0.1, which have none (added
+after a first look at the others). Controls: RGD's weights divided by their mean over the batch; plain
+training times RGD's mean weight; Huber's loss with delta 1 and the absolute error, which are made for
+outliers. Each is compared with plain training.
 
 Protocol: 20 dimensions. A sample is standard normal in the first ten and 0 in the others, or, one in 200, the
 other way round. The true coefficients are standard normal. Three settings: noise of deviation 0.1; noise of
@@ -64,6 +65,7 @@ SETTINGS = {
     "noise 0.1, 5% outliers": (0.1, 0.05),
     UNTUNED: (0.1, 0.0),
 }
+NEGATIVE = (-0.02, -0.1)
 PLAIN, RGD, HUBER, ABSOLUTE = "plain", "RGD, tau 1", "Huber loss", "absolute error"
 
 
@@ -118,7 +120,7 @@ def run(session: Session) -> list[Result]:
     rates = tuple(round(10 ** (k / 10), 4) for k in range(-20, -5))
     grid = Grid(rates, (0.0, 1e-4, 2e-4, 4e-4, 8e-4), rate_factor=10**0.1)
     settings = {k: v for k, v in SETTINGS.items() if v == (0.1, 0.0)} if session.quick else SETTINGS
-    session.expect(len(settings) * 8, grid)
+    session.expect(len(settings) * (8 + len(NEGATIVE)), grid)
     training, snapshots = (50 * BATCH, SNAPSHOTS[:1]) if session.quick else (TRAINING, SNAPSHOTS)
     results: list[Result] = []
     for here, (noise, outliers) in settings.items():
@@ -143,6 +145,7 @@ def run(session: Session) -> list[Result]:
             mean_one(rgd_arm),
             times_mean_weight(rgd_arm, weighted.mean_weight),
             opposite_sign(rgd_arm),
+            *(Arm(f"s = {s:g}, no clip", rgd.KL(scale=s)) for s in NEGATIVE),
             Arm(HUBER, loss=huber),
             Arm(ABSOLUTE, loss=absolute),
         )

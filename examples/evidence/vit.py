@@ -62,7 +62,7 @@ from torch.func import functional_call
 
 TAUS = (1.0, 3.0)
 GRIDS = {
-    "grid": Grid((4e-3, 8e-3, 1.6e-2), (0.0, 0.05, 0.1, 0.2)),
+    "grid": Grid((4e-3, 8e-3, 1.6e-2), (0.0, 0.1)),
     "quick": Grid((1e-3, 1e-2, 1e-1), (0.0,), rate_factor=10.0, one_axis=True),
 }
 METRICS = ("accuracy", "worst_class_accuracy")
