@@ -35,7 +35,7 @@ help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: $(VENV)/.built $(VENV)/.group-demo ## Turn the dial: right and wrong labels, plain and re-weighted; print the table, draw the picture
+demo: $(VENV)/.built $(VENV)/.group-demo ## Turn the dial against wrong labels: print the table, draw the picture, time the swap
 	$(say) "running examples/demo.py (about two minutes)"
 	@$(python) examples/demo.py $(DEMO_ARGS)
 
