@@ -36,7 +36,7 @@ help: ## List the targets
 
 .PHONY: demo
 demo: $(VENV)/.built $(VENV)/.group-demo ## Turn the dial against wrong labels: print the table, draw the picture, time the swap
-	$(say) "running examples/demo.py (about two minutes)"
+	$(say) "running examples/demo.py (about a minute)"
 	@$(python) examples/demo.py $(DEMO_ARGS)
 
 .PHONY: evidence

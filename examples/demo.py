@@ -105,7 +105,7 @@ def picture(table: Table, path: pathlib.Path) -> None:
             panel.plot([place - 0.28, place + 0.28], [points.mean()] * 2, color=color, linewidth=3)
             panel.annotate(
                 f"{points.mean():+.1f}", (place + 0.32, points.mean()), color=color, fontweight="bold",
-                va="center",
+                va="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
             )  # fmt: skip
         panel.set_xlim(-0.6, len(shown) - 0.1)
         panel.set_xticks(range(len(shown)), [WORDS[name] for name in shown])

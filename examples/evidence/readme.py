@@ -221,7 +221,8 @@ def cases() -> list[Case]:
             "Wrong labels, in one word",
             "`RGDLoss(scale=-0.7)`, or -0.5; not -1 from the start",
             f"digits, 40% wrong: {told('dial', 'digits, 40% wrong labels', 's = -0.7')} points; none wrong: "
-            f"{told('dial', 'digits, 0% wrong labels', 's = -0.7')}",
+            f"{told('dial', 'digits, 0% wrong labels', 's = -0.7')}, MNIST-1D "
+            f"{told('ramp', 'MNIST-1D, right labels', 's = -0.7')}",
             "dial",
         ),
         Case(
@@ -250,9 +251,9 @@ def cases() -> list[Case]:
         ),
         Case(
             "Outliers in regression",
-            "a negative scale, or Huber's loss",
-            f"error in rare directions over plain's: {ratio(outliers, 'RGD, tau 1, opposite sign')}, Huber "
-            f"{ratio(outliers, 'Huber loss')}",
+            "Huber's loss, or a small negative scale without a clip",
+            f"error in rare directions over plain's: s = -0.1 {ratio(outliers, 's = -0.1, no clip')}, Huber "
+            f"{ratio(outliers, 'Huber loss')}, with tau = 1 {ratio(outliers, 'RGD, tau 1, opposite sign')}",
             "rare",
         ),
         Case(

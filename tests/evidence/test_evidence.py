@@ -638,3 +638,125 @@ def test_a_program_runs_quickly_from_end_to_end(name, tmp_path, capsys):
     assert (tmp_path / f"{name}.csv").read_text() == table.summary_text()
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert ROWS[name].sentence(table) in capsys.readouterr().out
+
+
+# --- the demo ---
+
+
+def test_the_demo_trains_each_seed_at_the_cell_that_it_chose(tmp_path, capsys):
+    demo = importlib.import_module("demo")
+    table = demo.main(["--quick", "--output", str(tmp_path / "dial.png")])
+    assert (tmp_path / "dial.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert demo.markdown(table) in printed
+    assert "criterion = RGDLoss(scale=-0.7)" in printed
+    for (setting, arm), runs in table.by_arm.items():
+        chosen = read("ramp").by_arm[setting, arm]
+        for run, own in zip(runs, chosen, strict=False):
+            assert (run["learning_rate"], run["weight_decay"]) == (own["learning_rate"], own["weight_decay"])
+    assert set(table.arms(table.settings()[0])) == set(demo.ARMS)
+
+
+def test_the_demos_pictures_and_table_are_those_of_the_committed_row():
+    demo = importlib.import_module("demo")
+    assert demo.markdown(read("ramp")) in (FOLDER.parents[1] / "README.md").read_text()
+
+
+# --- losses of others, and what only some arms have ---
+
+
+def test_a_ramp_starts_plain_and_ends_at_its_scale():
+    ramp = harness.Ramp(-1.0)
+    assert [ramp.at(done).scale for done in (0.0, 0.25, 0.5, 0.9)] == [0, -0.5, -1, -1]
+
+
+def test_a_ramp_trains_as_weightings_that_are_set_by_hand(small):
+    arm, cell = Arm("ramp", harness.Ramp(-1.0)), Cell(0.3, 0.0)
+    found = harness.train(small, arm, (3,), [cell])[3, cell][-1]
+    data = small.draw(3)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    start = train_module.initial((6, 5, 3), [3], 1)
+    with torch.no_grad():
+        for layer, weight, bias in zip(model[::2], start[::2], start[1::2], strict=True):
+            layer.weight.copy_(weight[0].T)
+            layer.bias.copy_(bias[0, 0])
+    criterion = RGDLoss(scale=-1.0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.3, 0.9)
+    batches = train_module.orders([3], len(data.train.target), 8, small.epochs)[0]
+    for step, batch in enumerate(batches):
+        criterion.weighting = rgd.KL(scale=-min(1.0, 2 * step / len(batches)))
+        optimizer.param_groups[0]["lr"] = 0.3 * (0.5 + 0.5 * math.cos(math.pi * step / len(batches)))
+        optimizer.zero_grad()
+        criterion(model(data.train.inputs[batch]), data.train.target[batch]).backward()
+        optimizer.step()
+    losses = small.losses(model(data.test.inputs), data.test.target)
+    # 20 steps in float64: rounding alone may tell the two apart.
+    assert found.test["mean_loss"] == pytest.approx(losses.mean().item(), rel=1e-10)
+
+
+def drawn(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    outputs = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
+    return outputs, torch.randint(3, (2, 5), generator=generator)
+
+
+def test_smoothing_is_cross_entropy_with_the_smoothed_target():
+    outputs, target = drawn()
+    soft = 0.7 * nn.functional.one_hot(target, 3).double() + 0.3 / 3
+    expected = -(soft * outputs.log_softmax(-1)).sum(-1)
+    assert torch.allclose(harness.losses.Smoothed(0.3)(outputs, target, None), expected, rtol=1e-13)
+
+
+def test_symmetric_cross_entropy_adds_the_reverse_with_log_zero_as_minus_four():
+    outputs, target = drawn()
+    p, label = outputs.softmax(-1), nn.functional.one_hot(target, 3).double()
+    forward = -(label * p.log()).sum(-1)
+    reverse = -(p * torch.where(label == 1, 0.0, -4.0)).sum(-1)
+    found = harness.losses.SymmetricCrossEntropy()(outputs, target, None)
+    assert torch.allclose(found, 0.1 * forward + reverse, rtol=1e-12)
+
+
+def test_early_learning_remembers_the_probabilities_of_each_sample():
+    loss = harness.losses.EarlyLearning(strength=3.0, memory=0.7)
+    losses = loss.begin(2, 7, 3)
+    outputs, target = drawn()
+    first, second = torch.tensor([[0, 1, 2, 3, 4]] * 2), torch.tensor([[4, 5, 6, 0, 1]] * 2)
+    losses(outputs.float(), target, first)
+    other, labels = drawn(1)
+    p, q = (x.softmax(-1) for x in (outputs, other))
+    means = torch.zeros(2, 7, 3, dtype=torch.float64)
+    for index, shares in ((first, p), (second, q)):
+        means[:, index[0]] = 0.7 * means[:, index[0]] + 0.3 * shares
+    expected = nn.functional.cross_entropy(other.flatten(0, 1), labels.flatten(), reduction="none").view(2, 5)
+    expected = expected + 3 * (1 - (means[:, second[0]] * q).sum(-1)).log()
+    # float32, sums of three numbers below 10.
+    assert torch.allclose(losses(other.float(), labels, second).double(), expected, rtol=0, atol=1e-5)
+
+
+def test_mixup_mixes_neighbours_and_their_losses(small):
+    cell = Cell(0.1, 0.0)
+    plain, mixed = (harness.train(small, Arm("a", mixup=m), (0,), [cell])[0, cell][-1] for m in (0.0, 1.0))
+    assert plain.test != mixed.test
+    shares = train_module.mixtures([0, 1], 2000, 1.0)
+    # Beta(1, 1): mean 1/2, variance 1/12; six standard errors.
+    assert shares.mean().item() == pytest.approx(0.5, abs=6 / math.sqrt(12 * 4000))
+    assert not torch.equal(shares[0], shares[1])
+
+
+def test_a_balanced_sampler_draws_every_group_alike():
+    groups = torch.tensor([[0] * 90 + [1] * 10, [0] * 50 + [1] * 50])
+    drawn = train_module.balanced([0, 1], groups, 10, 400)
+    assert drawn.shape == (2, 400, 10)
+    share = groups.gather(1, drawn.flatten(1)).double().mean(1)
+    # A share of 4000 draws; six standard errors.
+    assert share.tolist() == pytest.approx([0.5, 0.5], abs=6 * 0.5 / math.sqrt(4000))
+
+
+def test_pair_flips_go_to_the_next_class():
+    clean, noisy = (
+        harness.digits(0.0).draw(4).train.target,
+        harness.digits(0.3, pairs=True).draw(4).train.target,
+    )
+    changed = clean != noisy
+    assert changed.double().mean().item() == pytest.approx(0.3, abs=1 / len(clean))
+    assert torch.equal(noisy[changed], (clean[changed] + 1) % 10)
