@@ -3,11 +3,10 @@
 Asked: how does test accuracy depend on the clipping factor tau and on the scale s, with right labels and with
 20% wrong ones?
 
-Arms: every pair of `TAUS` and `SCALES`, the opposite sign among them, each compared with plain
-cross-entropy. Controls for tau = 1, s = 0.5, the paper's default: the same weights divided by their
-mean over the batch, and plain cross-entropy times the mean weight. "tuned" is the pair of the positive scales
-that validation chose among `TUNED`, seed by seed; it is compared with plain training that chose among as many
-starts.
+Arms: every pair of `TAUS` and `SCALES`, the opposite sign among them, each compared with plain cross-entropy.
+Controls for tau = 1, s = 0.5, the paper's default: the same weights divided by their mean over the batch, and
+plain cross-entropy times the mean weight. "tuned" is the pair of the positive scales that validation chose
+among `TUNED`, seed by seed; it is compared with plain training that chose among as many starts.
 
 Protocol: as in `dial.py`, on scikit-learn's digits: 500 training, 300 validation, 997 test images, wrong
 labels in training and validation, right ones in the test; 64 hidden units, SGD with momentum 0.9, batches of

@@ -4,17 +4,16 @@ Asked: where on the dial is test accuracy best, as the share of wrong labels gro
 
 Arms: `rgd.KL(math.inf, scale=s)` for each s in `SCALES`; s = 0 is plain cross-entropy, with which each is
 compared. "tuned s" is the s that validation chose among `TUNED`, seed by seed; it is compared with plain
-training that chose among three starts. Controls at no noise and at 40%,
-for s = -0.7 and 0.5: the same weights divided by their mean over the batch, and plain cross-entropy times the
-mean weight of the re-weighted runs. The opposite sign is on the dial.
+training that chose among three starts. Controls at no noise and at 40%, for s = -0.7 and 0.5: the same
+weights divided by their mean over the batch, and plain cross-entropy times the mean weight of the re-weighted
+runs. The opposite sign is on the dial.
 
 Protocol: scikit-learn's digits (500 training, 300 validation, 997 test images) and breast cancer (200, 200,
 169 rows). Wrong labels are drawn uniformly from the other classes, in training AND validation data: nobody
 has clean labels to choose with. Test labels are right. A multilayer perceptron with 64 hidden units, SGD with
-momentum 0.9, batches of 32, a cosine schedule over 30 epochs; the last step's network is measured. Each
-seed has its own split, wrong labels, initial network and order of batches, and chooses learning rate and
-weight decay of every arm by its own validation accuracy; differences are taken seed by seed.
-
+momentum 0.9, batches of 32, a cosine schedule over 30 epochs; the last step's network is measured. Each seed
+has its own split, wrong labels, initial network and order of batches, and chooses learning rate and weight
+decay of every arm by its own validation accuracy; differences are taken seed by seed.
 
 Run it with `make evidence ROW=dial`, or `python examples/evidence/dial.py --full`.
 """

@@ -18,8 +18,8 @@ balanced, for every factor.
 
 Protocol: a multilayer perceptron with 64 hidden units, some 400 steps (MNIST-1D: 800) of SGD with momentum
 0.9 and a cosine schedule, batches of 32; the last step's network is measured. Each seed chooses learning rate
-and weight decay of every arm by its own validation accuracy. "worst_group_accuracy"
-is the smallest accuracy of the three most frequent, the four middle and the three rarest classes.
+and weight decay of every arm by its own validation accuracy. "worst_group_accuracy" is the smallest accuracy
+of the three most frequent, the four middle and the three rarest classes.
 
 Run it with `make evidence ROW=imbalance`, or `python examples/evidence/imbalance.py --full`.
 """

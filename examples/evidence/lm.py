@@ -1,27 +1,26 @@
 """A language model trained from scratch: what re-weighting sequences does to the tail, and what it costs.
 
-Asked: how much does RGD lower the loss of the worst tenth of the sequences, how much does the mean loss rise
-for it, and how do both change with the length of the training?
+Asked: how much does RGD lower the loss of the worst tenth of the sequences, and how much does the mean loss
+rise for it?
 
 Data: the sources of Python's standard library as bytes, in sequences of 64, each seen once. A tenth of the
 files gives the sequences that choose, a tenth those that test, the others train; which ones is drawn anew for
 every seed. The text depends on the version of Python, which the header of the table names. `--data FILE`
-takes another text, which is cut into pieces of 64 KiB in place of files; tables go to
-`results/<name of the file>`.
+takes another text, which is cut into pieces of 64 KiB in place of files; tables go to `results/<name of the
+file>`.
 
 The network is that of `examples/lm_pretrain.py`, 119 thousand parameters: two layers of width 64, the head
 tied to the embedding, with `LinearRGDLoss(per="sample")`: a sequence is weighted by its mean loss.
 
 Arms: cross-entropy (`rgd.ERM()`); RGD (`rgd.KL(tau=3)`); RGD that weights every byte by its own loss; the
-control cross-entropy times RGD's mean weight; for the second length also RGD with weights of mean one, RGD
-with the opposite sign, and CVaR of half of the sequences.
+control cross-entropy times RGD's mean weight; RGD with weights of mean one; RGD with the opposite sign; CVaR
+of half of the sequences.
 
-Protocol: trainings of 125 and 250 steps of 16 sequences, each with a schedule of its own, a tenth
-of warm-up and a cosine down to a tenth; AdamW; the last step's network is measured, over 12 seeds. Each
-seed chooses the learning rate of every arm and length by its own mean validation loss. The weight
-decay is 0.1 on the matrices for all: no sequence is seen twice. "accuracy" is the share of bytes that are
-predicted right. "scaled" losses are after temperature scaling, by the temperature with the smallest
-validation loss.
+Protocol: 250 steps of 16 sequences, a tenth of warm-up and a cosine down to a tenth; AdamW; the last step's
+network is measured, over 12 seeds. Each seed chooses the learning rate of every arm by its own mean
+validation loss. The weight decay is 0.1 on the matrices for all: no sequence is seen twice. "accuracy" is the
+share of bytes that are predicted right. "scaled" losses are after temperature scaling, by the temperature
+with the smallest validation loss.
 
 Run it with `make evidence ROW=lm`, or `python examples/evidence/lm.py --full`.
 """
@@ -57,7 +56,7 @@ from harness import (
     recipe,
     times_mean_weight,
 )
-from harness.pictures import BLUE, INK, MUTED, ORANGE, pyplot, save
+from harness.pictures import intervals, save
 from harness.problems import worst_tenth
 from torch import Tensor
 
@@ -73,7 +72,7 @@ MODEL = Size(classes=256, width=64, layers=2, heads=4, length=64, batch=16)
 QUICK_MODEL = MODEL._replace(width=16, layers=1, heads=2, length=16, batch=8)
 VALIDATION, TEST, WEIGHT_DECAY = 256, 1024, 0.1
 NEWTON_STEPS = 4
-LENGTHS, QUICK_LENGTHS = (125, 250), (4, 8)
+STEPS, QUICK_STEPS = 250, 8
 GRIDS = {
     "grid": Grid((0.002, 0.004, 0.008), (WEIGHT_DECAY,), one_axis=True),
     "quick": Grid((0.003, 0.03, 0.3), (WEIGHT_DECAY,), rate_factor=10.0, one_axis=True),
@@ -219,94 +218,42 @@ def run(session: Session, path: pathlib.Path | None = None) -> list[Result]:
     name = LIBRARY if path is None else path.stem
     model = QUICK_MODEL if session.quick else MODEL
     held_out = (32, 64) if session.quick else (VALIDATION, TEST)
-    lengths = QUICK_LENGTHS if session.quick else LENGTHS
-    weighted, by_byte = LanguageArm(RGD, rgd.KL(3.0)), LanguageArm(TOKENS, rgd.KL(3.0), per="element")
-    further = [mean_one(weighted), opposite_sign(weighted), LanguageArm("CVaR(0.5)", rgd.CVaR(0.5))]
-    session.expect(4 * len(lengths) + len(further), **GRIDS)
-    results: list[Result] = []
-    for steps in lengths:
-        problem = Language(of_length(name, steps), texts, model, steps, held_out)
-        best = functools.partial(session.sweep, problem, trainer=train, **GRIDS)
-        plain, chosen = best(LanguageArm(PLAIN)), best(weighted)
-        control = best(times_mean_weight(weighted, chosen.mean_weight)).renamed(CONTROL)
-        others = [chosen, best(by_byte), control, *(map(best, further) if steps == lengths[1] else ())]
-        results += [Result(problem.name, plain), *(Result(problem.name, c, PLAIN) for c in others)]
-    return results
+    steps = QUICK_STEPS if session.quick else STEPS
+    weighted = LanguageArm(RGD, rgd.KL(3.0))
+    arms = [
+        LanguageArm(TOKENS, rgd.KL(3.0), per="element"),
+        mean_one(weighted),
+        opposite_sign(weighted),
+        LanguageArm("CVaR(0.5)", rgd.CVaR(0.5)),
+    ]
+    session.expect(3 + len(arms), **GRIDS)
+    problem = Language(of_length(name, steps), texts, model, steps, held_out)
+    best = functools.partial(session.sweep, problem, trainer=train, **GRIDS)
+    plain, chosen = best(LanguageArm(PLAIN)), best(weighted)
+    control = best(times_mean_weight(weighted, chosen.mean_weight)).renamed(CONTROL)
+    others = [chosen, control, *map(best, arms)]
+    return [Result(problem.name, plain), *(Result(problem.name, c, PLAIN) for c in others)]
 
 
 # --- what came out ---
 
 
-def steps_of(setting: str) -> int:
-    """How long a setting trains."""
-    return int(setting.rsplit(", ", 1)[1].removesuffix(" steps"))
-
-
 def picture(table: Table, path: pathlib.Path) -> None:
-    plt = pyplot()
-    settings = table.settings()
-    figure, (prices, arms) = plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=(1.1, 1))
-    steps = [steps_of(setting) for setting in settings]
-    shown = {"worst_tenth": ("worst tenth", BLUE), "mean_loss": ("mean", ORANGE)}
-    styles = {RGD: ("o-", "by sequence"), TOKENS: ("s--", "by byte"), CONTROL: (".:", "x mean weight")}
-    for metric, (label, color) in shown.items():
-        for arm, (style, how) in styles.items():
-            lines = [table.line(setting, arm, metric) for setting in settings]
-            prices.errorbar(
-                steps, [line.difference for line in lines], yerr=[line.difference_half for line in lines],
-                fmt=style, color=color, capsize=3, label=f"{how}: {label}",
-            )  # fmt: skip
-    prices.axhline(0, color=MUTED, linewidth=0.8)
-    prices.set_xscale("log", base=2)
-    prices.set_xticks(steps, [str(one) for one in steps])
-    prices.minorticks_off()
-    prices.set_xlabel("steps of training, each a run of its own")
-    prices.set_ylabel("nats a byte, against cross-entropy")
-    prices.set_title("what RGD buys and what it costs", loc="left", fontsize=11)
-    prices.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
-
-    middle = settings[1]
-    names = [arm for arm in table.arms(middle) if arm != PLAIN]
-    for k, arm in enumerate(names):
-        for offset, (metric, (_, color)) in zip((-0.12, 0.12), shown.items(), strict=True):
-            line = table.line(middle, arm, metric)
-            arms.errorbar(
-                line.difference, k + offset, xerr=line.difference_half, fmt="o", color=color,
-                markerfacecolor=color if line.outside else "white",
-            )  # fmt: skip
-    arms.axvline(0, color=MUTED, linewidth=0.8)
-    arms.set_yticks(range(len(names)), [name.removeprefix("plain ") for name in names], color=INK)
-    arms.invert_yaxis()
-    arms.set_xlabel("nats a byte, against cross-entropy\nblue: worst tenth, orange: mean; hollow: 0 inside")
-    arms.set_title(f"all arms after {steps_of(middle)} steps", loc="left", fontsize=11)
-    arms.tick_params(length=0)
-    name = settings[0].rsplit(", ", 1)[0]
-    figure.suptitle(
-        f"A small language model of bytes, {name}: difference and 95% interval, {table.lines[0].seeds} seeds",
-        x=0.012, ha="left", fontsize=12, fontweight="bold",
-    )  # fmt: skip
-    save(figure, path, table)
+    (setting,) = table.settings()
+    names = [arm for arm in table.arms(setting) if arm != PLAIN]
+    arms = {arm: arm.replace("plain x mean weight of RGD", "placebo of RGD") for arm in names}
+    words = {"worst_tenth": "worst tenth", "mean_loss": "mean"}
+    title = f"A small language model of bytes: difference to cross-entropy, {table.lines[0].seeds} seeds"
+    save(intervals(table, arms, words, title), path, table)
 
 
 def sentence(table: Table) -> str:
-    settings = table.settings()
-
-    def both(setting: str, arm: str) -> str:
+    (setting,) = table.settings()
+    parts: list[str] = []
+    for arm in (a for a in table.arms(setting) if a != PLAIN):
         tail, mean = (table.line(setting, arm, metric).shown() for metric in ("worst_tenth", "mean_loss"))
-        return f"worst tenth {tail}, mean {mean}"
-
-    def lengths(arm: str) -> str:
-        return "; ".join(f"{steps_of(setting)} steps: {both(setting, arm)}" for setting in settings)
-
-    middle, last = settings[1], settings[-1]
-    scaled = table.line(last, RGD, "scaled_worst_tenth").shown()
-    further = [arm for arm in table.arms(middle) if arm not in {PLAIN, RGD, TOKENS}]
-    others = "; ".join(f"{arm}: {both(middle, arm)}" for arm in further)
-    return (
-        f"Losses in nats a byte, against cross-entropy. RGD (tau 3) by sequence, {lengths(RGD)} (worst tenth "
-        f"after temperature scaling {scaled}). By byte, {lengths(TOKENS)}. Others after {steps_of(middle)} "
-        f"steps, {others}."
-    )
+        parts.append(f"{arm}: worst tenth {tail}, mean {mean}")
+    return f"Losses in nats a byte, against cross-entropy, {setting}. {'; '.join(parts)}."
 
 
 def own_options() -> argparse.ArgumentParser:
@@ -319,7 +266,7 @@ ROW = Row(
     "lm",
     "A language model, one pass",
     Claim(
-        of_length(LIBRARY, LENGTHS[-1]),
+        of_length(LIBRARY, STEPS),
         RGD,
         "worst_tenth",
         "RGD by sequence lowers the loss of the worst tenth of the sequences.",

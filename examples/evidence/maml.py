@@ -1,23 +1,23 @@
 """Meta-learning: RGD over the losses of the tasks of a meta-batch, on sinusoids and on few-shot digits.
 
-Asked: what does weighting the tasks by their loss after adaptation do to the mean over test tasks and to
-the worst tenth of them?
+Asked: what does weighting the tasks by their loss after adaptation do to the mean over test tasks and to the
+worst tenth of them?
 
-Arms: MAML; MAML with RGD over the tasks (`rgd.KL(tau=1)` and `rgd.KL(tau=3)`); with `rgd.CVaR(0.5)`.
-Controls for tau = 3: weights divided by their mean over the meta-batch, plain MAML times the mean weight,
-the opposite sign. Each is compared with plain MAML; the better of the two tau, chosen on validation tasks,
-with plain MAML that chose among two starts.
+Arms: MAML; MAML with RGD over the tasks (`rgd.KL(tau=1)` and `rgd.KL(tau=3)`); with `rgd.CVaR(0.5)`. Controls
+for tau = 3: weights divided by their mean over the meta-batch, plain MAML times the mean weight, the opposite
+sign. Each is compared with plain MAML; the better of the two tau, chosen on validation tasks, with plain MAML
+that chose among two starts.
 
 Sinusoids, as Finn et al. (ICML 2017, section 5.1): a task is a sine of amplitude 0.1 to 5 and phase 0 to pi
 on [-5, 5], 10 points to adapt to and 10 points to measure the squared error; one step of adaptation at rate
 0.01, differentiated through. Smaller than theirs: two hidden layers of 32.
 
-Digits: a task is 5 classes with one image each to adapt to (5 ways, 1 shot) and further images to classify,
-5 of each class in meta-training, 15 in validation and test. Classes are scikit-learn's ten digits and, as
-is usual for Omniglot, what they become when turned: each digit upright and turned by 90 degrees, and both
+Digits: a task is 5 classes with one image each to adapt to (5 ways, 1 shot) and further images to classify, 5
+of each class in meta-training, 15 in validation and test. Classes are scikit-learn's ten digits and, as is
+usual for Omniglot, what they become when turned: each digit upright and turned by 90 degrees, and both
 mirrored where the mirror image is a figure of its own (3, 4, 6, 7, 9; 0, 1 and 8 stay as they are, 2 and 5
-become each other). Half turns are left out: they make a 9 of a 6. That is 30 classes. For each seed 4
-digits are drawn to meta-train, 3 to choose and 3 to test: a test task has no digit, turned or not, that
+become each other). Half turns are left out: they make a 9 of a 6. That is 30 classes. For each seed 4 digits
+are drawn to meta-train, 3 to choose and 3 to test: a test task has no digit, turned or not, that
 meta-training or validation saw. One hidden layer of 32, pixels of mean about 0 and deviation about 1, one
 step of adaptation at rate 0.4, differentiated through. With so few classes to learn from, MAML stays below
 the nearest neighbour in pixels (84% right): the row compares arms and sets no record. Tried before, on
@@ -33,13 +33,13 @@ with the largest loss, "worst_tenth_accuracy" the mean accuracy of the tenth wit
 Real data: `python examples/evidence/maml.py --full --omniglot FOLDER`, which holds `images_background` and
 `images_evaluation` with `<alphabet>/<character>/*.png` (a fifth of the background characters chooses, the
 four turns are classes), or `--mini-imagenet FOLDER`, with `train`, `val` and `test` of `<wnid>/*.jpg`. The
-network of four convolutional blocks (Vinyals et al. 2016) and the settings of Finn et al.: Omniglot, 28 by
-28 pixels, 64 filters, 32 tasks, one inner step at 0.4, 40,000 meta-steps (with more than 5 ways 16 tasks, 5
+network of four convolutional blocks (Vinyals et al. 2016) and the settings of Finn et al.: Omniglot, 28 by 28
+pixels, 64 filters, 32 tasks, one inner step at 0.4, 40,000 meta-steps (with more than 5 ways 16 tasks, 5
 inner steps at 0.1); mini-ImageNet, 84 by 84, 32 filters, 4 tasks, 5 inner steps at 0.01, 60,000 meta-steps;
-but with the cosine schedule, and 15 images of each class to measure. Arms: MAML, RGD (tau 3), MAML times
-its mean weight; the learning rate alone is tuned. `--ways 20`, `--shots 5`, `--steps 1000`, and
-`--first-order`, which needs less memory. On a GPU if there is one; one network after the other, each kept
-when it is done. Tables go to `results/omniglot` and `results/mini-imagenet`.
+but with the cosine schedule, and 15 images of each class to measure. Arms: MAML, RGD (tau 3), MAML times its
+mean weight; the learning rate alone is tuned. `--ways 20`, `--shots 5`, `--steps 1000`, and `--first-order`,
+which needs less memory. On a GPU if there is one; one network after the other, each kept when it is done.
+Tables go to `results/omniglot` and `results/mini-imagenet`.
 
 Run it with `make evidence ROW=maml`, or `python examples/evidence/maml.py --full`.
 """

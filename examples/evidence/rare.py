@@ -12,13 +12,13 @@ outliers. Each is compared with plain training.
 Protocol: 20 dimensions. A sample is standard normal in the first ten and 0 in the others, or, one in 200, the
 other way round. The true coefficients are standard normal. Three settings: noise of deviation 0.1; noise of
 deviation 1; noise of 0.1 where 5% of the targets are outliers, moved by a normal number of deviation 10. One
-pass over 16000 samples in batches of 32, 500 steps; SGD with momentum 0.9 and a cosine schedule. Each
-of 12 seeds chooses learning rate and weight decay of every arm by the mean squared error at the last step on
-its own 4000 validation samples; the steps before are on the way to it. The error falls as an
-exponential of the learning rate, so the grid is fine here: ten values a decade. Validation data are made as
-training data are, outliers included. The test has 2000 samples without noise or outliers, half of them rare:
-its squared errors are the squared errors of the coefficients. Errors differ by factors between seeds, so the
-logarithm of the rare error is compared as well: its difference is the logarithm of a ratio.
+pass over 16000 samples in batches of 32, 500 steps; SGD with momentum 0.9 and a cosine schedule. Each of 12
+seeds chooses learning rate and weight decay of every arm by the mean squared error at the last step on its
+own 4000 validation samples; the steps before are on the way to it. The error falls as an exponential of the
+learning rate, so the grid is fine here: ten values a decade. Validation data are made as training data are,
+outliers included. The test has 2000 samples without noise or outliers, half of them rare: its squared errors
+are the squared errors of the coefficients. Errors differ by factors between seeds, so the logarithm of the
+rare error is compared as well: its difference is the logarithm of a ratio.
 
 A fourth setting breaks the rule, to show what it is for: noise of 0.1, and one learning rate for all arms,
 smaller than the best, as where nobody tunes it.

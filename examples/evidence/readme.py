@@ -279,7 +279,7 @@ def cases() -> list[Case]:
         Case(
             "Images, clean labels",
             "plain training",
-            f"RGD, a tiny transformer {told('vit', 'digits, no mixup', 'RGD, tau 1')} points; {paper('vit')}",
+            f"RGD, a tiny transformer {told('vit', 'digits', 'RGD, tau 1')} points; {paper('vit')}",
             "vit",
         ),
         Case(

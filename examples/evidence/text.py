@@ -19,16 +19,15 @@ nothing is installed. The lower five layers are frozen, and what they give is co
 and a new linear layer on its [CLS] are trained.
 
 Arms: cross-entropy; RGD (`rgd.KL(tau)`), tau 1 and 3; RGD whose tau validation chose among the two, compared
-with cross-entropy that chose among two starts. Controls of tau 1: cross-entropy times its mean weight,
-and the opposite sign. AdamW takes the same steps on a loss times a number, so the first must come out at 0
-where no weight decay is chosen.
+with cross-entropy that chose among two starts. Controls of tau 1: cross-entropy times its mean weight, and
+the opposite sign. AdamW takes the same steps on a loss times a number, so the first must come out at 0 where
+no weight decay is chosen.
 
 Protocol: 1200 texts to train, 800 to choose, 1600 to test, split anew for each of 12 seeds. AdamW, batches of
 32, two epochs (74 steps), a cosine schedule, no dropout; the last step's network is measured. Each seed
 chooses learning rate and weight decay of every arm by its own validation accuracy. "both tasks" pools the
-seeds of the two tasks, 24 pairs.
-"worst_group_accuracy" is the smallest accuracy of three groups of classes: the frequent ones that hold half
-of the texts, the middle ones with the next three tenths, and the rare ones.
+seeds of the two tasks, 24 pairs. "worst_group_accuracy" is the smallest accuracy of three groups of classes:
+the frequent ones that hold half of the texts, the middle ones with the next three tenths, and the rare ones.
 
 GLUE: `python examples/evidence/text.py --full --task sst2 --folder glue_data` does the same with
 `glue_data/SST-2/train.tsv`, to train and choose, and `dev.tsv`, to test. Tasks: cola, sst2, mrpc, qqp, mnli,

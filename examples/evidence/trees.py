@@ -13,8 +13,8 @@ training rows, so mean-one weights have mean one over them.
 Protocol: three splits of each data set; 30 rounds of trees of at most 7 leaves, a tree a class where there
 are more than two, all of them used. The learning rate and, as `weight_decay` in the tables, LightGBM's
 `lambda_l2` are chosen for every arm by every split of a data set, by its validation accuracy, balanced
-accuracy for imbalanced sets, and by its mean validation loss, as in `tabular.py`. A run in
-the table is a data set. Intervals and p are over the originals, as in `tabular.py`.
+accuracy for imbalanced sets, and by its mean validation loss, as in `tabular.py`. A run in the table is a
+data set. Intervals and p are over the originals, as in `tabular.py`.
 
 Run it with `make evidence ROW=trees`, or `python examples/evidence/trees.py --full`. It needs `lightgbm`.
 `--openml` and `--tabarena` take data sets of OpenML, as in `tabular.py`; names become columns of 0 and 1.

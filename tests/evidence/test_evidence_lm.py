@@ -141,5 +141,5 @@ def test_a_text_file_is_learnt_instead_of_the_library(tmp_path, monkeypatch, cap
     lm.command_line()
     table = Table.read(tmp_path / "out" / "lm.csv")
     assert table.header["command"] == "python examples/evidence/lm.py --quick --data shakespeare.txt"
-    assert table.settings() == [f"shakespeare, {steps} steps" for steps in lm.QUICK_LENGTHS]
+    assert table.settings() == [f"shakespeare, {lm.QUICK_STEPS} steps"]
     assert "shakespeare, 8 steps" in capsys.readouterr().out
