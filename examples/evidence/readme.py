@@ -86,8 +86,11 @@ def verdict(row: Row) -> str:
         return row.sentence(tables()[row.name])
     line = row.claim.line(tables()[row.name])
     unit = " points" if higher_is_better(line.metric) else ""
+    shown = line.said() + unit
+    if line.metric.startswith("log_"):
+        shown = f"{math.exp(line.difference):.2f} times as large"
     word = "It holds" if holds(row) else "It does not hold"
-    return f"{word}: {line.said()}{unit}, {p_of(adjusted()[row.name])}."
+    return f"{word}: {shown}, {p_of(adjusted()[row.name])}."
 
 
 def name_of(metric: str) -> str:
