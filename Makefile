@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-BENCH ?= $(filter-out %/_report.py %/compare.py %/instructions.py,$(wildcard benches/*.py))
+BENCH ?= $(filter-out %/compare.py %/instructions.py %/gpu.py,$(wildcard benches/[a-z]*.py))
 # Those that write their table into the pages.
 WRITING := benches/torch_step.py benches/weightings.py
 EVIDENCE := $(filter-out readme,$(basename $(notdir $(wildcard examples/evidence/*.py))))
@@ -68,6 +68,13 @@ test-oldest: ## Run the Python tests with the oldest supported versions, in an e
 pytest-oldest: $(VENV)/.built $(VENV)/.group-oldest
 	$(say) "pytest with $$($(python) --version) and the oldest supported versions: each test with $(OLDEST_SETS) of its parameter sets"
 	@$(pytest) --few $(OLDEST_SETS)
+
+.PHONY: test-gpu-static
+test-gpu-static: $(VENV)/.built $(VENV)/.group-test ## Check the Triton programs without a GPU: in the interpreter, and compiled for each GPU
+	$(say) "pytest: the programs in Triton's interpreter, every launch watched"
+	@TRITON_INTERPRET=1 $(pytest) tests/torch/test_triton_interpreted.py
+	$(say) "pytest: the programs compiled for sm_80, sm_90a, sm_100, sm_120 and gfx942"
+	@RGD_GPU_STATIC=1 $(pytest) tests/torch/test_triton_compiled.py
 
 .PHONY: test-clients
 test-clients: ## Run the tests of the clients of docs/clients.md, in an environment of their own

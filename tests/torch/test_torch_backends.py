@@ -80,7 +80,7 @@ def test_it_is_gone_when_it_is_removed(wide):
     with backend() as ran:
         sample_weights(torch.rand(3))
     assert ran == ["rust"]
-    with pytest.raises(ValueError, match="backend must be 'rust', 'composite' or None"):
+    with pytest.raises(ValueError, match="backend must be 'rust', 'composite', 'triton' or None"):
         backend("wide")
 
 

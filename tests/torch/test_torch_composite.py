@@ -441,7 +441,7 @@ def test_the_switch_forces_and_shows_the_path():
                 reweighted_mean(losses)
         reweighted_mean(losses)
     assert (outer, inner, innermost) == (["rust", "rust"], ["composite"], ["composite"])
-    with pytest.raises(ValueError, match="backend must be 'rust', 'composite' or None"):
+    with pytest.raises(ValueError, match="backend must be 'rust', 'composite', 'triton' or None"):
         backend("cuda")
 
 
@@ -476,7 +476,7 @@ import torch, rgd.torch
 try:
     rgd.torch.sample_weights(torch.ones(2))
 except ValueError as error:
-    assert "variable RGD_BACKEND must be 'rust', 'composite' or None" in str(error), error
+    assert "variable RGD_BACKEND must be 'rust', 'composite', 'triton' or None" in str(error), error
 else:
     raise AssertionError
 """

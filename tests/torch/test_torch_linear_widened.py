@@ -136,3 +136,29 @@ def test_a_torch_that_cannot_tell_widens_nothing(monkeypatch):
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
     assert _dtypes.multiplies_bfloat16()
+
+
+def test_the_head_s_products_are_added_in_float32_where_torch_can_and_rounded_before_where_it_cannot(
+    monkeypatch,
+):
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(6, C, generator=generator).bfloat16()
+    rows = torch.randn(6, D, generator=generator).bfloat16()
+    products = _products.Products(torch.zeros(C, D, dtype=torch.bfloat16), None)
+    exact = gradient.float().t() @ rows.float()
+
+    def added():
+        total = torch.ones(C, D)
+        products.add_weight_gradient(total, gradient, rows)
+        return total - 1
+
+    assert not _products.widens(torch.device("cpu"), torch.bfloat16, torch.float32)
+    assert distance([added()], [exact]) > 2**-11
+    # As on a GPU: torch has no such product for the CPU.
+    monkeypatch.setattr(_products, "widens", lambda *of: of[1:] == (torch.bfloat16, torch.float32))
+    monkeypatch.setattr(
+        _products,
+        "_addmm",
+        lambda total, a, b, *, out_dtype, out: out.addmm_(a.to(out_dtype), b.to(out_dtype)),
+    )
+    assert distance([added()], [exact]) < 2**-20

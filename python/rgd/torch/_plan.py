@@ -53,15 +53,17 @@ class Plan:
         self._numbers: Tensor | None = None
         self._live: Weighting | None = None
         self._live_on: dict[str, Weighting] = {}
+        self._numbers_on: dict[str, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what backends keep."""
-        return {**self.__dict__, "repeated": {}}
+        return {**self.__dict__, "repeated": {}, "_numbers_on": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if "step_kernel" not in state:  # of a release before there were kernels of steps
             self.step_kernel, self.repeated = step_kernel_of(self.weighting), {}
+        self._numbers_on = {}
 
     @classmethod
     def of_kernel(cls, kind: str, numbers: tuple[float, ...]) -> Plan:
@@ -86,6 +88,19 @@ class Plan:
             return self.weighting
         return self._live_on.get(str(device), self._live)
 
+    def numbers_on(self, device: torch.device) -> Tensor | None:
+        """`numbers` on a device: a copy that stays the same object, as they do. Nobody waits for it."""
+        numbers = self.numbers
+        if numbers is None or device.type == "cpu":
+            return numbers
+        found = self._numbers_on.get(str(device))
+        if found is None:
+            found = numbers.to(device, non_blocking=True)
+            # What a graph computes ends with it.
+            if not torch.compiler.is_compiling():
+                self._numbers_on[str(device)] = found
+        return found
+
     def prepare(self, device: torch.device | None = None) -> Plan:
         """Make the tensors now, outside of any compiled graph; those on a device too."""
         _ = self.numbers, self.live
@@ -93,6 +108,8 @@ class Plan:
             self._live_on[str(device)] = map_numbers(
                 self.weighting, lambda number: _as_tensor(number, device)
             )
+            if device.type == "cuda":
+                self.numbers_on(device)
         return self
 
     def replaced(self, weighting: Weighting) -> Plan:
@@ -102,10 +119,13 @@ class Plan:
             return new.prepare()
         with torch.no_grad():
             if self.numbers is not None and new.kernel is not None:
-                self.numbers.copy_(_as_tensor(new.kernel[1]))
+                new_numbers = _as_tensor(new.kernel[1])
+                for numbers in (self.numbers, *self._numbers_on.values()):
+                    numbers.copy_(new_numbers, non_blocking=True)
             for live in (self.live, *self._live_on.values()):
                 _copy_numbers(weighting, live)
         new._numbers, new._live, new._live_on = self._numbers, self._live, self._live_on
+        new._numbers_on = self._numbers_on
         return new
 
 

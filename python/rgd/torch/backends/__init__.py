@@ -3,11 +3,13 @@
 from rgd.torch.backends import (
     composite,
     rust,
+    triton,
 )
 from rgd.torch.backends._registry import backend, register
 
-__all__ = ["backend", "composite", "register", "rust"]
+__all__ = ["backend", "composite", "register", "rust", "triton"]
 
-# The last one is asked first.
+# The last one is asked first; Triton's programs only where they are asked for.
 register(composite.Composite())
 register(rust.Rust())
+register(triton.Triton(), on_request=True)

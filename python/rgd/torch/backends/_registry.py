@@ -56,6 +56,8 @@ class Backend(Protocol):
 
 
 _backends: list[Backend] = []
+_on_request: list[Backend] = []
+"""Those that serve only who names them."""
 
 
 class Registration:
@@ -66,14 +68,16 @@ class Registration:
 
     def remove(self) -> None:
         """Ask the backend no more; once more does nothing."""
-        _backends[:] = [one for one in _backends if one is not self._backend]
+        for registered in (_backends, _on_request):
+            registered[:] = [one for one in registered if one is not self._backend]
 
 
-def register(backend: Backend) -> Registration:
+def register(backend: Backend, *, on_request: bool = False) -> Registration:
     """Add a backend. It is asked before those there are.
 
     Args:
         backend: What has the `name` and the methods of `Backend`.
+        on_request: Whether it serves only those who name it, in `backend("...")` or `RGD_BACKEND`.
 
     Returns:
         A handle whose `remove()` takes the backend out again.
@@ -88,9 +92,9 @@ def register(backend: Backend) -> Registration:
             f"a backend has name, refusal, sample_weights, cross_entropy and step: {type(backend).__name__} "
             f"has no {', '.join(missing)}"
         )
-    if any(one.name == backend.name for one in _backends):
+    if any(one.name == backend.name for one in (*_backends, *_on_request)):
         raise ValueError(f"there is a backend of the name {backend.name!r} already: choose another")
-    _backends.insert(0, backend)
+    (_on_request if on_request else _backends).insert(0, backend)
     return Registration(backend)
 
 
@@ -98,7 +102,7 @@ _PARTS = ("name", "refusal", "sample_weights", "cross_entropy", "step")
 
 
 def _check(name: Any, source: str) -> str | None:
-    known = [one.name for one in _backends]
+    known = [one.name for one in (*_backends, *_on_request)]
     if name is not None and name not in known:
         allowed = ", ".join(repr(one) for one in known)
         raise ValueError(f"{source} must be {allowed} or None (the default choice), got {name!r}")
@@ -153,7 +157,7 @@ def choose(tensors: tuple[Tensor | None, ...]) -> Backend:
     """
     forced, compiling = _state.forced, torch.compiler.is_compiling()
     chosen, known = _backends[-1], forced is None
-    for one in _backends:
+    for one in _backends if forced is None else (*_backends, *_on_request):
         if forced is not None and one.name != forced:
             continue
         known = True
@@ -185,16 +189,16 @@ class backend:  # noqa: N801 - used as a function
     it changes.
 
     Args:
-        name: "rust", "composite", the name of a backend that was registered, or None for the default choice.
+        name: "rust", "composite", "triton", the name of a backend that was registered, or None for the
+            default choice, which never is "triton".
 
     Returns:
-        A context manager that gives a list: the backend of each call within the block, "rust" or
-        "composite", in the order of the calls. Compiled calls are left out of it.
+        A context manager that gives a list: the backend of each call within the block, in the
+        order of the calls. Compiled calls are left out of it.
 
     Raises:
         ValueError: If `name` is none of these.
-        RuntimeError: Within the block, from a call that the Rust kernels cannot serve, where "rust" is
-            asked for.
+        RuntimeError: Within the block, from a call that the backend of this name cannot serve.
 
     Example:
         >>> import torch

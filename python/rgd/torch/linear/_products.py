@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,9 +44,33 @@ class Products:
         if total.dtype is gradient.dtype:
             total.addmm_(gradient.t(), rows)
             return
+        if widens(gradient.device, gradient.dtype, total.dtype):
+            _addmm(total, gradient.t(), rows, out_dtype=total.dtype, out=total)
+            return
         # A product has the dtype of its factors. Some classes at a time keep it small.
         for some in blocks(self.weight, _PRODUCT_BYTES):
             total[some] += torch.mm(gradient[:, some].t(), rows)
+
+
+@functools.cache
+def widens(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> bool:
+    """Whether a device adds products of a dtype to a sum in a wider one, without rounding each of them.
+
+    Torch can say so only by trying, which waits for no device.
+    """
+    if device.type != "cuda":
+        return False
+    some = torch.ones((16, 16), dtype=dtype, device=device)
+    total = torch.zeros((16, 16), dtype=wide, device=device)
+    try:
+        _addmm(total, some.t(), some, out_dtype=wide, out=total)
+    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError.
+        return False
+    return True
+
+
+# Its `out_dtype` is in no stub.
+_addmm: Any = torch.addmm
 
 
 class WidenedProducts(Products):

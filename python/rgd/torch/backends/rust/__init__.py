@@ -11,7 +11,7 @@ operators, which `torch.compile` need not look into.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,12 +26,13 @@ from rgd.torch._modes import (
 from rgd.torch._plan import Weigher
 from rgd.torch._problem import Problem
 from rgd.torch.backends._formulas import units_of
+from rgd.torch.backends._graph import Computed
 from rgd.torch.backends._in_place import Overwritten
+from rgd.torch.backends._objective import Objective
 from rgd.torch.backends._steps import Step
 from rgd.torch.backends.rust import _ops
 from rgd.torch.backends.rust._again import Accepted, accepted, again, plain_weights
 from rgd.torch.backends.rust._kernels import (
-    Computed,
     RustStep,
     fill,
     fill_gradient,
@@ -39,7 +40,6 @@ from rgd.torch.backends.rust._kernels import (
     fill_plain_weights,
     fill_weights,
 )
-from rgd.torch.backends.rust._objective import Objective
 from rgd.torch.stats import Record
 
 __all__ = ["Accepted", "Rust", "accepted", "again", "plain_weights"]
@@ -124,11 +124,12 @@ def _compute_by_operators(problem: Problem, weigher: Weigher, with_grad: bool) -
     """The same by operators, for a compiled graph: their objective carries the gradient."""
     class_weight = None if problem.class_weight is None else problem.class_weight.detach()
     problem = problem.changed(target=problem.target.detach(), class_weight=class_weight)
+    operators, plan = _ops.cross_entropy, weigher.plan
     if weigher.kernel_serves:
-        return _ops.cross_entropy(problem, weigher.plan, with_grad)
-    losses, logsumexp = _ops.cross_entropy_losses(problem)
+        return operators.one_pass(problem, cast("str", plan.kind), cast("Tensor", plan.numbers), with_grad)
+    losses, rows = operators.losses(problem)
     weights = weigher.weigh(*units_of(losses, problem.counted(), problem.measure, problem.options.per))
-    return _ops.cross_entropy_gradient(problem, losses, weights.to(losses.dtype), logsumexp, with_grad)
+    return operators.gradient(problem, losses, weights.to(losses.dtype), rows, with_grad)
 
 
 def _served_in_graphs(tensors: tuple[Tensor | None, ...]) -> bool:

@@ -20,9 +20,9 @@ from rgd.torch._modes import PLAIN, on_the_cpu_and_eager, trains_plainly
 from rgd.torch._plan import Plan
 from rgd.torch._problem import Given, Options, Problem
 from rgd.torch.backends._memory import empty_like
+from rgd.torch.backends._objective import Objective
 from rgd.torch.backends._registry import leads
 from rgd.torch.backends.rust._kernels import fill_plain_weights
-from rgd.torch.backends.rust._objective import Objective
 from rgd.torch.stats import Record
 
 _strided = torch.strided

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,24 +11,11 @@ from rgd import _rgd
 from rgd.torch._dtypes import accumulator
 from rgd.torch._plan import Plan, Weigher
 from rgd.torch._problem import Problem, targets_shape
+from rgd.torch.backends._graph import Computed
 from rgd.torch.backends._memory import empty_like
 from rgd.torch.backends._steps import FormulaStep, Rows
 from rgd.torch.stats import Filled
 from rgd.weightings._base import Kernel
-
-
-class Computed(NamedTuple):
-    """What the kernels compute for one call.
-
-    Attributes:
-        objective: The objective, reduced.
-        grad: Its gradient with respect to the logits (for "none", that of the sum); None if not wanted.
-        filled: Losses, weights and divisor.
-    """
-
-    objective: Tensor
-    grad: Tensor | None
-    filled: Filled
 
 
 def fill_weights(losses: Tensor, kernel: Kernel, measure: Tensor | None = None) -> Tensor:
@@ -103,13 +90,6 @@ def fill_gradient(
         torch.get_num_threads(), _by_class(problem.adjustment, losses.dtype), z_loss, logsumexp,
     )  # fmt: skip
     return Computed(objective, grad, Filled(losses, weights, divisor, count == losses.numel()))
-
-
-def scaled(grad: Tensor, above: Tensor) -> Tensor:
-    """The gradient of the sum of the objective's elements, times what comes from above."""
-    if above.dim() or grad.dim() == 1:
-        above = above.unsqueeze(1 if grad.dim() > 1 else 0)
-    return grad * above.to(grad.dtype)
 
 
 class RustStep(FormulaStep):

@@ -10,7 +10,7 @@ from torch import Tensor
 from rgd.torch._modes import graph_is_kept, saved_tensors_hooks
 from rgd.torch._problem import Options, Problem
 from rgd.torch.backends._formulas import differentiable_gradient
-from rgd.torch.backends.rust._kernels import scaled
+from rgd.torch.backends._graph import scaled
 
 
 class Objective(torch.autograd.Function):

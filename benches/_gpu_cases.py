@@ -1,0 +1,123 @@
+"""Random calls of the cross-entropy: every option in every company, for the parity of a backend."""
+
+import math
+import random
+from typing import Any, NamedTuple
+
+import rgd
+import torch
+from rgd.torch import backend, cross_entropy, linear_cross_entropy
+
+SHAPES = [(6,), (12, 4), (9, 33), (1, 5), (5, 130), (3, 4, 5), (2, 3, 4, 2), (2, 70, 3)]
+WEIGHTINGS = [
+    rgd.KL(),
+    rgd.KL(0.5, scale=2.0),
+    rgd.KL(math.inf, scale=-0.7),
+    rgd.ERM(),
+    rgd.Focal(2.0),
+    rgd.Focal(0.0),
+    rgd.KL(normalize=True),
+    rgd.KLBall(0.1),
+    rgd.CVaR(0.5),
+    rgd.ChiSquare(2.0),
+]
+
+
+class Case(NamedTuple):
+    """A call: its tensors in float64, and its options."""
+
+    logits: torch.Tensor
+    target: torch.Tensor
+    tensors: dict[str, Any]
+    options: dict[str, Any]
+    above: torch.Tensor
+
+    def __str__(self):
+        kind = "probabilities" if self.target.is_floating_point() else "labels"
+        return f"{tuple(self.logits.shape)} {kind} {sorted(self.tensors)} {self.options}"
+
+
+def case_of(seed, shapes=SHAPES):
+    """The case of a seed."""
+    choose, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    shape = choose.choice(shapes)
+    axis = min(1, len(shape) - 1)
+    classes, places = shape[axis], shape[:axis] + shape[axis + 1 :]
+
+    def uniform(*size):
+        return torch.rand(size, dtype=torch.float64, generator=generator)
+
+    logits = torch.randn(shape, dtype=torch.float64, generator=generator) * 3 + choose.choice([0, 0, 50])
+    if choose.random() < 0.3:
+        target = torch.randn(shape, dtype=torch.float64, generator=generator).softmax(axis)
+    else:
+        target = torch.randint(0, classes, places, generator=generator)
+        target = target.masked_fill(uniform(*places) < 0.2, -100)
+        target = target.int() if choose.random() < 0.3 else target
+    options = {
+        "weighting": choose.choice(WEIGHTINGS),
+        "reduction": choose.choice(["mean", "sum", "none"]),
+        "label_smoothing": choose.choice([0.0, 0.0, 0.1, 1.0]),
+        "per": choose.choice(["element", "element", "sample"]),
+        "z_loss": choose.choice([0.0, 0.0, 1e-3]),
+    }
+    tensors = {}
+    if choose.random() < 0.4:
+        tensors["weight"] = uniform(classes) + 0.5
+    if choose.random() < 0.3:
+        tensors["logit_adjustment"] = -3 * uniform(classes)
+    units = places[:1] if options["per"] == "sample" else places
+    if choose.random() < 0.3 and places:
+        tensors["sample_weight"] = uniform(*units).round(decimals=1)
+    if choose.random() < 0.3 and places:
+        tensors["where"] = uniform(*units) < 0.8
+    above = uniform(*places) + 0.5 if options["reduction"] == "none" else uniform().squeeze() + 0.5
+    return Case(logits, target, tensors, options, above if choose.random() < 0.5 else above * 0 + 1)
+
+
+def cast(case, dtype, device="cpu"):
+    """The case with floats of a dtype; masks, labels and what the losses' dtype rules stay as they are."""
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+
+    def moved(one, to=wide):
+        return one.to(device, to if one.is_floating_point() else one.dtype)
+
+    tensors = {name: moved(one) for name, one in case.tensors.items()}
+    target = moved(case.target, dtype)
+    return Case(moved(case.logits, dtype), target, tensors, case.options, moved(case.above))
+
+
+def value_and_grad(case, name, **options):
+    """The value and the gradient of a case by a backend; in float64 from then on."""
+    logits = case.logits.clone().requires_grad_()
+    with backend(name):
+        given = logits * 1 if options.get("inplace") else logits
+        value = cross_entropy(given, case.target, **case.tensors, **case.options, **options)
+        (grad,) = torch.autograd.grad(value, logits, case.above.to(value.dtype))
+    assert grad.dtype == logits.dtype
+    return value.detach().double().cpu(), grad.double().cpu()
+
+
+def linear_value_and_grads(case, name, **options):
+    """The value and the gradients of a linear head whose hidden states are those of the case's logits."""
+    generator = torch.Generator().manual_seed(1)
+    classes = case.logits.shape[1]
+    hidden = torch.randn(case.logits.shape[0], 8, generator=generator).to(case.logits)
+    head = (torch.randn(classes, 8, generator=generator) / 2).to(case.logits)
+    parameters = hidden.requires_grad_(), head.requires_grad_()
+    given = {**case.tensors, **case.options}
+    with backend(name):
+        value = linear_cross_entropy(hidden, head, case.target, **given, **options)
+        grads = torch.autograd.grad(value, parameters, case.above.to(value.dtype))
+    return value.detach().double().cpu(), torch.cat([one.flatten() for one in grads]).double().cpu()
+
+
+def distance(found, expected):
+    """The distance from what was expected, as a part of its norm; infinite if they are finite elsewhere."""
+    finite = expected.isfinite()
+    same = torch.equal(finite, found.isfinite()) and torch.equal(expected.isnan(), found.isnan())
+    if not same:
+        return math.inf
+    norm = float(expected[finite].norm())
+    off = float((found[finite] - expected[finite]).norm())
+    return off / norm if norm else off

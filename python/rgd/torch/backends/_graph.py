@@ -1,0 +1,209 @@
+"""The cross-entropy of a backend's kernels as operators of torch, which compiled graphs call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rgd.torch._dtypes import accumulator
+from rgd.torch._operators import (
+    LENGTH,
+    PROBLEM,
+    define,
+    flattened,
+    library,
+    or_empty,
+    rebuilt,
+    register_fake,
+)
+from rgd.torch._problem import Problem, targets_shape
+from rgd.torch.backends._formulas import differentiable_gradient
+from rgd.torch.stats import Filled
+
+
+class Computed(NamedTuple):
+    """What kernels compute for one call.
+
+    Attributes:
+        objective: The objective, reduced.
+        grad: Its gradient with respect to the logits (for "none", that of the sum); None if not wanted.
+        filled: Losses, weights and divisor.
+    """
+
+    objective: Tensor
+    grad: Tensor | None
+    filled: Filled
+
+
+class Kernels(NamedTuple):
+    """What a backend computes, without autograd.
+
+    Attributes:
+        one_pass: Of a problem, the name and numbers of a weighting's kernel, and whether the gradient is
+            wanted.
+        losses: The losses of a problem, and what `gradient` reads of its rows beside them.
+        gradient: Of a problem, its losses, their weights, the rows that `losses` gave, and whether the
+            gradient is wanted.
+        rows: An empty tensor like the rows of a problem and its losses.
+    """
+
+    one_pass: Callable[[Problem, str, Tensor, bool], Computed]
+    losses: Callable[[Problem], tuple[Tensor, Tensor]]
+    gradient: Callable[[Problem, Tensor, Tensor, Tensor | None, bool], Computed]
+    rows: Callable[[Problem, Tensor], Tensor]
+
+
+class Operators:
+    """Three operators: one pass; and two, for weights that are known after all losses.
+
+    Args:
+        name: The first operator is `rgd::name`, the others are `rgd::name_losses` and `rgd::name_gradient`.
+        keys: The dispatch keys of the devices that the kernels serve.
+        kernels: What they compute.
+    """
+
+    def __init__(self, name: str, keys: tuple[str, ...], kernels: Kernels) -> None:
+        self._kernels = kernels
+        define({
+            name: f"({PROBLEM}, bool with_grad, str kind, Tensor numbers) "
+            "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+            f"{name}_losses": f"({PROBLEM}) -> (Tensor, Tensor)",
+            f"{name}_gradient": f"({PROBLEM}, bool with_grad, Tensor losses, Tensor weights, Tensor? rows) "
+            "-> (Tensor, Tensor, Tensor)",
+        })  # fmt: skip
+        parts = (
+            ("", self._run_one_pass, self._fake_one_pass, _keep_of_one_pass, _backward),
+            ("_losses", self._run_losses, self._fake_losses, is_constant, no_gradient),
+            ("_gradient", self._run_gradient, self._fake_gradient, _keep_of_two_passes, _backward),
+        )
+        for ending, run, fake, keep, backward in parts:
+            for key in keys:
+                library.impl(f"rgd::{name}{ending}", key)(run)
+            register_fake(f"rgd::{name}{ending}")(fake)
+            library.register_autograd(f"rgd::{name}{ending}", backward, setup_context=keep)
+        operators: Any = torch.ops.rgd
+        self._one_pass = getattr(operators, name).default
+        self._losses = getattr(operators, f"{name}_losses").default
+        self._gradient = getattr(operators, f"{name}_gradient").default
+
+    def one_pass(self, problem: Problem, kind: str, numbers: Tensor, with_grad: bool) -> Computed:
+        """Losses, weights, objective and gradient."""
+        objective, losses, weights, grad, divisor = self._one_pass(
+            *flattened(problem), with_grad, kind, numbers
+        )
+        return Computed(objective, grad, Filled(losses, weights, divisor))
+
+    def losses(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """The loss of each target, and what `gradient` reads of its row; without grad."""
+        return self._losses(*flattened(problem.changed(logits=problem.logits.detach())))
+
+    def gradient(
+        self, problem: Problem, losses: Tensor, weights: Tensor, rows: Tensor | None, with_grad: bool
+    ) -> Computed:
+        """Objective and gradient of given losses and weights."""
+        objective, grad, divisor = self._gradient(*flattened(problem), with_grad, losses, weights, rows)
+        return Computed(objective, grad, Filled(losses, weights, divisor))
+
+    # --- what an operator does, and what it returns where it is only traced ---
+
+    def _run_one_pass(self, *given: Any) -> tuple[Tensor, ...]:
+        problem, (with_grad, kind, numbers) = rebuilt(given), given[LENGTH:]
+        objective, grad, filled = self._kernels.one_pass(problem, kind, numbers, with_grad)
+        grad = or_empty(grad, problem.logits)
+        return objective, filled.losses, filled.weights, grad, _divisor(problem, filled)
+
+    def _fake_one_pass(self, *given: Any) -> tuple[Tensor, ...]:
+        problem, with_grad = rebuilt(given), given[LENGTH]
+        losses = _reduced(problem.logits, "none")
+        weights = losses.new_empty(losses.shape[:1] if problem.options.per == "sample" else losses.shape)
+        objective, grad, divisor = _empty_gradient(problem, with_grad)
+        return objective, losses, weights, grad, divisor
+
+    def _run_losses(self, *given: Any) -> tuple[Tensor, Tensor]:
+        return self._kernels.losses(rebuilt(given))
+
+    def _fake_losses(self, *given: Any) -> tuple[Tensor, Tensor]:
+        losses = _reduced(given[0], "none")
+        return losses, self._kernels.rows(rebuilt(given), losses)
+
+    def _run_gradient(self, *given: Any) -> tuple[Tensor, ...]:
+        problem, (with_grad, losses, weights, rows) = rebuilt(given), given[LENGTH:]
+        objective, grad, filled = self._kernels.gradient(problem, losses, weights, rows, with_grad)
+        return objective, or_empty(grad, problem.logits), _divisor(problem, filled)
+
+    def _fake_gradient(self, *given: Any) -> tuple[Tensor, ...]:
+        return _empty_gradient(rebuilt(given), given[LENGTH])
+
+
+def gradient_dtype(logits: Tensor) -> torch.dtype:
+    """That of the gradient that is kept: float16 has no room for a mean's before the loss scale is known."""
+    return torch.float32 if logits.dtype is torch.float16 else logits.dtype
+
+
+def scaled(grad: Tensor, above: Tensor) -> Tensor:
+    """The gradient of the sum of the objective's elements, times what comes from above."""
+    if above.dim() or grad.dim() == 1:
+        above = above.unsqueeze(1 if grad.dim() > 1 else 0)
+    return grad * above.to(grad.dtype)
+
+
+def _divisor(problem: Problem, filled: Filled) -> Tensor:
+    divisor = filled.divisor
+    if isinstance(divisor, Tensor):
+        return divisor.double().clone()
+    return problem.logits.new_full((), divisor, dtype=torch.float64)
+
+
+def _empty_gradient(problem: Problem, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    logits = problem.logits
+    grad = torch.empty_like(logits, dtype=gradient_dtype(logits)) if with_grad else logits.new_empty(0)
+    return _reduced(logits, problem.options.reduction), grad, logits.new_empty((), dtype=torch.float64)
+
+
+def _reduced(logits: Tensor, reduction: str) -> Tensor:
+    shape = targets_shape(logits.shape) if reduction == "none" else ()
+    return logits.new_empty(shape, dtype=accumulator(logits.dtype))
+
+
+# --- what autograd is told ---
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], weights: Tensor, grad: Tensor) -> None:
+    problem = rebuilt(inputs)
+    ctx.problem, ctx.length = problem.without_tensors(), len(inputs)
+    ctx.save_for_backward(grad, weights, *problem.tensors())
+
+
+def _keep_of_one_pass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, losses, weights, grad, divisor = output
+    _keep(ctx, inputs, weights, grad)
+    ctx.mark_non_differentiable(losses, weights, grad, divisor)
+
+
+def _keep_of_two_passes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, grad, divisor = output
+    _keep(ctx, inputs, inputs[-2], grad)
+    ctx.mark_non_differentiable(grad, divisor)
+
+
+def _backward(ctx: Any, above: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    grad, weights, *tensors = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        gradient = differentiable_gradient(ctx.problem.with_tensors(tensors), weights, above)
+    else:
+        gradient = scaled(grad, above).to(tensors[0].dtype)
+    return gradient, *[None] * (ctx.length - 1)
+
+
+def is_constant(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+    """Tell autograd that an operator's output is a constant."""
+    ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+    ctx.length = len(inputs)
+
+
+def no_gradient(ctx: Any, *_: Tensor) -> tuple[None, ...]:
+    """The gradient of what `is_constant` has marked."""
+    return (None,) * ctx.length

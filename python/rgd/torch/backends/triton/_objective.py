@@ -1,0 +1,46 @@
+"""The objective in the graph of autograd: its gradient is multiplied where it lies, without a wait.
+
+What comes from above lies on the device, and is mostly 1. To read it would wait for the device, so the
+program that multiplies by it looks, and then moves nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rgd.torch._modes import graph_is_kept
+from rgd.torch.backends._in_place import Overwritten
+from rgd.torch.backends._objective import Objective
+from rgd.torch.backends.triton._launch import scale
+
+
+class ObjectiveOnDevice(Objective):
+    """Hands the objective on, and keeps its gradient for the backward pass."""
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return Objective.backward(ctx, *grad_outputs)
+        grad, kept = ctx.grad, graph_is_kept()
+        if not kept:
+            ctx.grad = None
+        grad = ctx.saved_tensors[0] if grad is None else grad
+        # A kept graph needs it once more.
+        grad = grad.clone() if kept else grad
+        scale(grad, grad_outputs[0])
+        return grad, None, None, None
+
+
+class OverwrittenOnDevice(Overwritten):
+    """Hands the objective on; the logits hold its gradient already."""
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return Overwritten.backward(ctx, *grad_outputs)
+        (gradient,) = ctx.saved_tensors
+        scale(gradient, grad_outputs[0])
+        return gradient, None

@@ -1,0 +1,113 @@
+"""A problem by the programs: objective and gradient of one pass over the logits, or of two."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from rgd.torch._dtypes import wide
+from rgd.torch._plan import Weigher
+from rgd.torch._problem import Problem
+from rgd.torch.backends._formulas import (
+    divisor_of,
+    factors_of,
+    mean_of,
+    objective_of,
+    shares_of,
+    z_factors_of,
+)
+from rgd.torch.backends._graph import Computed, gradient_dtype
+from rgd.torch.backends._steps import FormulaStep, Rows
+from rgd.torch.backends.triton._launch import Passed, run_factors, run_losses, run_weighted
+from rgd.torch.stats import Filled
+
+KINDS = frozenset(("focal", "kl"))
+"""The kernels of weightings that the programs know."""
+
+
+def one_pass(problem: Problem, kind: str, numbers: Tensor, with_grad: bool) -> Computed:
+    """Losses, pointwise weights, objective and gradient, with the numbers on the device of the logits."""
+    target, reduction = problem.target, problem.options.reduction
+    shape, measure = problem.losses_shape(), problem.measure
+    measure = None if measure is None else measure.detach().to(torch.float32).contiguous()
+    like = target.new_empty(shape, dtype=torch.float32)
+    divisor = divisor_of(like, problem.counted(), measure, shares_of(problem, torch.float32))
+    by = None
+    if reduction == "mean":
+        by = divisor if isinstance(divisor, Tensor) else like.new_full((), divisor)
+    grad = _empty_gradient(problem) if with_grad else None
+    found = run_weighted(problem, (kind, numbers), grad, measure=measure, divisor=by)
+    losses, weights, values = (
+        cast("Tensor", one).view(shape) for one in (found.losses, found.weights, found.values)
+    )
+    objective = values
+    if reduction != "none":
+        objective = values.sum(dtype=wide(values))
+        objective = mean_of(objective, divisor) if reduction == "mean" else objective
+    return Computed(objective.to(torch.float32), grad, Filled(losses, weights, divisor))
+
+
+def losses_of_rows(problem: Problem) -> tuple[Tensor, Tensor]:
+    """The loss of each target, and the sums of its row."""
+    found = run_losses(problem)
+    return found.losses.view(problem.losses_shape()), cast("Tensor", found.sums)
+
+
+def gradient_of_rows(
+    problem: Problem, losses: Tensor, weights: Tensor, sums: Tensor | None, with_grad: bool
+) -> Computed:
+    """Objective and gradient of given losses and weights; `sums` is what `losses_of_rows` gave."""
+    sums, options = cast("Tensor", sums), problem.options
+    logsumexp = None
+    if options.z_loss:
+        counted = problem.counted()
+        logsumexp = (sums[0] + sums[1].log()).view(losses.shape)
+        logsumexp = logsumexp if counted is None else logsumexp.masked_fill(~counted, 0)
+    vectors = (None if one is None else one.to(wide(losses)) for one in (losses, weights, logsumexp))
+    objective, divisor = objective_of(problem, *vectors)  # pyright: ignore[reportArgumentType]
+    grad = None
+    if with_grad:
+        mean = divisor if options.reduction == "mean" else None
+        factors = factors_of(losses, weights, problem.counted(), problem.measure, mean)
+        z_factors = z_factors_of(problem, losses, mean)
+        grad = _empty_gradient(problem)
+        run_factors(problem, grad, _vector(factors), None if z_factors is None else _vector(z_factors), sums)
+    return Computed(objective.to(torch.float32), grad, Filled(losses, weights, divisor))
+
+
+class TritonStep(FormulaStep):
+    """The programs on a chunk of a linear head, in place on its logits."""
+
+    def losses(self, logits: Tensor, target: Tensor, logsumexp: Tensor | None = None) -> Tensor:
+        return run_losses(self.problem.changed(logits=logits, target=target), logsumexp=logsumexp).losses
+
+    def write_gradient(
+        self, logits: Tensor, target: Tensor, factors: Tensor, z_factors: Tensor | None = None
+    ) -> None:
+        problem = self.problem.changed(logits=logits, target=target)
+        run_factors(problem, logits, _vector(factors), None if z_factors is None else _vector(z_factors))
+
+    def weigh_and_write_gradient(
+        self, rows: Rows, weigher: Weigher, losses: Tensor, weights: Tensor, logsumexp: Tensor | None = None
+    ) -> None:
+        plan = weigher.plan
+        if plan.kind not in KINDS:
+            super().weigh_and_write_gradient(rows, weigher, losses, weights, logsumexp)
+            return
+        problem = self.problem.changed(logits=rows.logits, target=rows.target)
+        numbers = cast("Tensor", plan.numbers_on(rows.logits.device))
+        given = Passed(losses, logsumexp, None, weights, torch.empty_like(losses))
+        run_weighted(problem, (plan.kind, numbers), rows.logits, measure=_vector(rows.norm), given=given)
+
+
+def _empty_gradient(problem: Problem) -> Tensor:
+    logits = problem.logits.detach()
+    if problem.options.inplace:
+        return logits
+    return torch.empty_like(logits, dtype=gradient_dtype(logits))
+
+
+def _vector(numbers: Tensor) -> Tensor:
+    return numbers.reshape(-1).to(torch.float32).contiguous()
