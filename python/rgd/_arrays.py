@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import os
 import sys
 from collections.abc import Callable
@@ -100,8 +101,13 @@ def read_mask(where: Any, shape: tuple[int, ...]) -> npt.NDArray[np.bool_] | Non
     return mask
 
 
-def read_measure(sample_weight: Any, shape: tuple[int, ...]) -> npt.NDArray[np.float64] | None:
-    """Check a measure and give it the losses' shape: finite numbers >= 0; None stays None."""
+def read_measure(
+    sample_weight: Any, shape: tuple[int, ...], *, scaled: bool = True
+) -> npt.NDArray[np.float64] | None:
+    """Check a measure and give it the losses' shape: finite numbers >= 0; None stays None.
+
+    It is divided by a power of two, unless `scaled` is False: for results that depend on its size.
+    """
     if sample_weight is None:
         return None
     measure = _as_numpy("sample_weight", sample_weight)
@@ -111,8 +117,25 @@ def read_measure(sample_weight: Any, shape: tuple[int, ...]) -> npt.NDArray[np.f
     if measure.size and not (np.isfinite(measure).all() and measure.min() >= 0):
         wrong = measure[~(np.isfinite(measure) & (measure >= 0))][0]
         raise ValueError(f"sample_weight must hold finite numbers >= 0, got {wrong}")
-    # No result of this front depends on a common factor, and sums of the largest numbers would overflow.
-    return measure / power_of(float(measure.max(initial=0.0)))
+    # Sums of the largest numbers would overflow.
+    return measure / power_of(float(measure.max(initial=0.0))) if scaled else measure
+
+
+def read_normalizer(normalizer: Any) -> float | None:
+    """What a mean is divided by: a positive number, or an array of shape (); None stays None."""
+    if normalizer is None:
+        return None
+    number: Any = normalizer
+    if not isinstance(normalizer, numbers.Real):
+        number = _as_numpy("normalizer", normalizer)
+    if isinstance(number, bool) or np.ndim(number) or np.asarray(number).dtype.kind not in "fiu":
+        raise TypeError(f"normalizer must be a positive number, got {normalizer!r}")
+    if not 0.0 < float(number) < math.inf:
+        raise ValueError(
+            f"normalizer must be a positive number, got {float(number)}: how many losses count, or the sum "
+            "of their sample weights, over all micro-batches of a step"
+        )
+    return float(number)
 
 
 def power_of(largest: float) -> float:

@@ -9,7 +9,16 @@ import numpy as np
 import numpy.typing as npt
 
 from rgd import _rgd
-from rgd._arrays import Source, SupportsDLPack, available_cores, read, read_groups, read_mask, read_measure
+from rgd._arrays import (
+    Source,
+    SupportsDLPack,
+    available_cores,
+    read,
+    read_groups,
+    read_mask,
+    read_measure,
+    read_normalizer,
+)
 from rgd._by_kernel import ByKernel
 from rgd.stats import WeightStats, WeightSums, clip_of, group_stats, stats_from_sums, worst_tenth
 from rgd.weightings import Batch, Weighting
@@ -144,6 +153,7 @@ def reweighted_mean(
     where: Any = None,
     sample_weight: Any = None,
     groups: Any = None,
+    normalizer: float | None = None,
     state: Any = None,
 ) -> Any:
     """The re-weighted objective, `sum_i p_i w_i l_i / sum_i p_i`: without `sample_weight`, `mean(w * l)`.
@@ -156,6 +166,8 @@ def reweighted_mean(
         where: As for `sample_weights`.
         sample_weight: As for `sample_weights`.
         groups: As for `sample_weights`.
+        normalizer: What the sum is divided by in the place of `sum_i p_i`, a positive number: that of all
+            micro-batches of a step, whose objectives then add up to that of one big batch.
         state: As for `sample_weights`.
 
     Returns:
@@ -181,9 +193,11 @@ def reweighted_mean(
     weighting = resolve_weighting(weighting, tau, scale)
     require_state(weighting, state)
     source = read("losses", losses)
-    measure = _measure_of(source, where, sample_weight)
+    count = read_normalizer(normalizer)
+    measure = _measure_of(source, where, sample_weight, scaled=count is None)
     weights, new = _weights(source, weighting, measure, read_groups(groups, source.shape), state)
-    count = math.prod(source.shape) if measure is None else float(np.sum(measure))
+    if count is None:
+        count = math.prod(source.shape) if measure is None else float(np.sum(measure))
     objective = math.nan
     if count:
         objective = _rgd.weighted_sum(source.values, weights, measure, available_cores()) / count
@@ -247,10 +261,10 @@ def weight_stats(
     return stats_from_sums(WeightSums(**sums), weighting, worst_tenth=tail, groups=by_group)
 
 
-def _measure_of(source: Source, where: Any, sample_weight: Any) -> _Measure:
+def _measure_of(source: Source, where: Any, sample_weight: Any, *, scaled: bool = True) -> _Measure:
     """The measure, 0 where `where` is False; None where both are left out."""
     mask = read_mask(where, source.shape)
-    numbers = read_measure(sample_weight, source.shape)
+    numbers = read_measure(sample_weight, source.shape, scaled=scaled)
     if mask is None:
         return numbers
     return mask.astype(np.float64) if numbers is None else np.where(mask, numbers, 0.0)

@@ -16,7 +16,7 @@ Another name, or another number of numbers, is a ValueError that lists the names
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 class Borrowed:
     """A DLPack tensor that was imported once, for any number of kernels to read.
@@ -201,6 +201,7 @@ def cross_entropy(
     threads: int,
     logit_adjustment: Any | None = None,
     z_loss: float = 0.0,
+    normalizer: SupportsFloat | None = None,
 ) -> tuple[float, int]:
     """Re-weighted cross-entropy, and its gradient where `grad` is given.
 
@@ -238,6 +239,7 @@ def cross_entropy(
         logit_adjustment: (C,), contiguous, in the accumulator's dtype: added to the logits of each class as
             they are read. The gradient is that with respect to the logits; this is a constant.
         z_loss: The factor `z`, a finite number >= 0.
+        normalizer: What "mean" divides by, a positive number; None for the denominator of this call.
 
     Returns:
         The denominator of "mean" (the sum of `p` times the target's class weight; for class probabilities,
@@ -296,6 +298,7 @@ def cross_entropy_gradient(
     logit_adjustment: Any | None = None,
     z_loss: float = 0.0,
     logsumexp: Any | None = None,
+    normalizer: SupportsFloat | None = None,
 ) -> tuple[float, int]:
     """The objective of given losses and weights, and its gradient where `grad` is given.
 
@@ -320,6 +323,7 @@ def cross_entropy_gradient(
         logit_adjustment: As there.
         z_loss: As there.
         logsumexp: Input, needed where `z_loss` is not 0: as `cross_entropy_losses` fills it.
+        normalizer: As there.
 
     Returns:
         As `cross_entropy`.

@@ -51,7 +51,8 @@ class WeightStats:
         worst_tenth: The mean of `l` over the worst tenth of the mass, the sample at its edge in part:
             `min over eta of eta + sum(p * max(0, l - eta)) / (0.1 * sum(p))`. None where only sums over
             several batches are known.
-        objective: `sum(p * w * l) / sum(p)`, what the re-weighted step descends.
+        objective: `sum(p * w * l) / sum(p)`, what the re-weighted step descends; divided by the `normalizer`
+            of a call that was given one.
         effective_sample_size: `n * sum(p * w)^2 / (sum(p) * sum(p * w^2))`, from 1 (one sample has all the
             weight) to `n` (equal weights).
         kl_to_uniform: `sum(q * log(q / p'))` with `q = p * w / sum(p * w)` and `p' = p / sum(p)`, in nats,
@@ -238,6 +239,7 @@ def stats_from_sums(
     *,
     worst_tenth: float | None = None,
     denominator: float | None = None,
+    normalizer: float | None = None,
     groups: GroupStats | None = None,
 ) -> WeightStats:
     """`WeightStats` from the sums over a batch.
@@ -248,6 +250,7 @@ def stats_from_sums(
         worst_tenth: As `worst_tenth` gives it, which the sums do not tell.
         denominator: What `mean_loss` and `objective` are divided by, where it is not the mass: with class
             weights, the sum of those of the targets.
+        normalizer: What `objective` is divided by, where it is another number than that.
         groups: The statistics of each group.
 
     Returns:
@@ -267,7 +270,7 @@ def stats_from_sums(
     return WeightStats(
         mean_loss=quotient(sums.loss, denominator),
         worst_tenth=worst_tenth,
-        objective=quotient(sums.objective, denominator),
+        objective=quotient(sums.objective, denominator if normalizer is None else normalizer),
         effective_sample_size=effective,
         kl_to_uniform=_kl_to_uniform(sums),
         max_weight=sums.largest if sums.count else math.nan,

@@ -106,7 +106,19 @@ pub(super) fn read_settings(
     if !(0.0..f64::INFINITY).contains(&z_loss) {
         return Err(PyValueError::new_err(format!("z_loss must be a finite number >= 0, got {z_loss}")));
     }
-    Ok(Settings { ignore_index, label_smoothing, z_loss, per_sample, reduction, threads })
+    Ok(Settings { ignore_index, label_smoothing, z_loss, per_sample, reduction, normalizer: None, threads })
+}
+
+/// The settings of a mean that is divided by a number of the caller.
+fn with_normalizer(settings: Settings, normalizer: Option<f64>) -> PyResult<Settings> {
+    let Some(number) = normalizer else { return Ok(settings) };
+    // NaN stands for a number that could not be checked where it was given.
+    if number <= 0.0 || number == f64::INFINITY || settings.reduction != Reduction::Mean {
+        return Err(PyValueError::new_err(format!(
+            "normalizer must be a positive number, for the reduction 'mean', got {number}"
+        )));
+    }
+    Ok(Settings { normalizer, ..settings })
 }
 
 pub(super) fn read_reduction(reduction: &str) -> PyResult<Reduction> {
@@ -131,7 +143,7 @@ pub(super) fn read_totals(totals: Result<Totals, ce::Error>) -> PyResult<(f64, u
 #[pyfunction]
 #[pyo3(signature = (
     logits, target, class_weight, measure, kind, numbers, ignore_index, label_smoothing, per_sample, reduction,
-    losses, weights, objective, grad, threads, logit_adjustment=None, z_loss=0.0
+    losses, weights, objective, grad, threads, logit_adjustment=None, z_loss=0.0, normalizer=None
 ))]
 #[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)] // one for each tensor and setting
 pub(super) fn cross_entropy(
@@ -153,6 +165,7 @@ pub(super) fn cross_entropy(
     threads: usize,
     logit_adjustment: Option<&Bound<PyAny>>,
     z_loss: f64,
+    normalizer: Option<f64>,
 ) -> PyResult<(f64, usize)> {
     let settings = read_settings(
         ignore_index,
@@ -162,6 +175,7 @@ pub(super) fn cross_entropy(
         threads,
         z_loss,
     )?;
+    let settings = with_normalizer(settings, normalizer)?;
     let weighting = read_weighting(kind, &numbers)?;
     let read = Read::import(logits, target, class_weight, logit_adjustment, measure)?;
     let mut losses = Tensor::import("losses", losses)?;
@@ -214,7 +228,7 @@ pub(super) fn cross_entropy_losses(
 #[pyfunction]
 #[pyo3(signature = (
     logits, target, class_weight, measure, ignore_index, label_smoothing, per_sample, reduction, losses, weights,
-    objective, grad, threads, logit_adjustment=None, z_loss=0.0, logsumexp=None
+    objective, grad, threads, logit_adjustment=None, z_loss=0.0, logsumexp=None, normalizer=None
 ))]
 #[allow(clippy::too_many_arguments)] // as above
 pub(super) fn cross_entropy_gradient(
@@ -235,6 +249,7 @@ pub(super) fn cross_entropy_gradient(
     logit_adjustment: Option<&Bound<PyAny>>,
     z_loss: f64,
     logsumexp: Option<&Bound<PyAny>>,
+    normalizer: Option<f64>,
 ) -> PyResult<(f64, usize)> {
     let settings = read_settings(
         ignore_index,
@@ -244,6 +259,7 @@ pub(super) fn cross_entropy_gradient(
         threads,
         z_loss,
     )?;
+    let settings = with_normalizer(settings, normalizer)?;
     let read = Read::import(logits, target, class_weight, logit_adjustment, measure)?;
     let (losses, weights) = (Tensor::import("losses", losses)?, Tensor::import("weights", weights)?);
     let logsumexp = logsumexp.map(|z| Tensor::import("logsumexp", z)).transpose()?;

@@ -311,6 +311,7 @@ unsafe fn fill<T: Element>(call: &Call) -> Result<(), String> {
             z_loss: own[1],
             per_sample: false,
             reduction: Reduction::Sum,
+            normalizer: None,
             threads: 1,
         };
         // SAFETY: the entries of this part's rows, which nothing else touches.

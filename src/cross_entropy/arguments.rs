@@ -56,6 +56,8 @@ pub struct Settings {
     pub per_sample: bool,
     /// How losses become an objective.
     pub reduction: Reduction,
+    /// What [`Reduction::Mean`] divides by in the place of the denominator of this call; `None` for that.
+    pub normalizer: Option<f64>,
     /// The largest number of threads to use.
     pub threads: usize,
 }

@@ -3,7 +3,7 @@
 //! A target takes no part if its index is `ignore_index` or its sample weight `p` is 0. The denominator of the mean is
 //! `sum_i p_i c_{y_i}` over those that do, with class weights `c` (for class probabilities: `sum_i p_i`).
 
-use super::arguments::{Inputs, Target};
+use super::arguments::{Inputs, Settings, Target};
 use super::shape::{Dimensions, Error};
 use crate::numeric::{Element, Isa, Kernel, Real, dispatch};
 use crate::parallel::{STRETCH, filled, stop_if_interrupted};
@@ -20,9 +20,11 @@ pub struct Totals {
 }
 
 impl Totals {
-    /// The denominator, and NaN in the place of 0: the mean over no mass is NaN, as in `torch.nn.CrossEntropyLoss`.
-    pub(super) fn divisor(&self) -> f64 {
-        if self.denominator == 0.0 { f64::NAN } else { self.denominator }
+    /// What the mean divides by: the normalizer, or the denominator, and NaN in the place of 0. The mean over no mass
+    /// is NaN, as in `torch.nn.CrossEntropyLoss`.
+    pub(super) fn divisor(&self, settings: &Settings) -> f64 {
+        let own = if self.denominator == 0.0 { f64::NAN } else { self.denominator };
+        settings.normalizer.unwrap_or(own)
     }
 }
 

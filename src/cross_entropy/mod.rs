@@ -66,7 +66,7 @@ pub fn cross_entropy<T: Element>(
     let (labels, totals) = Labels::read(inputs, &dims, settings.ignore_index)?;
 
     let mut problem = Problem::new(inputs, &dims, &labels, settings, &mut grad);
-    problem.norm = norm(settings.reduction, &totals);
+    problem.norm = norm(settings, &totals);
     let mut logsumexp =
         (settings.z_loss != 0.0).then(|| filled(dims.targets, MaybeUninit::<T::Real>::uninit()));
     let to_losses = Losses::new(losses, logsumexp.as_deref_mut());
@@ -136,7 +136,7 @@ pub fn gradient<T: Element>(
     let (labels, totals) = Labels::read(inputs, &dims, settings.ignore_index)?;
     if grad.is_wanted() {
         let mut problem = Problem::new(inputs, &dims, &labels, settings, &mut grad);
-        problem.norm = norm(settings.reduction, &totals);
+        problem.norm = norm(settings, &totals);
         pass::run(&problem, Plan::Given { weights: Some(given.weights) }, settings.threads);
     }
     write_objective(given, inputs.measure, &labels, dims.unit, &totals, settings, objective);
@@ -203,10 +203,10 @@ pub fn gradient_with_norms<T: Element>(
 }
 
 /// What a weighted loss is multiplied by in the objective.
-fn norm(reduction: Reduction, totals: &Totals) -> f64 {
-    match reduction {
+fn norm(settings: &Settings, totals: &Totals) -> f64 {
+    match settings.reduction {
         Reduction::None | Reduction::Sum => 1.0,
-        Reduction::Mean => 1.0 / totals.divisor(),
+        Reduction::Mean => 1.0 / totals.divisor(settings),
     }
 }
 
@@ -293,7 +293,7 @@ fn write_objective<A: Real>(
                     }))
                 };
     }
-    let value = if settings.reduction == Reduction::Mean { sum / totals.divisor() } else { sum };
+    let value = if settings.reduction == Reduction::Mean { sum / totals.divisor(settings) } else { sum };
     objective[0].write(A::from_f64(value));
 }
 

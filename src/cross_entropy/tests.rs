@@ -8,6 +8,7 @@ use proptest::prelude::*;
 
 mod adjustment;
 mod in_place;
+mod normalizer;
 mod norms;
 mod z_loss;
 
@@ -19,6 +20,7 @@ const SETTINGS: Settings = Settings {
     z_loss: 0.0,
     per_sample: false,
     reduction: Reduction::Mean,
+    normalizer: None,
     threads: 1,
 };
 

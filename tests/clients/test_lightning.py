@@ -6,7 +6,7 @@ import warnings
 import pytest
 import rgd
 import torch
-from rgd.torch import RGD, RGDLoss, reweighted_mean
+from rgd.torch import RGD, RGDLoss, count_targets, reweighted_mean
 from torch import nn
 from torch.nn import functional as F
 
@@ -186,3 +186,39 @@ def test_the_wrapper_refuses_automatic_optimization_with_a_hint():
 
     with pytest.raises(ValueError, match="automatic optimization"):
         fit(Wrong(ce=RGDLoss()))
+
+
+class Windows(torch.utils.data.IterableDataset):
+    """Micro-batches of several sizes, each with what its window of micro-batches divides by."""
+
+    def __init__(self, sizes, accumulate):
+        inputs, target = loader(1, sum(sizes)).dataset.tensors
+        batches = list(zip(inputs.split(sizes), target.split(sizes), strict=True))
+        self.windows = [batches[i : i + accumulate] for i in range(0, len(sizes), accumulate)]
+        self.accumulate = accumulate
+
+    def __iter__(self):
+        for window in self.windows:
+            total = count_targets(window) / self.accumulate  # Lightning divides every loss by that
+            for inputs, target in window:
+                yield inputs, target, total
+
+
+class InWindows(Classifier):
+    def training_step(self, batch, _):
+        inputs, target, total = batch
+        return self.criteria["ce"](self.model(inputs), target, normalizer=total)
+
+
+def test_unequal_micro_batches_of_a_window_make_one_step_and_so_do_those_of_the_last_part_of_one(monkeypatch):
+    sizes = (9, 2, 5, 1, 7, 3, 4, 2)
+    models = []
+    for accumulate, given in ((3, sizes), (1, (16, 11, 6))):
+        batches = torch.utils.data.DataLoader(Windows(given, accumulate), batch_size=None)
+        module = InWindows(ce=RGDLoss())
+        with monkeypatch.context() as patched:
+            patched.setitem(globals(), "loader", lambda batches=batches: batches)
+            fit(module, accumulate_grad_batches=accumulate)
+        models.append(module.model)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)

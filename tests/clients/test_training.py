@@ -9,7 +9,7 @@ import re
 import pytest
 import rgd
 import torch
-from rgd.torch import RGD, RGDLoss
+from rgd.torch import RGD, RGDLoss, count_targets
 from torch import nn
 from torch.nn import functional as F
 
@@ -258,6 +258,30 @@ def test_accelerate_trains_to_the_formula(accumulate, means):
             optimizer.step()
             optimizer.zero_grad()
     assert_same(accelerator.unwrap_model(model), expected(accumulate=accumulate))
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_accelerate_makes_one_step_of_unequal_micro_batches(accumulate):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+    inputs, target = rows()
+    target[:7] = -100  # of the first micro-batch one label is left
+    model = make_model()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=RATE))
+    criterion = RGDLoss(tau=TAU)
+    step = list(zip(inputs[:32].chunk(accumulate), target[:32].chunk(accumulate), strict=True))
+    # accelerate divides by the number of micro-batches, and so must the normalizer be.
+    total = count_targets(step) / accumulate
+    for micro_batch, labels in step:
+        with accelerator.accumulate(model):
+            accelerator.backward(criterion(model(micro_batch), labels, normalizer=total))
+            optimizer.step()
+            optimizer.zero_grad()
+    twin = make_model()
+    optimizer = torch.optim.SGD(twin.parameters(), lr=RATE)
+    RGDLoss(tau=TAU)(twin(inputs[:32]), target[:32]).backward()
+    optimizer.step()
+    assert_same(accelerator.unwrap_model(model), twin)
 
 
 @pytest.mark.parametrize("settings", [{"mixup_alpha": 0.8}, {"cutmix_alpha": 1.0}], ids=["mixup", "cutmix"])

@@ -950,3 +950,23 @@ def test_a_sharded_head_that_the_criterion_ties_ends_where_one_process_does(run,
     expected = steps_of(LanguageModel(tied), 0, 1)
     for outcome in run(2, sharded_tie, tied):
         assert_same(outcome, expected, 1e-11)
+
+
+def test_a_model_whose_forward_takes_no_keywords_of_the_loss_is_trained_as_on_the_large_batch(
+    transformers, tmp_path
+):
+    class Bare(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, labels=None, return_dict=None):
+            return super().forward(input_ids, attention_mask, labels=labels, return_dict=return_dict)
+
+    models = []
+    for size, accumulate in ((16, 1), (4, 4)):
+        model = make(transformers, dtype=torch.float32)
+        model.__class__ = Bare
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulate}
+        with use_linear_rgd(model, tau=8.0):
+            trainer = trained(transformers, model, tmp_path, **settings)
+            assert trainer.evaluate(Rows())["eval_loss"] > 0
+        assert "accepts_loss_kwargs" not in vars(model)
+        models.append(model)
+    assert_same_parameters(*models)

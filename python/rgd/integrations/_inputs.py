@@ -26,6 +26,15 @@ _PACKED = (
 )
 
 
+def normalizer_of(items: Tensor | int | None, device: torch.device) -> Tensor | int | None:
+    """What the number of labels in a batch, as the `Trainer` counts it, says to the loss."""
+    if isinstance(items, Tensor):
+        if items.is_cpu and not torch.compiler.is_compiling() and not bool(items):
+            return None  # no label counts: the mean of nothing, which is NaN
+        return items.to(device).reshape(())
+    return items or None
+
+
 def refuse_settings_of_the_loss(batch: Mapping[str, Any], who: str) -> None:
     """Refuse a batch with what `RGDLoss` would weigh by, where only the model would get it, and ignore it."""
     for name in _OF_THE_LOSS:

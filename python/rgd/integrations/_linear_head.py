@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rgd.integrations._criterion import HasCriterion
-from rgd.integrations._inputs import keywords_of, refuse_packed_rows, refuse_unknown
+from rgd.integrations._inputs import keywords_of, normalizer_of, refuse_packed_rows, refuse_unknown
 from rgd.torch._head import Chunking
 from rgd.torch._modes import autocasts, evaluates
 from rgd.torch.linear import LinearRGDLoss
@@ -127,6 +127,11 @@ class LinearRGD(HasCriterion):
         # What stands in the instance, not in its class, is kept in it: a copy of the model has its own.
         before: Any = _own(model).get("forward")
         self._place = f"_forward_before_linear_rgd_{id(self):x}"
+        # The `Trainer` counts the labels of a step for models that say so. The loss here takes the number.
+        self._model_takes_items = _takes_items(model)
+        self._said: Any = _own(model).get("accepts_loss_kwargs")
+        if not self._model_takes_items:
+            model.accepts_loss_kwargs = True
 
         @functools.wraps(original if before is None else before)
         def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -152,6 +157,9 @@ class LinearRGD(HasCriterion):
         if own.get("forward") is not self._patched:
             return  # something has been wrapped around it, and calls through
         del own["forward"], own["_replicate_for_data_parallel"]
+        if not self._model_takes_items:
+            del own["accepts_loss_kwargs"]
+            own.update({} if self._said is None else {"accepts_loss_kwargs": self._said})
         if self._place in own:
             own["forward"] = own.pop(self._place)
 
@@ -168,6 +176,9 @@ class LinearRGD(HasCriterion):
         if len(args) > 1:  # labels may be among them
             bound = inspect.signature(cast("Any", type(model)).forward).bind_partial(model, *args)
             args, kwargs = (), {**dict(list(bound.arguments.items())[1:]), **kwargs}
+        items = kwargs.get("num_items_in_batch")
+        if not self._model_takes_items:
+            kwargs.pop("num_items_in_batch", None)
         # fused_lm_head is a head of TRL's, with outputs of its own.
         if not self._active or kwargs.get("labels") is None or kwargs.get("fused_lm_head"):
             return before(*args, **kwargs)
@@ -176,7 +187,7 @@ class LinearRGD(HasCriterion):
             return before(*args, **kwargs)
         as_tuple = kwargs.pop("return_dict", None) is False or model.config.return_dict is False
         head = _head_of(model)
-        call = _Call(self._loss, head, model.training, kwargs)
+        call = _Call(self._loss, head, model.training, kwargs, items)
         if self.criterion.per == "sample":
             refuse_packed_rows(kwargs, call.labels, call.shift, self.criterion.ignore_index)
         # Where accelerate has put hooks around the head, they stay.
@@ -217,12 +228,11 @@ class _HeadLoss:
             return self._objective(call, hidden)
 
     def _objective(self, call: _Call, hidden: Tensor) -> Tensor:
-        criterion, items = self.criterion, call.items
+        criterion = self.criterion
         criterion.training = call.training
         if criterion.linear is not call.module:  # it may have been replaced since the last call
             criterion.linear = call.module
         object.__setattr__(criterion, "_chunking", self.chunkings[call.shift])
-        criterion.reduction = "mean" if items is None else "sum"
         if criterion.weight is not None:
             criterion.weight = criterion.weight.to(hidden.device)
         kind = hidden.device.type
@@ -230,10 +240,8 @@ class _HeadLoss:
         single = hidden.dtype in _HALF and not autocasts(kind)
         with torch.autocast(kind, dtype=hidden.dtype) if single else contextlib.nullcontext():
             hidden = hidden if self.logit_scale == 1 else hidden * self.logit_scale
-            objective: Tensor = criterion(hidden, call.labels.to(hidden.device))
-        if items is None:
-            return objective
-        return objective / (items.to(objective.device) if isinstance(items, Tensor) else items)
+            normalizer = normalizer_of(call.items, hidden.device)
+            return criterion(hidden, call.labels.to(hidden.device), normalizer=normalizer)
 
     def check(self, found: Tensor) -> None:
         """Refuse a model that changes its logits in a way that is not known here."""
@@ -255,13 +263,15 @@ class _HeadLoss:
 class _Call:
     """One forward pass: what takes the place of the head, and what of the loss."""
 
-    def __init__(self, loss: _HeadLoss, head: nn.Module, training: bool, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, loss: _HeadLoss, head: nn.Module, training: bool, kwargs: dict[str, Any], items: Any
+    ) -> None:
         self.of_head = loss
         self.module = head
         self.training = training
         self.shift = kwargs.get("shift_labels") is None
         self.labels: Tensor = kwargs["labels" if self.shift else "shift_labels"]
-        self.items = kwargs.get("num_items_in_batch")
+        self.items = items
         self.standin: Tensor | None = None
         self.stage = "begun"
 
@@ -318,6 +328,14 @@ def _replicate_for_data_parallel(module: Any) -> Any:
 def _own(owner: Any) -> dict[str, Any]:
     """The attributes of an instance, without those of its class."""
     return owner.__dict__
+
+
+def _takes_items(model: Any) -> bool:
+    """Whether a model itself takes `num_items_in_batch`, as the `Trainer` asks it."""
+    if hasattr(model, "accepts_loss_kwargs"):
+        return bool(model.accepts_loss_kwargs)
+    parameters = inspect.signature(cast("Any", type(model)).forward).parameters.values()
+    return any(one.kind is one.VAR_KEYWORD or one.name == "num_items_in_batch" for one in parameters)
 
 
 def _causal_model(model: Any) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rgd.integrations._criterion import HasCriterion
-from rgd.integrations._inputs import refuse_flattened_labels
+from rgd.integrations._inputs import normalizer_of, refuse_flattened_labels
 from rgd.integrations._linear_head import LinearRGD, use_linear_rgd
 from rgd.stats import WeightStats
 from rgd.torch._checks import ENTRYWISE, check_choice, check_not_broadcast
@@ -249,16 +249,11 @@ class RGDLossFunc(HasCriterion):
         if self._shifts(outputs, logits, labels):
             # In int64, since a narrower dtype may not hold ignore_index.
             labels = F.pad(labels[..., 1:].to(torch.int64), (0, 1), value=criterion.ignore_index)
-        criterion.reduction = "mean" if num_items_in_batch is None else "sum"
         if criterion.weight is not None:
             criterion.to(logits.device)
         if criterion.base is None:
             logits, labels = self._fit(logits, labels)
-        loss = criterion(logits, labels)
-        if num_items_in_batch is not None:
-            if isinstance(num_items_in_batch, Tensor):
-                num_items_in_batch = num_items_in_batch.to(loss.device)
-            loss = loss / num_items_in_batch
+        loss = criterion(logits, labels, normalizer=normalizer_of(num_items_in_batch, logits.device))
         return loss if auxiliary is None else loss + auxiliary.to(loss.device)
 
     def __repr__(self) -> str:

@@ -55,8 +55,9 @@ def as_losses(
     groups: ArrayLike | None = None,
     axis: Axis = None,
     axis_name: AxisName = None,
+    reduction: str = "mean",
 ) -> Losses:
-    """Check what a user gave."""
+    """Check what a user gave; the size of a measure is kept where `reduction` depends on it."""
     losses = jnp.asarray(an_array("losses", losses))
     if losses.ndim == 0:
         raise ValueError(
@@ -70,7 +71,8 @@ def as_losses(
     losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
     check_bound(axis_name)
     mask = as_mask(where, losses.shape)
-    measure = masked_measure(mask, as_measure(sample_weight, losses.shape, losses.dtype), losses.dtype)
+    measure = as_measure(sample_weight, losses.shape, losses.dtype, reduction)
+    measure = masked_measure(mask, measure, losses.dtype)
     if measure is not None:
         losses = jnp.where(measure != 0, losses, 0)
     members = as_groups(groups, losses.shape)

@@ -75,6 +75,29 @@ def as_z_loss(z_loss: Any, dtype: Any) -> jax.Array | None:
     return jnp.where((factor >= 0) & (factor < jnp.inf), factor, jnp.nan)
 
 
+def as_normalizer(normalizer: Any, reduction: Reduction, dtype: Any) -> jax.Array | None:
+    """`normalizer`, checked, a constant, (); None for None; NaN where a traced number is not allowed."""
+    if normalizer is None:
+        return None
+    if reduction != "mean":
+        raise ValueError(
+            f"normalizer is what reduction='mean' divides by, and reduction={reduction!r} divides by "
+            "nothing: leave normalizer out"
+        )
+    given: Any = an_array("normalizer", normalizer)
+    numeric = isinstance(given, (int, float, np.number, np.ndarray, jax.Array)) and jnp.ndim(given) == 0
+    kind: Any = jnp.result_type(given) if numeric else None
+    if isinstance(given, bool) or not numeric or not jnp.issubdtype(kind, jnp.number) or kind.kind == "c":
+        raise TypeError(f"normalizer must be a positive number or an array of shape (), got {normalizer!r}")
+    if is_known(given) and not 0 < float(given) < math.inf:
+        raise ValueError(
+            f"normalizer must be a positive number, got {float(given)}: how many targets count, or the sum "
+            "of their sample weights, over all micro-batches of a step"
+        )
+    number = lax.stop_gradient(jnp.asarray(given, dtype))
+    return jnp.where((number > 0) & (number < jnp.inf), number, jnp.nan)
+
+
 def squared_normalizers(losses: Losses, z_loss: jax.Array, normalizers: jax.Array) -> jax.Array:
     """`p_i * z_loss * Z_i^2`, which no weight changes."""
     squares = z_loss * normalizers**2

@@ -33,6 +33,7 @@ from rgd.jax._targets import (
     Per,
     Reduction,
     as_class_weight,
+    as_normalizer,
     as_z_loss,
     by_class,
     check_options,
@@ -65,6 +66,7 @@ def cross_entropy(
     where: ArrayLike | None = None,
     sample_weight: ArrayLike | None = None,
     groups: ArrayLike | None = None,
+    normalizer: ArrayLike | None = None,
     state: Any = None,
     axis: int = -1,
     axis_name: AxisName = None,
@@ -107,6 +109,9 @@ def cross_entropy(
         sample_weight: The base measure `p`, numbers >= 0, constants: of the losses' shape, or (N,) for the
             leading axis; with `per="sample"` (N,). A target where it is 0 counts for nothing.
         groups: The group of each target, integers shaped as `sample_weight`, for `rgd.GroupDRO`.
+        normalizer: What "mean" divides by in the place of the sum of `p_i c_{y_i}`, a positive number or a
+            scalar array, constant, which may be traced: the same for all micro-batches of a step, whose
+            gradients then add up to those of one big batch. With `axis_name` it is that of the whole batch.
         state: The state of a weighting that remembers: what `weighting.init()` or the last call returned.
         axis: The class axis.
         axis_name: Name or names of mapped axes (`jax.shard_map`, `jax.pmap`, `jax.vmap`) over which the batch
@@ -134,7 +139,8 @@ def cross_entropy(
         TypeError: If a dtype does not fit.
         ValueError: If a shape does not fit, an option is not one of those above, `label_smoothing` is not in
             [0, 1], `ignore_index >= 0` is given with class probabilities, `sample_weight` holds a number that
-            is negative or not finite, `z_loss` is such a number, `tau` or `scale` is given beside
+            is negative or not finite, `z_loss` is such a number, `normalizer` is not positive or `reduction`
+            not "mean", `tau` or `scale` is given beside
             `weighting`, or the weighting remembers and `state` is missing.
 
     Example:
@@ -168,23 +174,25 @@ def cross_entropy(
         weight,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
-        reduction=reduction,
+        # A measure whose size matters is not scaled.
+        reduction=reduction if normalizer is None else "sum",
         per=per,
         logit_adjustment=logit_adjustment,
         where=where,
         sample_weight=sample_weight,
         axis=axis,
     )
-    factor = as_z_loss(z_loss, jnp.promote_types(problem.logits.dtype, jnp.float32))
+    dtype = jnp.promote_types(problem.logits.dtype, jnp.float32)
+    factor, divisor = as_z_loss(z_loss, dtype), as_normalizer(normalizer, reduction, dtype)
     units = problem.labels.shape[: problem.logits.ndim - 1]
     members = as_groups(groups, units if per == "element" else units[:1])
     refusal = native_refusal(chosen, class_weight=problem.class_weight, reduction=reduction, per=per)
     native = takes_native(backend, refusal or _native_misfit(problem, axis), problem.logits.shape)
     scaled = problem
-    if sample_weight is not None and reduction == "mean":
+    if sample_weight is not None and reduction == "mean" and divisor is None:
         scaled = problem._replace(measure=divided_by_factor(problem.measure, axis_name))
     if native:
-        return _native_objective(scaled, chosen, reduction, axis_name, factor)
+        return _native_objective(scaled, chosen, reduction, axis_name, z_loss=factor, normalizer=divisor)
     losses = Losses(_losses_of(problem), problem.measure, members, (), axis_name)
     weights, new = target_weights(losses, chosen, per, state)
     losses, problem = losses._replace(measure=scaled.measure), scaled
@@ -194,7 +202,7 @@ def cross_entropy(
     if reduction != "none":
         result = psum(jnp.sum(result), axis_name)
     if reduction == "mean":
-        result = mean_of(result, psum(_divisor_of(problem), axis_name))
+        result = mean_of(result, psum(_divisor_of(problem), axis_name) if divisor is None else divisor)
     return result if state is None else (result, new)
 
 
@@ -343,14 +351,17 @@ def _native_objective(
     weighting: Weighting,
     reduction: Reduction,
     axis_name: AxisName,
+    *,
     z_loss: jax.Array | None,
+    normalizer: jax.Array | None,
 ) -> jax.Array:
+    divisor = psum(_divisor_of(problem), axis_name) if normalizer is None else normalizer
     total = _ffi.cross_entropy_sum(
         problem.logits,
         problem.labels,
         weighting,
         measure=problem.measure,
-        factor=1 if reduction == "sum" else 1 / psum(_divisor_of(problem), axis_name),
+        factor=1 if reduction == "sum" else 1 / divisor,
         smoothing=problem.smoothing,
         adjustment=problem.adjustment,
         z_loss=z_loss,

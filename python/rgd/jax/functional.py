@@ -26,6 +26,7 @@ from jax.typing import ArrayLike
 from rgd._arrays import refuse_masked
 from rgd.jax._devices import AxisName, divided_by_factor, gather, pmax, psum
 from rgd.jax._inputs import Axis, Losses, as_losses, is_known
+from rgd.jax._targets import as_normalizer
 from rgd.jax._weights import as_constants, weighted_losses, weights_of
 from rgd.stats import MOST_GROUPS, GroupStats, WeightStats
 from rgd.weightings import Weighting
@@ -108,6 +109,7 @@ def reweighted_mean(
     where: ArrayLike | None = None,
     sample_weight: ArrayLike | None = None,
     groups: ArrayLike | None = None,
+    normalizer: ArrayLike | None = None,
     state: Any = None,
     axis: Axis = None,
     axis_name: AxisName = None,
@@ -126,6 +128,7 @@ def reweighted_mean(
             it NaN, reaches neither the objective nor its gradient.
         sample_weight: The base measure `p`, as for `sample_weights`; no gradient is taken of it.
         groups: As for `sample_weights`.
+        normalizer: What the sum is divided by in the place of that of `p_i`, as for `cross_entropy`.
         state: As for `sample_weights`.
         axis: The axes that a batch lies along; None for all. Each position of the other axes is a batch of
             its own.
@@ -154,13 +157,22 @@ def reweighted_mean(
     """
     chosen = resolve_weighting(weighting, tau, scale)
     batch = as_losses(
-        losses, where=where, sample_weight=sample_weight, groups=groups, axis=axis, axis_name=axis_name
+        losses,
+        where=where,
+        sample_weight=sample_weight,
+        groups=groups,
+        axis=axis,
+        axis_name=axis_name,
+        reduction="mean" if normalizer is None else "sum",
     )
+    divisor = as_normalizer(normalizer, "mean", batch.values.dtype)
     weights, new = weights_of(batch, chosen, state)
-    if sample_weight is not None:
+    if sample_weight is not None and divisor is None:
         batch = batch._replace(measure=divided_by_factor(batch.measure, axis_name))
     total = psum(jnp.sum(weighted_losses(weights, batch), axis=batch.axes), axis_name)
-    mean = total / psum(jnp.sum(batch.full_measure, axis=batch.axes), axis_name)
+    if divisor is None:
+        divisor = psum(jnp.sum(batch.full_measure, axis=batch.axes), axis_name)
+    mean = total / divisor
     return mean if state is None else (mean, new)
 
 
@@ -193,7 +205,7 @@ def value_and_grad(
         A function of the same arguments that returns `(objective, gradient)`, or with `has_aux`
         `((objective, aux), gradient)`.
 
-        It takes four keywords more, `where`, `sample_weight`, `groups` and `state`, which go to
+        It takes five keywords more, `where`, `sample_weight`, `groups`, `normalizer` and `state`, which go to
         `reweighted_mean`; arguments of `fun` that have one of these names are given by position. With
         `state` it returns a pair: what it returns without, and the new state.
 
@@ -226,6 +238,7 @@ def value_and_grad(
         where: ArrayLike | None = None,
         sample_weight: ArrayLike | None = None,
         groups: ArrayLike | None = None,
+        normalizer: ArrayLike | None = None,
         state: Any = None,
         **kwargs: Any,
     ) -> Any:
@@ -237,6 +250,7 @@ def value_and_grad(
                 where=where,
                 sample_weight=sample_weight,
                 groups=groups,
+                normalizer=normalizer,
                 state=state,
                 axis_name=axis_name,
             )

@@ -96,6 +96,7 @@ def cross_entropy(
     where: npt.ArrayLike | None = None,
     sample_weight: npt.ArrayLike | None = None,
     groups: npt.ArrayLike | None = None,
+    normalizer: float | None = None,
     state: State = None,
 ) -> Any:
     """The re-weighted cross-entropy, reduced as `torch.nn.CrossEntropyLoss` reduces.
@@ -132,6 +133,7 @@ def cross_entropy(
         sample_weight: The measure `p`, finite numbers >= 0, one a sample of the leading dimension or,
             with `per="element"`, one a target. A target where it is 0 is as one ignored.
         groups: The group of each sample or target, integers shaped as `sample_weight`.
+        normalizer: What "mean" divides by in the place of `total(p * c[y])`, a positive number.
         state: State of a weighting that remembers.
 
     Returns:
@@ -174,7 +176,7 @@ def cross_entropy(
         if z_loss > 0:
             value = value + z_loss * problem.normalizers**2
         value = np.where(measure > 0, measure * value, 0.0)
-        denominator = _denominator(problem, measure, reduction)
+        denominator = _denominator(problem, measure, reduction, normalizer)
         if reduction != "none":
             value = np.sum(value) / denominator
     return value if state is None else (value, after)
@@ -195,6 +197,7 @@ def cross_entropy_grad(
     where: npt.ArrayLike | None = None,
     sample_weight: npt.ArrayLike | None = None,
     groups: npt.ArrayLike | None = None,
+    normalizer: float | None = None,
     state: State = None,
 ) -> Any:
     """The gradient of `cross_entropy` with respect to the logits, the weights `w_i` held constant.
@@ -218,10 +221,11 @@ def cross_entropy_grad(
         reduction: "none" (the gradient of the sum of the elements), "mean" or "sum".
         weighting: Turns losses into weights.
         per: "element" or "sample", as in `cross_entropy`.
-        logit_adjustment: As in `cross_entropy`, and so are the next four.
+        logit_adjustment: As in `cross_entropy`, and so are the next five.
         where: Which targets take part.
         sample_weight: The measure.
         groups: The group of each sample or target.
+        normalizer: What "mean" divides by.
         state: State of a weighting that remembers.
 
     Returns:
@@ -253,7 +257,7 @@ def cross_entropy_grad(
     weights, measure, after = _target_weights(
         problem, weighting, per, sample_weight=sample_weight, groups=groups, state=state
     )
-    denominator = _denominator(problem, measure, reduction)
+    denominator = _denominator(problem, measure, reduction, normalizer)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         w, p, loss = (np.expand_dims(x, problem.class_axis) for x in (weights, measure, problem.losses))
         gradient = product(w, problem.gradients, loss)
@@ -421,8 +425,12 @@ def _target_weights(
     return np.where(counted, weights, 0.0), np.where(counted, measure, 0.0), after
 
 
-def _denominator(problem: _Problem, measure: Array, reduction: Reduction) -> float:
+def _denominator(problem: _Problem, measure: Array, reduction: Reduction, normalizer: float | None) -> float:
     """What a reduction divides by, for a measure that is 0 where a target takes no part."""
+    if normalizer is not None and not (reduction == "mean" and 0 < normalizer < math.inf):
+        raise ValueError(f"normalizer must be a positive number, for 'mean', got {normalizer}")
+    if reduction == "mean" and normalizer is not None:
+        return normalizer
     if reduction == "mean":
         return float(np.sum(measure * problem.class_weights)) or math.nan
     if reduction not in ("none", "sum"):

@@ -119,6 +119,7 @@ def reweighted_mean(
     *,
     sample_weight: npt.ArrayLike | None = None,
     groups: npt.ArrayLike | None = None,
+    normalizer: float | None = None,
     state: State = None,
 ) -> Any:
     """The objective `total(p * w * l) / total(p)` over the losses that take part.
@@ -129,6 +130,7 @@ def reweighted_mean(
         where: Booleans that broadcast to the losses' shape: which losses take part.
         sample_weight: The measure `p`, as in `sample_weights`.
         groups: The group of each loss, as in `sample_weights`.
+        normalizer: What takes the place of `total(p)`, a positive number.
         state: State of a weighting that remembers.
 
     Returns:
@@ -151,7 +153,7 @@ def reweighted_mean(
     part, measure = measure_of(losses.shape, where, sample_weight)
     with np.errstate(invalid="ignore", over="ignore"):
         total = float(np.sum(measure[part] * product(weights, losses, losses)[part]))
-    mean = quotient(total, float(np.sum(measure[part])))
+    mean = quotient(total, float(np.sum(measure[part])) if normalizer is None else normalizer)
     return mean if state is None else (mean, after)
 
 

@@ -5,6 +5,7 @@ from rgd.torch.functional import cross_entropy, reweighted_mean, sample_weights,
 from rgd.torch.history import LossHistory
 from rgd.torch.linear import LinearRGDLoss, linear_cross_entropy
 from rgd.torch.loss import RGDLoss
+from rgd.torch.normalizer import count_targets
 from rgd.torch.optimizer import RGD
 from rgd.torch.schedule import WeightingSchedule
 
@@ -15,6 +16,7 @@ __all__ = [
     "RGDLoss",
     "WeightingSchedule",
     "backend",
+    "count_targets",
     "cross_entropy",
     "linear_cross_entropy",
     "reweighted_mean",

@@ -17,8 +17,9 @@ from rgd.torch._problem import Options, Problem
 
 PROBLEM = (
     "Tensor logits, Tensor target, Tensor? class_weight, Tensor? adjustment, Tensor? measure, "
-    "Tensor? head_weight, Tensor? head_bias, int ignore_index, float label_smoothing, str reduction, "
-    "str per, float z_loss, float? logit_softcap, bool shift, int? chunk_bytes, str? accumulate_dtype"
+    "Tensor? normalizer, Tensor? head_weight, Tensor? head_bias, int ignore_index, float label_smoothing, "
+    "str reduction, str per, float z_loss, float? logit_softcap, bool shift, int? chunk_bytes, "
+    "str? accumulate_dtype"
 )
 """The part of an operator's schema that a problem takes."""
 LENGTH = PROBLEM.count(",") + 1
@@ -41,14 +42,18 @@ def flattened(problem: Problem) -> tuple[Any, ...]:
 
 def rebuilt(arguments: tuple[Any, ...]) -> Problem:
     """The problem of the first `LENGTH` arguments of an operator."""
-    logits, target, class_weight, adjustment, measure, weight, bias, *settings = arguments[:LENGTH]
+    logits, target, class_weight, adjustment, measure, normalizer, *others = arguments[:LENGTH]
+    weight, bias, *settings = others
     ignore_index, smoothing, reduction, per, z_loss, softcap, shift, chunk_bytes, name = settings
     options = Options(ignore_index, smoothing, reduction, per, z_loss=z_loss)
     head = None
     if weight is not None:
         dtype = None if name is None else getattr(torch, name)
         head = LinearHead(weight, bias, Chunking(softcap, shift, chunk_bytes, dtype))
-    return Problem(logits, target, options, logits.dtype, class_weight, adjustment, measure, head=head)
+    return Problem(
+        logits, target, options, logits.dtype, class_weight, adjustment, measure,
+        head=head, normalizer=normalizer,
+    )  # fmt: skip
 
 
 def define(schemas: Mapping[str, str]) -> None:

@@ -26,6 +26,7 @@ from rgd.torch._dtypes import FLOATS, INTEGERS, accumulator
 from rgd.torch._head import LinearHead
 from rgd.torch._measure import check_groups, measure_of, spread, within_range
 from rgd.torch._modes import plain_and_eager
+from rgd.torch.normalizer import check_normalizer
 
 
 class Options(NamedTuple):
@@ -74,6 +75,7 @@ class Given(NamedTuple):
         where: A mask.
         sample_weight: The base measure.
         groups: The group of each unit.
+        normalizer: What "mean" divides by.
     """
 
     input: Any
@@ -83,6 +85,7 @@ class Given(NamedTuple):
     where: Any = None
     sample_weight: Any = None
     groups: Any = None
+    normalizer: Any = None
 
 
 class Problem(NamedTuple):
@@ -101,8 +104,9 @@ class Problem(NamedTuple):
         given_measure: The base measure before that.
         groups: The group of each unit, int64, or None.
         head: What makes logits of hidden states; None where `logits` are logits.
-        segments: The place of the sequences of a packed row. No call sets it yet, nor the three below.
-        normalizer: The place of a divisor that the caller gives.
+        normalizer: What "mean" divides by in the place of `sum p c`, over `power`: a number where it could be
+            read, else a scalar on the device; None for that sum.
+        segments: The place of the sequences of a packed row. No call sets it yet, nor the two below.
         reference: The place of the losses of a reference model.
         returns: The place of the names of what else a call shall return.
     """
@@ -118,28 +122,35 @@ class Problem(NamedTuple):
     given_measure: Tensor | None = None
     groups: Tensor | None = None
     head: LinearHead | None = None
-    segments: Tensor | None = None
     normalizer: Tensor | float | None = None
+    segments: Tensor | None = None
     reference: Tensor | None = None
     returns: tuple[str, ...] = ()
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """What a backend reads: logits, target, class weight, adjustment, measure, and what a head holds."""
-        dense = (self.logits, self.target, self.class_weight, self.adjustment, self.measure)
+        """What a backend reads: logits, target, class weight, adjustment, measure, normalizer, head."""
+        normalizer: Any = self.normalizer
+        if normalizer.__class__ is float:
+            normalizer = None
+        dense = (self.logits, self.target, self.class_weight, self.adjustment, self.measure, normalizer)
         return dense if self.head is None else (*dense, self.head.weight, self.head.bias)
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> Problem:
         """The same settings for other `tensors`, such as those that autograd has kept."""
-        logits, target, class_weight, adjustment, measure, *of_head = cast("Any", tensors)
+        logits, target, class_weight, adjustment, measure, normalizer, *of_head = cast("Any", tensors)
+        normalizer = self.normalizer if isinstance(self.normalizer, float) else normalizer
         head = self.head
         if head is not None:
             weight, bias = of_head
             head = LinearHead(weight, bias, head.chunking, head.shard)
-        return Problem(logits, target, self.options, self.dtype, class_weight, adjustment, measure, head=head)
+        return Problem(
+            logits, target, self.options, self.dtype, class_weight, adjustment, measure,
+            head=head, normalizer=normalizer,
+        )  # fmt: skip
 
     def without_tensors(self) -> Problem:
         """The settings alone, for a graph of autograd to hold beside the tensors that it keeps itself."""
-        return self.with_tensors((None,) * (5 if self.head is None else 7))
+        return self.with_tensors((None,) * (6 if self.head is None else 8))
 
     def has_labels(self) -> bool:
         """Whether the target holds class indices, and not probabilities."""
@@ -187,7 +198,7 @@ def problem_of(given: Given, options: Options, head: LinearHead | None = None) -
         TypeError: If a dtype does not fit.
         ValueError: If a shape, a device, a value or a setting does not fit.
     """
-    logits, target, class_weight, adjustment, where, sample_weight, groups = given
+    logits, target, class_weight, adjustment, where, sample_weight, groups, normalizer = given
     if head is None:
         shape = _check_logits(given)
         classes = logits.shape[1 if logits.dim() > 1 else 0]
@@ -220,7 +231,11 @@ def problem_of(given: Given, options: Options, head: LinearHead | None = None) -
         logits, target = logits.to(wider), target.to(wider)
     adjustment = None if adjustment is None else adjustment.detach()
     if where is None and sample_weight is None and groups is None:
-        return Problem(logits, target, options, dtype, class_weight, adjustment, head=head)
+        if normalizer is not None:
+            normalizer = check_normalizer(normalizer, options.reduction, logits.device)
+        return Problem(
+            logits, target, options, dtype, class_weight, adjustment, head=head, normalizer=normalizer
+        )
     per = options.per if len(shape) > 0 else "element"
     measure = given_measure = measure_of(shape, logits, where, sample_weight, per)
     groups, power = check_groups(groups, shape, logits.device, per), 1.0
@@ -229,9 +244,12 @@ def problem_of(given: Given, options: Options, head: LinearHead | None = None) -
         target = target.masked_fill(spread(measure, target) == 0, options.ignore_index)
     if measure is not None and sample_weight is not None:
         measure, power = within_range(measure, accumulator(logits.dtype), options.reduction)
+    if normalizer is not None:
+        normalizer = check_normalizer(normalizer, options.reduction, logits.device, power)
     return Problem(
-        logits, target, options, dtype, class_weight, adjustment, measure, power, given_measure, groups, head
-    )
+        logits, target, options, dtype, class_weight, adjustment, measure, power, given_measure, groups, head,
+        normalizer,
+    )  # fmt: skip
 
 
 def targets_shape(shape: torch.Size) -> torch.Size:

@@ -26,6 +26,7 @@ from rgd.torch._weighted import mark_weighted, refuse_weighted
 from rgd.torch.backends._formulas import reduce_losses, units_of
 from rgd.torch.backends._registry import choose
 from rgd.torch.backends.rust import plain_weights
+from rgd.torch.normalizer import check_normalizer
 from rgd.torch.stats import Record, stats_by_group, sums_of, tail_of, times_power
 from rgd.weightings import Weighting
 from rgd.weightings._call import resolve_weighting
@@ -114,6 +115,7 @@ def reweighted_mean(
     where: Tensor | None = None,
     sample_weight: Tensor | None = None,
     groups: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
     state: Any = None,
     process_group: Any = None,
     sync: bool = True,
@@ -130,6 +132,7 @@ def reweighted_mean(
             others, be they NaN, reach neither the objective nor the gradient, which is 0 there.
         sample_weight: The base measure `p`, as for `sample_weights`.
         groups: As for `sample_weights`.
+        normalizer: What the sum is divided by in the place of `sum p`, as for `cross_entropy`.
         state: As for `sample_weights`.
         process_group: For a weighting that depends on the batch, the processes that share it: the weights
             are those of their losses together. None: the default group, once `torch.distributed` is
@@ -162,7 +165,9 @@ def reweighted_mean(
     plan, sharing = plan_of(weighting, tau, scale), sync_of(process_group, sync)
     members = check_groups(groups, losses.shape, losses.device, "element")
     weigher = Weigher(plan, members, functional_state(plan.weighting, state, losses.device), sharing)
-    objective, _ = reweighted(losses, weigher, where=where, sample_weight=sample_weight)
+    objective, _ = reweighted(
+        losses, weigher, where=where, sample_weight=sample_weight, normalizer=normalizer
+    )
     return objective if state is None else (objective, weigher.state)
 
 
@@ -183,6 +188,7 @@ def cross_entropy(
     where: Tensor | None = None,
     sample_weight: Tensor | None = None,
     groups: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
     state: Any = None,
     inplace: bool = False,
     process_group: Any = None,
@@ -223,6 +229,10 @@ def cross_entropy(
         sample_weight: The base measure `p`, numbers >= 0, of the targets' shape or (N,); with `per="sample"`
             of shape (N,). As for `sample_weights`.
         groups: As for `sample_weights`; with `per="sample"` of shape (N,).
+        normalizer: What "mean" divides by in the place of `sum_i p_i c_{y_i}`, a positive number or a scalar
+            tensor, constant: the same for all micro-batches of a step, as `count_targets` gives it. Then
+            their objectives add up to that of one big batch, however unequal they are. Where values cannot be
+            read without waiting, a number that is not allowed makes the objective NaN instead of raising.
         state: As for `sample_weights`.
         inplace: True to let the gradient take the place of the logits, which saves a tensor of their size:
             after the call they hold it. For logits that a layer has computed and nothing else reads. What
@@ -254,7 +264,7 @@ def cross_entropy(
     options = Options(ignore_index, label_smoothing, reduction, per, inplace, z_loss).checked()
     plan, sharing = plan_of(weighting, tau, scale), sync_of(process_group, sync)
     memory = functional_state(plan.weighting, state, getattr(logits, "device", None))
-    given = Given(logits, target, class_weight, adjustment, where, sample_weight, groups)
+    given = Given(logits, target, class_weight, adjustment, where, sample_weight, groups, normalizer)
     problem = problem_of(given, options)
     weigher = Weigher(plan, problem.groups, memory, sharing, problem.power)
     objective, _ = compute(problem, weigher)
@@ -343,6 +353,7 @@ def reweighted(
     per: str = "element",
     where: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
 ) -> tuple[Tensor, Record | None]:
     """The reduction of `p w l` for any losses, and the record of the weights if it may be kept.
 
@@ -355,17 +366,25 @@ def reweighted(
     values = losses.to(accumulator(losses.dtype))
     if measure is not None:
         measure, weigher.power = within_range(measure, values.dtype, reduction)
+    if normalizer is not None:
+        normalizer = check_normalizer(normalizer, reduction, losses.device, weigher.power)
     if where is not None:
         values = values.masked_fill(~where, 0)
     units, unit_measure = units_of(values, where, measure, per)
     backend = choose((units, None, unit_measure))
     weights = backend.sample_weights(units, unit_measure, weigher).to(values.dtype)
-    objective, divisor = reduce_losses(values, weights, counted=where, measure=measure, reduction=reduction)
+    objective, divisor = reduce_losses(
+        values, weights, counted=where, measure=measure, reduction=reduction, normalizer=normalizer
+    )
     record = None
     if not must_forget():
         if weigher.power != 1.0:
             measure, divisor = given, times_power(divisor, weigher.power)
-        record = Record(values.detach(), weights, divisor, measure, where, weigher.groups, backend.name)
+            normalizer = None if normalizer is None else times_power(normalizer, weigher.power)
+        record = Record(
+            values.detach(), weights, divisor, measure, where, weigher.groups, backend.name,
+            normalizer=normalizer,
+        )  # fmt: skip
     objective = objective.to(losses.dtype)
     if reduction == "none":
         mark_weighted(objective, weigher.plan.weighting)

@@ -227,6 +227,7 @@ class RGDLoss(Dial, nn.Module):
         where: Tensor | None = None,
         sample_weight: Tensor | None = None,
         groups: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """The re-weighted objective.
@@ -240,6 +241,8 @@ class RGDLoss(Dial, nn.Module):
             sample_weight: The base measure `p`, numbers >= 0, of the losses' shape or (N,); with
                 `per="sample"` of shape (N,). The objective is `sum p w l / sum p`.
             groups: The group of each sample, integers, of the same shapes, for `GroupDRO` and `stats`.
+            normalizer: As for `cross_entropy`: what "mean" divides by, the same in all micro-batches of a
+                step. `stats().objective` is divided by it too.
             **kwargs: Keyword arguments of `base`.
 
         Returns:
@@ -253,7 +256,7 @@ class RGDLoss(Dial, nn.Module):
         """
         base = self.base
         simple = where is None and sample_weight is None and groups is None and not args and not kwargs
-        repeatable = simple and base is None and not torch.compiler.is_compiling()
+        repeatable = simple and normalizer is None and base is None and not torch.compiler.is_compiling()
         if repeatable and self._accepted is not None:
             objective = again(self, self._accepted, input, target)
             if objective is not None:
@@ -279,7 +282,7 @@ class RGDLoss(Dial, nn.Module):
         groups = None if plan is _PLAIN else groups
         if base is None:
             by_class = self.weight, self.logit_adjustment
-            given = Given(losses, target, *by_class, where, sample_weight, groups)
+            given = Given(losses, target, *by_class, where, sample_weight, groups, normalizer)
             problem = problem_of(given, options_of(self, plan is not _PLAIN))
             weigher = Weigher(plan, problem.groups, memory, sync, problem.power)
             objective, record = compute(problem, weigher)
@@ -290,6 +293,7 @@ class RGDLoss(Dial, nn.Module):
             objective, record = reweighted(
                 losses, Weigher(plan, groups, memory, sync),
                 reduction=self.reduction, per=self.per, where=where, sample_weight=sample_weight,
+                normalizer=normalizer,
             )  # fmt: skip
             record = None if record is None else record.guarded()
         if plan is not _PLAIN:

@@ -25,6 +25,7 @@ from rgd.jax._targets import (
     Backend,
     Per,
     Reduction,
+    as_normalizer,
     as_z_loss,
     check_options,
     mean_of,
@@ -73,6 +74,7 @@ def linear_cross_entropy(
     where: ArrayLike | None = None,
     sample_weight: ArrayLike | None = None,
     groups: ArrayLike | None = None,
+    normalizer: ArrayLike | None = None,
     state: Any = None,
     logit_softcap: float | None = None,
     shift: bool = False,
@@ -121,6 +123,7 @@ def linear_cross_entropy(
         sample_weight: The base measure, numbers >= 0, constants: of the labels' shape, or (N,) for the
             leading axis; with `per="sample"` (N,). A target where it is 0 counts for nothing.
         groups: The group of each target, integers shaped as `sample_weight`, for `rgd.GroupDRO`.
+        normalizer: What "mean" divides by, as in `rgd.jax.cross_entropy`.
         state: The state of a weighting that remembers: what `weighting.init()` or the last call returned.
         logit_softcap: `cap` > 0 puts `cap * tanh(logits / cap)` in the place of the logits.
         shift: For (B, T, D): position t predicts the label at t + 1, and the last position nothing. Labels
@@ -189,12 +192,13 @@ def linear_cross_entropy(
         where=where,
         sample_weight=sample_weight,
         groups=groups,
-        reduction=reduction,
+        reduction=reduction if normalizer is None else "sum",
         per=per,
         shift=shift,
         vocab_axis_name=vocab_axis_name,
     )
     operands, dtype = problem.operands, problem.dtype
+    divisor = as_normalizer(normalizer, reduction, dtype)
     constants = problem.constants._replace(z_loss=as_z_loss(z_loss, dtype))
     shape, (features, own_classes) = constants.rows.codes.shape, operands.kernel.shape
     refusal = native_refusal(chosen, class_weight=constants.class_weight, reduction=reduction, per=per)
@@ -230,7 +234,7 @@ def linear_cross_entropy(
     )
     given = constants.rows
     measure: Any = given.measure
-    if sample_weight is not None and reduction == "mean":
+    if sample_weight is not None and reduction == "mean" and divisor is None:
         measure = divided_by_factor(measure, axis_name)
     rows = problem.flat_rows()
     groups_in_chunk = rows.groups if one_pass else None
@@ -250,7 +254,9 @@ def linear_cross_entropy(
             result = result + squared_normalizers(losses, constants.z_loss, logs.reshape(shape))
     if reduction != "none":
         result = psum(jnp.sum(result), axis_name)
-    if reduction == "mean":
+    if divisor is not None:
+        result = result / divisor
+    elif reduction == "mean":
         own = given.own_weight
         counted = measure if own is None else jnp.where(measure != 0, measure * own, 0)
         result = mean_of(result, psum(jnp.sum(counted), axis_name))

@@ -129,7 +129,7 @@ def units_of(
 def objective_of(
     problem: Problem, losses: Tensor, weights: Tensor, logsumexp: Tensor | None = None
 ) -> tuple[Tensor, Tensor | float]:
-    """The objective of given weights, and what "mean" divides by; `logsumexp` is for a z-loss."""
+    """The objective of given weights, and the `sum p c` of the targets; `logsumexp` is for a z-loss."""
     return reduce_losses(
         losses,
         weights,
@@ -138,6 +138,7 @@ def objective_of(
         reduction=problem.options.reduction,
         shares=shares_of(problem, losses.dtype),
         extra=None if logsumexp is None else problem.options.z_loss * logsumexp.square(),
+        normalizer=problem.normalizer,
     )
 
 
@@ -150,10 +151,12 @@ def reduce_losses(
     reduction: str,
     shares: Tensor | None = None,
     extra: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor | float]:
-    """`sum p (w l + e)` reduced, and what "mean" divides by: `sum p c` with `c` the `shares`, or ones.
+    """`sum p (w l + e)` reduced, and `sum p c` with `c` the `shares`, or ones.
 
-    Weights and measure are one a target, or one a sample of the leading axis; `e` is `extra`, or 0.
+    Weights and measure are one a target, or one a sample of the leading axis; `e` is `extra`, or 0. "mean"
+    divides by the `normalizer`, or without one by `sum p c`.
     """
     p = None if measure is None else spread(measure.detach().to(losses.dtype), losses)
     products = product(spread(weights, losses), losses)
@@ -169,14 +172,14 @@ def reduce_losses(
     if reduction == "sum":
         return products.sum(), divisor
     if reduction == "mean":
-        return mean_of(products.sum(), divisor), divisor
+        return mean_of(products.sum(), divisor if normalizer is None else normalizer), divisor
     raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
 
 
 def mean_of(total: Tensor, divisor: Tensor | float) -> Tensor:
     """The quotient, NaN over nothing, whatever the total is, as in `nn.CrossEntropyLoss`."""
     if isinstance(divisor, Tensor):
-        divisor = divisor.masked_fill(divisor == 0, float("nan"))
+        divisor = divisor.masked_fill(divisor == 0, float("nan")).to(total.dtype)
     return total / divisor
 
 

@@ -17,8 +17,13 @@ class Objective(torch.autograd.Function):
     """Hands the objective on, and keeps its gradient for the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, computed: tuple[Tensor, Tensor], read: tuple[Any, ...], options: Options
+    def forward(  # noqa: PLR0917 - the signature is torch's
+        ctx: Any,
+        logits: Tensor,
+        computed: tuple[Tensor, Tensor],
+        read: tuple[Any, ...],
+        options: Options,
+        normalizer: float | None = None,
     ) -> Tensor:
         """Returns the objective.
 
@@ -28,6 +33,7 @@ class Objective(torch.autograd.Function):
             computed: The objective, and its gradient with respect to the logits.
             read: What a second derivative reads: weights, logits, target, class weight, adjustment, measure.
             options: The settings.
+            normalizer: What "mean" divides by; None for `sum p c`.
         """
         # To read saved tensors is an error where one was changed in place since. The gradient is kept apart,
         # so that only a second derivative reads them. Hooks offload or drop what is saved: they get it all.
@@ -39,6 +45,8 @@ class Objective(torch.autograd.Function):
             ctx.grad = None
             ctx.save_for_backward(grad, *read)
         ctx.options = options
+        if normalizer is not None:
+            ctx.normalizer = normalizer
         return objective
 
     @staticmethod
@@ -50,7 +58,10 @@ class Objective(torch.autograd.Function):
             ctx.grad = None
         if torch.is_grad_enabled():
             _, weights, logits, target, *others = ctx.saved_tensors
-            problem = Problem(logits, target, ctx.options, logits.dtype, *others)
+            problem = Problem(
+                logits, target, ctx.options, logits.dtype, *others,
+                normalizer=getattr(ctx, "normalizer", None),
+            )  # fmt: skip
             gradient = differentiable_gradient(problem, weights, above.to(weights.dtype))
         else:
             grad = ctx.saved_tensors[0] if grad is None else grad
@@ -59,4 +70,4 @@ class Objective(torch.autograd.Function):
             else:
                 # The caller may change what it gets in place, and a kept graph needs it once more.
                 gradient = grad.clone() if kept else grad
-        return gradient, None, None, None
+        return gradient, None, None, None, None

@@ -57,7 +57,8 @@ class Composite:
         logsumexp = logsumexp_of(given) if problem.options.z_loss else None
         objective, divisor = objective_of(given, losses, weights, logsumexp)
         if in_place:
-            mean = divisor if problem.options.reduction == "mean" else None
+            mean = divisor if problem.normalizer is None else problem.normalizer
+            mean = mean if problem.options.reduction == "mean" else None
             factors = factors_of(losses, weights, counted, problem.measure, mean)
             _overwrite(given, factors, z_factors_of(given, losses, mean))
             objective = Overwritten.apply(problem.logits, objective)

@@ -37,6 +37,7 @@ def linear_cross_entropy(
     where: Tensor | None = None,
     sample_weight: Tensor | None = None,
     groups: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
     state: Any = None,
     logit_softcap: float | None = None,
     shift: bool = False,
@@ -77,6 +78,7 @@ def linear_cross_entropy(
         where: As for `cross_entropy`, of the targets' shape.
         sample_weight: As for `cross_entropy`, of the targets' shape or of one entry a sample.
         groups: As for `cross_entropy`.
+        normalizer: As for `cross_entropy`.
         state: As for `cross_entropy`.
         logit_softcap: If given, logits are `logit_softcap * tanh(z / logit_softcap)`, as in Gemma.
         shift: True where position t of the input, (B, T, D), predicts target t + 1, as in a causal language
@@ -125,7 +127,7 @@ def linear_cross_entropy(
     options = Options(ignore_index, label_smoothing, reduction, per, z_loss=z_loss).checked()
     chunking = Chunking(logit_softcap, shift, chunk_bytes, accumulate_dtype, vocab_group).checked()
     plan, sharing = plan_of(weighting, tau, scale), sync_of(process_group, sync)
-    given = Given(input, target, class_weight, adjustment, where, sample_weight, groups)
+    given = Given(input, target, class_weight, adjustment, where, sample_weight, groups, normalizer)
     problem = problem_of(given, options, LinearHead(linear_weight, linear_bias, chunking))
     memory = functional_state(plan.weighting, state, problem.logits.device)
     weigher = Weigher(plan, problem.groups, memory, sharing, problem.power)
@@ -280,6 +282,7 @@ class LinearRGDLoss(RGDLoss):
         where: Tensor | None = None,
         sample_weight: Tensor | None = None,
         groups: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """The re-weighted objective.
@@ -291,6 +294,7 @@ class LinearRGDLoss(RGDLoss):
             where: Mask, bool, of the targets' shape.
             sample_weight: As for `linear_cross_entropy`.
             groups: As for `linear_cross_entropy`.
+            normalizer: As for `linear_cross_entropy`.
             **kwargs: None.
 
         Returns:
@@ -308,7 +312,8 @@ class LinearRGDLoss(RGDLoss):
         plan, memory, sync = self._part_of(input, weight)
         is_plain = plan is not self._plan
         by_class = self.weight, self.logit_adjustment
-        given = Given(input, target, *by_class, where, sample_weight, None if is_plain else groups)
+        groups = None if is_plain else groups
+        given = Given(input, target, *by_class, where, sample_weight, groups, normalizer)
         problem = problem_of(given, options_of(self, not is_plain), LinearHead(weight, bias, self._chunking))
         weigher = Weigher(plan, problem.groups, memory, sync, problem.power)
         objective, record = compute_linear(problem, weigher)

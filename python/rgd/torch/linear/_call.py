@@ -134,7 +134,8 @@ class _Call(NamedTuple):
         reduction = problem.options.reduction
         if reduction != "none":
             products = products.sum(dtype=wide(products))
-            products = mean_of(products, divisor) if reduction == "mean" else products
+            mean = divisor if problem.normalizer is None else problem.normalizer
+            products = mean_of(products, mean) if reduction == "mean" else products
         return products.to(losses.dtype), self._record(losses, weights, divisor)
 
     # --- what both ways need ---
@@ -148,7 +149,9 @@ class _Call(NamedTuple):
             norm = torch.ones(problem.losses_shape(), dtype=dtype, device=problem.target.device)
         if problem.options.reduction != "mean":
             return norm
-        total = divisor_of(norm, problem.counted(), p, shares_of(problem, dtype))
+        total = problem.normalizer
+        if total is None:
+            total = divisor_of(norm, problem.counted(), p, shares_of(problem, dtype))
         return torch.where(norm == 0, 0, mean_of(norm, total))
 
     def gradients(self, factors: Tensor, z_factors: Tensor | None, wanted: Wanted) -> Gradients:

@@ -169,7 +169,7 @@ def _(*given: Any) -> tuple[Tensor, ...]:
 # --- what autograd is told ---
 
 # The places of input, weight and bias among the arguments.
-_INPUT, _WEIGHT, _BIAS = 0, 5, 6
+_INPUT, _WEIGHT, _BIAS = 0, 6, 7
 
 
 def _in_places(found: Any, length: int) -> tuple[Tensor | None, ...]:

@@ -33,7 +33,7 @@ class Filled(NamedTuple):
     Attributes:
         losses: One a target, detached.
         weights: One a unit.
-        divisor: What "mean" divides by.
+        divisor: `sum p c` of the targets, by which "mean" divides without a normalizer.
         all_count: Whether it is known that no target is ignored.
     """
 
@@ -49,12 +49,13 @@ class Record(NamedTuple):
     Attributes:
         losses: One a target, 0 where the target is ignored.
         weights: One a target, or one a sample of the leading axis; 0 where all is ignored.
-        divisor: What the mean divides by; a tensor where it lies on a device that nobody has waited for.
+        divisor: `sum p c` of the targets; a tensor where it lies on a device that nobody has waited for.
         measure: The base measure of each weight; None for ones.
         counted: Which losses count, bool; None for all that `measure` counts.
         groups: The group of each weight, where they were given.
         backend: What computed it.
         version: How often `losses` had been changed in place, where they are the caller's; else None.
+        normalizer: What the objective was divided by in the place of the divisor; None for that.
     """
 
     losses: Tensor
@@ -65,15 +66,20 @@ class Record(NamedTuple):
     groups: Tensor | None
     backend: str
     version: int | None = None
+    normalizer: float | Tensor | None = None
 
     @classmethod
     def of(cls, problem: Problem, filled: Filled, backend: str) -> Record:
         """The record of a problem, with the measure that was given, whatever it was divided by since."""
-        measure, divisor = problem.measure, filled.divisor
+        measure, divisor, normalizer = problem.measure, filled.divisor, problem.normalizer
         if problem.power != 1.0:
             measure, divisor = problem.given_measure, times_power(divisor, problem.power)
+            normalizer = None if normalizer is None else times_power(normalizer, problem.power)
         counted = None if filled.all_count else problem.counted()
-        return cls(filled.losses, filled.weights, divisor, measure, counted, problem.groups, backend)
+        return cls(
+            filled.losses, filled.weights, divisor, measure, counted, problem.groups, backend,
+            normalizer=normalizer,
+        )  # fmt: skip
 
     def changed(self, **changes: Any) -> Record:
         """As `_replace`, which torch 2.8 does not compile."""
@@ -120,7 +126,10 @@ class Record(NamedTuple):
         power = power_of(float(self.measure.max()))
         if power == 1.0:
             return self
-        return self._replace(measure=self.measure / power, divisor=self.divisor / power)
+        normalizer = None if self.normalizer is None else self.normalizer / power
+        return self._replace(
+            measure=self.measure / power, divisor=self.divisor / power, normalizer=normalizer
+        )
 
     def stats(
         self, weighting: Weighting | None, groups: Tensor | None = None, group: Any = None
@@ -137,6 +146,7 @@ class Record(NamedTuple):
         units = record.units()
         losses, weights, measure = units.losses, units.weights, units.measure
         sums, divisor = units.sums(clip_of(weighting)), float(record.divisor)
+        normalizer = divisor if record.normalizer is None else float(record.normalizer)
         # The number of targets: what the divisor is without class weights, by which a loss is divided.
         targets = sums.mass
         if units.number is not None:
@@ -144,7 +154,8 @@ class Record(NamedTuple):
         groups = self.groups if groups is None else groups
         tail: Any = losses, measure
         if group is not None:
-            sums, divisor, targets = _over_processes(sums, divisor, targets, losses.device, group)
+            own_numbers = [divisor, targets, normalizer]
+            sums, (divisor, targets, normalizer) = _over_processes(sums, own_numbers, losses.device, group)
             own = [losses.reshape(-1), torch.ones_like(losses) if measure is None else measure]
             tail = gather([vector.reshape(-1).to(wide(losses)) for vector in own], group)[0]
         by_group = None if groups is None else stats_by_group(losses, weights, measure, groups, group)
@@ -153,6 +164,7 @@ class Record(NamedTuple):
             weighting,
             worst_tenth=tail_of(*tail) * quotient(targets, divisor),
             denominator=divisor,
+            normalizer=normalizer,
             groups=by_group,
         )
 
@@ -217,12 +229,13 @@ def tail_of(losses: Tensor, measure: Tensor | None) -> float:
 
 
 def _over_processes(
-    sums: WeightSums, divisor: float, targets: float, device: torch.device, group: Any
-) -> tuple[WeightSums, float, float]:
+    sums: WeightSums, others: list[float], device: torch.device, group: Any
+) -> tuple[WeightSums, list[float]]:
     """Each number over all processes of a group."""
-    *totals, divisor, targets = reduce_sums([*sums, divisor, targets], device, group)
+    reduced = reduce_sums([*sums, *others], device, group)
+    totals, others = reduced[: len(sums)], reduced[len(sums) :]
     largest = reduce_max(sums.largest, device, group)
-    return WeightSums(int(totals[0]), *totals[1:])._replace(largest=largest), divisor, targets
+    return WeightSums(int(totals[0]), *totals[1:])._replace(largest=largest), others
 
 
 _FIELDS = Record._fields

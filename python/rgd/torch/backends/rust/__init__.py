@@ -104,7 +104,8 @@ class Rust:
             objective = Overwritten.apply(problem.logits, objective)
         elif with_grad:
             read = (computed.filled.weights, *problem.tensors()[:5])
-            objective = Objective.apply(problem.logits, (objective, computed.grad), read, problem.options)
+            given = (objective, computed.grad), read, problem.options, problem.normalizer
+            objective = Objective.apply(problem.logits, *given)
         return objective, Record.of(problem, computed.filled, self.name)
 
     def step(self, problem: Problem) -> Step:

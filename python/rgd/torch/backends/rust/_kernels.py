@@ -58,7 +58,7 @@ def fill(problem: Problem, kernel: Kernel, with_grad: bool) -> Computed:
     divisor, count = _rgd.cross_entropy(
         logits, target, _by_class(problem.class_weight, losses.dtype), problem.measure, *kernel,
         ignore_index, smoothing, per == "sample", reduction, losses, weights, objective, grad,
-        torch.get_num_threads(), _by_class(problem.adjustment, losses.dtype), z_loss,
+        torch.get_num_threads(), _by_class(problem.adjustment, losses.dtype), z_loss, problem.normalizer,
     )  # fmt: skip
     return Computed(objective, grad, Filled(losses, weights, divisor, count == losses.numel()))
 
@@ -88,6 +88,7 @@ def fill_gradient(
         logits, target, _by_class(problem.class_weight, losses.dtype), problem.measure, ignore_index,
         smoothing, per == "sample", reduction, losses, weights.contiguous(), objective, grad,
         torch.get_num_threads(), _by_class(problem.adjustment, losses.dtype), z_loss, logsumexp,
+        problem.normalizer,
     )  # fmt: skip
     return Computed(objective, grad, Filled(losses, weights, divisor, count == losses.numel()))
 
