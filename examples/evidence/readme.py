@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-from harness import Row, Table, holm
+from harness import Claim, Row, Table, holm
 from harness.pictures import BLUE, GREY, INK, ORANGE, pyplot
 from harness.problems import higher_is_better
 from harness.results import Line
@@ -344,15 +344,16 @@ def forest() -> dict[str, list[Line]]:
     """The claims that are told in points of accuracy, and the placebos of their rows."""
     claims = {row.name: row.claim for row in committed()}
     return {
-        name: [claim.line(tables()[name]), *placebos_of(name, claim.metric)]
+        name: [claim.line(tables()[name]), *placebos_of(name, claim)]
         for name, claim in claims.items()
         if claim is not None and higher_is_better(claim.metric)
     }
 
 
-def placebos_of(name: str, metric: str) -> list[Line]:
-    """The placebos of a row, by one metric."""
-    lines = (line for line in tables()[name].compared() if line.metric == metric)
+def placebos_of(name: str, claim: Claim) -> list[Line]:
+    """The placebos of a row, in the setting and by the metric of its claim."""
+    own = (claim.setting, claim.metric)
+    lines = (line for line in tables()[name].compared() if (line.setting, line.metric) == own)
     return [line for line in lines if line.arm.startswith(PLACEBO)]
 
 
