@@ -56,18 +56,17 @@ def _weight(loss, numbers, KIND):
     """The pointwise weight of a loss, computed in float64 and rounded once; NaN stays NaN."""
     loss = loss.to(tl.float64)
     plain = tl.where(loss == loss, 1.0, loss)
-    if KIND == "kl":
-        tau, scale = tl.load(numbers), tl.load(numbers + 1)
-        clipped = tl.where(loss > tau, tau, loss)
-        weight = tl.where(scale == 0.0, plain, tl.exp(scale * clipped))
-    else:
-        tl.static_assert(KIND == "focal")
+    if KIND == "focal":
         gamma = tl.load(numbers)
         loss = tl.where(loss < 0.0, 0.0, loss)
         # 1 - exp(-l) by its series where the difference would cancel.
         series = loss * (1 - loss / 2 * (1 - loss / 3 * (1 - loss / 4 * (1 - loss / 5))))
         unlikely = tl.where(loss < 1e-3, series, 1 - tl.exp(-loss))
         weight = tl.where(gamma == 0.0, plain, tl.exp(gamma * tl.log(unlikely)))
+    else:  # "kl", the only other kernel in `_passes.KINDS`
+        tau, scale = tl.load(numbers), tl.load(numbers + 1)
+        clipped = tl.where(loss > tau, tau, loss)
+        weight = tl.where(scale == 0.0, plain, tl.exp(scale * clipped))
     return weight.to(tl.float32)
 
 
