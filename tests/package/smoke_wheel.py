@@ -58,6 +58,7 @@ def main(wheel: pathlib.Path) -> None:
         # Wheels only: nothing is compiled on this machine.
         subprocess.run([*pip, "--only-binary=:all:", str(wheel)], check=True, env=environment, cwd=folder)
         subprocess.run([*run, NUMPY_PART], check=True, env=environment, cwd=folder)
+        subprocess.run([str(python), "-m", "rgd"], check=True, env=environment, cwd=folder)
         site_packages = sysconfig.get_path("purelib")
         if not pathlib.Path(site_packages, "torch").is_dir():
             print("torch is not installed here: rgd.torch was not tried")
