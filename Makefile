@@ -20,6 +20,8 @@ pip_install := $(pip) install --quiet --timeout 120
 pytest = $(python) -m pytest -n $(PYTEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 # How many of the parameter sets of a test run with the oldest versions.
 OLDEST_SETS ?= 3
+# Rust keeps the paths of its sources for the messages of panics: those of this machine are of no use elsewhere.
+without_paths := --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=cargo --remap-path-prefix=$(CURDIR)=rgd
 say := @printf '\n== %s\n'
 
 rust_sources := Cargo.toml $(wildcard Cargo.lock) $(shell find src -name '*.rs')
@@ -108,6 +110,26 @@ wheel: $(VENV)/.tools | rust ## Build the abi3 wheel into dist/ and try it in a 
 	@$(python) -m maturin build --release --out dist --interpreter $(python)
 	$(say) "trying the wheel in a throw-away environment"
 	@$(python) tests/package/smoke_wheel.py dist/rgd-*.whl
+
+.PHONY: wheels
+wheels: $(VENV)/.tools $(VENV)/.group-wheels | rust ## Build what is published from Linux, the sdist and a wheel for glibc 2.28, and look through both
+	$(say) "building the sdist, and from it the wheel for manylinux_2_28 (several minutes)"
+	@rm -f dist/rgd-*.tar.gz dist/rgd-*manylinux*.whl
+	@$(python) -m maturin sdist --out dist
+	@rm -rf target/sdist && mkdir -p target/sdist && tar -xzf dist/rgd-*.tar.gz --strip-components 1 -C target/sdist
+	@RUSTFLAGS="$(RUSTFLAGS) $(without_paths)" PATH="$(abspath $(VENV))/bin:$$PATH" \
+	  $(abspath $(python)) -m maturin build --release --zig --compatibility manylinux_2_28 --interpreter $(abspath $(python)) \
+	  --manifest-path target/sdist/Cargo.toml --target-dir target/manylinux --out dist
+	$(say) "looking through them"
+	@$(python) -m auditwheel show dist/rgd-*manylinux*.whl
+	@$(VENV)/bin/abi3audit --strict --summary dist/rgd-*manylinux*.whl
+	@$(python) tests/package/check_built.py dist/rgd-*.tar.gz dist/rgd-*manylinux*.whl
+	$(say) "trying the wheel in a throw-away environment"
+	@$(python) tests/package/smoke_wheel.py dist/rgd-*manylinux*.whl
+
+.PHONY: release
+release: ## Write a version and today's date, commit and tag: make release VERSION=0.2.0; DRY=1 changes nothing
+	@$(PYTHON) tools/release.py "$(VERSION)" $(if $(DRY),--dry-run)
 
 .PHONY: bench
 bench: $(VENV)/.built $(VENV)/.group-test ## Run the programs in benches/, or one: make bench BENCH=benches/...; WRITE=1 for the pages' tables
