@@ -88,7 +88,7 @@ pytest-clients: $(VENV)/.built $(VENV)/.group-clients
 	@KERAS_BACKEND=torch $(python) -m pytest tests/clients $(PYTEST_ARGS)
 
 .PHONY: lint
-lint: $(VENV)/.group-test $(VENV)/.group-lint | rust ## Check format, lints and types of both languages
+lint: $(VENV)/.group-test $(VENV)/.group-lint | rust ## Check format, lints and types of both languages, and the workflows
 	@cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1 || \
 	  { echo "make lint needs rustfmt and clippy: run 'rustup component add rustfmt clippy'." >&2; exit 1; }
 	$(say) "cargo fmt --check"
@@ -100,6 +100,8 @@ lint: $(VENV)/.group-test $(VENV)/.group-lint | rust ## Check format, lints and 
 	$(say) "ruff check, ruff format --check"
 	@$(python) -m ruff check .
 	@$(python) -m ruff format --check .
+	$(say) "zizmor: the workflows"
+	@$(VENV)/bin/zizmor --offline --quiet .github
 	$(say) "pyright"
 	@$(python) -m pyright --pythonpath $(python)
 
