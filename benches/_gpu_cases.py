@@ -72,7 +72,10 @@ def case_of(seed, shapes=SHAPES):
     if choose.random() < 0.3 and places:
         tensors["where"] = uniform(*units) < 0.8
     above = uniform(*places) + 0.5 if options["reduction"] == "none" else uniform().squeeze() + 0.5
-    return Case(logits, target, tensors, options, above if choose.random() < 0.5 else above * 0 + 1)
+    above = above if choose.random() < 0.5 else above * 0 + 1
+    if options["reduction"] == "mean" and choose.random() < 0.3:
+        options["normalizer"] = choose.choice([7.5, torch.tensor(7.5, dtype=torch.float64)])
+    return Case(logits, target, tensors, options, above)
 
 
 def cast(case, dtype, device="cpu"):
@@ -83,8 +86,11 @@ def cast(case, dtype, device="cpu"):
         return one.to(device, to if one.is_floating_point() else one.dtype)
 
     tensors = {name: moved(one) for name, one in case.tensors.items()}
-    target = moved(case.target, dtype)
-    return Case(moved(case.logits, dtype), target, tensors, case.options, moved(case.above))
+    normalizer = case.options.get("normalizer")
+    options = case.options
+    if isinstance(normalizer, torch.Tensor):
+        options = {**options, "normalizer": normalizer.to(device)}
+    return Case(moved(case.logits, dtype), moved(case.target, dtype), tensors, options, moved(case.above))
 
 
 def value_and_grad(case, name, **options):

@@ -84,11 +84,10 @@ def test_a_tensor_on_the_cpu_is_refused():
         criterion(torch.randn(3, 2), torch.tensor([0, 1, 0]))
 
 
-@pytest.mark.parametrize("unknown", [{"normalizer": 2.0}, {"returns": ("entropy",)}], ids=str)
-def test_what_a_problem_holds_that_the_programs_do_not_know_is_refused(unknown):
-    problem = Problem(torch.randn(3, 2), torch.tensor([0, 1, 0]), Options()).changed(**unknown)
+def test_what_a_problem_holds_that_the_programs_do_not_know_is_refused():
+    problem = Problem(torch.randn(3, 2), torch.tensor([0, 1, 0]), Options()).changed(returns=("entropy",))
     for call in (lambda one: Triton().cross_entropy(one, Weigher(Plan(rgd.KL()))), Triton().step):
-        with pytest.raises(RuntimeError, match=f"do not serve {next(iter(unknown))}"):
+        with pytest.raises(RuntimeError, match="do not serve returns"):
             call(problem)
 
 

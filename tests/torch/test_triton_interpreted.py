@@ -94,6 +94,30 @@ def test_a_linear_head_equals_that_in_float64(seed):
     assert max(map(distance, found, expected)) < 2 * FLOAT32, case
 
 
+@pytest.mark.usefixtures("reads")
+@pytest.mark.parametrize("normalizer", [7.0, 0.0])
+def test_a_normalizer_on_the_device_divides_and_nobody_reads_it(normalizer, monkeypatch):
+    # As on a GPU: 0 is not refused there, and makes NaN.
+    monkeypatch.setattr("rgd.torch.normalizer.values_can_be_read", lambda tensor: False)
+    hidden, head, target = torch.randn(9, 4), torch.randn(7, 4), torch.arange(9) % 7
+    target[2] = -100
+    options = {"normalizer": torch.tensor(normalizer), "sample_weight": torch.rand(9), "z_loss": 1e-2}
+    for weighting in (rgd.KL(), rgd.KLBall(0.1)):
+        found = []
+        for name in ("composite", "triton"):
+            inputs = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+            with backend(name), Watch():
+                dense = cross_entropy(F.linear(*inputs), target, weighting=weighting, **options)
+                chunked = linear_cross_entropy(
+                    *inputs, target, weighting=weighting, chunk_bytes=60, **options
+                )
+                both = [torch.autograd.grad(value, inputs) for value in (dense, chunked)]
+            found.append([dense.detach(), chunked.detach(), *both[0], *both[1]])
+        expected, mine = (torch.cat([one.flatten().double() for one in each]) for each in found)
+        assert distance(mine, expected) < 2 * FLOAT32
+        assert mine.isnan().any() == (normalizer == 0)
+
+
 @pytest.mark.parametrize("strides", ["rows", "columns", "channels last", "reversed axes", "slices"])
 def test_logits_may_lie_in_memory_in_any_order(strides):
     logits = {
@@ -331,6 +355,8 @@ def options_of_graphs():
         {"weighting": rgd.Focal(2.0), "reduction": "none", "z_loss": 1e-3},
         {"weighting": rgd.KLBall(0.1), "z_loss": 1e-3, "label_smoothing": 0.1},
         {"weighting": rgd.KL(), "per": "sample", "reduction": "sum"},
+        {"weighting": rgd.KL(), "normalizer": 2.5},
+        {"weighting": rgd.KLBall(0.1), "normalizer": 2.5},
     ]
 
 
@@ -339,10 +365,11 @@ def test_a_compiled_call_equals_the_eager_one(options):
     torch.compiler.reset()
     logits, target = torch.randn(5, 4, 3, requires_grad=True), torch.randint(0, 4, (5, 3))
     target[0, 0] = -100
+    normalizer = options.pop("normalizer", None)
     criterion = RGDLoss(**options)
 
     def step(x, y):
-        return criterion(x, y) * 2
+        return criterion(x, y, normalizer=normalizer) * 2
 
     with backend("triton"):
         found = []
@@ -353,13 +380,14 @@ def test_a_compiled_call_equals_the_eager_one(options):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
 
 
-def test_a_compiled_linear_head_equals_the_eager_one():
+@pytest.mark.parametrize("normalizer", [None, 2.5])
+def test_a_compiled_linear_head_equals_the_eager_one(normalizer):
     torch.compiler.reset()
     head, hidden, target = LinearRGDLoss(4, 5), torch.randn(6, 4, requires_grad=True), torch.arange(6) % 5
     with backend("triton"):
         found = []
         for function in (head, torch.compile(head, fullgraph=True, backend="aot_eager")):
-            value = function(hidden, target)
+            value = function(hidden, target, normalizer=normalizer)
             found.append((value, *torch.autograd.grad(value, (hidden, head.linear.weight))))
     for mine, other in zip(*found, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)

@@ -34,9 +34,10 @@ def one_pass(problem: Problem, kind: str, numbers: Tensor, with_grad: bool) -> C
     measure = None if measure is None else measure.detach().to(torch.float32).contiguous()
     like = target.new_empty(shape, dtype=torch.float32)
     divisor = divisor_of(like, problem.counted(), measure, shares_of(problem, torch.float32))
+    mean = divisor if problem.normalizer is None else problem.normalizer
     by = None
     if reduction == "mean":
-        by = divisor if isinstance(divisor, Tensor) else like.new_full((), divisor)
+        by = mean if isinstance(mean, Tensor) else like.new_full((), mean, dtype=wide(like))
     grad = _empty_gradient(problem) if with_grad else None
     found = run_weighted(problem, (kind, numbers), grad, measure=measure, divisor=by)
     losses, weights, values = (
@@ -45,7 +46,7 @@ def one_pass(problem: Problem, kind: str, numbers: Tensor, with_grad: bool) -> C
     objective = values
     if reduction != "none":
         objective = values.sum(dtype=wide(values))
-        objective = mean_of(objective, divisor) if reduction == "mean" else objective
+        objective = mean_of(objective, mean) if reduction == "mean" else objective
     return Computed(objective.to(torch.float32), grad, Filled(losses, weights, divisor))
 
 
@@ -69,7 +70,8 @@ def gradient_of_rows(
     objective, divisor = objective_of(problem, *vectors)  # pyright: ignore[reportArgumentType]
     grad = None
     if with_grad:
-        mean = divisor if options.reduction == "mean" else None
+        mean = divisor if problem.normalizer is None else problem.normalizer
+        mean = mean if options.reduction == "mean" else None
         factors = factors_of(losses, weights, problem.counted(), problem.measure, mean)
         z_factors = z_factors_of(problem, losses, mean)
         grad = _empty_gradient(problem)
