@@ -65,8 +65,7 @@ def index_losses(
     counted, index = codes != IGNORED, jnp.maximum(codes, 0)
     logits, shifted, log_sum = _shifted(logits, counted)
     own = 1 - smoothing if class_weight is None else (1 - smoothing) * class_weight[index]
-    at_label = jnp.take_along_axis(shifted, index[..., None], axis=-1, mode="promise_in_bounds")[..., 0]
-    losses = log_sum - unless_massless(at_label, own)
+    losses = log_sum - unless_massless(at_label(shifted, index), own)
     if class_weight is not None or smoothing > 0:
         losses = own * losses
     if smoothing > 0:
@@ -92,6 +91,34 @@ def probability_losses(
     shifted = unless_massless(shifted, smoothed)
     losses = -jnp.sum(smoothed * (shifted - log_sum[..., None]), axis=-1)
     return losses if counted is None else jnp.where(counted, losses, 0)
+
+
+@jax.custom_jvp
+def at_label(values: jax.Array, index: jax.Array) -> jax.Array:
+    """The entry of each row at its label; differentiable.
+
+    A gather keeps XLA from fusing what makes the values, and its transpose is a scatter, which no GPU fuses.
+    So on a GPU the entry is a sum over the row, and everywhere the derivative is.
+
+    Args:
+        values: (..., C).
+        index: Classes, (...), integers.
+    """
+    return lax.platform_dependent(values, index, cpu=_gathered, default=_summed)
+
+
+def _gathered(values: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(values, index[..., None], axis=-1, mode="promise_in_bounds")[..., 0]
+
+
+def _summed(values: jax.Array, index: jax.Array) -> jax.Array:
+    classes = lax.broadcasted_iota(index.dtype, values.shape, values.ndim - 1)
+    return jnp.sum(jnp.where(classes == index[..., None], values, 0), axis=-1)
+
+
+@at_label.defjvp
+def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    return at_label(*primals), _summed(tangents[0], primals[1])
 
 
 def log_normalizers(logits: jax.Array, counted: jax.Array | None) -> jax.Array:

@@ -32,7 +32,7 @@ from rgd.jax import _ffi
 from rgd.jax._devices import mapped_axes, pmax, psum, vary
 from rgd.jax._inputs import Losses
 from rgd.jax._pytrees import joined
-from rgd.jax._rows import IGNORED, OUT_OF_RANGE, adjusted, unless_massless
+from rgd.jax._rows import IGNORED, OUT_OF_RANGE, adjusted, at_label, unless_massless
 from rgd.jax._targets import squared_normalizers
 from rgd.jax._weights import weighted_losses, weights_of
 from rgd.jax.linear._problem import Constants, Operands, Rows, Settings, accumulator, position
@@ -256,10 +256,9 @@ def _losses(settings: Settings, constants: Constants, logits: jax.Array) -> tupl
     exp_sum = psum(jnp.sum(jnp.exp(shifted), axis=-1), settings.vocab_axis)
     log_sum = jnp.log(exp_sum)
     index, inside = position(codes, constants.first_class, logits.shape[-1])
-    at_label = jnp.take_along_axis(shifted, index[:, None], axis=-1, mode="promise_in_bounds")[:, 0]
     own, smooth, weight_sum = _shares(settings, constants, logits.dtype)
-    at_label = psum(jnp.where(inside, unless_massless(at_label, own), 0), settings.vocab_axis)
-    losses = own * (log_sum - at_label)
+    of_label = jnp.where(inside, unless_massless(at_label(shifted, index), own), 0)
+    losses = own * (log_sum - psum(of_label, settings.vocab_axis))
     if settings.smoothing > 0:
         ones = 1 if constants.class_weight is None else constants.class_weight
         over_all = psum(jnp.sum(ones * unless_massless(shifted, ones), axis=-1), settings.vocab_axis)
