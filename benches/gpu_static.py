@@ -25,12 +25,22 @@ COUNTED = {
 }
 BANDWIDTH = {"A100": 2.0, "H100": 3.35, "H200": 4.8, "B200": 8.0}
 """Of the memory, in TB/s, as NVIDIA gives it for the 80 GB A100 and the SXM modules."""
+PEAK = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
+"""Of dense products in bfloat16, in TFLOP/s, from the same pages."""
 ROWS, CLASSES = 8192, 32000
 PUBLISHED = {
-    "Liger, its cross-entropy": 0.80,
-    "Liger, its newer kernels": 0.72,
+    "published: Liger, its cross-entropy": 0.80,
+    "published: Liger, its newer kernels": 0.72,
+    "published: quack's softmax, 89.7% of peak": 2 * ROWS * CLASSES * 2 / (0.897 * 3.35e9),
 }
-"""Forward and backward, milliseconds, of (8192, 32000) in bfloat16 on an H100, as their authors publish."""
+"""Milliseconds of (8192, 32000) in bfloat16 on an H100, as published: a softmax, and training steps."""
+HEAD = 8192, 4096, 151936
+PUBLISHED_HEAD = {
+    "published: the products alone": (42,),
+    "published: all logits at once": (59,),
+    "published: in chunks": (167, 192),
+}
+"""Milliseconds of a training step of the linear head in bfloat16 on an H100, as TRL publishes."""
 
 
 def count():
@@ -71,6 +81,39 @@ def compiled(targets):
     }
 
 
+def least_times(traffic):
+    """What the bandwidth of each GPU allows for dense logits, in ms."""
+    moved = sum(traffic["training, 32,000 classes"])
+    ways = {
+        "rgd": moved,
+        "rgd, its second read from the cache": moved - 1,
+        "one read and one write": 2,
+    }
+    return {
+        name: {gpu: moves * ROWS * CLASSES * 2 / speed / 1e9 for gpu, speed in BANDWIDTH.items()}
+        for name, moves in ways.items()
+    }
+
+
+def least_times_of_head(traffic):
+    """What peak and bandwidth of each GPU allow for the parts of a linear head's step, in ms."""
+    from rgd._chunk_rows import chunk_rows  # noqa: PLC0415
+
+    rows, width, classes = HEAD
+    gradient = classes * width * 4
+    chunks = -(-rows // chunk_rows(None, row_bytes=classes * 2, gradient_bytes=gradient))
+    programs = sum(traffic["training, 151,936 classes"]) * rows * classes * 2
+    return {
+        "the three products, at the peak": {
+            gpu: 3 * 2 * rows * width * classes / peak / 1e9 for gpu, peak in PEAK.items()
+        },
+        "the programs between them": {gpu: programs / speed / 1e9 for gpu, speed in BANDWIDTH.items()},
+        f"the head's gradient, moved by {chunks} chunks": {
+            gpu: 2 * chunks * gradient / speed / 1e9 for gpu, speed in BANDWIDTH.items()
+        },
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--json", type=pathlib.Path, help="write the figures to this file")
@@ -96,20 +139,19 @@ def main():
     for name, (reads, writes) in traffic.items():
         print(f"{name:42}{reads:6.2f}{writes:6.2f}")
 
-    print(f"\nThe least time of ({ROWS}, {CLASSES}) in bfloat16 by bandwidth, ms; published: H100\n")
-    print(f"{'':42}" + "".join(f"{gpu:>8}" for gpu in BANDWIDTH))
-    times = {}
-    for name, moved in {
-        "rgd": sum(traffic["training, 32,000 classes"]),
-        "rgd, its second read from the cache": sum(traffic["training, 32,000 classes"]) - 1,
-        "one read and one write": 2.0,
-    }.items():
-        times[name] = {gpu: moved * ROWS * CLASSES * 2 / speed / 1e9 for gpu, speed in BANDWIDTH.items()}
-        print(f"{name:42}" + "".join(f"{time:8.2f}" for time in times[name].values()))
-    for name, time in PUBLISHED.items():
-        print(f"{name:42}{'':8}{time:8.2f}")
+    dense, head = least_times(traffic), least_times_of_head(traffic)
+    for size, times, published in (
+        (f"({ROWS}, {CLASSES})", dense, {name: (time,) for name, time in PUBLISHED.items()}),
+        (f"the linear head {HEAD}", head, PUBLISHED_HEAD),
+    ):
+        print(f"\nThe least time of {size} in bfloat16, ms\n")
+        print(f"{'':46}" + "".join(f"{gpu:>8}" for gpu in BANDWIDTH))
+        for name, by_gpu in times.items():
+            print(f"{name:46}" + "".join(f"{time:8.2f}" for time in by_gpu.values()))
+        for name, of in published.items():
+            print(f"{name:46}{'':8}" + ",".join(f"{time:8.2f}" for time in of))
     if options.json is not None:
-        figures = {"programs": programs, "traffic": traffic, "least_ms": times}
+        figures = {"programs": programs, "traffic": traffic, "least_ms": dense | head}
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 

@@ -110,15 +110,6 @@ else:
     assert found.returncode == 0, found.stderr
 
 
-def test_the_program_for_a_gpu_runs_its_parity_in_the_interpreter():
-    pytest.importorskip("triton")
-    program = HERE.parents[1] / "benches" / "gpu.py"
-    found = run([str(program), "--parity-only", "--cases", "4"], TRITON_INTERPRET="1")
-    assert found.returncode == 0, found.stdout + found.stderr
-    assert found.stdout.startswith("parity of 4 calls: off by at most")
-    assert found.stdout.endswith(" 0 failed\n")
-
-
 def test_the_numbers_of_a_plan_on_a_device_follow_a_schedule():
     plan = Plan(rgd.KL(1.0)).prepare()
     assert plan.numbers_on(torch.device("cpu")) is plan.numbers

@@ -17,6 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" or importlib.util.find_spec("triton
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benches"))
 
 import _gpu_ahead as ahead
+import gpu_static
 from rgd.torch.backends.triton import _kernels, _launch
 
 ALL = os.environ.get("RGD_GPU_STATIC") == "1"
@@ -76,6 +77,16 @@ def test_offsets_of_32_bits_and_spills_and_narrow_loads_are_noticed(variants, mo
     assert crowded.stack > 0 or crowded.spills > 0
     odd = ahead.launches(50257, torch.bfloat16)[0]
     assert ahead.compile_for(odd, "sm_90a").loads[0] == 0
+
+
+def test_the_page_gives_the_least_times_of_the_program():
+    traffic = dict.fromkeys(("training, 32,000 classes", "training, 151,936 classes"), (2.0, 1.0))
+    dense, head = gpu_static.least_times(traffic), gpu_static.least_times_of_head(traffic)
+    assert dense["one read and one write"]["H100"] == pytest.approx(2 * 8192 * 32000 * 2 / 3.35e9, rel=1e-12)
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
+    for times, digits in ((dense, 2), (head, 1)):
+        for name, by_gpu in times.items():
+            assert f"| {by_gpu['H100']:.{digits}f} |" in page, name
 
 
 def test_programs_share_no_memory_that_they_could_race_for():

@@ -4,6 +4,7 @@ Launches are watched: they may touch nothing but the elements of their tensors, 
 """
 
 import importlib.util
+import json
 import math
 import os
 import pathlib
@@ -443,6 +444,52 @@ def test_what_the_programs_cannot_serve_is_refused():
             cross_entropy(logits, logits.softmax(1).requires_grad_())
         with torch.no_grad():
             assert cross_entropy(logits, logits.softmax(1).requires_grad_()).isfinite()
+
+
+# The program for the day of a GPU
+
+
+def test_the_program_for_a_gpu_runs_through_and_writes_its_figures(monkeypatch, tmp_path, capsys):
+    program, file = importlib.import_module("gpu"), tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--json", str(file)])
+    program.main()
+    found = json.loads(file.read_text())
+    assert found["parity"]["failed"] == []
+    assert [one for one in found["figures"] if "failed" in one] == []
+    # Liger and quack are not installed here; every other step has a figure.
+    names = {one["what"] for one in found["figures"]}
+    assert len(names) == 6 + 4 - 2
+    assert all(one["ms"] > 0 for one in found["figures"])
+    assert len(found["goals"]) == 4
+    assert "parity of 4 calls" in capsys.readouterr().out
+
+
+def test_a_wrong_gradient_is_named_and_nothing_is_timed(monkeypatch, tmp_path):
+    program, file = importlib.import_module("gpu"), tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--cases", "1", "--json", str(file)])
+    monkeypatch.setattr(program, "distance", lambda found, expected: math.inf)
+    with pytest.raises(SystemExit, match="case 0 in float32 is off by inf"):
+        program.main()
+    assert json.loads(file.read_text())["figures"] == []
+
+
+def test_what_does_not_fit_into_the_minutes_is_left_out_and_a_peer_that_fails_is_named(monkeypatch, tmp_path):
+    program, file = importlib.import_module("gpu"), tmp_path / "gpu.json"
+
+    def fails(x, y):
+        raise ValueError("not here")
+
+    monkeypatch.setattr(program, "peers", lambda device: {"Liger": fails})
+    clock = iter([0.0, 1.0])
+    parts = program.parts_of
+    monkeypatch.setattr(program, "parts_of", lambda *of: parts(*of)[:2])
+    monkeypatch.setattr(program.Device, "median_ms", lambda self, step, budget=0: (step(), 1.0))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--cases", "1", "--json", str(file)])
+    monkeypatch.setattr(program.time, "perf_counter", lambda: next(clock, 1000.0))
+    program.main()
+    found = json.loads(file.read_text())
+    assert [one["failed"] for one in found["figures"]] == ["ValueError: not here"]
+    assert found["left_out"] == ["head 6 x 8 x 33"]
 
 
 # Planted faults
