@@ -14,7 +14,7 @@ import pytest
 import rgd
 import torch
 from rgd.integrations.transformers import RGDStatsCallback, rgd_loss_func, use_linear_rgd
-from rgd.torch import LinearRGDLoss, RGDLoss, WeightingSchedule
+from rgd.torch import LinearRGDLoss, RGDLoss, WeightingSchedule, cross_entropy
 from rgd.torch._dtypes import product_dtype
 from torch import nn
 from torch.nn import functional as F
@@ -825,25 +825,53 @@ TOLD_BY = {
 }
 
 
+def one_by_one(model, inputs, starts):
+    """The sequences of a packed row as rows of their own, padded, with the logits that the pack gives."""
+    logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+    ends = [*starts[1:], logits.shape[1]]
+    pad = torch.nn.utils.rnn.pad_sequence
+    spans = [slice(*span) for span in zip(starts, ends, strict=True)]
+    rows = pad([logits[0, span][:-1] for span in spans], batch_first=True)
+    labels = [inputs["input_ids"][0, span][1:] for span in spans]
+    return rows.movedim(-1, 1), pad(labels, batch_first=True, padding_value=-100)
+
+
 @pytest.mark.parametrize("found", TOLD_BY)
-def test_packed_rows_are_refused_by_sample_and_weighed_by_element(transformers, found):
-    model, inputs = make(transformers).train(), flattened(transformers, **TOLD_BY[found])
-    with use_linear_rgd(model, tau=8.0, per="sample"):
-        with pytest.raises(ValueError, match=f'{found}.*row of its own.*per="element"'):
-            model(**inputs)
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "Gemma2"])
+def test_sequences_of_a_packed_row_are_weighed_as_rows_of_their_own(transformers, kind, found):
+    model, inputs = make(transformers, kind).train(), flattened(transformers, (4, 9, 6), **TOLD_BY[found])
+    with use_linear_rgd(model, rgd.CVaR(0.5), per="sample") as handle:
+        loss = model(**inputs).loss
+        assert handle.stats().count == 3
+        # What the collator masks is the first label of each text, which the text before would predict.
+        unmasked = model(**{**inputs, "labels": inputs["input_ids"]}).loss
         alone = flattened(transformers, (6,), **TOLD_BY[found])
-        loss = model(**alone).loss
-    torch.testing.assert_close(loss, from_logits(model, alone, tau=8.0, per="sample"), rtol=1e-12, atol=0)
+        of_one = model(**alone).loss
+    logits, labels = one_by_one(model, inputs, (0, 4, 13))
+    expected = cross_entropy(logits, labels, weighting=rgd.CVaR(0.5), per="sample")
+    for mine in (loss, unmasked):
+        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=0)
+    wanted = from_logits(model, alone, weighting=rgd.CVaR(0.5), per="sample")
+    torch.testing.assert_close(of_one, wanted, rtol=1e-12, atol=0)
     with use_linear_rgd(model, tau=8.0):
         loss = model(**inputs).loss
     torch.testing.assert_close(loss, from_logits(model, inputs, tau=8.0), rtol=1e-12, atol=0)
 
 
-def test_a_mask_that_numbers_the_sequences_of_a_row_is_refused_by_sample(transformers):
+def test_labels_that_are_shifted_already_and_masks_that_number_sequences_are_understood(transformers):
     model, inputs = make(transformers).train(), batch(1)
-    inputs["attention_mask"] = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 0, 0]])
-    with use_linear_rgd(model, per="sample"), pytest.raises(ValueError, match="attention_mask numbers them"):
-        model(**inputs)
+    inputs["labels"] = inputs["input_ids"]
+    numbers = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2, 2]])
+    logits, labels = one_by_one(model, {**inputs, "attention_mask": numbers}, (0, 4))
+    expected = cross_entropy(logits, labels, tau=8.0, per="sample")
+    shifted = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+    with use_linear_rgd(model, tau=8.0, per="sample"):
+        given = {"input_ids": inputs["input_ids"], "attention_mask": numbers}
+        for mine in (
+            model(**given, labels=inputs["labels"]),
+            model(**given, labels=shifted, shift_labels=shifted),
+        ):
+            torch.testing.assert_close(mine.loss, expected, rtol=1e-12, atol=0)
 
 
 def test_padded_rows_with_positions_are_weighed_by_sample(transformers):
@@ -873,10 +901,10 @@ def test_the_label_that_the_shift_drops_is_of_no_sequence(transformers):
     inputs["labels"] = inputs["input_ids"]
     numbers = torch.tensor([[0] + [1] * (LENGTH - 1)] * ROWS, dtype=torch.int32)  # a first text of one token
     expected = from_logits(model, inputs, tau=8.0, per="sample")
-    with use_linear_rgd(model, tau=8.0, per="sample"):
+    with use_linear_rgd(model, tau=8.0, per="sample") as handle:
         loss = model(**inputs, seq_idx=numbers).loss
-        with pytest.raises(ValueError, match="seq_idx"):
-            model(**inputs, seq_idx=numbers.roll(1, 1))
+        model(**inputs, seq_idx=numbers.roll(1, 1))  # two texts of one token, and what follows them
+        assert handle.stats().count == ROWS
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
 

@@ -215,7 +215,11 @@ def test_fine_tuning_with_a_linear_head_ends_where_the_fused_head_does(tmp_path,
     [
         ({"loss_type": "dft"}, {}, "dft"),
         ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor"),
-        ({"packing": True, "max_length": 16}, {"per": "sample"}, 'per="sample" weights rows'),
+        (
+            {"packing": True, "packing_strategy": "wrapped", "max_length": 16},
+            {"per": "sample"},
+            'packing_strategy="wrapped" does not say where',
+        ),
     ],
     ids=str,
 )
@@ -299,13 +303,38 @@ def test_what_a_trainer_would_ignore_in_a_batch_is_refused(tmp_path, kind, name)
         trainer.compute_loss(trainer.model, {**inputs, name: torch.ones(4)})
 
 
-@pytest.mark.parametrize("linear", [False, True])
-def test_packed_rows_of_a_collator_are_refused_by_sample(tmp_path, linear):
-    flatten = transformers.DataCollatorWithFlattening()
-    settings = {"linear": linear, "data_collator": flatten}
-    with pytest.raises(ValueError, match=r'several sequences \(position_ids restart\).*per="element"'):
-        train(RGDSFTTrainer, trl.SFTConfig, make_model(), texts(), tmp_path, per="sample", **settings)
-    train(RGDSFTTrainer, trl.SFTConfig, make_model(), texts(), tmp_path, **settings)
+PACKINGS = {
+    "packing": ({"packing": True, "max_length": 24}, {}),
+    "padding free": ({"padding_free": True, "max_length": None}, {}),
+    "collator": ({}, {"data_collator": transformers.DataCollatorWithFlattening()}),
+}
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["fused head", "linear"])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_packed_sequences_are_weighted_as_rows_of_their_own(tmp_path, packing, linear):
+    config, settings = PACKINGS[packing]
+    settings = {"tau": 4.0, "per": "sample", "linear": linear, **settings}
+    trainer = train(RGDSFTTrainer, trl.SFTConfig, make_model(), texts(), tmp_path, config, **settings)
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    model = trainer.model.train()
+    given = {name: value for name, value in inputs.items() if name in ("input_ids", "position_ids")}
+    logits, labels = model(**given).logits[:, :-1], inputs["labels"][:, 1:]
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    starts = inputs["position_ids"] == 0
+    numbers, kept = starts.cumsum(1)[:, 1:], (labels != -100) & ~starts[:, 1:]
+    products, units = [], 0
+    for row in range(len(labels)):
+        for number in range(1, int(numbers[row].max()) + 1):
+            own = losses[row][(numbers[row] == number) & kept[row]]
+            if own.numel():
+                products.append(torch.exp(own.mean().detach().clamp(max=4.0) / 5.0) * own.sum())
+                units += 1
+    assert units > len(labels)
+    expected = sum(products) / kept.sum()
+    objective = trainer.compute_loss(model, dict(inputs))
+    assert_same_gradient(objective, expected, model)
+    assert trainer.stats().count == units
 
 
 DPO_KINDS = [

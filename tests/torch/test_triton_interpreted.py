@@ -560,3 +560,33 @@ def test_a_planted_fault_is_caught(fault, monkeypatch, tmp_path):
 def test_the_kinds_that_the_backend_takes_are_those_that_the_programs_know():
     assert set(_passes.KINDS) == {"kl", "focal"}
     assert {"kl", "focal"} <= {weighting.kernel()[0] for weighting in (rgd.KL(), rgd.ERM(), rgd.Focal(1.0))}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize("weighting", [rgd.KL(4.0), rgd.CVaR(0.5)], ids=str)
+def test_segments_of_a_row_are_weighted_as_units(weighting, compiled):
+    torch.manual_seed(0)
+    hidden, head = 2 * torch.randn(2, 9, 4), torch.randn(7, 4)
+    target = torch.randint(0, 7, (2, 9))
+    segments = torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1, -1], [0, 1, 0, 1, 0, 1, 0, 1, 2]])
+
+    def whole(hidden, head):
+        logits = F.linear(hidden, head).movedim(-1, 1)
+        return cross_entropy(
+            logits, target, per="sample", weighting=weighting, segments=segments, num_segments=3
+        )
+
+    def chunked(hidden, head):
+        options = {"per": "sample", "weighting": weighting, "segments": segments, "num_segments": 3}
+        return linear_cross_entropy(hidden, head, target, chunk_bytes=60, **options)
+
+    for loss in (whole, chunked):
+        results = []
+        for name, dtype in (("composite", torch.float64), ("triton", torch.float32)):
+            inputs = [one.to(dtype).requires_grad_() for one in (hidden, head)]
+            call = torch.compile(loss, backend="aot_eager") if compiled and name == "triton" else loss
+            with backend(name):
+                value = call(*inputs)
+                results.append((value.detach(), *torch.autograd.grad(value, inputs)))
+        for expected, found in zip(*results, strict=True):
+            assert distance(found.double(), expected) < 4 * FLOAT32

@@ -1,4 +1,4 @@
-"""What a batch must not hold: a keyword that nobody reads; for `per="sample"`, several sequences in a row."""
+"""What a batch says: keywords that nobody reads, how many labels count, and which sequences share a row."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ _OF_TRANSFORMERS = (
 
 _PACKED = (
     'per="sample" weights a row by its mean loss, and a row of this batch holds several sequences ({found}), '
-    'which would share one weight: give each sequence a row of its own, with padding, or use per="element"'
+    "which would share one weight: give each sequence a row of its own, with padding, use "
+    'use_linear_rgd(model, per="sample"), which tells them apart, or per="element"'
 )
 
 
@@ -93,51 +94,62 @@ def _named(function: Any) -> list[str]:
     return [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
 
 
-def refuse_packed_rows(batch: Mapping[str, Any], labels: Tensor, shift: bool, ignore_index: int) -> None:
-    """Refuse a batch in which a row has labels of several sequences.
+def segments_of_rows(
+    batch: Mapping[str, Any], labels: Tensor, shift: bool, ignore_index: int
+) -> Tensor | None:
+    """The sequence that each position of a packed batch belongs to; None where each row is one sequence.
 
     Args:
         batch: What the model is called with.
         labels: Shape (B, T).
         shift: Whether position `t` predicts label `t + 1`, so that the first label of a row is not used.
         ignore_index: The label that counts for nothing.
+
+    Returns:
+        The `segments=` of the loss, int64 of the labels' shape. Without `shift`, -1 stands where the last
+        token of a sequence would predict the first of the next.
     """
     kept = labels != ignore_index
-    for found, segments in _segments(batch, labels):
-        numbers = segments.to(labels.device).expand(labels.shape)[:, shift:]
-        used = kept[:, shift:]
-        if numbers.shape[1] == 0:
-            return
-        outside = torch.iinfo(numbers.dtype)
-        first = numbers.where(used, outside.max).amin(1)
-        last = numbers.where(used, outside.min).amax(1)
-        if bool((first < last).any()):
-            raise ValueError(_PACKED.format(found=found))
+    accounts = [numbers.to(labels.device).expand(labels.shape) for numbers in _accounts(batch, labels)]
+    if not any(_share_rows(numbers[:, shift:], kept[:, shift:]) for numbers in accounts):
+        return None
+    begins = torch.stack([numbers[:, 1:] != numbers[:, :-1] for numbers in accounts]).any(0)
+    segments = F.pad(begins.cumsum(1), (1, 0))
+    return segments if shift else segments.masked_fill(F.pad(begins, (0, 1)), -1)
 
 
-def _segments(batch: Mapping[str, Any], labels: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Each account of which sequence a position belongs to: what tells it, and a number a position."""
+def _share_rows(numbers: Tensor, used: Tensor) -> bool:
+    """Whether labels of several sequences are used in one row."""
+    if numbers.shape[1] == 0:
+        return False
+    outside = torch.iinfo(numbers.dtype)
+    first = numbers.where(used, outside.max).amin(1)
+    return bool((first < numbers.where(used, outside.min).amax(1)).any())
+
+
+def _accounts(batch: Mapping[str, Any], labels: Tensor) -> Iterator[Tensor]:
+    """Each account of which sequence a position belongs to, a number a position."""
     mask = batch.get("attention_mask")
     mask = mask if isinstance(mask, Tensor) and mask.shape == labels.shape else None
     positions = batch.get("position_ids")
     if isinstance(positions, Tensor) and positions.shape[-1] == labels.shape[-1]:
         # Models with several positions a token count time by the first of them.
         positions = positions[0] if positions.dim() == 3 else positions.reshape(-1, labels.shape[-1])
-        restarts = positions[:, 1:] < positions[:, :-1]
+        begins = (positions[:, 1:] == 0) | (positions[:, 1:] < positions[:, :-1])
         if mask is not None:
-            restarts = restarts & (mask[:, 1:] != 0).to(restarts.device)
-        yield "position_ids restart", F.pad(restarts.cumsum(1), (1, 0))
+            begins = begins & (mask[:, 1:] != 0).to(begins.device)
+        yield F.pad(begins.cumsum(1), (1, 0))
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         ends = batch.get(name)
         if isinstance(ends, Tensor):
             places = torch.arange(labels.numel(), device=ends.device, dtype=ends.dtype)
-            yield name, torch.bucketize(places, ends.flatten()[1:], right=True).view(labels.shape)
+            yield torch.bucketize(places, ends.flatten()[1:], right=True).view(labels.shape)
     numbers = batch.get("seq_idx")
     if isinstance(numbers, Tensor) and numbers.shape == labels.shape:
-        yield "seq_idx", numbers
+        yield numbers
     if mask is not None and not mask.is_floating_point() and mask.dtype is not torch.bool:
         # Some collators number the sequences of a row in its mask; 0 is padding.
-        yield "attention_mask numbers them", mask.clamp(min=1)
+        yield mask.clamp(min=1)
 
 
 def refuse_flattened_labels(labels: Tensor, ignore_index: int) -> None:

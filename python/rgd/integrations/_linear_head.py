@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rgd.integrations._criterion import HasCriterion
-from rgd.integrations._inputs import keywords_of, normalizer_of, refuse_packed_rows, refuse_unknown
+from rgd.integrations._inputs import keywords_of, normalizer_of, refuse_unknown, segments_of_rows
 from rgd.torch._head import Chunking
 from rgd.torch._modes import autocasts, evaluates
 from rgd.torch.linear import LinearRGDLoss
@@ -61,9 +61,10 @@ def use_linear_rgd(
         weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
         tau: Short for `weighting=KL(tau, scale=scale)`.
         scale: The dial; short for the same.
-        per: "element" weights each token by its own loss; "sample" weights all tokens of a row by their mean
-            loss. "sample" refuses packed rows, by `position_ids` that restart, `cu_seq_lens_q`, `seq_idx` or
-            an `attention_mask` that numbers sequences.
+        per: "element" weights each token by its own loss; "sample" weights all tokens of a sequence by their
+            mean loss. Sequences that are packed into a row are told apart by `position_ids` that restart,
+            `cu_seq_lens_q`, `seq_idx` or an `attention_mask` that numbers them; the last token of one then
+            predicts nothing of the next.
         weight: Class weights, shape (C,).
         ignore_index: The label that counts for nothing. The `Trainer` counts with -100.
         label_smoothing: In [0, 1]; `TrainingArguments.label_smoothing_factor` makes the `Trainer` compute
@@ -189,7 +190,8 @@ class LinearRGD(HasCriterion):
         head = _head_of(model)
         call = _Call(self._loss, head, model.training, kwargs, items)
         if self.criterion.per == "sample":
-            refuse_packed_rows(kwargs, call.labels, call.shift, self.criterion.ignore_index)
+            ignored = self.criterion.ignore_index
+            call.segments = segments_of_rows(kwargs, call.labels, call.shift, ignored)
         # Where accelerate has put hooks around the head, they stay.
         place = "_old_forward" if hasattr(head, "_old_forward") else "forward"
         # Replicas share their hooks, so this one is registered in a copy.
@@ -241,7 +243,9 @@ class _HeadLoss:
         with torch.autocast(kind, dtype=hidden.dtype) if single else contextlib.nullcontext():
             hidden = hidden if self.logit_scale == 1 else hidden * self.logit_scale
             normalizer = normalizer_of(call.items, hidden.device)
-            return criterion(hidden, call.labels.to(hidden.device), normalizer=normalizer)
+            segments = None if call.segments is None else call.segments.to(hidden.device)
+            labels = call.labels.to(hidden.device)
+            return criterion(hidden, labels, normalizer=normalizer, segments=segments)
 
     def check(self, found: Tensor) -> None:
         """Refuse a model that changes its logits in a way that is not known here."""
@@ -272,6 +276,7 @@ class _Call:
         self.shift = kwargs.get("shift_labels") is None
         self.labels: Tensor = kwargs["labels" if self.shift else "shift_labels"]
         self.items = items
+        self.segments: Tensor | None = None
         self.standin: Tensor | None = None
         self.stage = "begun"
 

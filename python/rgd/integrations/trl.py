@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rgd.integrations._criterion import HasCriterion
-from rgd.integrations._inputs import refuse_packed_rows, refuse_settings_of_the_loss
+from rgd.integrations._inputs import refuse_settings_of_the_loss, segments_of_rows
 from rgd.integrations._linear_head import use_linear_rgd
 from rgd.torch._checks import check_flag
 from rgd.torch._modes import evaluates
@@ -83,7 +83,7 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
         tau: Short for `weighting=KL(tau, scale=scale)`.
         scale: The dial; short for the same.
         per: "element" weights each token by its own loss; "sample" weights all tokens of a sequence by their
-            mean loss.
+            mean loss, those that are packed into a row too.
         linear: True to compute the head and its gradients in one pass in training, by `use_linear_rgd`.
             `entropy` and `mean_token_accuracy` are then logged in evaluations alone.
         **kwargs: As for `trl.SFTTrainer`.
@@ -91,9 +91,9 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
     Raises:
         TypeError: If a setting has the wrong type.
         ValueError: If a setting is out of range, or another weighting of tokens or another loss is asked for:
-            `loss_type="dft"`, `label_smoothing_factor`, `compute_loss_func`; if `per="sample"` meets packed
-            sequences, which share a row; or under DeepSpeed's sequence parallelism, where the model itself
-            reduces its loss.
+            `loss_type="dft"`, `label_smoothing_factor`, `compute_loss_func`; if `per="sample"` meets rows
+            that do not say where sequences begin, `packing_strategy="wrapped"`; or under DeepSpeed's sequence
+            parallelism, where the model itself reduces its loss.
 
     Example:
         >>> trainer = RGDSFTTrainer(model, train_dataset=dataset, tau=1.0)  # doctest: +SKIP
@@ -128,10 +128,10 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
                 "leave them out, or use trl.SFTTrainer with "
                 "compute_loss_func=rgd_loss_func(label_smoothing=...)"
             )
-        if per == "sample" and (settings.packing or settings.padding_free or settings.eval_packing):
+        if per == "sample" and settings.packing and settings.packing_strategy == "wrapped":
             raise ValueError(
-                'per="sample" weights rows, and packing or padding_free puts several sequences in a row: '
-                'switch them off, or use per="element"'
+                'per="sample" weights sequences, and packing_strategy="wrapped" does not say where in a row '
+                'they begin: use packing_strategy="bfd", or per="element"'
             )
         parallel = getattr(self.accelerator, "parallelism_config", None)
         if parallel is not None and parallel.sp_enabled:
@@ -159,17 +159,17 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
         refuse_settings_of_the_loss(inputs, "RGDSFTTrainer")
         if self.linear and not evaluates():
             return self._linear_loss(model, inputs, return_outputs, num_items_in_batch)
+        segments: Tensor | None = None
         if self.criterion.per == "sample" and not evaluates():
-            shifted = inputs.get("shift_labels")
-            labels = inputs["labels"] if shifted is None else shifted
-            refuse_packed_rows(inputs, labels, shifted is None, -100)
+            segments = _segments_of_losses(inputs)
 
         def reweighted(*args: Any, **kwargs: Any) -> Any:
             outputs = model(*args, **kwargs)
             if not kwargs.get("fused_lm_head") or evaluates():
                 return outputs
             log_probs = outputs.log_probs
-            outputs.log_probs = -self.criterion(-log_probs, where=outputs.label_mask.bool())
+            kept = outputs.label_mask.bool()
+            outputs.log_probs = -self.criterion(-log_probs, where=kept, segments=segments)
             return outputs
 
         return super().compute_loss(reweighted, inputs, return_outputs, num_items_in_batch)
@@ -360,6 +360,16 @@ class RGDRewardTrainer(_Reweighted, RewardTrainer):
         if coefficient is not None:
             loss = loss + coefficient * (chosen + rejected).square().mean()
         return (loss, result[1]) if return_outputs else loss
+
+
+def _segments_of_losses(inputs: dict[str, Any]) -> Tensor | None:
+    """The sequence of each loss of a packed batch, as TRL's fused head lays them out; None for rows."""
+    shifted = inputs.get("shift_labels")
+    labels = inputs["labels"] if shifted is None else shifted
+    segments = segments_of_rows(inputs, labels, shifted is None, -100)
+    if segments is None or shifted is not None:
+        return segments
+    return segments[:, 1:].masked_fill(segments[:, 1:] != segments[:, :-1], -1)
 
 
 def _reference_of(outputs: list[Any], trainer: Any) -> Any:

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from rgd import _rgd
 from rgd.jax._inputs import Losses, an_array, comparable, is_known
+from rgd.jax._segments import Segments
 from rgd.jax._weights import weights_of
 from rgd.weightings import Weighting
 from rgd.weightings._call import kernel_of
@@ -119,8 +120,12 @@ def refuse_out_of_range(
         raise IndexError(_rgd.label_out_of_range(int(known[position]), position, classes))
 
 
-def target_weights(losses: Losses, weighting: Weighting, per: Per, state: Any) -> tuple[jax.Array, Any]:
+def target_weights(
+    losses: Losses, weighting: Weighting, per: Per, state: Any, segments: Segments | None = None
+) -> tuple[jax.Array, Any]:
     """The weight of each target, which broadcasts to the losses, and the state after the batch."""
+    if segments is not None:
+        return segments.weigh(losses, weighting, state)
     values, measure = losses.values, losses.measure
     if values.ndim == 0:
         one = [None if x is None else x[None] for x in (values, measure, losses.groups)]

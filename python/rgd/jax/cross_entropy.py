@@ -28,6 +28,7 @@ from rgd.jax import _ffi
 from rgd.jax._devices import AxisName, check_bound, divided_by_factor, psum
 from rgd.jax._inputs import Losses, an_array, as_groups, as_mask, as_measure, masked_measure
 from rgd.jax._rows import IGNORED, adjusted, encode, index_losses, log_normalizers, probability_losses
+from rgd.jax._segments import Segments, as_segments
 from rgd.jax._targets import (
     Backend,
     Per,
@@ -67,6 +68,8 @@ def cross_entropy(
     sample_weight: ArrayLike | None = None,
     groups: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
+    segments: ArrayLike | None = None,
+    num_segments: int | None = None,
     state: Any = None,
     axis: int = -1,
     axis_name: AxisName = None,
@@ -112,6 +115,12 @@ def cross_entropy(
         normalizer: What "mean" divides by in the place of the sum of `p_i c_{y_i}`, a positive number or a
             scalar array, constant, which may be traced: the same for all micro-batches of a step, whose
             gradients then add up to those of one big batch. With `axis_name` it is that of the whole batch.
+        segments: With `per="sample"`, which sequence of its row a target belongs to, integers of the labels'
+            shape: targets of a row with one number are a unit, adjacent or not, and share a weight, that of
+            their mean loss. -1 takes no part. For labels (N,) the call is one row. `sample_weight` and
+            `groups` then have the labels' shape, constant within a segment, or the units', (B, S).
+        num_segments: S, a Python integer, how many units a row has. None: the largest number and one more
+            where `segments` are concrete, else how many targets a row has.
         state: The state of a weighting that remembers: what `weighting.init()` or the last call returned.
         axis: The class axis.
         axis_name: Name or names of mapped axes (`jax.shard_map`, `jax.pmap`, `jax.vmap`) over which the batch
@@ -180,12 +189,17 @@ def cross_entropy(
         logit_adjustment=logit_adjustment,
         where=where,
         sample_weight=sample_weight,
+        segments=segments,
+        num_segments=num_segments,
         axis=axis,
     )
     dtype = jnp.promote_types(problem.logits.dtype, jnp.float32)
     factor, divisor = as_z_loss(z_loss, dtype), as_normalizer(normalizer, reduction, dtype)
     units = problem.labels.shape[: problem.logits.ndim - 1]
-    members = as_groups(groups, units if per == "element" else units[:1])
+    if problem.segments is not None:
+        members = problem.segments.groups(groups)
+    else:
+        members = as_groups(groups, units if per == "element" else units[:1])
     refusal = native_refusal(chosen, class_weight=problem.class_weight, reduction=reduction, per=per)
     native = takes_native(backend, refusal or _native_misfit(problem, axis), problem.logits.shape)
     scaled = problem
@@ -194,7 +208,7 @@ def cross_entropy(
     if native:
         return _native_objective(scaled, chosen, reduction, axis_name, z_loss=factor, normalizer=divisor)
     losses = Losses(_losses_of(problem), problem.measure, members, (), axis_name)
-    weights, new = target_weights(losses, chosen, per, state)
+    weights, new = target_weights(losses, chosen, per, state, problem.segments)
     losses, problem = losses._replace(measure=scaled.measure), scaled
     result = weighted_losses(weights, losses)
     if factor is not None:
@@ -218,6 +232,7 @@ class Problem(NamedTuple):
         measure: The base measure, (...) in the accumulator's dtype: 0 for a target that counts for nothing;
             None where all count as 1.
         adjustment: What is added to the logits, (C,) in the accumulator's dtype; None for nothing.
+        segments: Which unit each target belongs to, where the sequences of a row are units.
     """
 
     logits: jax.Array
@@ -226,6 +241,7 @@ class Problem(NamedTuple):
     smoothing: float
     measure: jax.Array | None
     adjustment: jax.Array | None
+    segments: Segments | None = None
 
     @property
     def has_indices(self) -> bool:
@@ -245,6 +261,8 @@ def _as_problem(
     logit_adjustment: ArrayLike | None,
     where: ArrayLike | None,
     sample_weight: ArrayLike | None,
+    segments: ArrayLike | None,
+    num_segments: int | None,
     axis: int,
 ) -> Problem:
     """Check what a user gave, at trace time, and bring the class axis to the end."""
@@ -266,7 +284,10 @@ def _as_problem(
     class_weight = as_class_weight(weight, classes, dtype)
     adjustment = by_class("logit_adjustment", logit_adjustment, classes, dtype)
     mask = as_mask(where, rows)
-    of_samples = rows if per == "element" else rows[:1]
+    packed = as_segments(segments, num_segments, per, rows)
+    of_samples = rows if per == "element" or packed is not None else rows[:1]
+    if packed is not None:
+        mask, sample_weight = packed.mask(mask), packed.to_targets("sample_weight", sample_weight)
     given_measure = as_measure(sample_weight, of_samples, dtype, reduction)
     if given_measure is not None:
         missing = (1,) * (len(rows) - given_measure.ndim)
@@ -287,7 +308,7 @@ def _as_problem(
                 f"ignore_index does not apply to class probabilities, got {ignore_index}: leave it out"
             )
         probabilities = jnp.moveaxis(jnp.asarray(values), axis, -1)
-        return Problem(logits, probabilities, class_weight, label_smoothing, measure, adjustment)
+        return Problem(logits, probabilities, class_weight, label_smoothing, measure, adjustment, packed)
     if not jnp.issubdtype(values.dtype, jnp.integer):
         raise TypeError(
             f"labels must be integers (class indices) or floats (class probabilities), got {values.dtype}"
@@ -302,12 +323,12 @@ def _as_problem(
     refuse_out_of_range(values, classes, ignore_index, takes_part)
     codes = encode(values, classes, ignore_index, takes_part)
     measure = masked_measure(codes != IGNORED, given_measure, dtype)
-    return Problem(logits, codes, class_weight, label_smoothing, measure, adjustment)
+    return Problem(logits, codes, class_weight, label_smoothing, measure, adjustment, packed)
 
 
 def _losses_of(problem: Problem) -> jax.Array:
     """The loss of each target in the accumulator's dtype, differentiable; 0 where a target does not count."""
-    logits, labels, class_weight, smoothing, measure, adjustment = problem
+    logits, labels, class_weight, smoothing, measure, adjustment, _ = problem
     logits = adjusted(logits, adjustment)
     if problem.has_indices:
         return index_losses(logits, labels, class_weight, smoothing)

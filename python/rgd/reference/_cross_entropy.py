@@ -97,6 +97,8 @@ def cross_entropy(
     sample_weight: npt.ArrayLike | None = None,
     groups: npt.ArrayLike | None = None,
     normalizer: float | None = None,
+    segments: npt.ArrayLike | None = None,
+    num_segments: int | None = None,
     state: State = None,
 ) -> Any:
     """The re-weighted cross-entropy, reduced as `torch.nn.CrossEntropyLoss` reduces.
@@ -134,6 +136,10 @@ def cross_entropy(
             with `per="element"`, one a target. A target where it is 0 is as one ignored.
         groups: The group of each sample or target, integers shaped as `sample_weight`.
         normalizer: What "mean" divides by in the place of `total(p * c[y])`, a positive number.
+        segments: With `per="sample"`, the number of the sequence in its row that a target belongs to,
+            integers of the targets' shape; -1 is as ignored. Targets of a row with one number share a weight,
+            that of their mean loss. `sample_weight` and `groups` then have this shape, or (rows, numbers).
+        num_segments: How many numbers a row has; None for the largest and one more.
         state: State of a weighting that remembers.
 
     Returns:
@@ -169,7 +175,13 @@ def cross_entropy(
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss}")
     weights, measure, after = _target_weights(
-        problem, weighting, per, sample_weight=sample_weight, groups=groups, state=state
+        problem,
+        weighting,
+        per,
+        sample_weight=sample_weight,
+        groups=groups,
+        units=_units(segments, num_segments, per, problem.losses.shape),
+        state=state,
     )
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         value = product(weights, problem.losses, problem.losses)
@@ -198,6 +210,8 @@ def cross_entropy_grad(
     sample_weight: npt.ArrayLike | None = None,
     groups: npt.ArrayLike | None = None,
     normalizer: float | None = None,
+    segments: npt.ArrayLike | None = None,
+    num_segments: int | None = None,
     state: State = None,
 ) -> Any:
     """The gradient of `cross_entropy` with respect to the logits, the weights `w_i` held constant.
@@ -221,11 +235,13 @@ def cross_entropy_grad(
         reduction: "none" (the gradient of the sum of the elements), "mean" or "sum".
         weighting: Turns losses into weights.
         per: "element" or "sample", as in `cross_entropy`.
-        logit_adjustment: As in `cross_entropy`, and so are the next five.
+        logit_adjustment: As in `cross_entropy`, and so are the next seven.
         where: Which targets take part.
         sample_weight: The measure.
         groups: The group of each sample or target.
         normalizer: What "mean" divides by.
+        segments: The sequence of each target.
+        num_segments: How many a row has.
         state: State of a weighting that remembers.
 
     Returns:
@@ -255,7 +271,13 @@ def cross_entropy_grad(
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss}")
     weights, measure, after = _target_weights(
-        problem, weighting, per, sample_weight=sample_weight, groups=groups, state=state
+        problem,
+        weighting,
+        per,
+        sample_weight=sample_weight,
+        groups=groups,
+        units=_units(segments, num_segments, per, problem.losses.shape),
+        state=state,
     )
     denominator = _denominator(problem, measure, reduction, normalizer)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -400,10 +422,15 @@ def _target_weights(
     *,
     sample_weight: npt.ArrayLike | None,
     groups: npt.ArrayLike | None,
+    units: _Units | None,
     state: State,
 ) -> tuple[Array, Array, State]:
     """The weight and the measure of each target, 0 for one that takes no part, and the state after."""
     losses, counted = problem.losses, problem.counted
+    if units is not None:
+        return _segment_weights(
+            losses, counted, weighting, units, sample_weight=sample_weight, groups=groups, state=state
+        )
     if per == "element":
         shape, means, part = losses.shape, losses, counted
     elif per == "sample":
@@ -423,6 +450,69 @@ def _target_weights(
         one_a_sample("weights", np.reshape(x, shape), losses.shape) for x in (weights, measure)
     )
     return np.where(counted, weights, 0.0), np.where(counted, measure, 0.0), after
+
+
+class _Units(NamedTuple):
+    """The targets of each unit, masks of the targets' shape, and the shape of the units."""
+
+    members: list[Mask]
+    shape: tuple[int, int]
+
+
+def _units(
+    segments: npt.ArrayLike | None, number: int | None, per: Per, shape: tuple[int, ...]
+) -> _Units | None:
+    if segments is None:
+        return None
+    given = array_of("segments", segments)
+    if per != "sample" or given.shape != shape or given.dtype.kind not in "iu":
+        raise ValueError(f"segments are integers of shape {shape}, with per='sample', got {given.shape}")
+    number = int(np.max(given, initial=0)) + 1 if number is None else number
+    if np.any((given < -1) | (given >= number)):
+        raise ValueError(f"segments must lie between -1 and {number - 1}")
+    rows = np.zeros(shape, int) if given.ndim == 1 else np.indices(shape)[0]
+    count = 1 if given.ndim == 1 else shape[0]
+    members = [(rows == row) & (given == unit) for row in range(count) for unit in range(number)]
+    return _Units(members, (count, number))
+
+
+def _segment_weights(
+    losses: Array,
+    counted: Mask,
+    weighting: Weighting,
+    units: _Units,
+    *,
+    sample_weight: npt.ArrayLike | None,
+    groups: npt.ArrayLike | None,
+    state: State,
+) -> tuple[Array, Array, State]:
+    """As `_target_weights`, where the segments of a row are its units."""
+
+    def by_unit(name: str, values: npt.ArrayLike | None, otherwise: float) -> Array:
+        if values is None:
+            return np.full(len(units.members), otherwise)
+        given = array_of(name, values)
+        if given.shape == losses.shape:
+            own = [given[members] for members in units.members]
+            if any(np.any(one != one[0]) for one in own if one.size):
+                raise ValueError(f"{name} must be constant within a segment")
+            return np.array([one[0] if one.size else otherwise for one in own])
+        if given.shape != units.shape:
+            raise ValueError(f"{name} must have shape {losses.shape} or {units.shape}, got {given.shape}")
+        return np.ravel(given)
+
+    p, group = by_unit("sample_weight", sample_weight, 1.0), by_unit("groups", groups, 0)
+    kept = [members & counted for members in units.members]
+    filled: Mask = np.array([bool(np.any(one)) for one in kept], dtype=np.bool_)
+    part, p = measure_of(p.shape, filled, p)
+    means = np.array([np.mean(losses[one]) if np.any(one) else 0.0 for one in kept])
+    given = None if groups is None else group.astype(int)
+    result = sample_weights(means, weighting, part, sample_weight=p, groups=given, state=state)
+    of_units, after = (result, None) if state is None else result
+    weights, measure = np.zeros(losses.shape), np.zeros(losses.shape)
+    for one, w, mass in zip(kept, of_units, p, strict=True):
+        weights[one], measure[one] = w, mass
+    return weights, measure, after
 
 
 def _denominator(problem: _Problem, measure: Array, reduction: Reduction, normalizer: float | None) -> float:

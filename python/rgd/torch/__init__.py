@@ -8,6 +8,7 @@ from rgd.torch.loss import RGDLoss
 from rgd.torch.normalizer import count_targets
 from rgd.torch.optimizer import RGD
 from rgd.torch.schedule import WeightingSchedule
+from rgd.torch.segments import segments_of
 
 __all__ = [
     "RGD",
@@ -21,6 +22,7 @@ __all__ = [
     "linear_cross_entropy",
     "reweighted_mean",
     "sample_weights",
+    "segments_of",
     "weight_stats",
 ]
 

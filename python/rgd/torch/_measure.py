@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rgd._arrays import power_of, power_of_products
 from rgd.torch._checks import check_dense, no_tensor, refuse_dtype
-from rgd.torch._dtypes import FLOATS, INTEGERS, accumulator
+from rgd.torch._dtypes import FLOATS, INTEGERS, accumulator, wide
 from rgd.torch._modes import values_can_be_read
 
 
@@ -118,6 +118,32 @@ def within_range(measure: Tensor, dtype: torch.dtype, reduction: str) -> tuple[T
 def spread(values: Tensor, losses: Tensor) -> Tensor:
     """Values of targets as they are; those of samples in a shape that broadcasts along their targets."""
     return values.view(-1, *[1] * (losses.dim() - 1)) if losses.dim() > values.dim() else values
+
+
+def units_of(
+    losses: Tensor, counted: Tensor | None, measure: Tensor | None, per: str
+) -> tuple[Tensor, Tensor | None]:
+    """What a weight belongs to: the loss of each unit, without grad, and its base measure.
+
+    Args:
+        losses: One a target.
+        counted: Which targets count; None for all.
+        measure: The base measure of each unit; None for ones.
+        per: "element": a unit is a target; "sample": it is a sample of the leading axis, whose loss is the
+            mean over its targets that count.
+    """
+    plain = losses.detach()
+    if per == "sample" and plain.dim() > 1:
+        flat = plain.flatten(1).to(wide(plain))
+        if counted is None:
+            return flat.mean(1), measure
+        kept = counted.flatten(1)
+        number = kept.sum(1)
+        plain = flat.masked_fill(~kept, 0).sum(1) / number.clamp(min=1)
+        counted = number > 0
+    if counted is None:
+        return plain, measure
+    return plain, counted.to(plain.dtype) if measure is None else measure.masked_fill(~counted, 0)
 
 
 def _by_unit(name: str, values: Tensor, losses_shape: torch.Size, device: torch.device, per: str) -> Tensor:

@@ -24,9 +24,10 @@ from rgd.torch._checks import (
 )
 from rgd.torch._dtypes import FLOATS, INTEGERS, accumulator
 from rgd.torch._head import LinearHead
-from rgd.torch._measure import check_groups, measure_of, spread, within_range
+from rgd.torch._measure import check_groups, measure_of, spread, units_of, within_range
 from rgd.torch._modes import plain_and_eager
 from rgd.torch.normalizer import check_normalizer
+from rgd.torch.segments import Segments, check_segments
 
 
 class Options(NamedTuple):
@@ -47,6 +48,12 @@ class Options(NamedTuple):
     per: str = "element"
     inplace: bool = False
     z_loss: float = 0.0
+
+    def by_element(self) -> Options:
+        """The same where each target is given a weight of its own."""
+        return Options(
+            self.ignore_index, self.label_smoothing, self.reduction, "element", self.inplace, self.z_loss
+        )
 
     def checked(self) -> Options:
         """The same with plain numbers.
@@ -76,6 +83,8 @@ class Given(NamedTuple):
         sample_weight: The base measure.
         groups: The group of each unit.
         normalizer: What "mean" divides by.
+        segments: The sequence of each target, where several share a row.
+        num_segments: How many a row has at most.
     """
 
     input: Any
@@ -86,6 +95,8 @@ class Given(NamedTuple):
     sample_weight: Any = None
     groups: Any = None
     normalizer: Any = None
+    segments: Any = None
+    num_segments: Any = None
 
 
 class Problem(NamedTuple):
@@ -99,15 +110,17 @@ class Problem(NamedTuple):
         dtype: That of the input as it was given, and of the objective.
         class_weight: (C,), or None.
         adjustment: What is added to the logits, (C,) without grad, or None.
-        measure: The base measure of each unit, without grad, 0 where it takes no part; None for ones.
+        measure: The base measure of each unit, without grad, 0 where it takes no part; None for ones. With
+            segments that of each target.
         power: The power of two that `measure` was divided by.
         given_measure: The base measure before that.
         groups: The group of each unit, int64, or None.
         head: What makes logits of hidden states; None where `logits` are logits.
         normalizer: What "mean" divides by in the place of `sum p c`, over `power`: a number where it could be
             read, else a scalar on the device; None for that sum.
-        segments: The place of the sequences of a packed row. No call sets it yet, nor the two below.
-        reference: The place of the losses of a reference model.
+        segments: Which unit each target belongs to, where the sequences of a row are units; `options.per` is
+            then "element", since the weight of each target is given to whatever sums over targets.
+        reference: The place of the losses of a reference model. No call sets it yet, nor the next.
         returns: The place of the names of what else a call shall return.
     """
 
@@ -123,7 +136,7 @@ class Problem(NamedTuple):
     groups: Tensor | None = None
     head: LinearHead | None = None
     normalizer: Tensor | float | None = None
-    segments: Tensor | None = None
+    segments: Segments | None = None
     reference: Tensor | None = None
     returns: tuple[str, ...] = ()
 
@@ -162,6 +175,18 @@ class Problem(NamedTuple):
             return self.head.classes()
         return self.logits.shape[1 if self.logits.dim() > 1 else 0]
 
+    def units(self, losses: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What a weight belongs to: the loss of each unit, without grad, and its base measure."""
+        if self.segments is None:
+            return units_of(losses, self.counted(), self.measure, self.options.per)
+        return self.segments.units(losses, cast("Tensor", self.counted()), self.measure)
+
+    def spread(self, weights: Tensor) -> Tensor:
+        """Weights of units as those of targets, where segments are the units; else as they are."""
+        if self.segments is None:
+            return weights
+        return self.segments.spread(weights, cast("Tensor", self.counted()))
+
     def losses_shape(self) -> torch.Size:
         """The shape of the losses: one a target."""
         shape = self.target.shape
@@ -198,7 +223,8 @@ def problem_of(given: Given, options: Options, head: LinearHead | None = None) -
         TypeError: If a dtype does not fit.
         ValueError: If a shape, a device, a value or a setting does not fit.
     """
-    logits, target, class_weight, adjustment, where, sample_weight, groups, normalizer = given
+    logits, target, class_weight, adjustment, where, sample_weight, groups, *others = given
+    normalizer, segments, num_segments = others
     if head is None:
         shape = _check_logits(given)
         classes = logits.shape[1 if logits.dim() > 1 else 0]
@@ -222,6 +248,12 @@ def problem_of(given: Given, options: Options, head: LinearHead | None = None) -
         places = logits.shape[:2]
         where, sample_weight, groups = (_shifted(one, places) for one in (where, sample_weight, groups))
     dtype = logits.dtype
+    inside = None
+    if segments is not None or num_segments is not None:
+        segments, inside = _units_of_segments(given, options, shape, head)
+        options = options.by_element()
+        where, sample_weight = segments.given("where", where), segments.given("sample_weight", sample_weight)
+        groups = segments.groups(groups, logits.device)
     if not target.is_floating_point():
         # An ignore_index that int32 cannot hold would be wrapped into one that it can.
         narrow = target.dtype is torch.int32 and -(2**31) <= options.ignore_index < 2**31
@@ -230,15 +262,20 @@ def problem_of(given: Given, options: Options, head: LinearHead | None = None) -
         wider = torch.promote_types(target.dtype, logits.dtype)
         logits, target = logits.to(wider), target.to(wider)
     adjustment = None if adjustment is None else adjustment.detach()
+    if inside is not None:
+        target = target.masked_fill(~inside, options.ignore_index)
     if where is None and sample_weight is None and groups is None:
         if normalizer is not None:
             normalizer = check_normalizer(normalizer, options.reduction, logits.device)
         return Problem(
-            logits, target, options, dtype, class_weight, adjustment, head=head, normalizer=normalizer
-        )
+            logits, target, options, dtype, class_weight, adjustment,
+            head=head, normalizer=normalizer, segments=segments,
+        )  # fmt: skip
     per = options.per if len(shape) > 0 else "element"
     measure = given_measure = measure_of(shape, logits, where, sample_weight, per)
-    groups, power = check_groups(groups, shape, logits.device, per), 1.0
+    power = 1.0
+    if segments is None:
+        groups = check_groups(groups, shape, logits.device, per)
     if measure is not None and not target.is_floating_point():
         # What stands where the measure is 0 may be no class at all.
         target = target.masked_fill(spread(measure, target) == 0, options.ignore_index)
@@ -248,8 +285,22 @@ def problem_of(given: Given, options: Options, head: LinearHead | None = None) -
         normalizer = check_normalizer(normalizer, options.reduction, logits.device, power)
     return Problem(
         logits, target, options, dtype, class_weight, adjustment, measure, power, given_measure, groups, head,
-        normalizer,
+        normalizer, segments,
     )  # fmt: skip
+
+
+def _units_of_segments(
+    given: Given, options: Options, shape: torch.Size, head: LinearHead | None
+) -> tuple[Segments, Tensor]:
+    """The units, and which targets belong to one; `shape` is that of the targets that are used."""
+    if given.target.is_floating_point():
+        raise ValueError("segments take class indices, got class probabilities as target")
+    shift = head is not None and head.chunking.shift
+    places = given.input.shape[:-1] if shift else shape
+    found = check_segments(
+        given.segments, given.num_segments, options.per, places, given.target.device, shift=shift
+    )
+    return cast("Any", found)
 
 
 def targets_shape(shape: torch.Size) -> torch.Size:

@@ -17,16 +17,24 @@ from rgd.torch._checks import (
 )
 from rgd.torch._distributed import sync_of
 from rgd.torch._dtypes import FLOATS, accumulator
-from rgd.torch._measure import check_groups, check_sample_weight, check_where, measure_of, within_range
+from rgd.torch._measure import (
+    check_groups,
+    check_sample_weight,
+    check_where,
+    measure_of,
+    units_of,
+    within_range,
+)
 from rgd.torch._modes import autocasts, must_forget, values_can_be_read
 from rgd.torch._plan import Weigher, plan_of
 from rgd.torch._problem import Given, Options, Problem, problem_of
 from rgd.torch._state import functional_state
 from rgd.torch._weighted import mark_weighted, refuse_weighted
-from rgd.torch.backends._formulas import reduce_losses, units_of
+from rgd.torch.backends._formulas import reduce_losses
 from rgd.torch.backends._registry import choose
 from rgd.torch.backends.rust import plain_weights
 from rgd.torch.normalizer import check_normalizer
+from rgd.torch.segments import Segments
 from rgd.torch.stats import Record, stats_by_group, sums_of, tail_of, times_power
 from rgd.weightings import Weighting
 from rgd.weightings._call import resolve_weighting
@@ -189,6 +197,8 @@ def cross_entropy(
     sample_weight: Tensor | None = None,
     groups: Tensor | None = None,
     normalizer: Tensor | float | None = None,
+    segments: Tensor | None = None,
+    num_segments: int | None = None,
     state: Any = None,
     inplace: bool = False,
     process_group: Any = None,
@@ -233,6 +243,13 @@ def cross_entropy(
             tensor, constant: the same for all micro-batches of a step, as `count_targets` gives it. Then
             their objectives add up to that of one big batch, however unequal they are. Where values cannot be
             read without waiting, a number that is not allowed makes the objective NaN instead of raising.
+        segments: Which sequence of its row a target belongs to, integers of the targets' shape, with
+            `per="sample"`: targets of a row with one number are a unit, adjacent or not, and share a weight,
+            that of their mean loss. -1 takes no part. For targets (N,) the call is one row. `where`,
+            `sample_weight` and `groups` then have the targets' shape, constant within a segment but for
+            `where`, or the units', (B, S). `segments_of` makes them of position ids.
+        num_segments: S, how many units a row has. None: the largest number and one more where it can be read
+            without waiting, else how many targets a row has.
         state: As for `sample_weights`.
         inplace: True to let the gradient take the place of the logits, which saves a tensor of their size:
             after the call they hold it. For logits that a layer has computed and nothing else reads. What
@@ -264,7 +281,18 @@ def cross_entropy(
     options = Options(ignore_index, label_smoothing, reduction, per, inplace, z_loss).checked()
     plan, sharing = plan_of(weighting, tau, scale), sync_of(process_group, sync)
     memory = functional_state(plan.weighting, state, getattr(logits, "device", None))
-    given = Given(logits, target, class_weight, adjustment, where, sample_weight, groups, normalizer)
+    given = Given(
+        logits,
+        target,
+        class_weight,
+        adjustment,
+        where,
+        sample_weight,
+        groups,
+        normalizer,
+        segments,
+        num_segments,
+    )
     problem = problem_of(given, options)
     weigher = Weigher(plan, problem.groups, memory, sharing, problem.power)
     objective, _ = compute(problem, weigher)
@@ -354,14 +382,21 @@ def reweighted(
     where: Tensor | None = None,
     sample_weight: Tensor | None = None,
     normalizer: Tensor | float | None = None,
+    segments: tuple[Segments, Tensor] | None = None,
 ) -> tuple[Tensor, Record | None]:
     """The reduction of `p w l` for any losses, and the record of the weights if it may be kept.
 
     The state after the call is left in the weigher.
     """
     refuse_weighted(losses, weigher.plan.weighting)
+    units_of_rows, inside = (None, None) if segments is None else segments
+    if units_of_rows is not None:
+        per, sample_weight = "element", units_of_rows.given("sample_weight", sample_weight)
+        where = units_of_rows.given("where", where)
     if where is not None:
         check_where(where, losses.shape, losses.device)
+    if inside is not None:
+        where = inside if where is None else where & inside
     measure = given = check_sample_weight(sample_weight, losses.shape, losses.device, per)
     values = losses.to(accumulator(losses.dtype))
     if measure is not None:
@@ -370,9 +405,14 @@ def reweighted(
         normalizer = check_normalizer(normalizer, reduction, losses.device, weigher.power)
     if where is not None:
         values = values.masked_fill(~where, 0)
-    units, unit_measure = units_of(values, where, measure, per)
+    if units_of_rows is not None and where is not None:
+        units, unit_measure = units_of_rows.units(values, where, measure)
+    else:
+        units, unit_measure = units_of(values, where, measure, per)
     backend = choose((units, None, unit_measure))
-    weights = backend.sample_weights(units, unit_measure, weigher).to(values.dtype)
+    weights = of_units = backend.sample_weights(units, unit_measure, weigher).to(values.dtype)
+    if units_of_rows is not None and where is not None:
+        weights = units_of_rows.spread(of_units, where)
     objective, divisor = reduce_losses(
         values, weights, counted=where, measure=measure, reduction=reduction, normalizer=normalizer
     )
@@ -382,8 +422,8 @@ def reweighted(
             measure, divisor = given, times_power(divisor, weigher.power)
             normalizer = None if normalizer is None else times_power(normalizer, weigher.power)
         record = Record(
-            values.detach(), weights, divisor, measure, where, weigher.groups, backend.name,
-            normalizer=normalizer,
+            values.detach(), of_units, divisor, measure, where, weigher.groups, backend.name,
+            normalizer=normalizer, segments=units_of_rows,
         )  # fmt: skip
     objective = objective.to(losses.dtype)
     if reduction == "none":

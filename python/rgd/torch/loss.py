@@ -28,6 +28,7 @@ from rgd.torch._problem import Given, Options, problem_of
 from rgd.torch._state import Memory, WeightingState
 from rgd.torch.backends.rust import Accepted, accepted, again
 from rgd.torch.functional import compute, reweighted
+from rgd.torch.segments import check_segments
 from rgd.torch.stats import Advisor, Record, Totals, remark_on
 from rgd.weightings import ERM, Weighting
 from rgd.weightings._call import resolve_weighting
@@ -228,6 +229,8 @@ class RGDLoss(Dial, nn.Module):
         sample_weight: Tensor | None = None,
         groups: Tensor | None = None,
         normalizer: Tensor | float | None = None,
+        segments: Tensor | None = None,
+        num_segments: int | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """The re-weighted objective.
@@ -243,6 +246,9 @@ class RGDLoss(Dial, nn.Module):
             groups: The group of each sample, integers, of the same shapes, for `GroupDRO` and `stats`.
             normalizer: As for `cross_entropy`: what "mean" divides by, the same in all micro-batches of a
                 step. `stats().objective` is divided by it too.
+            segments: With `per="sample"`, which sequence of its row a target belongs to, integers of the
+                losses' shape, as for `cross_entropy`. Weights and `stats` are then those of the sequences.
+            num_segments: As for `cross_entropy`.
             **kwargs: Keyword arguments of `base`.
 
         Returns:
@@ -256,7 +262,8 @@ class RGDLoss(Dial, nn.Module):
         """
         base = self.base
         simple = where is None and sample_weight is None and groups is None and not args and not kwargs
-        repeatable = simple and normalizer is None and base is None and not torch.compiler.is_compiling()
+        repeatable = simple and normalizer is None and segments is None and base is None
+        repeatable = repeatable and not torch.compiler.is_compiling()
         if repeatable and self._accepted is not None:
             objective = again(self, self._accepted, input, target)
             if objective is not None:
@@ -269,8 +276,8 @@ class RGDLoss(Dial, nn.Module):
                         "Trainer(compute_loss_func=rgd_loss_func(...)), from rgd.integrations.transformers"
                     )
                 raise TypeError(
-                    "without base, the loss takes input and target (and where=, sample_weight=, groups=), "
-                    "got " + ("no target" if target is None else f"{len(args) + len(kwargs)} more arguments")
+                    "without base, the loss takes input and target (and where=, sample_weight=, ...), got "
+                    + ("no target" if target is None else f"{len(args) + len(kwargs)} more arguments")
                 )
             losses = input
         else:
@@ -282,18 +289,23 @@ class RGDLoss(Dial, nn.Module):
         groups = None if plan is _PLAIN else groups
         if base is None:
             by_class = self.weight, self.logit_adjustment
-            given = Given(losses, target, *by_class, where, sample_weight, groups, normalizer)
+            packed = segments, num_segments
+            given = Given(losses, target, *by_class, where, sample_weight, groups, normalizer, *packed)
             problem = problem_of(given, options_of(self, plan is not _PLAIN))
             weigher = Weigher(plan, problem.groups, memory, sync, problem.power)
             objective, record = compute(problem, weigher)
             if repeatable:
                 object.__setattr__(self, "_accepted", accepted(given, problem, plan, record))
         else:
-            groups = check_groups(groups, losses.shape, losses.device, self.per)
+            units = check_segments(segments, num_segments, self.per, losses.shape, losses.device)
+            if units is None:
+                groups = check_groups(groups, losses.shape, losses.device, self.per)
+            elif groups is not None:
+                groups = units[0].groups(groups, losses.device)
             objective, record = reweighted(
                 losses, Weigher(plan, groups, memory, sync),
                 reduction=self.reduction, per=self.per, where=where, sample_weight=sample_weight,
-                normalizer=normalizer,
+                normalizer=normalizer, segments=units,
             )  # fmt: skip
             record = None if record is None else record.guarded()
         if plan is not _PLAIN:
@@ -396,8 +408,7 @@ class RGDLoss(Dial, nn.Module):
                 "torch.func transforms and torch.export leave nothing behind to describe"
             )
         record = self._record
-        per = "sample" if record.weights.dim() < record.losses.dim() else "element"
-        groups = check_groups(groups, record.losses.shape, record.losses.device, per)
+        groups = record.groups_of(groups)
         stats = record.stats(self.weighting, groups, self._sync.group() if sync else None)
         remark = None if self._logits is None else remark_on(self._logits())
         return stats if remark is None else stats.remarked(remark)

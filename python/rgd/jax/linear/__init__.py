@@ -75,6 +75,8 @@ def linear_cross_entropy(
     sample_weight: ArrayLike | None = None,
     groups: ArrayLike | None = None,
     normalizer: ArrayLike | None = None,
+    segments: ArrayLike | None = None,
+    num_segments: int | None = None,
     state: Any = None,
     logit_softcap: float | None = None,
     shift: bool = False,
@@ -124,6 +126,9 @@ def linear_cross_entropy(
             leading axis; with `per="sample"` (N,). A target where it is 0 counts for nothing.
         groups: The group of each target, integers shaped as `sample_weight`, for `rgd.GroupDRO`.
         normalizer: What "mean" divides by, as in `rgd.jax.cross_entropy`.
+        segments: As in `rgd.jax.cross_entropy`. With `shift` the label at t + 1 counts only if it is of the
+            segment of position t.
+        num_segments: As in `rgd.jax.cross_entropy`.
         state: The state of a weighting that remembers: what `weighting.init()` or the last call returned.
         logit_softcap: `cap` > 0 puts `cap * tanh(logits / cap)` in the place of the logits.
         shift: For (B, T, D): position t predicts the label at t + 1, and the last position nothing. Labels
@@ -192,6 +197,8 @@ def linear_cross_entropy(
         where=where,
         sample_weight=sample_weight,
         groups=groups,
+        segments=segments,
+        num_segments=num_segments,
         reduction=reduction if normalizer is None else "sum",
         per=per,
         shift=shift,
@@ -247,7 +254,7 @@ def linear_cross_entropy(
     else:
         values, logs = token_losses(settings, operands, constants)
         losses = Losses(values.reshape(shape), given.measure, given.groups, (), axis_name)
-        weights, new = target_weights(losses, chosen, per, state)
+        weights, new = target_weights(losses, chosen, per, state, problem.segments)
         losses = losses._replace(measure=measure)
         result = weighted_losses(weights, losses)
         if logs is not None:

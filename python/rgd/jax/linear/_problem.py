@@ -18,6 +18,7 @@ from rgd.jax._devices import AxisName, check_bound, names_of, psum
 from rgd.jax._inputs import an_array, as_groups, as_mask, as_measure, masked_measure
 from rgd.jax._pytrees import Structure
 from rgd.jax._rows import IGNORED, encode
+from rgd.jax._segments import Segments, as_segments
 from rgd.jax._targets import Per, Reduction, as_class_weight, by_class, refuse_out_of_range
 
 
@@ -100,11 +101,13 @@ class Problem(NamedTuple):
         operands: Inputs, kernel and bias.
         constants: The rest; `rows` have the labels' shape, but with `per="sample"` groups, one a sample.
         classes: The number of classes, of all slices together.
+        segments: Which unit each row belongs to, where the sequences of a row are units.
     """
 
     operands: Operands
     constants: Constants
     classes: int
+    segments: Segments | None = None
 
     @property
     def dtype(self) -> Any:
@@ -133,6 +136,8 @@ def as_problem(
     where: ArrayLike | None,
     sample_weight: ArrayLike | None,
     groups: ArrayLike | None,
+    segments: ArrayLike | None,
+    num_segments: int | None,
     reduction: Reduction,
     per: Per,
     shift: bool,
@@ -143,6 +148,7 @@ def as_problem(
     dtype = accumulator(operands)
     own_classes = operands.kernel.shape[1]
     classes = own_classes if vocab_axis_name is None else own_classes * int(lax.psum(1, vocab_axis_name))
+    packed = as_segments(segments, num_segments, per, jnp.shape(inputs)[:-1])
     rows = _as_rows(
         labels,
         jnp.shape(inputs)[:-1],
@@ -152,10 +158,13 @@ def as_problem(
         where=where,
         sample_weight=sample_weight,
         groups=groups,
+        segments=packed,
         reduction=reduction,
         per=per,
         shift=shift,
     )
+    if packed is not None and shift:
+        packed = packed.shifted()
     class_weight = as_class_weight(weight, own_classes, dtype)
     adjustment = by_class("logit_adjustment", logit_adjustment, own_classes, dtype)
     first = None if vocab_axis_name is None else lax.axis_index(vocab_axis_name) * own_classes
@@ -164,7 +173,7 @@ def as_problem(
         index, inside = position(rows.codes, first, own_classes)
         rows = rows._replace(own_weight=psum(jnp.where(inside, class_weight[index], 0), vocab_axis_name))
         weight_sum = psum(jnp.sum(class_weight), vocab_axis_name)
-    return Problem(operands, Constants(rows, class_weight, weight_sum, adjustment, first), classes)
+    return Problem(operands, Constants(rows, class_weight, weight_sum, adjustment, first), classes, packed)
 
 
 def position(codes: jax.Array, first_class: jax.Array | None, classes: int) -> tuple[jax.Array, jax.Array]:
@@ -250,6 +259,7 @@ def _as_rows(
     where: ArrayLike | None,
     sample_weight: ArrayLike | None,
     groups: ArrayLike | None,
+    segments: Segments | None,
     reduction: Reduction,
     per: Per,
     shift: bool,
@@ -266,8 +276,10 @@ def _as_rows(
         raise ValueError(
             f"labels must have the inputs' shape without the last axis, {shape}, got {values.shape}"
         )
-    of_units = shape if per == "element" else shape[:1]
+    of_units = shape if per == "element" or segments is not None else shape[:1]
     mask = as_mask(where, shape)
+    if segments is not None:
+        mask, sample_weight = segments.mask(mask), segments.to_targets("sample_weight", sample_weight)
     measure = as_measure(sample_weight, of_units, dtype, reduction)
     if measure is not None:
         measure = jnp.broadcast_to(measure.reshape(measure.shape + (1,) * (len(shape) - measure.ndim)), shape)
@@ -275,12 +287,15 @@ def _as_rows(
     takes_part = None if masked is None else masked != 0
     refuse_out_of_range(values, classes, ignore_index, takes_part)
     codes = encode(values, classes, ignore_index, takes_part)
-    members = as_groups(groups, of_units)
+    members = as_groups(groups, of_units) if segments is None else segments.groups(groups)
     if shift:
         codes = jnp.roll(codes, -1, axis=1).at[:, -1:].set(IGNORED)
         measure = None if measure is None else jnp.roll(measure, -1, axis=1)
         if members is not None and per == "element":
             members = jnp.roll(members, -1, axis=1)
     counted = codes != IGNORED
+    if shift and segments is not None:
+        counted &= segments.shifted().inside
+        codes = jnp.where(counted, codes, IGNORED)
     measure = counted.astype(dtype) if measure is None else jnp.where(counted, measure, 0)
     return Rows(codes, measure, None, members)

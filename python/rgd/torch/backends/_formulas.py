@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rgd import _rgd
-from rgd.torch._dtypes import accumulator, wide
+from rgd.torch._dtypes import accumulator
 from rgd.torch._measure import spread
 from rgd.torch._modes import values_can_be_read
 from rgd.torch._problem import Problem
@@ -98,32 +98,6 @@ def adjusted(logits: Tensor, adjustment: Tensor | None) -> Tensor:
 def _along_classes(numbers: Tensor, logits: Tensor) -> Tensor:
     """One number a class, along the class axis of logits."""
     return numbers.view(-1, *[1] * max(logits.dim() - 2, 0))
-
-
-def units_of(
-    losses: Tensor, counted: Tensor | None, measure: Tensor | None, per: str
-) -> tuple[Tensor, Tensor | None]:
-    """What a weight belongs to: the loss of each unit, without grad, and its base measure.
-
-    Args:
-        losses: One a target.
-        counted: Which targets count; None for all.
-        measure: The base measure of each unit; None for ones.
-        per: "element": a unit is a target; "sample": it is a sample of the leading axis, whose loss is the
-            mean over its targets that count.
-    """
-    plain = losses.detach()
-    if per == "sample" and plain.dim() > 1:
-        flat = plain.flatten(1).to(wide(plain))
-        if counted is None:
-            return flat.mean(1), measure
-        kept = counted.flatten(1)
-        number = kept.sum(1)
-        plain = flat.masked_fill(~kept, 0).sum(1) / number.clamp(min=1)
-        counted = number > 0
-    if counted is None:
-        return plain, measure
-    return plain, counted.to(plain.dtype) if measure is None else measure.masked_fill(~counted, 0)
 
 
 def objective_of(

@@ -37,6 +37,14 @@ class Computed(NamedTuple):
     grad: Tensor | None
     filled: Filled
 
+    def weighted_by(self, weights: Tensor) -> Computed:
+        """The same with the weights of the units, where targets were given theirs."""
+        filled = self.filled
+        if filled.weights is weights:
+            return self
+        filled = Filled(filled.losses, filled.weights, filled.divisor, filled.all_count, weights)
+        return Computed(self.objective, self.grad, filled)
+
 
 class Kernels(NamedTuple):
     """What a backend computes, without autograd.

@@ -22,7 +22,6 @@ from rgd.torch.backends._formulas import (
     logsumexp_of,
     losses_of,
     objective_of,
-    units_of,
     z_factors_of,
 )
 from rgd.torch.backends._in_place import Overwritten
@@ -52,8 +51,8 @@ class Composite:
         given = problem.changed(logits=problem.logits.detach()) if in_place else problem
         check_labels(problem)
         losses, counted = losses_of(given), problem.counted()
-        units, measure = units_of(losses, counted, problem.measure, problem.options.per)
-        weights = weigher.weigh(units, measure).to(losses.dtype)
+        of_units = weigher.weigh(*problem.units(losses)).to(losses.dtype)
+        weights = problem.spread(of_units)
         logsumexp = logsumexp_of(given) if problem.options.z_loss else None
         objective, divisor = objective_of(given, losses, weights, logsumexp)
         if in_place:
@@ -64,7 +63,9 @@ class Composite:
             objective = Overwritten.apply(problem.logits, objective)
         if must_forget():
             return objective, None
-        return objective, Record.of(problem, Filled(losses.detach(), weights, divisor), self.name)
+        return objective, Record.of(
+            problem, Filled(losses.detach(), weights, divisor, of_units=of_units), self.name
+        )
 
     def step(self, problem: Problem) -> Step:
         """The step over a chunk of a linear head."""

@@ -38,6 +38,8 @@ def linear_cross_entropy(
     sample_weight: Tensor | None = None,
     groups: Tensor | None = None,
     normalizer: Tensor | float | None = None,
+    segments: Tensor | None = None,
+    num_segments: int | None = None,
     state: Any = None,
     logit_softcap: float | None = None,
     shift: bool = False,
@@ -79,6 +81,9 @@ def linear_cross_entropy(
         sample_weight: As for `cross_entropy`, of the targets' shape or of one entry a sample.
         groups: As for `cross_entropy`.
         normalizer: As for `cross_entropy`.
+        segments: As for `cross_entropy`, of the shape of `target`, and so is what goes with them. With
+            `shift`, target t + 1 counts only if it is of the segment of position t.
+        num_segments: As for `cross_entropy`.
         state: As for `cross_entropy`.
         logit_softcap: If given, logits are `logit_softcap * tanh(z / logit_softcap)`, as in Gemma.
         shift: True where position t of the input, (B, T, D), predicts target t + 1, as in a causal language
@@ -127,7 +132,18 @@ def linear_cross_entropy(
     options = Options(ignore_index, label_smoothing, reduction, per, z_loss=z_loss).checked()
     chunking = Chunking(logit_softcap, shift, chunk_bytes, accumulate_dtype, vocab_group).checked()
     plan, sharing = plan_of(weighting, tau, scale), sync_of(process_group, sync)
-    given = Given(input, target, class_weight, adjustment, where, sample_weight, groups, normalizer)
+    given = Given(
+        input,
+        target,
+        class_weight,
+        adjustment,
+        where,
+        sample_weight,
+        groups,
+        normalizer,
+        segments,
+        num_segments,
+    )
     problem = problem_of(given, options, LinearHead(linear_weight, linear_bias, chunking))
     memory = functional_state(plan.weighting, state, problem.logits.device)
     weigher = Weigher(plan, problem.groups, memory, sharing, problem.power)
@@ -283,6 +299,8 @@ class LinearRGDLoss(RGDLoss):
         sample_weight: Tensor | None = None,
         groups: Tensor | None = None,
         normalizer: Tensor | float | None = None,
+        segments: Tensor | None = None,
+        num_segments: int | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """The re-weighted objective.
@@ -295,6 +313,8 @@ class LinearRGDLoss(RGDLoss):
             sample_weight: As for `linear_cross_entropy`.
             groups: As for `linear_cross_entropy`.
             normalizer: As for `linear_cross_entropy`.
+            segments: As for `linear_cross_entropy`.
+            num_segments: As for `linear_cross_entropy`.
             **kwargs: None.
 
         Returns:
@@ -305,7 +325,7 @@ class LinearRGDLoss(RGDLoss):
         """
         if target is None or args or kwargs:
             raise TypeError(
-                "the loss takes input and target (and where=, sample_weight=, groups=), got "
+                "the loss takes input and target (and where=, sample_weight=, ...), got "
                 + ("no target" if target is None else f"{len(args) + len(kwargs)} more arguments")
             )
         weight, bias = cast("Any", self.linear.weight), getattr(self.linear, "bias", None)
@@ -313,7 +333,8 @@ class LinearRGDLoss(RGDLoss):
         is_plain = plan is not self._plan
         by_class = self.weight, self.logit_adjustment
         groups = None if is_plain else groups
-        given = Given(input, target, *by_class, where, sample_weight, groups, normalizer)
+        packed = segments, num_segments
+        given = Given(input, target, *by_class, where, sample_weight, groups, normalizer, *packed)
         problem = problem_of(given, options_of(self, not is_plain), LinearHead(weight, bias, self._chunking))
         weigher = Weigher(plan, problem.groups, memory, sync, problem.power)
         objective, record = compute_linear(problem, weigher)

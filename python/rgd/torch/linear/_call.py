@@ -24,7 +24,6 @@ from rgd.torch.backends._formulas import (
     objective_of,
     product,
     shares_of,
-    units_of,
     z_factors_of,
 )
 from rgd.torch.backends._registry import Backend, choose
@@ -69,6 +68,7 @@ class _Call(NamedTuple):
         """The objective, in the accumulator's dtype, and the record of its weights."""
         plan, options = weigher.plan, self.problem.options
         per_target = options.per == "element" or len(self.problem.losses_shape()) < 2
+        per_target = per_target and self.problem.segments is None
         pointwise = plan.pointwise and not plan.stateful and per_target
         # An operator knows weightings by their kernels alone.
         pointwise = pointwise and (plan.kind is not None or not torch.compiler.is_compiling())
@@ -113,12 +113,12 @@ class _Call(NamedTuple):
             found = _ops.losses(self._in_dtype()) if compiling else losses_in_chunks(self._chunked())
             losses, logsumexp = (None if one is None else as_losses(problem, one) for one in found)
             losses = cast("Tensor", losses)
-            counted, per = problem.counted(), problem.options.per
-            units = units_of(losses, counted, problem.measure, per)
-            weights = self.backend.sample_weights(*units, weigher).to(losses.dtype)
+            counted = problem.counted()
+            of_units = self.backend.sample_weights(*problem.units(losses), weigher).to(losses.dtype)
+            weights = problem.spread(of_units)
         if not any(self.wanted()):
             objective, divisor = self._reduced(losses, weights, logsumexp)
-            return objective, self._record(losses, weights, divisor)
+            return objective, self._record(losses, weights, divisor, of_units)
         factors = factors_of(losses, weights, counted, problem.measure)
         values = product(factors, losses)
         z_factors = z_factors_of(problem, losses)
@@ -136,7 +136,7 @@ class _Call(NamedTuple):
             products = products.sum(dtype=wide(products))
             mean = divisor if problem.normalizer is None else problem.normalizer
             products = mean_of(products, mean) if reduction == "mean" else products
-        return products.to(losses.dtype), self._record(losses, weights, divisor)
+        return products.to(losses.dtype), self._record(losses, weights, divisor, of_units)
 
     # --- what both ways need ---
 
@@ -205,10 +205,12 @@ class _Call(NamedTuple):
         objective, divisor = objective_of(self.problem, *cast("Any", vectors))
         return objective.to(losses.dtype), divisor
 
-    def _record(self, losses: Tensor, weights: Tensor, divisor: Tensor | float) -> Record:
+    def _record(
+        self, losses: Tensor, weights: Tensor, divisor: Tensor | float, of_units: Tensor | None = None
+    ) -> Record:
         split = cast("LinearHead", self.problem.head).shard is not None
         name = "composite" if split else self.backend.name
-        return Record.of(self.problem, Filled(losses, weights, divisor), name)
+        return Record.of(self.problem, Filled(losses, weights, divisor, of_units=of_units), name)
 
     def _finished(self, found: Gradients) -> Gradients:
         """The whole gradient of the input; all in the dtype they will have, or for float16 in float32."""

@@ -23,7 +23,9 @@ from rgd.stats import (
 )
 from rgd.torch._distributed import gather, reduce_max, reduce_sums
 from rgd.torch._dtypes import wide
+from rgd.torch._measure import check_groups
 from rgd.torch._problem import Problem
+from rgd.torch.segments import Segments
 from rgd.weightings import Weighting
 
 
@@ -32,15 +34,17 @@ class Filled(NamedTuple):
 
     Attributes:
         losses: One a target, detached.
-        weights: One a unit.
+        weights: One a unit; with segments one a target.
         divisor: `sum p c` of the targets, by which "mean" divides without a normalizer.
         all_count: Whether it is known that no target is ignored.
+        of_units: With segments the weights of the units.
     """
 
     losses: Tensor
     weights: Tensor
     divisor: float | Tensor
     all_count: bool = False
+    of_units: Tensor | None = None
 
 
 class Record(NamedTuple):
@@ -48,14 +52,15 @@ class Record(NamedTuple):
 
     Attributes:
         losses: One a target, 0 where the target is ignored.
-        weights: One a target, or one a sample of the leading axis; 0 where all is ignored.
+        weights: One a target, one a sample of the leading axis, or one a segment; 0 where all is ignored.
         divisor: `sum p c` of the targets; a tensor where it lies on a device that nobody has waited for.
-        measure: The base measure of each weight; None for ones.
+        measure: The base measure of each weight, with segments of each target; None for ones.
         counted: Which losses count, bool; None for all that `measure` counts.
         groups: The group of each weight, where they were given.
         backend: What computed it.
         version: How often `losses` had been changed in place, where they are the caller's; else None.
         normalizer: What the objective was divided by in the place of the divisor; None for that.
+        segments: Which unit each target belongs to, where segments are the units.
     """
 
     losses: Tensor
@@ -67,6 +72,7 @@ class Record(NamedTuple):
     backend: str
     version: int | None = None
     normalizer: float | Tensor | None = None
+    segments: Segments | None = None
 
     @classmethod
     def of(cls, problem: Problem, filled: Filled, backend: str) -> Record:
@@ -76,9 +82,12 @@ class Record(NamedTuple):
             measure, divisor = problem.given_measure, times_power(divisor, problem.power)
             normalizer = None if normalizer is None else times_power(normalizer, problem.power)
         counted = None if filled.all_count else problem.counted()
+        weights = filled.weights
+        if problem.segments is not None:
+            weights, counted = cast("Tensor", filled.of_units), problem.counted()
         return cls(
-            filled.losses, filled.weights, divisor, measure, counted, problem.groups, backend,
-            normalizer=normalizer,
+            filled.losses, weights, divisor, measure, counted, problem.groups, backend,
+            normalizer=normalizer, segments=problem.segments,
         )  # fmt: skip
 
     def changed(self, **changes: Any) -> Record:
@@ -109,6 +118,12 @@ class Record(NamedTuple):
         """What has a weight each: targets, or samples with their mean losses."""
         losses, measure, counted = self.losses, self.measure, self.counted
         number = of_targets = None
+        segments = self.segments
+        if segments is not None:
+            kept = cast("Tensor", counted)
+            of_targets, number = segments.totals(losses, kept)
+            measure = segments.measure(kept, measure, of_targets.dtype)
+            return Units(of_targets / number.clamp(min=1), self.weights, measure, of_targets, number)
         if self.weights.dim() < losses.dim():
             of_targets = losses.flatten(1).to(wide(losses))
             kept = torch.ones_like(of_targets, dtype=torch.bool) if counted is None else counted.flatten(1)
@@ -118,6 +133,13 @@ class Record(NamedTuple):
             kept = counted.to(wide(losses))
             measure = kept if measure is None else kept * measure
         return Units(losses, self.weights, measure, of_targets, number)
+
+    def groups_of(self, groups: Tensor | None) -> Tensor | None:
+        """The group of each unit, checked, from what a caller gave."""
+        if self.segments is not None:
+            return self.segments.groups(groups, self.losses.device)
+        per = "sample" if self.weights.dim() < self.losses.dim() else "element"
+        return check_groups(groups, self.losses.shape, self.losses.device, per)
 
     def within_range(self) -> Record:
         """The record with its measure divided by a power of two, so that no sum overflows."""

@@ -25,7 +25,6 @@ from rgd.torch._modes import (
 )
 from rgd.torch._plan import Weigher
 from rgd.torch._problem import Problem
-from rgd.torch.backends._formulas import units_of
 from rgd.torch.backends._graph import Computed
 from rgd.torch.backends._in_place import Overwritten
 from rgd.torch.backends._objective import Objective
@@ -92,13 +91,13 @@ class Rust:
             measure = problem.measure.detach().to(accumulator(logits.dtype)).contiguous()
             problem = problem.changed(measure=measure)
         if torch.compiler.is_compiling():
-            computed = _compute_by_operators(problem, weigher, with_grad)
+            computed = self._by_operators(problem, weigher, with_grad)
             return computed.objective, Record.of(problem, computed.filled, self.name)
-        if weigher.kernel_serves:
+        if weigher.kernel_serves and problem.segments is None:
             kernel: Any = weigher.plan.kernel
             computed = fill(problem, kernel, with_grad)
         else:
-            computed = _compute_in_two_passes(problem, weigher, with_grad)
+            computed = self._in_two_passes(problem, weigher, with_grad)
         objective: Any = computed.objective
         if with_grad and problem.options.inplace:
             objective = Overwritten.apply(problem.logits, objective)
@@ -112,25 +111,26 @@ class Rust:
         """The step over a chunk of a linear head."""
         return RustStep(problem)
 
+    def _in_two_passes(self, problem: Problem, weigher: Weigher, with_grad: bool) -> Computed:
+        """First the losses, then, with the weights they call for, the gradient."""
+        losses, logsumexp = fill_losses(problem)
+        of_units = self.sample_weights(*problem.units(losses), weigher).to(losses.dtype)
+        computed = fill_gradient(problem, losses, problem.spread(of_units), logsumexp, with_grad)
+        return computed.weighted_by(of_units)
 
-def _compute_in_two_passes(problem: Problem, weigher: Weigher, with_grad: bool) -> Computed:
-    """First the losses, then, with the weights they call for, the gradient."""
-    losses, logsumexp = fill_losses(problem)
-    units = units_of(losses, problem.counted(), problem.measure, problem.options.per)
-    weights = weigher.weigh(*units, by_kernel=True)
-    return fill_gradient(problem, losses, weights.to(losses.dtype), logsumexp, with_grad)
-
-
-def _compute_by_operators(problem: Problem, weigher: Weigher, with_grad: bool) -> Computed:
-    """The same by operators, for a compiled graph: their objective carries the gradient."""
-    class_weight = None if problem.class_weight is None else problem.class_weight.detach()
-    problem = problem.changed(target=problem.target.detach(), class_weight=class_weight)
-    operators, plan = _ops.cross_entropy, weigher.plan
-    if weigher.kernel_serves:
-        return operators.one_pass(problem, cast("str", plan.kind), cast("Tensor", plan.numbers), with_grad)
-    losses, rows = operators.losses(problem)
-    weights = weigher.weigh(*units_of(losses, problem.counted(), problem.measure, problem.options.per))
-    return operators.gradient(problem, losses, weights.to(losses.dtype), rows, with_grad)
+    def _by_operators(self, problem: Problem, weigher: Weigher, with_grad: bool) -> Computed:
+        """The same by operators, for a compiled graph: their objective carries the gradient."""
+        class_weight = None if problem.class_weight is None else problem.class_weight.detach()
+        problem = problem.changed(target=problem.target.detach(), class_weight=class_weight)
+        operators, plan = _ops.cross_entropy, weigher.plan
+        if weigher.kernel_serves and problem.segments is None:
+            return operators.one_pass(
+                problem, cast("str", plan.kind), cast("Tensor", plan.numbers), with_grad
+            )
+        losses, rows = operators.losses(problem)
+        of_units = self.sample_weights(*problem.units(losses), weigher).to(losses.dtype)
+        computed = operators.gradient(problem, losses, problem.spread(of_units), rows, with_grad)
+        return computed.weighted_by(of_units)
 
 
 def _served_in_graphs(tensors: tuple[Tensor | None, ...]) -> bool:

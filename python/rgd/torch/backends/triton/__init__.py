@@ -20,7 +20,7 @@ from torch import Tensor
 from rgd.torch._modes import in_transform, is_exporting, plain_and_eager
 from rgd.torch._plan import Weigher
 from rgd.torch._problem import Problem
-from rgd.torch.backends._formulas import check_labels, units_of
+from rgd.torch.backends._formulas import check_labels
 from rgd.torch.backends._graph import Computed, Kernels, Operators
 from rgd.torch.backends._steps import Step
 from rgd.torch.stats import Record
@@ -77,14 +77,15 @@ class Triton:
             check_labels(problem)
             kernels = _KERNELS
         per_target = problem.options.per == "element" or len(problem.losses_shape()) < 2
+        per_target = per_target and problem.segments is None
         if plan.pointwise and per_target and weigher.kernel_serves and plan.kind in ("kl", "focal"):
             numbers = cast("Tensor", plan.numbers_on(problem.logits.device))
             computed: Computed = kernels.one_pass(problem, plan.kind, numbers, with_grad)
         else:
             losses, sums = kernels.losses(problem)
-            units = units_of(losses, problem.counted(), problem.measure, problem.options.per)
-            weights = weigher.weigh(*units).to(losses.dtype)
-            computed = kernels.gradient(problem, losses, weights, sums, with_grad)
+            of_units = weigher.weigh(*problem.units(losses)).to(losses.dtype)
+            computed = kernels.gradient(problem, losses, problem.spread(of_units), sums, with_grad)
+            computed = computed.weighted_by(of_units)
         objective = computed.objective
         if with_grad and not compiling:
             objective = _in_autograd(problem, computed)
@@ -104,7 +105,7 @@ def _refuse_the_unknown(problem: Problem) -> None:
     Raises:
         RuntimeError: If the problem holds something that they do not know.
     """
-    for name in ("segments", "reference", "returns"):
+    for name in ("reference", "returns"):
         value: Any = getattr(problem, name)
         if value is not None and value != ():
             raise RuntimeError(f'the Triton programs do not serve {name}: leave backend("triton") out')
