@@ -372,3 +372,14 @@ def test_what_does_not_fit_is_refused(call):
             call(segments, **options)
     with pytest.raises(ValueError, match="segments take class indices"):
         cross_entropy(torch.randn(1, C, 6), torch.rand(1, C, 6), segments=good, per="sample")
+
+
+def test_a_call_like_the_last_one_but_for_segments_hears_them():
+    hidden, target, head, segments = packed()
+    logits = F.linear(hidden, head).movedim(-1, 1)
+    criterion = RGDLoss(tau=20.0, per="sample")
+    plain = [criterion(logits, target) for _ in range(3)][-1]
+    with pytest.raises(ValueError, match="num_segments goes with segments"):
+        criterion(logits, target, num_segments=3)
+    assert criterion(logits, target, segments=segments) != plain
+    assert criterion(logits, target) == plain

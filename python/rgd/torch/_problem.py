@@ -223,8 +223,9 @@ def problem_of(given: Given, options: Options, head: LinearHead | None = None) -
         TypeError: If a dtype does not fit.
         ValueError: If a shape, a device, a value or a setting does not fit.
     """
-    logits, target, class_weight, adjustment, where, sample_weight, groups, *others = given
-    normalizer, segments, num_segments = others
+    logits, target, class_weight, adjustment, where, sample_weight, groups, normalizer, segments, number = (
+        given
+    )
     if head is None:
         shape = _check_logits(given)
         classes = logits.shape[1 if logits.dim() > 1 else 0]
@@ -249,7 +250,7 @@ def problem_of(given: Given, options: Options, head: LinearHead | None = None) -
         where, sample_weight, groups = (_shifted(one, places) for one in (where, sample_weight, groups))
     dtype = logits.dtype
     inside = None
-    if segments is not None or num_segments is not None:
+    if segments is not None or number is not None:
         segments, inside = _units_of_segments(given, options, shape, head)
         options = options.by_element()
         where, sample_weight = segments.given("where", where), segments.given("sample_weight", sample_weight)

@@ -262,8 +262,10 @@ class RGDLoss(Dial, nn.Module):
         """
         base = self.base
         simple = where is None and sample_weight is None and groups is None and not args and not kwargs
-        repeatable = simple and normalizer is None and segments is None and base is None
-        repeatable = repeatable and not torch.compiler.is_compiling()
+        repeatable = (
+            simple and normalizer is None and segments is None and num_segments is None and base is None
+            and not torch.compiler.is_compiling()
+        )  # fmt: skip
         if repeatable and self._accepted is not None:
             objective = again(self, self._accepted, input, target)
             if objective is not None:
