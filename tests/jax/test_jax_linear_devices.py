@@ -118,8 +118,26 @@ def forward_mode():
     for actual, expected in tangents(operands):
         same(actual, expected)
 
+def segments_of_rows():
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "classes"))
+    numbers = jnp.asarray([[0, 0, 1], [0, 1, 1], [-1, 0, 0], [1, 1, 1]])
+    given = inputs.reshape(4, 3, 4), kernel, labels.reshape(4, 3), numbers
+
+    def of_units(inputs, kernel, labels, numbers, **axes):
+        return rj.linear_cross_entropy(
+            inputs, kernel, labels, per="sample", weighting=rgd.CVaR(0.4), segments=numbers, num_segments=2,
+            shift=True, chunk_bytes=200, **axes)
+
+    expected = jax.jit(jax.value_and_grad(of_units, (0, 1)))(*given)
+    inside = jax.value_and_grad(
+        lambda *a: of_units(*a, axis_name="data", vocab_axis_name="classes"), (0, 1))
+    classes = P(None, "classes")
+    spread = jax.shard_map(inside, mesh=mesh, in_specs=(P("data"), classes, P("data"), P("data")),
+                           out_specs=(P(), (P("data"), classes)))
+    same(jax.jit(spread)(*given), expected)
+
 CHECKS = {f"{d} by {c}": lambda d=d, c=c: spread_over(d, c) for d, c in ((1, 3), (2, 2), (2, 1))}
-CHECKS |= {"rows alone": rows_alone, "forward mode": forward_mode}
+CHECKS |= {"rows alone": rows_alone, "forward mode": forward_mode, "segments": segments_of_rows}
 """
 
 
@@ -128,7 +146,7 @@ def outcomes():
     return outcomes_on_four_devices(PROGRAM)
 
 
-MESHES = ["1 by 3", "2 by 2", "2 by 1", "rows alone", "forward mode"]
+MESHES = ["1 by 3", "2 by 2", "2 by 1", "rows alone", "forward mode", "segments"]
 
 
 def test_every_mesh_of_the_program_is_asked_for(outcomes):
