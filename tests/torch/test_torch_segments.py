@@ -14,6 +14,7 @@ from rgd.torch import (
     LinearRGDLoss,
     RGDLoss,
     backend,
+    count_targets,
     cross_entropy,
     linear_cross_entropy,
     segments_of,
@@ -383,3 +384,26 @@ def test_a_call_like_the_last_one_but_for_segments_hears_them():
         criterion(logits, target, num_segments=3)
     assert criterion(logits, target, segments=segments) != plain
     assert criterion(logits, target) == plain
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_packed_micro_batches_with_one_denominator_make_the_step_of_one_batch(shift):
+    hidden, target, head, segments = in_two_rows()
+    hidden = hidden.nan_to_num()
+    p = torch.tensor([[1.0, 0.25], [2.0, 0.5]], dtype=torch.float64)
+    head = head.requires_grad_()
+
+    def objective(rows, **options):
+        return linear_cross_entropy(
+            hidden[rows], head, target[rows], per="sample", tau=4.0, shift=shift, segments=segments[rows],
+            sample_weight=p[rows], num_segments=2, **options,
+        )  # fmt: skip
+
+    parts = [slice(0, 1), slice(1, 2)]
+    step = [
+        {"labels": target[s], "segments": segments[s], "num_segments": 2, "sample_weight": p[s]}
+        for s in parts
+    ]
+    total = count_targets(step, shift=shift)
+    mine, whole = sum(objective(rows, normalizer=total) for rows in parts), objective(slice(None))
+    assert_same([mine, *torch.autograd.grad(mine, head)], [whole, *torch.autograd.grad(whole, head)])

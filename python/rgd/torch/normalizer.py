@@ -16,6 +16,7 @@ from rgd.torch._distributed import Sync
 from rgd.torch._dtypes import INTEGERS
 from rgd.torch._measure import measure_of, spread
 from rgd.torch._modes import values_can_be_read
+from rgd.torch.segments import check_segments
 
 _TARGETS = ("target", "labels")
 
@@ -37,9 +38,9 @@ def count_targets(
 
     Args:
         batches: The micro-batches of this process, each one a target, a pair of inputs and a target, or a
-            mapping with the target under "target" or "labels" and, if they are given to the loss,
-            `where` and `sample_weight` under these names. A target holds class indices or, in floats, class
-            probabilities of shape (N, C, ...).
+            mapping with the target under "target" or "labels" and, if they are given to the loss, `where`,
+            `sample_weight`, `segments` and `num_segments` under these names. A target holds class indices or,
+            in floats, class probabilities of shape (N, C, ...).
         ignore_index: Class index of targets that count for nothing.
         shift: True where position t predicts target t + 1: the first target of each row is not counted.
         weight: Class weights, shape (C,).
@@ -140,12 +141,22 @@ def _allowed(number: float) -> float:
 
 def _count(batch: Any, ignore_index: int, shift: bool, weight: Tensor | None) -> Tensor:
     """`sum p c` of one micro-batch."""
-    target, where, sample_weight = _parts(batch)
+    target, where, sample_weight, segments, number = _parts(batch)
     probabilities = target.is_floating_point()
     if not probabilities and target.dtype not in INTEGERS:
         raise TypeError(f"a target must hold class indices or class probabilities, got {target.dtype}")
     if shift and (probabilities or target.dim() != 2):
         raise ValueError(f"shift=True takes class indices of shape (B, T), got {tuple(target.shape)}")
+    places = target.shape[:1] + target.shape[2:] if probabilities else target.shape
+    units = check_segments(segments, number, "sample", places, target.device, shift=shift)
+    if shift:
+        where, sample_weight, target = (
+            one[:, 1:] if isinstance(one, Tensor) and one.shape == places else one
+            for one in (where, sample_weight, target)
+        )
+    if units is not None:
+        where = units[1] if where is None else units[0].given("where", where) & units[1]
+        sample_weight = units[0].given("sample_weight", sample_weight)
     shape = target.shape[:1] + target.shape[2:] if probabilities else target.shape
     dtype = torch.float32 if target.device.type == "mps" else torch.float64
     like = torch.empty((), dtype=dtype, device=target.device)
@@ -159,17 +170,17 @@ def _count(batch: Any, ignore_index: int, shift: bool, weight: Tensor | None) ->
             index = target.to(torch.int64).masked_fill(~counted | (p == 0), 0)
             p = p * weight.detach().to(like)[index]
         p = p.masked_fill(~counted, 0)
-    return (p[:, 1:] if shift else p).sum()
+    return p.sum()
 
 
-def _parts(batch: Any) -> tuple[Tensor, Any, Any]:
-    """The target of a micro-batch, its mask and its sample weight."""
-    where = sample_weight = None
+def _parts(batch: Any) -> tuple[Tensor, Any, Any, Any, Any]:
+    """The target of a micro-batch, its mask, its sample weight, its segments and how many a row has."""
+    others: tuple[Any, ...] = (None,) * 4
     target: Any = batch
     if isinstance(batch, Mapping):
         batch = cast("Mapping[str, Any]", batch)
         target = next((batch[name] for name in _TARGETS if batch.get(name) is not None), None)
-        where, sample_weight = batch.get("where"), batch.get("sample_weight")
+        others = tuple(map(batch.get, ("where", "sample_weight", "segments", "num_segments")))
     elif isinstance(batch, Sequence) and not isinstance(batch, str):
         target = cast("Any", batch[1]) if len(cast("Any", batch)) == 2 else None
     if not isinstance(target, Tensor):
@@ -179,7 +190,7 @@ def _parts(batch: Any) -> tuple[Tensor, Any, Any]:
                 f"under 'target' or 'labels', got {_described(batch)}"
             )
         raise TypeError(no_tensor("target", target))
-    return target, where, sample_weight
+    return cast("Any", (target, *others))
 
 
 def _described(batch: Any) -> str:
