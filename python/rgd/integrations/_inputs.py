@@ -23,7 +23,7 @@ _OF_TRANSFORMERS = (
 _PACKED = (
     'per="sample" weights a row by its mean loss, and a row of this batch holds several sequences ({found}), '
     "which would share one weight: give each sequence a row of its own, with padding, use "
-    'use_linear_rgd(model, per="sample"), which tells them apart, or per="element"'
+    'use_linear_rgd(model, per="sample"), which tells them apart, or use per="element"'
 )
 
 
