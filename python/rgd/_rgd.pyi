@@ -88,11 +88,19 @@ class RepeatedCrossEntropy:
         threads: int,
         class_weight: Any | None,
         logit_adjustment: Any | None,
-    ) -> tuple[float, int]:
+        measure: int | None = None,
+        groups: int | None = None,
+        state: Sequence[int] = (),
+    ) -> tuple[float, int] | None:
         """Fill `losses`, `weights`, `objective` and `grad`; returns and raises as `cross_entropy`.
 
         The first six are the addresses of tensors that the caller vouches for: they are in the CPU's memory,
         contiguous, of the dtypes and shapes of this call, and no output shares memory with another tensor.
+        So are those of the measure, in the losses' dtype, of the groups, int64, and of the leaves of the
+        state, float64, which are moved.
+
+        None, and nothing is filled, where the measure holds no number >= 0 or one that float32 has no room
+        around.
         """
 
 class RepeatedWeights:

@@ -6,9 +6,9 @@
 use super::call::{for_float, read_weighting, released};
 use super::cross_entropy::{read_reduction, read_settings, read_totals};
 use super::tensor::{Dtype, HasDtype, Tensor};
-use crate::cross_entropy::{self as ce, Gradient, Inputs, Outputs, Settings, Target};
+use crate::cross_entropy::{self as ce, Gradient, Inputs, Memory, Outputs, Settings, Target};
 use crate::layout::Vector;
-use crate::numeric::Element;
+use crate::numeric::{Element, Real};
 use crate::weightings::{self, Batch, Weighting};
 use ndarray::{ArrayViewD, ArrayViewMutD, IxDyn};
 use pyo3::exceptions::{PyTypeError, PyValueError};
@@ -26,10 +26,13 @@ pub(super) struct RepeatedCrossEntropy {
     settings: Settings,
 }
 
-/// Where the tensors of a call lie: contiguous, and no output within another tensor.
+/// Where the tensors of a call lie: contiguous, and no output within another tensor. What the call lacks is `None`.
 struct Places {
     logits: usize,
     target: usize,
+    measure: Option<usize>,
+    groups: Option<usize>,
+    state: Vec<usize>,
     losses: usize,
     weights: usize,
     objective: usize,
@@ -68,7 +71,12 @@ impl RepeatedCrossEntropy {
         Ok(Self { dtype, shape, targets_shape, narrow, weighting: read_weighting(kind, &numbers)?, settings })
     }
 
-    #[pyo3(signature = (logits, target, losses, weights, objective, grad, threads, class_weight, logit_adjustment))]
+    /// The divisor of "mean" and how many targets take part; `None`, and nothing is written, for a measure that the
+    /// front must look at.
+    #[pyo3(signature = (
+        logits, target, losses, weights, objective, grad, threads, class_weight, logit_adjustment,
+        measure=None, groups=None, state=vec![]
+    ))]
     #[allow(clippy::too_many_arguments)] // one for each tensor
     fn __call__(
         &self,
@@ -82,8 +90,11 @@ impl RepeatedCrossEntropy {
         threads: usize,
         class_weight: Option<&Bound<PyAny>>,
         logit_adjustment: Option<&Bound<PyAny>>,
-    ) -> PyResult<(f64, usize)> {
-        let places = Places { logits, target, losses, weights, objective, grad };
+        measure: Option<usize>,
+        groups: Option<usize>,
+        state: Vec<usize>,
+    ) -> PyResult<Option<(f64, usize)>> {
+        let places = Places { logits, target, measure, groups, state, losses, weights, objective, grad };
         let class_weight = class_weight.map(|c| Tensor::import("weight", c)).transpose()?;
         let adjustment = logit_adjustment.map(|a| Tensor::import("logit_adjustment", a)).transpose()?;
         let by_class = [class_weight.as_ref(), adjustment.as_ref()];
@@ -98,7 +109,7 @@ impl RepeatedCrossEntropy {
         places: &Places,
         [class_weight, logit_adjustment]: [Option<&Tensor>; 2],
         threads: usize,
-    ) -> PyResult<(f64, usize)> {
+    ) -> PyResult<Option<(f64, usize)>> {
         let targets = self.targets_shape.iter().product();
         let units = if self.settings.per_sample { self.shape[0] } else { targets };
         let logits = view::<T>(places.logits, &self.shape)?;
@@ -107,13 +118,34 @@ impl RepeatedCrossEntropy {
         } else {
             Target::Int64(view(places.target, &self.targets_shape)?)
         };
+        let (mut measure, mut power) = (None, 1.0);
+        if let Some(address) = places.measure {
+            let given = view::<T::Real>(address, &[units])?;
+            let divides = self.settings.reduction == ce::Reduction::Mean;
+            let Some(scaled) = scaled(given.iter().copied(), divides) else { return Ok(None) };
+            measure = Some(scaled.0);
+            power = scaled.1;
+        }
         let inputs = Inputs {
             logits,
             target,
             class_weight: class_weight.map(Tensor::slice).transpose()?,
             logit_adjustment: logit_adjustment.map(Tensor::slice).transpose()?,
-            measure: None,
+            measure: measure.as_deref(),
         };
+        let groups: Option<Vec<i64>> = places
+            .groups
+            .map(|groups| Ok::<_, PyErr>(view(groups, &[units])?.iter().copied().collect()))
+            .transpose()?;
+        let lengths = self.weighting.state_lengths();
+        if lengths.len() != places.state.len() {
+            return Err(PyValueError::new_err("a state with other leaves than the weighting's"));
+        }
+        let leaves = places.state.iter().zip(&lengths);
+        let mut state = leaves
+            .clone()
+            .map(|(&leaf, &length)| Ok(view::<f64>(leaf, &[length])?.iter().copied().collect()))
+            .collect::<PyResult<Vec<Vec<f64>>>>()?;
         let grad: *mut MaybeUninit<T> = pointer(places.grad)?;
         // SAFETY: the caller vouches for the outputs: contiguous memory of these lengths and types that no other
         // argument shares. `pointer` has checked that they are there and aligned.
@@ -126,8 +158,42 @@ impl RepeatedCrossEntropy {
             }
         };
         let settings = Settings { threads, ..self.settings };
-        read_totals(released(py, || ce::cross_entropy(&inputs, self.weighting, &settings, out))?)
+        let memory = Memory { groups: groups.as_deref(), state: &mut state };
+        let (divisor, count) = read_totals(released(py, || {
+            ce::cross_entropy_with(&inputs, self.weighting, memory, &settings, out)
+        })?)?;
+        for ((&leaf, &length), numbers) in leaves.zip(&state) {
+            // SAFETY: the caller vouches for the leaves: contiguous memory of these lengths that it lets nobody else
+            // use meanwhile. `view` has checked that they are there and aligned.
+            unsafe { std::slice::from_raw_parts_mut(pointer::<f64>(leaf)?, length) }.copy_from_slice(numbers);
+        }
+        Ok(Some((divisor * power, count)))
     }
+}
+
+/// A base measure over a power of two, and that power, as `rgd.torch` divides what it was given. `None` for numbers that
+/// are no measure, and for such as float32 has no room around.
+fn scaled<A: Real>(measure: impl Iterator<Item = A> + Clone, divides: bool) -> Option<(Vec<A>, f64)> {
+    let mut largest = 0.0;
+    for p in measure.clone() {
+        let p = p.to_f64();
+        if !(0.0..=1e18).contains(&p) {
+            return None;
+        }
+        largest = if p > largest { p } else { largest };
+    }
+    if largest != 0.0 && largest < 1e-18 {
+        return None;
+    }
+    let power = if divides && largest != 0.0 { power_above(largest) } else { 1.0 };
+    Some((measure.map(|p| A::from_f64(p.to_f64() / power)).collect(), power))
+}
+
+/// The smallest power of two that is not below a normal number.
+fn power_above(x: f64) -> f64 {
+    const MANTISSA: u64 = (1 << 52) - 1;
+    let below = f64::from_bits(x.to_bits() & !MANTISSA);
+    if below == x { x } else { 2.0 * below }
 }
 
 /// What does not change from call to call of `sample_weights`.

@@ -77,6 +77,15 @@ pub struct Inputs<'a, T: Element> {
     pub measure: Option<&'a [T::Real]>,
 }
 
+/// What some weightings look at beside the losses.
+#[derive(Debug, Default)]
+pub struct Memory<'a> {
+    /// The group of each unit.
+    pub groups: Option<&'a [i64]>,
+    /// The leaves of the weighting's state, which are moved.
+    pub state: &'a mut [Vec<f64>],
+}
+
 /// Losses as [`super::losses()`] fills them, and the weights that were made of them.
 #[derive(Debug, Clone, Copy)]
 pub struct Given<'a, A> {

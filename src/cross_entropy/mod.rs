@@ -26,7 +26,8 @@ mod tiles;
 mod tests;
 
 pub use arguments::{
-    Given, Gradient, Inputs, NormedOutputs, Outputs, Overwrite, PerTarget, Reduction, Settings, Target,
+    Given, Gradient, Inputs, Memory, NormedOutputs, Outputs, Overwrite, PerTarget, Reduction, Settings,
+    Target,
 };
 pub use labels::Totals;
 pub use shape::Error;
@@ -57,12 +58,28 @@ pub fn cross_entropy<T: Element>(
     if !weighting.state_lengths().is_empty() {
         return Err(Error::Stateful(weighting.kind()));
     }
+    cross_entropy_with(inputs, weighting, Memory::default(), settings, out)
+}
+
+/// As [`cross_entropy`], for a weighting that may look at groups and remember earlier batches.
+///
+/// # Errors
+/// As [`cross_entropy`], and [`Error::Weighting`] for groups or a state that do not fit the weighting, which stays as it
+/// was; outputs may be written then.
+pub fn cross_entropy_with<T: Element>(
+    inputs: &Inputs<T>,
+    weighting: Weighting,
+    memory: Memory,
+    settings: &Settings,
+    out: Outputs<T>,
+) -> Result<Totals, Error> {
     let Outputs { losses, weights, objective, mut grad } = out;
     let dims = Dimensions::of(inputs, settings)?;
     dims.length("losses", losses.len(), dims.targets)?;
     dims.length("weights", weights.len(), dims.units)?;
     dims.length("objective", objective.len(), dims.objectives(settings))?;
     dims.gradient(&grad)?;
+    memory.groups.map_or(Ok(()), |groups| dims.length("groups", groups.len(), dims.units))?;
     let (labels, totals) = Labels::read(inputs, &dims, settings.ignore_index)?;
 
     let mut problem = Problem::new(inputs, &dims, &labels, settings, &mut grad);
@@ -74,13 +91,18 @@ pub fn cross_entropy<T: Element>(
         let weights = Shared(weights.as_mut_ptr());
         pass::run(&problem, Plan::Pointwise { weighting, losses: to_losses, weights }, settings.threads);
     } else {
-        pass::run(&problem, Plan::Losses { losses: to_losses }, settings.threads);
+        let mut kept =
+            pass::can_keep(&problem).then(|| filled(dims.targets, MaybeUninit::<[T::Real; 2]>::uninit()));
+        let to_kept = kept.as_mut().map(|kept| Shared(kept.as_mut_ptr()));
+        pass::run(&problem, Plan::Losses { losses: to_losses, kept: to_kept }, settings.threads);
         // SAFETY: the pass wrote the loss of every target.
         let losses = unsafe { written(losses) };
-        unit_weights(losses, inputs.measure, &labels, &dims, weighting, settings.threads, weights);
+        unit_weights(losses, inputs.measure, &labels, &dims, weighting, memory, settings.threads, weights)?;
         if problem.grad.is_some() {
-            // SAFETY: the weight of every unit was written.
-            pass::run(&problem, Plan::Given { weights: Some(unsafe { written(weights) }) }, settings.threads);
+            // SAFETY: the weight of every unit was written, and what the first pass was to keep of every target.
+            let (weights, kept) =
+                unsafe { (Some(written(weights)), kept.as_deref().map(|kept| written(kept))) };
+            pass::run(&problem, Plan::Given { weights, kept }, settings.threads);
         }
     }
     // SAFETY: either branch wrote all of these.
@@ -107,7 +129,11 @@ pub fn losses<T: Element>(
     dims.per_target("logsumexp", logsumexp.as_deref())?;
     let (labels, totals) = Labels::read(inputs, &dims, settings.ignore_index)?;
     let problem = Problem::new(inputs, &dims, &labels, settings, &mut Gradient::Unwanted);
-    pass::run(&problem, Plan::Losses { losses: Losses::new(losses, logsumexp) }, settings.threads);
+    pass::run(
+        &problem,
+        Plan::Losses { losses: Losses::new(losses, logsumexp), kept: None },
+        settings.threads,
+    );
     Ok(totals)
 }
 
@@ -137,7 +163,7 @@ pub fn gradient<T: Element>(
     if grad.is_wanted() {
         let mut problem = Problem::new(inputs, &dims, &labels, settings, &mut grad);
         problem.norm = norm(settings, &totals);
-        pass::run(&problem, Plan::Given { weights: Some(given.weights) }, settings.threads);
+        pass::run(&problem, Plan::Given { weights: Some(given.weights), kept: None }, settings.threads);
     }
     write_objective(given, inputs.measure, &labels, dims.unit, &totals, settings, objective);
     Ok(totals)
@@ -198,7 +224,7 @@ pub fn gradient_with_norms<T: Element>(
     let (labels, totals) = Labels::read(inputs, &dims, settings.ignore_index)?;
     let mut problem = Problem::new(inputs, &dims, &labels, settings, &mut grad);
     problem.measure = Some(norms);
-    pass::run(&problem, Plan::Given { weights }, settings.threads);
+    pass::run(&problem, Plan::Given { weights, kept: None }, settings.threads);
     Ok(totals)
 }
 
@@ -211,18 +237,21 @@ fn norm(settings: &Settings, totals: &Totals) -> f64 {
 }
 
 /// Weights of units (single targets, or samples) from their mean losses; targets that do not count take no part.
+#[expect(clippy::too_many_arguments, reason = "one step of one pass")]
 fn unit_weights<A: Real>(
     losses: &[A],
     measure: Option<&[A]>,
     labels: &Labels,
     dims: &Dimensions,
     weighting: Weighting,
+    memory: Memory,
     threads: usize,
     weights: &mut [MaybeUninit<A>],
-) {
+) -> Result<(), Error> {
     let mut counted = with_capacity(weights.len());
     let mut means = with_capacity(weights.len());
     let mut measures = with_capacity(measure.map_or(0, <[A]>::len));
+    let mut groups = with_capacity(memory.groups.map_or(0, <[i64]>::len));
     for (u, weight) in weights.iter_mut().enumerate() {
         let targets = u * dims.unit..(u + 1) * dims.unit;
         let count = targets.clone().filter(|&i| labels.counts(i)).count();
@@ -232,15 +261,18 @@ fn unit_weights<A: Real>(
             counted.push(u);
             means.push(reduce::total(losses[targets].iter().map(|l| l.to_f64())) / count as f64);
             measures.extend(measure.map(|p| p[u].to_f64()));
+            groups.extend(memory.groups.map(|groups| groups[u]));
         }
     }
     let mut of_counted = filled(counted.len(), MaybeUninit::<A>::uninit());
     let means = Vector::of(&means);
-    let batch = Batch::new(&means, measure.map(|_| &measures[..]), None, threads);
-    sample_weights(&batch, weighting, &mut [], &mut of_counted).expect("the weighting keeps no state");
+    let (measures, groups) = (measure.map(|_| &measures[..]), memory.groups.map(|_| &groups[..]));
+    let batch = Batch::new(&means, measures, groups, threads);
+    sample_weights(&batch, weighting, memory.state, &mut of_counted).map_err(Error::Weighting)?;
     for (u, w) in counted.into_iter().zip(of_counted) {
         weights[u] = w;
     }
+    Ok(())
 }
 
 /// Writes the objective; a weight of zero gives a product of zero, unless the loss is NaN.

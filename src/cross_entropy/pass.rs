@@ -16,11 +16,8 @@ const PARALLEL: usize = 1 << 18;
 /// Works through all targets of a problem as the plan says.
 pub(super) fn run<T: Element>(problem: &Problem<T>, plan: Plan<T::Real>, threads: usize) {
     let targets = problem.positions.len();
-    let threads = if targets * problem.classes < PARALLEL { 1 } else { threads };
-    let rows = problem.logits_class == 1
-        && problem.classes >= ROW_CLASSES
-        && (problem.grad.is_none() || problem.grad_class == 1)
-        && !matches!(problem.soft, SoftMass::Probabilities { class_stride, .. } if class_stride != 1);
+    let threads = if is_small(problem) { 1 } else { threads };
+    let rows = is_of_rows(problem);
     let size = (BLOCK / problem.classes.max(1)).max(1);
     let size = if rows { size } else { size.next_multiple_of(LANES) };
     for_each_block(targets.div_ceil(size), threads, |i| {
@@ -31,4 +28,23 @@ pub(super) fn run<T: Element>(problem: &Problem<T>, plan: Plan<T::Real>, threads
             dispatch(Tiles { problem, plan, start, end });
         }
     });
+}
+
+/// Whether a pass for the losses can leave the exponentials where the gradient goes, for the pass that writes it: they
+/// stay in the cache, fit their place, and are all that the second pass has to know of the logits.
+pub(super) fn can_keep<T: Element>(problem: &Problem<T>) -> bool {
+    let wide = problem.grad.is_some_and(|grad| T::as_real(grad.0).is_some());
+    wide && is_of_rows(problem) && is_small(problem) && problem.z_loss == 0.0
+}
+
+fn is_small<T: Element>(problem: &Problem<T>) -> bool {
+    problem.positions.len() * problem.classes < PARALLEL
+}
+
+/// Whether lanes run along the classes.
+fn is_of_rows<T: Element>(problem: &Problem<T>) -> bool {
+    problem.logits_class == 1
+        && problem.classes >= ROW_CLASSES
+        && (problem.grad.is_none() || problem.grad_class == 1)
+        && !matches!(problem.soft, SoftMass::Probabilities { class_stride, .. } if class_stride != 1)
 }

@@ -21,12 +21,26 @@ pub(super) const BLOCK: usize = 1 << 15;
 /// Where the weights come from, and so what a pass writes.
 #[derive(Clone, Copy)]
 pub(super) enum Plan<'a, A> {
-    /// Writes the losses.
-    Losses { losses: Losses<A> },
+    /// Writes the losses. With `kept`, leaves the exponentials where the gradient goes, and in `kept` their sum and the
+    /// soft mass of each target.
+    Losses { losses: Losses<A>, kept: Option<Shared<MaybeUninit<[A; 2]>>> },
     /// Writes the losses, their pointwise weights, and the gradient if it is wanted.
     Pointwise { weighting: Weighting, losses: Losses<A>, weights: Shared<MaybeUninit<A>> },
-    /// Writes the gradient, from one weight a unit; from ones where none are given.
-    Given { weights: Option<&'a [A]> },
+    /// Writes the gradient, from one weight a unit; from ones where none are given. With `kept`, from what an earlier
+    /// pass has left.
+    Given { weights: Option<&'a [A]>, kept: Option<&'a [[A; 2]]> },
+}
+
+impl<'a, A> Plan<'a, A> {
+    /// Whether the pass leaves the exponentials where the gradient goes.
+    pub fn keeps(self) -> bool {
+        matches!(self, Self::Losses { kept: Some(_), .. })
+    }
+
+    /// What an earlier pass has left.
+    pub fn kept(self) -> Option<&'a [[A; 2]]> {
+        if let Self::Given { kept, .. } = self { kept } else { None }
+    }
 }
 
 /// Where the loss of each target goes and, if it is wanted, the logsumexp of its logits.
@@ -161,7 +175,7 @@ impl<'a, T: Element> Problem<'a, T> {
         // SAFETY of what is written below: a block writes the losses and the weights of its own targets only, and both
         // slices outlive the call.
         match plan {
-            Plan::Losses { losses } => {
+            Plan::Losses { losses, .. } => {
                 self.losses::<I>(labels, group, values);
                 // SAFETY: as above.
                 unsafe { losses.store::<I>(labels, group, start, values) };
@@ -179,12 +193,12 @@ impl<'a, T: Element> Problem<'a, T> {
                 // SAFETY: as above.
                 store(unsafe { weights.part(start, start + count) }, values);
             }
-            Plan::Given { weights: Some(weights) } => {
+            Plan::Given { weights: Some(weights), .. } => {
                 for (i, value) in values.iter_mut().enumerate() {
                     *value = weights[(start + i) / self.unit].to_f64();
                 }
             }
-            Plan::Given { weights: None } => values.fill(1.0),
+            Plan::Given { weights: None, .. } => values.fill(1.0),
         }
         if let Some(measure) = self.measure {
             for (i, value) in values.iter_mut().enumerate() {

@@ -7,11 +7,15 @@
 
 use super::labels::Label;
 use super::mass::{NoMass, ProbabilityMass, RowMass, SmoothingMass, SoftMass, times};
-use super::problem::{GROUP, Group, Plan, Problem};
+use super::problem::{Group, Plan, Problem};
 use crate::layout::Run;
 use crate::numeric::{Element, Isa, Kernel, LANES, Real, read_tile, write_tile};
 use crate::parallel::with_capacity;
 use std::sync::atomic::{Ordering, compiler_fence};
+
+/// Rows of a group: their number is large enough for the lanes of every loop over them, and their exponentials stay in
+/// the first-level cache where there are about a hundred classes.
+const ROWS: usize = 32;
 
 /// The rows `start..end` of a problem, a group after the other.
 pub(super) struct Rows<'a, 'b, T: Element> {
@@ -31,16 +35,16 @@ impl<T: Element> Kernel for Rows<'_, '_, T> {
         let [x_step, g_step, q_step] = p.positions.inner();
         let mut group = Group::new();
         let grad = p.wanted_grad(self.plan);
-        let own = grad.and_then(|grad| T::as_real(grad.0));
+        let own = if self.plan.keeps() { p.grad } else { grad }.and_then(|grad| T::as_real(grad.0));
         // Where no gradient is written, exponentials are not needed after their sum, so that all rows share one row of
         // scratch memory.
-        let kept = if grad.is_none() && T::as_real(p.logits.0).is_some() { 1 } else { GROUP };
+        let kept = if grad.is_none() && T::as_real(p.logits.0).is_some() { 1 } else { ROWS };
         let kept = if own.is_some() { 0 } else { kept.min(self.end - self.start) };
         let mut scratch = with_capacity::<T::Real>(classes.saturating_mul(kept));
         for Run { position, length, offsets: [x, g, q_offset] } in p.positions.runs(self.start, self.end) {
             let mut done = 0;
             while done < length {
-                let count = GROUP.min(length - done);
+                let count = ROWS.min(length - done);
                 let at = done as isize;
                 // SAFETY: the offsets come from `Positions`, made of the shape and strides of the very views that the
                 // addresses are of, with a class stride of 1; a block writes the gradient of its own targets only.
@@ -155,25 +159,52 @@ impl<T: Element> RowSteps<'_, '_, T> {
     ) {
         let Self { p, plan, start, count, rows, grads, exps } = self;
         // SAFETY of every block below: what the caller promises.
-        // All maxima come first: a maximum is a long chain of dependent steps, and those of several rows overlap.
-        for i in 0..count {
-            // SAFETY: as above.
-            unsafe {
-                if T::as_real(rows.first).is_none() {
-                    row_widen(rows.address(i), exps.address(i), p.classes, p.adjustment);
-                }
-                group.max[i] = row_max(&logits(i), p.classes);
+        let mut lanes = [[T::Real::default(); LANES]; ROWS];
+        if let Some(sums) = plan.kept() {
+            // An earlier pass has left the exponentials in `exps`.
+            for (i, &[sum, soft_mass]) in sums[start..start + count].iter().enumerate() {
+                (group.sum[i], group.soft_mass[i]) = (sum, soft_mass);
             }
-        }
-        // The exponentials may take the place of the logits, so the labels' logits are read before them.
-        // SAFETY: as above.
-        p.look_at_labels(start, count, group, |i, y| unsafe { logits(i).at(y) });
-        for i in 0..count {
+            p.look_at_labels(start, count, group, |_, _| T::Real::default());
+        } else {
+            for (i, lanes) in lanes[..count].iter_mut().enumerate() {
+                // SAFETY: as above.
+                unsafe {
+                    if T::as_real(rows.first).is_none() {
+                        row_widen(rows.address(i), exps.address(i), p.classes, p.adjustment);
+                    }
+                    *lanes = row_max(&logits(i), p.classes);
+                }
+            }
+            fold(&mut lanes[..count], &mut group.max, larger);
+            // The exponentials may take the place of the logits, so the labels' logits are read before them.
             // SAFETY: as above.
-            let [sum, dot, mass_sum] = unsafe {
-                row_exps::<_, I, _>(&logits(i), exps.address(i), p.classes, group.max[i], &mass(i))
-            };
-            (group.sum[i], group.soft_dot[i], group.soft_mass[i]) = (sum, dot, mass_sum);
+            p.look_at_labels(start, count, group, |i, y| unsafe { logits(i).at(y) });
+            let ends = Ends::new();
+            let mut soft = [[[T::Real::default(); LANES]; ROWS]; 2];
+            for (i, lanes) in lanes[..count].iter_mut().enumerate() {
+                // SAFETY: as above.
+                let sums = unsafe {
+                    row_exps::<_, I, _>(&logits(i), exps.address(i), p.classes, group.max[i], &mass(i), &ends)
+                };
+                *lanes = sums.exps;
+                if M::SOME {
+                    (soft[0][i], soft[1][i]) = (sums.dot, sums.mass);
+                }
+            }
+            fold(&mut lanes[..count], &mut group.sum, |a, b| a + b);
+            if M::SOME {
+                fold(&mut soft[0][..count], &mut group.soft_dot, |a, b| a + b);
+                fold(&mut soft[1][..count], &mut group.soft_mass, |a, b| a + b);
+            } else {
+                group.soft_mass[..count].fill(T::Real::default());
+            }
+            if let Plan::Losses { kept: Some(kept), .. } = plan {
+                // SAFETY: a block writes the sums of its own targets only.
+                for (i, out) in unsafe { kept.part(start, start + count) }.iter_mut().enumerate() {
+                    out.write([group.sum[i], group.soft_mass[i]]);
+                }
+            }
         }
         p.weigh::<I>(plan, start, count, group);
         let Some(grads) = grads else {
@@ -300,12 +331,12 @@ unsafe fn row_widen<T: Element>(
     }
 }
 
-/// The largest logit. NaN logits are skipped here; they make the sum of exponentials NaN.
+/// The lanes of the largest logit. NaN logits are skipped here; they make the sum of exponentials NaN.
 ///
 /// # Safety
 /// The row has as many classes, at least [`LANES`].
 #[inline(always)]
-unsafe fn row_max<A: Real>(row: &impl RowLogits<A>, classes: usize) -> A {
+unsafe fn row_max<A: Real>(row: &impl RowLogits<A>, classes: usize) -> [A; LANES] {
     let mut lanes = [[A::NEG_INFINITY; LANES]; CHAINS];
     let mut k = 0;
     while k + CHAINS * LANES <= classes {
@@ -327,36 +358,64 @@ unsafe fn row_max<A: Real>(row: &impl RowLogits<A>, classes: usize) -> A {
         }
         k += LANES;
     }
-    let [mut a, b, mut c, d] = lanes;
+    let [a, b, c, d] = lanes;
+    let mut max = a;
     for lane in 0..LANES {
-        a[lane] = if b[lane] > a[lane] { b[lane] } else { a[lane] };
-        c[lane] = if d[lane] > c[lane] { d[lane] } else { c[lane] };
-        a[lane] = if c[lane] > a[lane] { c[lane] } else { a[lane] };
+        max[lane] = larger(larger(a[lane], b[lane]), larger(c[lane], d[lane]));
     }
-    let mut half = LANES / 2;
-    while half > 0 {
-        for lane in 0..half {
-            a[lane] = if a[lane + half] > a[lane] { a[lane + half] } else { a[lane] };
-        }
-        half /= 2;
-    }
-    a[0]
+    max
 }
 
-/// The sum of the lanes of all chains.
 #[inline(always)]
-fn join<A: Real>([mut a, b, c, d]: [[A; LANES]; CHAINS]) -> A {
+fn larger<A: Real>(a: A, b: A) -> A {
+    if b > a { b } else { a }
+}
+
+/// Folds the lanes of each row, halves onto each other. All rows are folded together and in memory: from one row in
+/// registers, the compiler would pick lane after lane.
+#[inline(always)]
+fn fold<A: Real>(rows: &mut [[A; LANES]], out: &mut [A], op: impl Fn(A, A) -> A) {
+    let mut half = LANES / 2;
+    while half > 2 {
+        for row in &mut *rows {
+            let (low, high) = row.split_at_mut(half);
+            for (a, &b) in low.iter_mut().zip(&high[..half]) {
+                *a = op(*a, b);
+            }
+        }
+        fence();
+        half /= 2;
+    }
+    for (out, row) in out.iter_mut().zip(&*rows) {
+        *out = op(op(row[0], row[2]), op(row[1], row[3]));
+    }
+}
+
+/// The lanes of all chains, added.
+#[inline(always)]
+fn join<A: Real>([mut a, b, c, d]: [[A; LANES]; CHAINS]) -> [A; LANES] {
     for lane in 0..LANES {
         a[lane] = (a[lane] + b[lane]) + (c[lane] + d[lane]);
     }
-    let mut half = LANES / 2;
-    while half > 0 {
-        for lane in 0..half {
-            a[lane] += a[lane + half];
-        }
-        half /= 2;
+    a
+}
+
+/// Which lanes of a row's last tile count: those that no full tile has.
+struct Ends<A>([A; 2 * LANES]);
+
+impl<A: Real> Ends<A> {
+    fn new() -> Self {
+        let mut ends = [A::default(); 2 * LANES];
+        ends[LANES..].fill(A::from_f64(1.0));
+        Self(ends)
     }
-    a[0]
+
+    /// Ones for the last `rest` lanes.
+    #[inline(always)]
+    fn tile(&self, rest: usize) -> [A; LANES] {
+        // SAFETY: `rest` is at most `LANES`.
+        unsafe { read_tile(self.0.as_ptr().add(rest.min(LANES))) }
+    }
 }
 
 /// Sums over the classes, lane by lane: of `exp(x_k - max)`, of `t_k (x_k - max)` and of `t_k`, `t` the soft mass.
@@ -368,17 +427,21 @@ struct RowSums<A> {
 }
 
 impl<A: Real> RowSums<A> {
-    /// Adds the lanes from `first` on to the sums, and returns the exponentials of all lanes. The loops are separate
-    /// and short, so that the compiler unrolls each of them.
+    /// Adds the lanes that count to the sums, and returns the exponentials of all lanes. The loops are separate and
+    /// short, so that the compiler unrolls each of them.
     #[inline(always)]
     fn add<I: Isa>(
         &mut self,
         mut x: [A; LANES],
         max: A,
         mass: Option<[A; LANES]>,
-        first: usize,
+        counts: Option<[A; LANES]>,
     ) -> [A; LANES] {
-        let kept = |lane: usize, x: A| if lane >= first { x } else { A::default() };
+        let zero = A::default();
+        let kept = |lane: usize, x: A| match counts {
+            Some(counts) if counts[lane] == zero => zero,
+            _ => x,
+        };
         for z in &mut x {
             *z = *z - max;
         }
@@ -400,8 +463,8 @@ impl<A: Real> RowSums<A> {
     }
 }
 
-/// Writes `exp(x_k - max)`, and returns `sum_k exp(x_k - max)`, `sum_k t_k (x_k - max)` and `sum_k t_k` of the soft
-/// mass `t`.
+/// Writes `exp(x_k - max)`, and returns the lanes of `sum_k exp(x_k - max)`, `sum_k t_k (x_k - max)` and `sum_k t_k` of
+/// the soft mass `t`.
 ///
 /// # Safety
 /// `source` and `exps`, whose memory may be the same, are rows of at least [`LANES`] numbers, the latter this call's
@@ -413,7 +476,8 @@ unsafe fn row_exps<A: Real, I: Isa, M: RowMass<A>>(
     classes: usize,
     max: A,
     mass: &M,
-) -> [A; 3] {
+    ends: &Ends<A>,
+) -> RowSums<A> {
     let zero = [A::default(); LANES];
     let mut sums = [RowSums { exps: zero, dot: zero, mass: zero }; CHAINS];
     // The classes after the last full tile are the end of the row's last `LANES` classes. That tile overlaps the full
@@ -425,7 +489,7 @@ unsafe fn row_exps<A: Real, I: Isa, M: RowMass<A>>(
     if rest != 0 {
         // SAFETY: as above.
         let t = if M::SOME { Some(unsafe { mass.tile(last) }) } else { None };
-        end = sums[1].add::<I>(end, max, t, LANES - rest);
+        end = sums[1].add::<I>(end, max, t, Some(ends.tile(rest)));
     }
     let mut k = 0;
     while k + CHAINS * LANES <= classes {
@@ -434,7 +498,7 @@ unsafe fn row_exps<A: Real, I: Isa, M: RowMass<A>>(
             // SAFETY: as above.
             unsafe {
                 let t = if M::SOME { Some(mass.tile(k)) } else { None };
-                write_tile(exps.add(k), sums.add::<I>(source.tile(k), max, t, 0));
+                write_tile(exps.add(k), sums.add::<I>(source.tile(k), max, t, None));
             }
         }
         k += CHAINS * LANES;
@@ -444,7 +508,7 @@ unsafe fn row_exps<A: Real, I: Isa, M: RowMass<A>>(
         // SAFETY: as above.
         unsafe {
             let t = if M::SOME { Some(mass.tile(k)) } else { None };
-            write_tile(exps.add(k), sums[0].add::<I>(source.tile(k), max, t, 0));
+            write_tile(exps.add(k), sums[0].add::<I>(source.tile(k), max, t, None));
         }
         k += LANES;
         fence();
@@ -456,9 +520,10 @@ unsafe fn row_exps<A: Real, I: Isa, M: RowMass<A>>(
     let [a, b, c, d] = sums;
     let exps = join([a.exps, b.exps, c.exps, d.exps]);
     if M::SOME {
-        [exps, join([a.dot, b.dot, c.dot, d.dot]), join([a.mass, b.mass, c.mass, d.mass])]
+        let (dot, mass) = (join([a.dot, b.dot, c.dot, d.dot]), join([a.mass, b.mass, c.mass, d.mass]));
+        RowSums { exps, dot, mass }
     } else {
-        [exps, A::default(), A::default()]
+        RowSums { exps, dot: zero, mass: zero }
     }
 }
 

@@ -23,6 +23,8 @@ pub enum Error {
     Shape(String),
     /// The weighting remembers earlier batches; its kind.
     Stateful(&'static str),
+    /// Groups or a state do not fit the weighting.
+    Weighting(crate::weightings::Error),
     /// The objective of given losses has a z-loss, and their logsumexp was not given.
     Logsumexp,
 }
@@ -42,6 +44,7 @@ impl fmt::Display for Error {
                 "weights of kind '{kind}' depend on earlier batches, whose state the front keeps: it gives \
                  their weights"
             ),
+            Self::Weighting(error) => error.fmt(f),
             Self::Logsumexp => f.write_str(
                 "a z_loss needs the logsumexp of each target: give what cross_entropy_losses has filled",
             ),

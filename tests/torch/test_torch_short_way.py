@@ -98,6 +98,135 @@ def test_tensors_that_are_not_contiguous_go_the_whole_way(ways, strided):
     assert ways == [False]
 
 
+MASK = torch.tensor([True, True, False, True, True, True])
+SHARES = torch.tensor([0.5, 3.0, 0.0, 1.0, 2.5, 1.0])
+GROUPS = torch.tensor([0, 1, 1, 0, 2, 1])
+
+
+def told(criterion, entries, logits=LOGITS, target=TARGET):
+    """What a call with entries of its units computes, keeps and tells."""
+    logits = leaf(logits)
+    objective = criterion(logits, target, **entries)
+    (gradient,) = torch.autograd.grad(objective, logits, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), logits)
+    record = criterion._record
+    kept = (record.losses, record.weights, record.measure, record.groups, torch.as_tensor(record.divisor))
+    return [one for one in (objective, gradient, second, *kept) if one is not None], criterion.stats()
+
+
+@pytest.mark.parametrize("entries", ["where", "sample_weight", "groups", "sample_weight and groups"])
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "sum"}, {"ignore_index": 1}, {"weight": torch.rand(4)}], ids=str
+)
+@pytest.mark.parametrize(
+    "weighting", [rgd.KL(scale=-0.7), rgd.CVaR(0.5), rgd.GroupDRO(3, step_size=0.5)], ids=str
+)
+@pytest.mark.parametrize("per", ["element", "sample"])
+def test_masks_sample_weights_and_groups_take_the_short_way_to_the_same_numbers(
+    ways, entries, options, weighting, per
+):
+    logits, target = LOGITS, TARGET
+    if per == "sample":
+        logits, target = torch.stack([LOGITS, LOGITS.flip(0)], 2), torch.stack([TARGET, TARGET.roll(1)], 1)
+    given = {"where": MASK, "sample_weight": SHARES, "groups": GROUPS}
+    given = {name: one for name, one in given.items() if name in entries}
+    if isinstance(weighting, rgd.GroupDRO):
+        given["groups"] = GROUPS
+    options = {**options, "weighting": weighting, "per": per}
+    if per == "element" and logits is not LOGITS:
+        given = {name: one[:, None].expand(target.shape) for name, one in given.items()}
+    known, fresh = RGDLoss(**options), RGDLoss(**options)
+    known(leaf(logits), target, **given)
+    if known.weighting_state is not None:
+        fresh.weighting_state.load_state_dict(known.weighting_state.state_dict())
+    (found, stats), (expected, of_fresh) = (told(one, given, logits, target) for one in (known, fresh))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert stats == of_fresh
+    assert ways == [True]
+
+
+def test_a_state_moves_along_the_short_way_and_stays_in_evaluation(ways):
+    weighting = rgd.MovingAverage(rgd.KL(tau=1.0), 0.9)
+    criterion, slow = RGDLoss(weighting=weighting), RGDLoss(weighting=weighting)
+    for seed in range(4):
+        logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
+        slow._accepted = None
+        equal(result(criterion, logits), result(slow, logits))
+    assert ways == [True] * 3
+    states = [one.weighting_state.state_dict() for one in (criterion, slow)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    before = {name: leaf.clone() for name, leaf in criterion.weighting_state.state_dict().items()}
+    criterion.eval()(leaf(), TARGET)
+    assert ways == [True] * 3 + [False]
+    torch.testing.assert_close(criterion.weighting_state.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_state_that_was_loaded_or_replaced_is_the_one_that_moves(ways):
+    weighting = rgd.MovingAverage(rgd.KL(tau=1.0), 0.9)
+    criterion = RGDLoss(weighting=weighting)
+    for _ in range(3):
+        criterion(leaf(), TARGET)
+    saved = {name: one.clone() for name, one in criterion.state_dict().items()}
+    expected = criterion(leaf(LOGITS.flip(0)), TARGET).item()
+    criterion.load_state_dict(saved)
+    assert criterion(leaf(LOGITS.flip(0)), TARGET).item() == expected
+    assert all(ways)
+
+
+NO_SHORT_WAY = {
+    "a strided mask": {"where": torch.stack([MASK, MASK], 1)[:, 0]},
+    "mask and weights": {"where": MASK, "sample_weight": SHARES},
+    "wide weights": {"sample_weight": SHARES.double()},
+    "integer weights": {"sample_weight": torch.tensor([1, 2, 0, 1, 3, 1])},
+    "tiny weights": {"sample_weight": SHARES * 1e-30},
+    "huge weights": {"sample_weight": SHARES * 1e30},
+    "narrow groups": {"groups": GROUPS.int()},
+}
+
+
+@pytest.mark.parametrize("case", list(NO_SHORT_WAY))
+def test_other_entries_go_the_whole_way(ways, case):
+    criterion, entries = RGDLoss(), NO_SHORT_WAY[case]
+    criterion(leaf(), TARGET)
+    (found, stats), (expected, of_fresh) = told(criterion, entries), told(RGDLoss(), entries)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert stats == of_fresh
+    assert ways == [False]
+
+
+WRONG_ENTRIES = {
+    "negative": ({"sample_weight": -SHARES}, ValueError, "finite numbers >= 0"),
+    "nan": ({"sample_weight": SHARES * float("nan")}, ValueError, "finite numbers >= 0"),
+    "infinite": ({"sample_weight": SHARES / 0}, ValueError, "finite numbers >= 0"),
+    "no mask": ({"where": SHARES}, TypeError, "where must be"),
+    "short": ({"sample_weight": SHARES[:3]}, ValueError, "must have the shape"),
+    "no group": ({"groups": GROUPS + 1}, ValueError, r"groups must lie in 0\.\.2"),
+}
+
+
+@pytest.mark.parametrize("case", list(WRONG_ENTRIES))
+def test_wrong_entries_are_refused_on_every_way_and_move_no_state(case):
+    entries, error, message = WRONG_ENTRIES[case]
+    criterion = RGDLoss(weighting=rgd.GroupDRO(3, step_size=0.5))
+    criterion(leaf(), TARGET, groups=GROUPS)
+    before = {name: one.clone() for name, one in criterion.state_dict().items()}
+    with pytest.raises(error, match=message):
+        criterion(leaf(), TARGET, **{"groups": GROUPS, **entries})
+    torch.testing.assert_close(dict(criterion.state_dict()), before, rtol=0, atol=0)
+
+
+def test_the_caller_may_change_its_entries_after_the_call():
+    criterion, shares, groups = RGDLoss(), SHARES.clone(), GROUPS.clone()
+    criterion(leaf(), TARGET, sample_weight=shares, groups=groups)
+    objective = criterion(x := leaf(), TARGET, sample_weight=shares, groups=groups)
+    before = criterion.stats()
+    shares.zero_()
+    groups.zero_()
+    assert criterion.stats() == before
+    (first,) = torch.autograd.grad(objective, x, create_graph=True)
+    assert first.requires_grad
+
+
 def set_weight(criterion):
     criterion.weight = torch.tensor([1.0, 2.0, 3.0, 4.0])
 

@@ -9,7 +9,7 @@ import threading
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -129,6 +129,19 @@ class WeightingState(nn.Module):
                 if before is not None:
                     self._past.append(_Past(tuple(one.clone() for one in given), before))
                 for leaf, new in zip(own, leaves, strict=True):
+                    leaf.copy_(new)
+
+    @contextlib.contextmanager
+    def moved(self) -> Iterator[list[int]]:
+        """Where the leaves lie in float64, for a kernel that moves them meanwhile."""
+        with one_at_a_time(), torch.no_grad():
+            self._settle()
+            self._refuse_meta()
+            own = [self._get(name) for name in self._first]
+            leaves = [leaf if _is_wide(leaf) else leaf.to("cpu", torch.float64, copy=True) for leaf in own]
+            yield [leaf.data_ptr() for leaf in leaves]
+            for leaf, new in zip(own, leaves, strict=True):
+                if leaf is not new:
                     leaf.copy_(new)
 
     def _refuse_meta(self) -> None:
@@ -304,6 +317,10 @@ class Memory(NamedTuple):
     def weigh(self, weighting: Any, batch: Batch, given: tuple[Tensor, ...]) -> Tensor:
         """The weights of a batch; `given` are the vectors of this process that they depend on."""
         return self.state._weigh(weighting, batch, given, self.trains)  # pyright: ignore[reportPrivateUsage]
+
+
+def _is_wide(leaf: Tensor) -> bool:
+    return leaf.is_cpu and leaf.dtype is torch.float64 and leaf.is_contiguous()
 
 
 def functional_state(weighting: Weighting, state: Any, device: torch.device | None) -> Any:

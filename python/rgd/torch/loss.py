@@ -261,13 +261,14 @@ class RGDLoss(Dial, nn.Module):
                 already, or if it broadcasts its arguments against each other, as (N, 1) against (N,).
         """
         base = self.base
-        simple = where is None and sample_weight is None and groups is None and not args and not kwargs
         repeatable = (
-            simple and normalizer is None and segments is None and num_segments is None and base is None
-            and not torch.compiler.is_compiling()
+            normalizer is None and segments is None and num_segments is None and base is None
+            and not args and not kwargs and not torch.compiler.is_compiling()
         )  # fmt: skip
         if repeatable and self._accepted is not None:
-            objective = again(self, self._accepted, input, target)
+            bare = where is None and sample_weight is None and groups is None
+            beside = None if bare else (where, sample_weight, groups)
+            objective = again(self, self._accepted, input, target, beside)
             if objective is not None:
                 return objective
         if base is None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from rgd import _rgd
 from rgd.torch._distributed import Sync
 from rgd.torch._dtypes import accumulator
+from rgd.torch._measure import spread
 from rgd.torch._modes import PLAIN, on_the_cpu_and_eager, trains_plainly
 from rgd.torch._plan import Plan
 from rgd.torch._problem import Given, Options, Problem
@@ -38,6 +39,7 @@ class Accepted(NamedTuple):
         shape: Of the logits.
         target_dtype: Of the class indices.
         target_shape: Of the class indices.
+        units_shape: Of the weights.
         options: The settings of the loss.
         plan: Its weighting.
         class_weight: Its class weights, as the kernels read them, or None.
@@ -52,6 +54,7 @@ class Accepted(NamedTuple):
     shape: torch.Size
     target_dtype: torch.dtype
     target_shape: torch.Size
+    units_shape: torch.Size
     options: Options
     plan: Plan
     class_weight: Tensor | None
@@ -64,10 +67,13 @@ class Accepted(NamedTuple):
 
 def accepted(given: Given, problem: Problem, plan: Plan, record: Record | None) -> Accepted | None:
     """What a call leaves behind that went the whole way; None where the next one must go it too."""
-    logits, target, options = problem.logits, problem.target, problem.options
-    served = record is not None and record.backend == "rust" and plan.kernel is not None and not plan.stateful
-    plain = problem.measure is None and problem.groups is None and problem.has_labels()
-    as_given = logits is given.input and target is given.target and logits.dtype is not torch.float16
+    logits, target, options = problem.logits, given.target, problem.options
+    kernel: Any = plan.step_kernel if plan.stateful else plan.kernel
+    served = record is not None and record.backend == "rust" and kernel is not None
+    plain = problem.has_labels() and problem.normalizer is None
+    as_given = (
+        logits is given.input and problem.target.dtype is target.dtype and logits.dtype != torch.float16
+    )
     ordinary = problem.wants_gradient() and not options.inplace and options.reduction != "none"
     dense = logits.is_contiguous() and target.is_contiguous() and logits.dim() > 1 and logits.numel() > 0
     if not (served and plain and as_given and ordinary and dense):
@@ -77,7 +83,6 @@ def accepted(given: Given, problem: Problem, plan: Plan, record: Record | None) 
     if not all(numbers is None or _readable(numbers, dtype) for numbers in by_class):
         return None
     versions = _version(by_class[0]), _version(by_class[1])
-    kernel: Any = plan.kernel
     kind, numbers = kernel
     compute = _rgd.RepeatedCrossEntropy(
         str(logits.dtype).removeprefix("torch."), logits.shape, target.dtype is torch.int32, kind, numbers,
@@ -85,13 +90,16 @@ def accepted(given: Given, problem: Problem, plan: Plan, record: Record | None) 
         options.z_loss,
     )  # fmt: skip
     losses = torch.empty_like(target, dtype=dtype)
+    units_shape = target.shape[:1] if options.per == "sample" else target.shape
     return Accepted(
-        logits.dtype, logits.shape, target.dtype, target.shape, options, plan, *by_class, versions,
-        compute, losses, losses.new_empty(()),
+        logits.dtype, logits.shape, target.dtype, target.shape, units_shape, options, plan, *by_class,
+        versions, compute, losses, losses.new_empty(()),
     )  # fmt: skip
 
 
-def again(loss: Any, known: Accepted, logits: Any, target: Any) -> Tensor | None:
+def again(
+    loss: Any, known: Accepted, logits: Any, target: Any, beside: tuple[Any, Any, Any] | None
+) -> Tensor | None:
     """The objective of a call like the accepted one; None for a call that must go the whole way.
 
     Args:
@@ -99,9 +107,10 @@ def again(loss: Any, known: Accepted, logits: Any, target: Any) -> Tensor | None
         known: What its last call has left behind.
         logits: What this call was given.
         target: Likewise.
+        beside: Mask, sample weights and groups of this call, each likewise or None; None without all three.
     """
     (
-        dtype, shape, target_dtype, target_shape, options, plan,
+        dtype, shape, target_dtype, target_shape, units_shape, options, plan,
         class_weight, adjustment, versions, compute, like_losses, like_objective,
     ) = known  # fmt: skip
     ignore_index, smoothing, reduction, per, _, z_loss = options
@@ -145,25 +154,61 @@ def again(loss: Any, known: Accepted, logits: Any, target: Any) -> Tensor | None
             class_weight is None or (class_weight._version == versions[0] and not class_weight.requires_grad)
         )
         and (adjustment is None or adjustment._version == versions[1])
+        and (beside is None or _fit(beside, like_losses.dtype, units_shape))
+        and (not plan.stateful or loss.training)
         # Options that depend on what is around the call.
         and (plan.pointwise or loss._sync.group() is None)
         and not (dtype is torch.bfloat16 and torch.is_autocast_enabled("cpu"))
     ):
         return None
     losses, objective = torch.empty_like(like_losses), torch.empty_like(like_objective)
-    weights = losses.new_empty(losses.shape[:1]) if per == "sample" else torch.empty_like(losses)
+    weights = losses.new_empty(units_shape) if per == "sample" else torch.empty_like(losses)
     grad = empty_like(logits)
-    divisor, count = compute(
+    given = (
         logits.data_ptr(), target.data_ptr(), losses.data_ptr(), weights.data_ptr(), objective.data_ptr(),
         grad.data_ptr(), torch.get_num_threads(), class_weight, adjustment,
     )  # fmt: skip
+    if beside is None and not plan.stateful:
+        divisor, count = compute(*given)
+        measure = groups = None
+    else:
+        found = _compute_beside(loss, known, given, beside or (None, None, None))
+        if found is None:
+            return None
+        (divisor, count), measure, groups = found
+        if measure is not None and count != losses.numel():
+            # What stands where it is 0 may be no class at all.
+            target = target.masked_fill(spread(measure, losses) == 0, ignore_index)
     counted = None if count == losses.numel() else target != ignore_index
     state = loss.__dict__  # the way around nn.Module, which looks for parameters first
-    state["_record"] = Record(losses, weights, divisor, None, counted, None, "rust")
+    state["_record"] = Record(losses, weights, divisor, measure, counted, groups, "rust")
     state["_logits"] = weakref.ref(logits)
-    read = (weights, logits, target, class_weight, adjustment, None)
+    read = (weights, logits, target, class_weight, adjustment, measure)
     objective = objective if objective.dtype is dtype else objective.to(dtype)
     return _apply(logits, (objective, grad), read, options)
+
+
+def _compute_beside(
+    loss: Any, known: Accepted, given: tuple[Any, ...], beside: tuple[Any, Any, Any]
+) -> tuple[tuple[float, int], Tensor | None, Tensor | None] | None:
+    """The kernels with a measure, groups and a state: what they return, and copies of measure and groups.
+
+    None for a measure that has to be looked at. Copies: the caller may change its own before they are read.
+    """
+    where, sample_weight, groups = beside
+    measure = None
+    if sample_weight is not None:
+        measure = sample_weight.detach().clone()
+    elif where is not None:
+        measure = where.to(known.losses.dtype)
+    groups = None if groups is None else groups.clone()
+    addresses = [None if one is None else one.data_ptr() for one in (measure, groups)]
+    if known.plan.stateful:
+        with loss.weighting_state.moved() as leaves:
+            found = known.compute(*given, *addresses, leaves)
+    else:
+        found = known.compute(*given, *addresses)
+    return None if found is None else (found, measure, groups)
 
 
 def plain_weights(losses: Tensor, plan: Plan, sharing: Sync) -> Tensor | None:
@@ -182,6 +227,31 @@ def plain_weights(losses: Tensor, plan: Plan, sharing: Sync) -> Tensor | None:
     ):
         return fill_plain_weights(losses, plan)
     return None
+
+
+def _fit(beside: tuple[Any, Any, Any], dtype: torch.dtype, shape: torch.Size) -> bool:
+    """Whether mask, sample weights and groups lie as the kernels read them; values are not looked at here."""
+    where, sample_weight, groups = beside
+    return (
+        (where is None or (sample_weight is None and _is_plain(where, torch.bool, shape)))
+        and (sample_weight is None or _is_plain(sample_weight, dtype, shape))
+        and (groups is None or _is_plain(groups, torch.int64, shape))
+    )
+
+
+def _is_plain(entries: Any, dtype: torch.dtype, shape: torch.Size) -> bool:
+    """Whether entries of the units lie as the kernels read them."""
+    return (
+        type(entries) in PLAIN
+        and entries.dtype is dtype
+        and entries.shape == shape
+        and entries.is_cpu
+        and entries.layout is _strided
+        and not entries.is_nested
+        and entries.is_contiguous()
+        and not entries.is_neg()
+        and entries.numel() > 0
+    )
 
 
 def _readable(numbers: Tensor, dtype: torch.dtype) -> bool:
