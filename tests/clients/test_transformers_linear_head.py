@@ -751,7 +751,7 @@ def test_bad_settings_are_refused_and_leave_the_model_alone(transformers, settin
     assert "forward" not in model.__dict__
 
 
-@pytest.mark.parametrize("name", ["sample_weight", "where", "groups", "segments"])
+@pytest.mark.parametrize("name", ["where", "groups", "segments"])
 @pytest.mark.parametrize("trains", [True, False])
 def test_what_only_a_loss_takes_is_refused_where_the_model_would_ignore_it(transformers, name, trains):
     model, inputs = make(transformers).train(trains), batch()

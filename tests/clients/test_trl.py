@@ -293,7 +293,7 @@ def test_evaluations_are_trls_own_and_move_no_state(tmp_path, kind, linear):
 
 
 @pytest.mark.parametrize("kind", [fine_tuning, preferences, rewards])
-@pytest.mark.parametrize("name", ["sample_weight", "groups"])
+@pytest.mark.parametrize("name", ["where", "groups"])
 def test_what_a_trainer_would_ignore_in_a_batch_is_refused(tmp_path, kind, name):
     trainer_class, config_class, model, rows, settings, _ = kind(False)
     settings.pop("linear", None)

@@ -22,12 +22,12 @@ _OF_TRANSFORMERS = (
 
 _PACKED = (
     'per="sample" weights a row by its mean loss, and a row of this batch holds several sequences ({found}), '
-    "which would share one weight: give each sequence a row of its own, with padding, use "
-    'use_linear_rgd(model, per="sample"), which tells them apart, or use per="element"'
+    "which would share one weight: give each sequence a row of its own, with padding, use RGDTrainer, "
+    'which tells them apart, or use per="element"'
 )
 
 
-def normalizer_of(items: Tensor | int | None, device: torch.device) -> Tensor | int | None:
+def normalizer_of(items: Tensor | float | None, device: torch.device) -> Tensor | float | None:
     """What the number of labels in a batch, as the `Trainer` counts it, says to the loss."""
     if isinstance(items, Tensor):
         if items.is_cpu and not torch.compiler.is_compiling() and not bool(items):
@@ -95,7 +95,7 @@ def _named(function: Any) -> list[str]:
 
 
 def segments_of_rows(
-    batch: Mapping[str, Any], labels: Tensor, shift: bool, ignore_index: int
+    batch: Mapping[str, Any], labels: Tensor, shift: bool, ignore_index: int, *, always: bool = False
 ) -> Tensor | None:
     """The sequence that each position of a packed batch belongs to; None where each row is one sequence.
 
@@ -104,6 +104,7 @@ def segments_of_rows(
         labels: Shape (B, T).
         shift: Whether position `t` predicts label `t + 1`, so that the first label of a row is not used.
         ignore_index: The label that counts for nothing.
+        always: Whether to return the segments of rows that are one sequence too.
 
     Returns:
         The `segments=` of the loss, int64 of the labels' shape. Without `shift`, -1 stands where the last
@@ -112,10 +113,17 @@ def segments_of_rows(
     kept = labels != ignore_index
     accounts = [numbers.to(labels.device).expand(labels.shape) for numbers in _accounts(batch, labels)]
     if not any(_share_rows(numbers[:, shift:], kept[:, shift:]) for numbers in accounts):
-        return None
+        mask = _mask(batch, labels)
+        one = torch.zeros_like(labels, dtype=torch.int64)
+        return (one if mask is None else one.masked_fill(mask == 0, -1)) if always else None
     begins = torch.stack([numbers[:, 1:] != numbers[:, :-1] for numbers in accounts]).any(0)
     segments = F.pad(begins.cumsum(1), (1, 0))
     return segments if shift else segments.masked_fill(F.pad(begins, (0, 1)), -1)
+
+
+def shifted_segments(segments: Tensor) -> Tensor:
+    """The segments of labels that are shifted: a label counts if the position before is of its sequence."""
+    return segments[:, 1:].masked_fill(segments[:, 1:] != segments[:, :-1], -1)
 
 
 def _share_rows(numbers: Tensor, used: Tensor) -> bool:
@@ -129,8 +137,7 @@ def _share_rows(numbers: Tensor, used: Tensor) -> bool:
 
 def _accounts(batch: Mapping[str, Any], labels: Tensor) -> Iterator[Tensor]:
     """Each account of which sequence a position belongs to, a number a position."""
-    mask = batch.get("attention_mask")
-    mask = mask if isinstance(mask, Tensor) and mask.shape == labels.shape else None
+    mask = _mask(batch, labels)
     positions = batch.get("position_ids")
     if isinstance(positions, Tensor) and positions.shape[-1] == labels.shape[-1]:
         # Models with several positions a token count time by the first of them.
@@ -150,6 +157,11 @@ def _accounts(batch: Mapping[str, Any], labels: Tensor) -> Iterator[Tensor]:
     if mask is not None and not mask.is_floating_point() and mask.dtype is not torch.bool:
         # Some collators number the sequences of a row in its mask; 0 is padding.
         yield mask.clamp(min=1)
+
+
+def _mask(batch: Mapping[str, Any], labels: Tensor) -> Tensor | None:
+    mask = batch.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.shape == labels.shape else None
 
 
 def refuse_flattened_labels(labels: Tensor, ignore_index: int) -> None:

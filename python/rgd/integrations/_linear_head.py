@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from rgd.integrations._criterion import HasCriterion
 from rgd.integrations._inputs import keywords_of, normalizer_of, refuse_unknown, segments_of_rows
+from rgd.integrations._sample_weight import COLUMN, of_labels
 from rgd.torch._head import Chunking
 from rgd.torch._modes import autocasts, evaluates
+from rgd.torch.functional import cross_entropy
 from rgd.torch.linear import LinearRGDLoss
-from rgd.weightings import Weighting
+from rgd.weightings import ERM, Weighting
 
 # Values that take the place of logits, to see what a model does to them before its loss.
 _PROBES = (0.5, 64.0)
@@ -51,6 +53,10 @@ def use_linear_rgd(
     taken as they are, and with `num_items_in_batch`, which the `Trainer` gives, the objective is
     `sum_i w_i l_i / num_items_in_batch`. Calls without labels, as in generation, and evaluations, which run
     under `torch.no_grad()` or in inference mode, are as before.
+
+    The model takes `sample_weight=` too, of the labels' shape or one a row, in evaluations as well. What the
+    weighted losses are divided by is then the sum of the weights, over all micro-batches of a step, which
+    `RGDTrainer` counts; in a call of your own, leave `num_items_in_batch` out or give that sum as a float.
 
     Copies of the model and the replicas of `nn.DataParallel` run their own parameters, and share the
     weighting with its state. Weights that depend on the batch are those of a replica's part of it.
@@ -88,7 +94,7 @@ def use_linear_rgd(
     Note:
         The first call checks that the model hands the head's output to its loss as it is, but for
         `final_logit_softcapping` and a logit scale of its configuration, and raises a `RuntimeError` if not.
-        A call with labels and a keyword that no part of the model takes, such as `sample_weight`, raises a
+        A call with labels and a keyword that no part of the model takes, such as `groups`, raises a
         `TypeError`; the model alone would ignore it.
 
     Example:
@@ -123,6 +129,7 @@ class LinearRGD(HasCriterion):
         self._model = model
         self._loss = _HeadLoss(criterion, logit_scale)
         self._active = True
+        self.counts_weights = False  # whether num_items_in_batch is a sum of weights
         original = cast("Any", type(model)).forward
         self._known = keywords_of(model)
         # What stands in the instance, not in its class, is kept in it: a copy of the model has its own.
@@ -180,18 +187,38 @@ class LinearRGD(HasCriterion):
         items = kwargs.get("num_items_in_batch")
         if not self._model_takes_items:
             kwargs.pop("num_items_in_batch", None)
+        weight: Tensor | None = kwargs.pop(COLUMN, None)
         # fused_lm_head is a head of TRL's, with outputs of its own.
         if not self._active or kwargs.get("labels") is None or kwargs.get("fused_lm_head"):
+            if weight is not None:
+                raise TypeError(
+                    "sample_weight= weights the losses of labels that use_linear_rgd computes, and this call "
+                    "has none: leave it out"
+                )
             return before(*args, **kwargs)
         refuse_unknown(model, self._known, kwargs, "use_linear_rgd")
+        if weight is not None and isinstance(items, (Tensor, int)) and not self.counts_weights:
+            raise TypeError(
+                "num_items_in_batch counts labels, and with sample_weight the losses are divided by the sum "
+                "of the weights: train with RGDTrainer, which counts it, leave num_items_in_batch out, or "
+                "give the sum as a float"
+            )
         if self.criterion.evaluate == "plain" and evaluates():
-            return before(*args, **kwargs)
+            if weight is None:
+                return before(*args, **kwargs)
+            plain = functools.partial(_plain_loss, weight, items, self.criterion.ignore_index)
+            with _instead(model, "_loss_function", plain):
+                return before(*args, **kwargs)
         as_tuple = kwargs.pop("return_dict", None) is False or model.config.return_dict is False
         head = _head_of(model)
         call = _Call(self._loss, head, model.training, kwargs, items)
+        call.weight = weight
         if self.criterion.per == "sample":
+            by_token = weight is not None and weight.dim() > 1
             ignored = self.criterion.ignore_index
-            call.segments = segments_of_rows(kwargs, call.labels, call.shift, ignored)
+            call.segments = segments_of_rows(kwargs, call.labels, call.shift, ignored, always=by_token)
+            if weight is not None and call.segments is not None:
+                call.weight = of_labels(weight, call.labels)
         # Where accelerate has put hooks around the head, they stay.
         place = "_old_forward" if hasattr(head, "_old_forward") else "forward"
         # Replicas share their hooks, so this one is registered in a copy.
@@ -243,9 +270,11 @@ class _HeadLoss:
         with torch.autocast(kind, dtype=hidden.dtype) if single else contextlib.nullcontext():
             hidden = hidden if self.logit_scale == 1 else hidden * self.logit_scale
             normalizer = normalizer_of(call.items, hidden.device)
-            segments = None if call.segments is None else call.segments.to(hidden.device)
-            labels = call.labels.to(hidden.device)
-            return criterion(hidden, labels, normalizer=normalizer, segments=segments)
+            labels, segments, weight = (
+                None if one is None else one.to(hidden.device)
+                for one in (call.labels, call.segments, call.weight)
+            )
+            return criterion(hidden, labels, sample_weight=weight, normalizer=normalizer, segments=segments)
 
     def check(self, found: Tensor) -> None:
         """Refuse a model that changes its logits in a way that is not known here."""
@@ -277,6 +306,7 @@ class _Call:
         self.labels: Tensor = kwargs["labels" if self.shift else "shift_labels"]
         self.items = items
         self.segments: Tensor | None = None
+        self.weight: Tensor | None = None
         self.standin: Tensor | None = None
         self.stage = "begun"
 
@@ -304,6 +334,21 @@ class _Call:
         if not self.of_head.checked:
             self.of_head.check(logits)
         return cast("Tensor", self.standin).view(-1)[0]
+
+
+def _plain_loss(weight: Tensor, items: Any, ignored: int, *args: Any, **kwargs: Any) -> Tensor:
+    """The loss of causal language models, each label's times its weight, in the place of a model's own."""
+    named = dict(zip(("logits", "labels"), args, strict=False), **kwargs)
+    logits, labels = named["logits"].float(), named.get("shift_labels")
+    if labels is None:
+        logits, labels = logits[:, :-1], named["labels"][:, 1:]
+        weight = weight[:, 1:] if weight.dim() > 1 else weight
+    labels = labels.to(logits.device)
+    return cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), weighting=ERM(), ignore_index=ignored,
+        sample_weight=of_labels(weight.to(logits.device), labels).flatten(),
+        normalizer=normalizer_of(items, logits.device),
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -392,6 +437,18 @@ def _logit_settings(model: Any) -> tuple[float | None, float]:
     if divisor is None:
         return softcap, 1.0
     return softcap, divisor if config.model_type == "hyperclovax" else 1 / divisor
+
+
+def handle_of(model: Any) -> LinearRGD | None:
+    """What `use_linear_rgd` returned for a model, below what accelerate has put around it; else None."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    forward: Any = _own(model).get("forward")
+    while forward is not None:
+        found = getattr(forward, "linear_rgd", None)
+        if found is not None:
+            return found
+        forward = getattr(forward, "__wrapped__", None)
+    return None
 
 
 def _own_loss(model: Any) -> str:

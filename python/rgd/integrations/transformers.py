@@ -19,8 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rgd.integrations._criterion import HasCriterion
-from rgd.integrations._inputs import normalizer_of, refuse_flattened_labels
+from rgd.integrations._inputs import (
+    normalizer_of,
+    refuse_flattened_labels,
+    segments_of_rows,
+    shifted_segments,
+)
 from rgd.integrations._linear_head import LinearRGD, use_linear_rgd
+from rgd.integrations._sample_weight import COLUMN, of_labels
 from rgd.stats import WeightStats
 from rgd.torch._checks import ENTRYWISE, check_choice, check_not_broadcast
 from rgd.torch._modes import evaluates
@@ -29,6 +35,8 @@ from rgd.weightings import Weighting
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+    from rgd.integrations._trainer import RGDTrainer
 
     class CallbackHandler:
         """What calls the callbacks of a trainer."""
@@ -41,7 +49,7 @@ else:
     except ImportError:  # `rgd_loss_func` does without
         TrainerCallback = object
 
-__all__ = ["LinearRGD", "RGDLossFunc", "RGDStatsCallback", "rgd_loss_func", "use_linear_rgd"]
+__all__ = ["LinearRGD", "RGDLossFunc", "RGDStatsCallback", "RGDTrainer", "rgd_loss_func", "use_linear_rgd"]
 
 _Settings = ParamSpec("_Settings")
 _Result = TypeVar("_Result")
@@ -53,6 +61,14 @@ _PROBLEM_BASES: dict[str, Callable[..., nn.Module]] = {
 _PROBLEM_TYPES = (*_PROBLEM_BASES, "single_label_classification")
 # Outputs with logits and a label for each position, which the position itself predicts.
 _ALIGNED = ("Seq2SeqLMOutput", "MaskedLMOutput", "TokenClassifierOutput")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RGDTrainer":  # which needs the Trainer, and that takes long to import
+        from rgd.integrations._trainer import RGDTrainer  # noqa: PLC0415
+
+        return RGDTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _settings_only(function: Callable[_Settings, _Result]) -> Callable[_Settings, _Result]:
@@ -98,19 +114,20 @@ def rgd_loss_func(
     unweighted loss, so that `load_best_model_at_end` and early stopping compare what they should. Such a call
     moves no state and leaves `stats()` as it was.
 
-    The `Trainer` hands the function the model's outputs and the labels, and nothing else of the batch: a
-    column such as `sample_weight` does not reach it. It is given logits. For a causal language model,
-    `use_linear_rgd` computes the same without them, in a fraction of the memory.
+    The `Trainer` hands the function the model's outputs and the labels, and nothing else of the batch. An
+    `RGDTrainer` hands it the whole batch, with a column `sample_weight` and what tells packed sequences
+    apart. It is given logits. For a causal language model, `use_linear_rgd` computes the same without them,
+    in a fraction of the memory.
 
     Args:
         weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
         tau: Short for `weighting=KL(tau, scale=scale)`.
         scale: The dial; short for the same.
         per: "element" weights each label (a token) by its own loss; "sample" weights all labels of a row (a
-            sequence) by their mean loss. The two are the same where a row has one label. "sample" needs one
-            sequence a row. The function sees no `position_ids`, so it cannot know every packed row: it
-            refuses a batch of one row whose labels are as `DataCollatorWithFlattening` makes them of whole
-            texts, and takes any other row for one sequence. `use_linear_rgd` sees them.
+            sequence) by their mean loss. The two are the same where a row has one label. In an `RGDTrainer`,
+            sequences that are packed into a row are told apart as by `use_linear_rgd`. A `Trainer` shows the
+            function no `position_ids`: it then refuses a batch of one row whose labels are as
+            `DataCollatorWithFlattening` makes them of whole texts, and takes any other row for one sequence.
         weight: Class weights, shape (C,).
         ignore_index: The label that pads: it counts for nothing. The `Trainer` counts with -100.
         label_smoothing: In [0, 1]; `TrainingArguments.label_smoothing_factor` is not heard by a
@@ -208,6 +225,8 @@ class RGDLossFunc(HasCriterion):
         aux_loss_coef: What the auxiliary loss of a mixture of experts is multiplied by.
     """
 
+    takes_batch = True
+
     def __init__(
         self, criterion: RGDLoss, shift_labels: bool | None = None, aux_loss_coef: float | None = None
     ) -> None:
@@ -216,14 +235,22 @@ class RGDLossFunc(HasCriterion):
         self._aux_loss_coef = aux_loss_coef
 
     def __call__(
-        self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
+        self,
+        outputs: Any,
+        labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None = None,
+        *,
+        batch: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """The loss of a micro-batch.
 
         Args:
             outputs: The model's, with `logits` of shape (..., C), or a tuple that begins with them.
             labels: Class indices, shape (...), or what `base` takes.
-            num_items_in_batch: How many labels not ignored the whole batch has; None for those of `labels`.
+            num_items_in_batch: How many labels not ignored the whole batch has, with weights the sum of
+                theirs; None for those of `labels`.
+            batch: The rest of the batch, as an `RGDTrainer` gives it: `sample_weight`, of the labels' shape
+                or one a row, and what the model was told of packed sequences; None where it is not known.
 
         Returns:
             A scalar, float32 for logits of half precision.
@@ -240,20 +267,37 @@ class RGDLossFunc(HasCriterion):
             )
         auxiliary = self._auxiliary(outputs)
         criterion = self.criterion
-        if criterion.per == "sample" and (criterion.evaluate == "weighted" or not evaluates()):
+        by_sample = criterion.per == "sample" and (criterion.evaluate == "weighted" or not evaluates())
+        if by_sample and batch is None:
             refuse_flattened_labels(labels, criterion.ignore_index)
         logits = _logits(outputs)
         # As the models' own losses do: the division by num_items_in_batch happens after the sum.
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         labels = labels.to(logits.device)
-        if self._shifts(outputs, logits, labels):
+        shifts = self._shifts(outputs, logits, labels)
+        weight: Any = None if batch is None else batch.get(COLUMN)
+        segments: Tensor | None = None
+        if batch is not None and by_sample and labels.dim() == 2:
+            by_token = weight is not None and weight.dim() > 1
+            ignored = criterion.ignore_index
+            segments = segments_of_rows(batch, labels, shifts, ignored, always=by_token)
+        if weight is not None:
+            weight = weight.to(logits.device)
+            if segments is not None or criterion.per == "element":
+                weight = of_labels(weight, labels)
+        if shifts:
             # In int64, since a narrower dtype may not hold ignore_index.
             labels = F.pad(labels[..., 1:].to(torch.int64), (0, 1), value=criterion.ignore_index)
+            segments = None if segments is None else F.pad(shifted_segments(segments), (0, 1), value=-1)
+            if weight is not None and weight.dim() > 1:
+                weight = F.pad(weight[..., 1:], (0, 1))
         if criterion.weight is not None:
             criterion.to(logits.device)
         if criterion.base is None:
             logits, labels = self._fit(logits, labels)
-        loss = criterion(logits, labels, normalizer=normalizer_of(num_items_in_batch, logits.device))
+            weight = weight if weight is None or criterion.per == "sample" else weight.reshape(labels.shape)
+        normalizer = normalizer_of(num_items_in_batch, logits.device)
+        loss = criterion(logits, labels, normalizer=normalizer, sample_weight=weight, segments=segments)
         return loss if auxiliary is None else loss + auxiliary.to(loss.device)
 
     def __repr__(self) -> str:

@@ -4,20 +4,26 @@ Each trainer is TRL's own but for its loss: the plain per-sample losses are take
 that TRL makes, and TRL's metrics stay what they are. With `l_i` the loss of a token and `w_i` its weight, a
 micro-batch of fine-tuning contributes `sum_i w_i l_i / num_items_in_batch`; with `l_i` the loss of a pair,
 preferences contribute `mean(w * l)`. In an evaluation, under `torch.no_grad()`, every weight is 1.
+
+A column `sample_weight` of the data set, numbers `p_i >= 0`, makes them `sum_i p_i w_i l_i / sum_i p_i`, with
+the sum of all `p_i` that count in the step, in evaluations too.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from rgd.integrations._criterion import HasCriterion
-from rgd.integrations._inputs import refuse_settings_of_the_loss, segments_of_rows
+from rgd.integrations._inputs import refuse_settings_of_the_loss, segments_of_rows, shifted_segments
 from rgd.integrations._linear_head import use_linear_rgd
+from rgd.integrations._sample_weight import COLUMN, TakesSampleWeight, of_labels
 from rgd.torch._checks import check_flag
 from rgd.torch._modes import evaluates
 from rgd.torch.loss import RGDLoss
@@ -37,9 +43,18 @@ if TYPE_CHECKING:
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any: ...
         def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any: ...
+        def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any: ...
+        def _prepare_dataset(self, dataset: Any, *args: Any) -> Any: ...
+        def _reject_skip_prepare_without_labels(self, datasets: Any, data_collator: Any) -> None: ...
+        def _set_signature_columns_if_needed(self) -> None: ...
+        def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any: ...
+        def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any: ...
+
+    pack_dataset: Any
 
     SFTTrainer = DPOTrainer = RewardTrainer = _Trainer
 else:
+    from trl.data_utils import pack_dataset
     from trl.trainer.dpo_trainer import DPOTrainer
     from trl.trainer.reward_trainer import RewardTrainer
     from trl.trainer.sft_trainer import SFTTrainer
@@ -60,14 +75,36 @@ def _unchanged(losses: Tensor) -> Tensor:
     return losses
 
 
-class _Reweighted(HasCriterion):
-    """What the trainers share: the weighting, its statistics, and their mean over pairs."""
+class _Reweighted(HasCriterion, TakesSampleWeight):
+    """What the trainers share: the weighting, its statistics, and weights from the data set."""
 
     criterion: RGDLoss
 
-    def _mean(self, losses: Tensor) -> Tensor:
+
+class _OfPairs(_Reweighted):
+    """What the trainers of preferences share: the mean over pairs."""
+
+    _mean_weight: Tensor | None = None
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+        """TRL's, which is None; keeps the mean weight of the pairs of a step, of all processes."""
+        given = [batch[COLUMN] for batch in batch_samples if batch.get(COLUMN) is not None]
+        if given:
+            weights = torch.cat([one.flatten().to(device) for one in given])
+            accelerator: Any = cast("Any", self).accelerator
+            total, count = accelerator.reduce(torch.stack([weights.sum(), weights.new_tensor(len(weights))]))
+            self._mean_weight = total / count
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _mean(self, losses: Tensor, weight: Tensor | None) -> Tensor:
         """The objective of losses of pairs; their plain mean in an evaluation."""
-        return losses.mean() if evaluates() else self.criterion(losses)
+        if weight is None:
+            return losses.mean() if evaluates() else self.criterion(losses)
+        weight = weight.to(losses.device)
+        mean = weight.mean() if evaluates() or self._mean_weight is None else self._mean_weight
+        # Where no pair of the step counts, the sum over it is 0.
+        divisor = len(losses) * mean.to(losses).where(mean > 0, 1)
+        return self.criterion(losses, sample_weight=weight, normalizer=divisor)
 
 
 class RGDSFTTrainer(_Reweighted, SFTTrainer):
@@ -86,7 +123,8 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
             mean loss, those that are packed into a row too.
         linear: True to compute the head and its gradients in one pass in training, by `use_linear_rgd`.
             `entropy` and `mean_token_accuracy` are then logged in evaluations alone.
-        **kwargs: As for `trl.SFTTrainer`.
+        **kwargs: As for `trl.SFTTrainer`. The data sets may have a column `sample_weight`: a number a row, or
+            one a token beside `input_ids`, which is truncated and packed with them.
 
     Raises:
         TypeError: If a setting has the wrong type.
@@ -156,23 +194,74 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """TRL's loss of a micro-batch, each token's log-probability times its weight."""
+        weight: Tensor | None = inputs.get(COLUMN)
+        if weight is not None:
+            inputs = {name: value for name, value in inputs.items() if name != COLUMN}
+            if inputs.get("shift_labels") is not None:
+                raise ValueError(
+                    "sample_weight is laid beside labels, and this batch holds shift_labels: train without "
+                    "sequence parallelism"
+                )
         refuse_settings_of_the_loss(inputs, "RGDSFTTrainer")
         if self.linear and not evaluates():
-            return self._linear_loss(model, inputs, return_outputs, num_items_in_batch)
+            return self._linear_loss(model, inputs, return_outputs, num_items_in_batch, weight)
         segments: Tensor | None = None
         if self.criterion.per == "sample" and not evaluates():
-            segments = _segments_of_losses(inputs)
+            segments = _segments_of_losses(inputs, weight is not None and weight.dim() > 1)
+        by_token: Tensor | None = None if weight is None else of_labels(weight, inputs["labels"])[:, 1:]
 
         def reweighted(*args: Any, **kwargs: Any) -> Any:
             outputs = model(*args, **kwargs)
-            if not kwargs.get("fused_lm_head") or evaluates():
+            if not kwargs.get("fused_lm_head"):
                 return outputs
-            log_probs = outputs.log_probs
-            kept = outputs.label_mask.bool()
-            outputs.log_probs = -self.criterion(-log_probs, where=kept, segments=segments)
+            log_probs, kept = outputs.log_probs, outputs.label_mask.bool()
+            if not evaluates():
+                given = by_token if segments is not None or self.criterion.per == "element" else weight
+                log_probs = -self.criterion(-log_probs, where=kept, segments=segments, sample_weight=given)
+            elif by_token is not None:
+                log_probs = by_token * log_probs.masked_fill(by_token == 0, 0)
+            if by_token is not None:
+                log_probs = log_probs * _over_weights(by_token, kept, num_items_in_batch)
+            outputs.log_probs = log_probs
             return outputs
 
         return super().compute_loss(reweighted, inputs, return_outputs, num_items_in_batch)
+
+    def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
+        """TRL's, which keeps a column of weights beside `input_ids`, truncated and packed as they are."""
+        processing_class, config, packing, formatting_func, name = args
+        columns = dataset.column_names or list(next(iter(dataset)))
+        if COLUMN not in columns:
+            return super()._prepare_dataset(dataset, *args)
+        by_token = np.ndim(next(iter(dataset))[COLUMN]) > 0
+        if by_token and "input_ids" not in columns:
+            raise ValueError(
+                "sample_weight has one a token, and the data set has no input_ids that they stand beside: "
+                "tokenize it first, or give one a row"
+            )
+        if packing:
+            # TRL's packing drops other columns, and cuts what it packs by itself.
+            whole = copy.copy(config)
+            whole.max_length = None
+        else:
+            whole = config
+        if by_token:
+            cut = _cut_of(whole)
+            dataset = dataset.map(_cut_weights, fn_kwargs={"cut": cut})
+        dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, name)
+        if not packing:
+            return dataset
+        if config.max_length is None:
+            raise ValueError("packing needs max_length, the length of a row: give SFTConfig(max_length=...)")
+        if not by_token:
+            dataset = dataset.map(_weights_of_tokens)
+        dataset = dataset.select_columns(["input_ids", "labels", COLUMN])
+        dataset = pack_dataset(dataset, config.max_length, config.packing_strategy)
+        return dataset.shuffle(seed=config.seed) if config.shuffle_dataset else dataset
+
+    def _reject_skip_prepare_without_labels(self, datasets: Any, data_collator: Any) -> None:
+        inner = getattr(data_collator, "collator", data_collator)
+        super()._reject_skip_prepare_without_labels(datasets, inner)
 
     def _linear_loss(
         self,
@@ -180,14 +269,20 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
         inputs: dict[str, Any],
         return_outputs: bool,
         num_items_in_batch: Tensor | int | None,
+        weight: Tensor | None,
     ) -> Any:
         def in_one_pass(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-            outputs = model(*args, **kwargs, num_items_in_batch=1)
+            given = {} if weight is None else {COLUMN: weight}
+            outputs = model(*args, **kwargs, **given, num_items_in_batch=1.0)
             labels = kwargs.get("shift_labels")
             labels = kwargs["labels"][:, 1:] if labels is None else labels
             # TRL divides the sum of these by the number of items, and takes the metrics from the others.
             outputs.log_probs = -outputs.loss
             outputs.label_mask = labels != -100
+            if weight is not None:
+                by_token = of_labels(weight, kwargs["labels"])[:, 1:]
+                share = _over_weights(by_token, outputs.label_mask, num_items_in_batch)
+                outputs.log_probs = outputs.log_probs * share
             outputs.entropy = outputs.is_top1 = torch.zeros((), device=outputs.loss.device)
             return outputs
 
@@ -198,7 +293,7 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
         return result
 
 
-class RGDDPOTrainer(_Reweighted, DPOTrainer):
+class RGDDPOTrainer(_OfPairs, DPOTrainer):
     """`trl.DPOTrainer` with re-weighted pairs of a preferred and a rejected completion.
 
     The loss of a pair is `l_i = -log sigmoid(beta * (log-ratio of the chosen - log-ratio of the rejected))`,
@@ -210,7 +305,7 @@ class RGDDPOTrainer(_Reweighted, DPOTrainer):
         weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
         tau: Short for `weighting=KL(tau, scale=scale)`.
         scale: The dial; short for the same.
-        **kwargs: As for `trl.DPOTrainer`.
+        **kwargs: As for `trl.DPOTrainer`. The data sets may have a column `sample_weight`, one a pair.
 
     Raises:
         TypeError: If a setting has the wrong type.
@@ -252,6 +347,8 @@ class RGDDPOTrainer(_Reweighted, DPOTrainer):
                 )
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        inputs, weight = {**inputs}, inputs.get(COLUMN)
+        inputs.pop(COLUMN, None)
         refuse_settings_of_the_loss(inputs, "RGDDPOTrainer")
         trainer: Any = self
         seen: list[Any] = []
@@ -279,10 +376,15 @@ class RGDDPOTrainer(_Reweighted, DPOTrainer):
         else:
             before = _reference_of(reference, trainer).log_probs[:, -mask.size(1) :].sum(1)
         losses = self._losses(log_probs - before.to(log_probs.device), inputs["completion_mask"])
-        loss = self._mean(losses)
+        loss = self._mean(losses, weight)
         if trainer.aux_loss_enabled:
             loss = loss + trainer.router_aux_loss_coef * outputs.aux_loss
         return (loss, result[1]) if return_outputs else loss
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """TRL's, of a batch without its weights."""
+        inputs = {name: value for name, value in inputs.items() if name != COLUMN}
+        return super().compute_ref_log_probs(model, inputs)
 
     def _losses(self, log_ratios: Tensor, completion_mask: Tensor) -> Tensor:
         """The loss of each pair, from log-ratios of first all chosen, then all rejected completions."""
@@ -300,7 +402,7 @@ class RGDDPOTrainer(_Reweighted, DPOTrainer):
         return losses
 
 
-class RGDRewardTrainer(_Reweighted, RewardTrainer):
+class RGDRewardTrainer(_OfPairs, RewardTrainer):
     """`trl.RewardTrainer` with re-weighted pairs.
 
     The loss of a pair is `l_i = -log sigmoid(r_chosen - r_rejected - margin)`. The term of
@@ -311,7 +413,7 @@ class RGDRewardTrainer(_Reweighted, RewardTrainer):
         weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
         tau: Short for `weighting=KL(tau, scale=scale)`.
         scale: The dial; short for the same.
-        **kwargs: As for `trl.RewardTrainer`.
+        **kwargs: As for `trl.RewardTrainer`. The data sets may have a column `sample_weight`, one a pair.
 
     Raises:
         TypeError: If a setting has the wrong type.
@@ -342,6 +444,8 @@ class RGDRewardTrainer(_Reweighted, RewardTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective of a micro-batch of pairs."""
+        inputs, weight = {**inputs}, inputs.get(COLUMN)
+        inputs.pop(COLUMN, None)
         refuse_settings_of_the_loss(inputs, "RGDRewardTrainer")
         seen: list[Any] = []
 
@@ -355,21 +459,56 @@ class RGDRewardTrainer(_Reweighted, RewardTrainer):
         margin = chosen - rejected
         if "margin" in inputs:
             margin = margin - inputs["margin"]
-        loss = self._mean(-F.logsigmoid(margin))
+        loss = self._mean(-F.logsigmoid(margin), weight)
         coefficient = self.args.center_rewards_coefficient
         if coefficient is not None:
             loss = loss + coefficient * (chosen + rejected).square().mean()
         return (loss, result[1]) if return_outputs else loss
 
 
-def _segments_of_losses(inputs: dict[str, Any]) -> Tensor | None:
+def _segments_of_losses(inputs: dict[str, Any], always: bool) -> Tensor | None:
     """The sequence of each loss of a packed batch, as TRL's fused head lays them out; None for rows."""
     shifted = inputs.get("shift_labels")
     labels = inputs["labels"] if shifted is None else shifted
-    segments = segments_of_rows(inputs, labels, shifted is None, -100)
-    if segments is None or shifted is not None:
-        return segments
-    return segments[:, 1:].masked_fill(segments[:, 1:] != segments[:, :-1], -1)
+    segments = segments_of_rows(inputs, labels, shifted is None, -100, always=always)
+    return segments if segments is None or shifted is not None else shifted_segments(segments)
+
+
+def _over_weights(weight: Tensor, kept: Tensor, items: Tensor | int | None) -> Tensor:
+    """What makes of TRL's division one by the sum of the weights.
+
+    TRL divides by the number of items, or by that of the labels of this batch, and by 1 where that is less.
+
+    Args:
+        weight: One a label.
+        kept: Which labels count.
+        items: The sum of the weights of the step; None for that of this batch.
+    """
+    counted = (weight * kept).sum() if items is None else torch.as_tensor(items, device=weight.device)
+    divided_by = kept.sum() if items is None else counted
+    return divided_by.clamp(min=1) / counted.where(counted > 0, 1)
+
+
+def _cut_of(config: Any) -> slice:
+    """What TRL leaves of a row that is longer than `max_length`."""
+    if config.max_length is None:
+        return slice(None)
+    ends = config.truncation_mode == "keep_end"
+    return slice(-config.max_length, None) if ends else slice(None, config.max_length)
+
+
+def _cut_weights(row: dict[str, Any], cut: slice) -> dict[str, Any]:
+    weights, ids = row[COLUMN], row["input_ids"]
+    if len(weights) != len(ids):
+        raise ValueError(
+            f"sample_weight of a row has {len(weights)} entries, and its input_ids {len(ids)}: give one for "
+            "each, or one for the row"
+        )
+    return {COLUMN: weights[cut]}
+
+
+def _weights_of_tokens(row: dict[str, Any]) -> dict[str, Any]:
+    return {COLUMN: [row[COLUMN]] * len(row["input_ids"])}
 
 
 def _reference_of(outputs: list[Any], trainer: Any) -> Any:
