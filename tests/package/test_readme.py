@@ -130,7 +130,17 @@ def test_the_readme_is_read_in_two_minutes():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "torch.md", "jax.md", "numpy.md", "weightings.md", "speed.md"]
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "torch.md",
+        "jax.md",
+        "numpy.md",
+        "weightings.md",
+        "speed.md",
+        "language_models.md",
+    ],
 )
 def test_no_cell_of_a_table_has_more_than_25_words(page: str):
     assert tables(page)
