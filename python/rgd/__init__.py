@@ -14,7 +14,8 @@ The weightings, which every part takes:
 - `CVaR`: the worst share of the batch.
 - `KLBall`, `ChiSquare`, `ChiSquareBall`, `MidrangeKL`: other worst cases.
 - `Focal`: less weight for what is predicted well.
-- `Trimmed`: leaves out the largest losses.
+- `Trimmed`: leaves out the largest losses; `Threshold`: all above one.
+- `Excess`: weights by how far a loss is above that of a reference model.
 - `GroupDRO`: the worst of known groups.
 - `MovingAverage`: weights over their running mean.
 - `Pointwise`: a function of yours; a subclass of `Weighting` for more.
@@ -51,12 +52,14 @@ from rgd.weightings import (
     ChiSquare,
     ChiSquareBall,
     CVaR,
+    Excess,
     Focal,
     GroupDRO,
     KLBall,
     MidrangeKL,
     MovingAverage,
     Pointwise,
+    Threshold,
     Trimmed,
     Weighting,
 )
@@ -68,6 +71,7 @@ __all__ = [
     "CVaR",
     "ChiSquare",
     "ChiSquareBall",
+    "Excess",
     "Focal",
     "GroupDRO",
     "GroupStats",
@@ -76,6 +80,7 @@ __all__ = [
     "MovingAverage",
     "Pointwise",
     "Suspects",
+    "Threshold",
     "Trimmed",
     "WeightStats",
     "Weighting",

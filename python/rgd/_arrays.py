@@ -175,6 +175,29 @@ def read_groups(groups: Any, shape: tuple[int, ...]) -> npt.NDArray[np.int64] | 
     return _by_sample("groups", numbers, shape).astype(np.int64)
 
 
+def read_reference(
+    reference: Any, shape: tuple[int, ...], takes_part: npt.NDArray[np.bool_] | None
+) -> npt.NDArray[np.float64] | None:
+    """Check the losses of a reference model: floats of the losses' shape, finite wherever one takes part."""
+    if reference is None:
+        return None
+    compared = _as_numpy("reference", reference)
+    if compared.dtype.kind != "f":
+        raise TypeError(f"reference must be an array of losses, floats, got {compared.dtype}")
+    if compared.shape != shape:
+        raise ValueError(
+            f"reference must have the shape of the losses, {shape}, got {compared.shape}: the losses of the "
+            "reference model for the same samples"
+        )
+    wrong = ~np.isfinite(compared) if takes_part is None else ~np.isfinite(compared) & takes_part
+    if wrong.any():
+        raise ValueError(
+            f"reference must hold finite losses wherever a sample takes part, got {compared[wrong][0]}: "
+            "leave such samples out, by where= or sample_weight="
+        )
+    return compared.astype(np.float64)
+
+
 def _by_sample(name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
     """An array of the losses' shape, from one of that shape or of one entry for each of the leading axis."""
     if array.shape == shape:

@@ -18,11 +18,14 @@ from rgd._arrays import (
     read_mask,
     read_measure,
     read_normalizer,
+    read_reference,
 )
 from rgd._by_kernel import ByKernel
 from rgd.stats import WeightStats, WeightSums, clip_of, group_stats, stats_from_sums, worst_tenth
-from rgd.weightings import Batch, Weighting
+from rgd.weightings import ERM, Batch, Weighting
 from rgd.weightings._call import (
+    check_reference_is_given,
+    check_reference_is_read,
     kernel_of,
     map_state,
     require_state,
@@ -45,6 +48,7 @@ def sample_weights(
     where: Any = None,
     sample_weight: Any = None,
     groups: Any = None,
+    reference: Any = None,
 ) -> npt.NDArray[np.float64]: ...
 @overload
 def sample_weights(
@@ -56,6 +60,7 @@ def sample_weights(
     where: Any = None,
     sample_weight: Any = None,
     groups: Any = None,
+    reference: Any = None,
 ) -> npt.NDArray[np.float32]: ...
 @overload
 def sample_weights(
@@ -67,6 +72,7 @@ def sample_weights(
     where: Any = None,
     sample_weight: Any = None,
     groups: Any = None,
+    reference: Any = None,
 ) -> _Array: ...
 @overload
 def sample_weights(
@@ -79,6 +85,7 @@ def sample_weights(
     sample_weight: Any = None,
     groups: Any = None,
     state: Any,
+    reference: Any = None,
 ) -> tuple[Any, Any]: ...
 def sample_weights(
     losses: Any,
@@ -90,6 +97,7 @@ def sample_weights(
     sample_weight: Any = None,
     groups: Any = None,
     state: Any = None,
+    reference: Any = None,
 ) -> Any:
     """The weight of each sample: `w_i = exp(scale * min(l_i, tau))` for `KL`; each member says its own.
 
@@ -111,6 +119,8 @@ def sample_weights(
             as masked out.
         groups: The group of each sample, integers of the losses' shape or (N,), for `GroupDRO`.
         state: The state of a weighting that remembers: what `weighting.init()` or the last call returned.
+        reference: The losses of a reference model, for `Excess`: of the losses' shape, finite wherever a loss
+            takes part.
 
     Returns:
         Weights of the losses' shape (`w`, without `p`), as the kind of array that was given (NumPy for a
@@ -122,7 +132,8 @@ def sample_weights(
         ValueError: If `losses` is a scalar (already reduced), on another device than the CPU, requires grad,
             or is a capsule already consumed; if a shape does not fit; if `sample_weight` holds a number that
             is negative or not finite; if `tau` is not positive, or `scale` not finite; if `tau` or `scale` is
-            given beside `weighting`; if the weighting remembers and `state` is missing.
+            given beside `weighting`; if the weighting remembers and `state` is missing; if it is an `Excess`
+            and `reference` is missing, or none and `reference` is given.
 
     Example:
         >>> import numpy as np, rgd
@@ -140,7 +151,9 @@ def sample_weights(
     require_state(weighting, state)
     source = read("losses", losses)
     measure = _measure_of(source, where, sample_weight)
-    weights, new = _weights(source, weighting, measure, read_groups(groups, source.shape), state)
+    compared = _reference_of(reference, source, weighting, measure)
+    members = read_groups(groups, source.shape)
+    weights, new = _weights(source, weighting, measure, members, state, reference=compared)
     return source.restore(weights) if state is None else (source.restore(weights), new)
 
 
@@ -155,6 +168,7 @@ def reweighted_mean(
     groups: Any = None,
     normalizer: float | None = None,
     state: Any = None,
+    reference: Any = None,
 ) -> Any:
     """The re-weighted objective, `sum_i p_i w_i l_i / sum_i p_i`: without `sample_weight`, `mean(w * l)`.
 
@@ -169,6 +183,7 @@ def reweighted_mean(
         normalizer: What the sum is divided by in the place of `sum_i p_i`, a positive number: that of all
             micro-batches of a step, whose objectives then add up to that of one big batch.
         state: As for `sample_weights`.
+        reference: As for `sample_weights`.
 
     Returns:
         A Python float, summed in float64 whatever the losses' dtype. NaN where no loss takes part. A sample
@@ -195,7 +210,9 @@ def reweighted_mean(
     source = read("losses", losses)
     count = read_normalizer(normalizer)
     measure = _measure_of(source, where, sample_weight, scaled=count is None)
-    weights, new = _weights(source, weighting, measure, read_groups(groups, source.shape), state)
+    compared = _reference_of(reference, source, weighting, measure)
+    members = read_groups(groups, source.shape)
+    weights, new = _weights(source, weighting, measure, members, state, reference=compared)
     if count is None:
         count = math.prod(source.shape) if measure is None else float(np.sum(measure))
     objective = math.nan
@@ -212,6 +229,7 @@ def weight_stats(
     where: Any = None,
     sample_weight: Any = None,
     groups: Any = None,
+    reference: Any = None,
 ) -> WeightStats:
     """How strongly a batch was re-weighted: effective sample size, KL to uniform and more of `WeightStats`.
 
@@ -224,6 +242,7 @@ def weight_stats(
         sample_weight: The measure, as for `sample_weights`.
         groups: The group of each sample, integers >= 0 of the losses' shape or (N,): adds the statistics of
             each group.
+        reference: The losses of a reference model, which `Excess` compared with.
 
     Returns:
         The statistics, from sums taken in float64.
@@ -253,6 +272,12 @@ def weight_stats(
     sums = _rgd.weight_sums(
         loss_source.values, weight_source.values, measure, clip_of(weighting), available_cores()
     )
+    chosen = ERM() if weighting is None else weighting
+    check_reference_is_given(chosen, reference)
+    if (compared := _reference_of(reference, loss_source, chosen, measure)) is not None:
+        excess = np.subtract(_wide(loss_source), compared)
+        by_excess = excess, np.ones(excess.shape), measure, clip_of(weighting), available_cores()
+        sums["clipped"] = _rgd.weight_sums(*by_excess)["clipped"]
     members = read_groups(groups, loss_source.shape)
     by_group = None
     if members is not None:
@@ -270,8 +295,16 @@ def _measure_of(source: Source, where: Any, sample_weight: Any, *, scaled: bool 
     return mask.astype(np.float64) if numbers is None else np.where(mask, numbers, 0.0)
 
 
+def _reference_of(reference: Any, source: Source, weighting: Weighting, measure: _Measure) -> Any:
+    """The losses of a reference model in float64, where they are given and the weighting looks at them."""
+    if reference is None:
+        return None
+    check_reference_is_read(weighting)
+    return read_reference(reference, source.shape, None if measure is None else measure != 0)
+
+
 def _weights(
-    source: Source, weighting: Weighting, measure: _Measure, groups: Any, state: Any
+    source: Source, weighting: Weighting, measure: _Measure, groups: Any, state: Any, *, reference: Any
 ) -> tuple[npt.NDArray[Any], Any]:
     weights = np.empty(source.shape, source.dtype)
     kernel = kernel_of(weighting)
@@ -289,6 +322,7 @@ def _weights(
             None if groups is None else groups.ravel(),
             xp=xp,
             concrete=True,
+            reference=None if reference is None else reference.ravel(),
         )
         kernel = step_kernel_of(weighting)
         computing = weighting if kernel is None else ByKernel(weighting, kernel, available_cores())

@@ -77,6 +77,7 @@ MEMBERS = [
     rgd.CVaR(0.35),
     rgd.CVaR(0.35, smoothing=0.2),
     rgd.Focal(2.0),
+    rgd.Threshold(1.0),
     rgd.Trimmed(rgd.CVaR(0.5), fraction=0.2),
     rgd.MovingAverage(rgd.KL(tau=0.8), decay=0.9),
     rgd.GroupDRO(groups=3, step_size=0.1),

@@ -17,6 +17,7 @@ WITHOUT_KERNEL = [
     rgd.CVaR(0.3),
     rgd.CVaR(0.3, smoothing=0.5),
     rgd.Focal(2.0),
+    rgd.Threshold(1.0),
     rgd.Trimmed(rgd.KL(), 0.2),
 ]
 STATEFUL = [rgd.MovingAverage(rgd.KL(), 0.9), rgd.GroupDRO(3, 0.1)]

@@ -5,7 +5,7 @@ import math
 
 import mpmath
 import numpy as np
-from rgd import ERM, KL, ChiSquare, ChiSquareBall, CVaR, Focal, KLBall, MidrangeKL, Trimmed
+from rgd import ERM, KL, ChiSquare, ChiSquareBall, CVaR, Focal, KLBall, MidrangeKL, Threshold, Trimmed
 
 DIGITS = 50
 ULPS = 4
@@ -80,6 +80,11 @@ def _kl(weighting, losses, base):
 @equation.register(Focal)
 def _focal(weighting, losses, base):
     return exactly([max(1 - mpmath.exp(-loss), 0) ** mpmath.mpf(weighting.gamma) for loss in losses])
+
+
+@equation.register(Threshold)
+def _threshold(weighting, losses, base):
+    return exactly([mpmath.mpf(loss <= weighting.max_loss) for loss in losses])
 
 
 @equation.register(MidrangeKL)

@@ -16,12 +16,22 @@ from rgd import (
     Focal,
     KLBall,
     MidrangeKL,
+    Threshold,
     Trimmed,
 )
 
 EPS = np.finfo(np.float64).eps
 
-POINTWISE = [ERM(), KL(1.0), KL(1 / 9), KL(math.inf, scale=0.4), KL(scale=-0.7), Focal(2.0), Focal(0.0)]
+POINTWISE = [
+    ERM(),
+    KL(1.0),
+    KL(1 / 9),
+    KL(math.inf, scale=0.4),
+    KL(scale=-0.7),
+    Focal(2.0),
+    Focal(0.0),
+    Threshold(1.0),
+]
 NORMALISED = [
     KL(5.0, normalize=True),
     KL(math.inf, scale=1.5, normalize=True),

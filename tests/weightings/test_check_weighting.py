@@ -30,12 +30,18 @@ MEMBERS = [
     rgd.CVaR(0.3),
     rgd.CVaR(0.3, smoothing=0.2),
     rgd.Focal(2.0),
+    rgd.Threshold(2.5),
+    rgd.Excess(rgd.CVaR(0.3)),
+    rgd.Excess(rgd.KL(0.5)),
+    rgd.Excess(rgd.MovingAverage(rgd.KL(math.inf, scale=1.0), 0.9)),
+    rgd.MovingAverage(rgd.Excess(rgd.KL(1.0)), 0.9),
+    rgd.Trimmed(rgd.Excess(rgd.KLBall(0.2)), 0.2),
     rgd.Trimmed(rgd.KL(), 0.2),
     rgd.Trimmed(rgd.CVaR(0.4), 0.2),
     rgd.MovingAverage(rgd.KL(math.inf, scale=1.0), 0.9),
     rgd.Pointwise(abs),
 ]
-GROUPED = [rgd.GroupDRO(3, 0.1), rgd.Trimmed(rgd.GroupDRO(3, 0.1), 0.3)]
+GROUPED = [rgd.GroupDRO(3, 0.1), rgd.Excess(rgd.GroupDRO(3, 0.1)), rgd.Trimmed(rgd.GroupDRO(3, 0.1), 0.3)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,12 +15,14 @@ from rgd import (
     ChiSquare,
     ChiSquareBall,
     CVaR,
+    Excess,
     Focal,
     GroupDRO,
     KLBall,
     MidrangeKL,
     MovingAverage,
     Pointwise,
+    Threshold,
     Trimmed,
     Weighting,
 )
@@ -39,6 +41,8 @@ MEMBERS = [
     ChiSquareBall(0.3),
     CVaR(0.1, smoothing=0.5),
     Focal(2.0),
+    Threshold(2.0),
+    Excess(KL()),
     Trimmed(KL(), 0.1),
     MovingAverage(KL(), 0.9),
     GroupDRO(3, 0.1),
@@ -131,6 +135,7 @@ SETTINGS = {
     "CVaR alpha": (CVaR, "alpha", [0, -0.1, 1.1, *NOT_FINITE], [1e-9, 1], r"in \(0, 1\]"),
     "CVaR smoothing": (partial(CVaR, 0.5), "smoothing", [-0.1, *NOT_FINITE], [0], "a finite number >= 0"),
     "Focal": (Focal, "gamma", [-0.1, *NOT_FINITE], [0], "a finite number >= 0"),
+    "Threshold": (Threshold, "max_loss", NOT_FINITE, [0, -1.0], "a finite number"),
     "Trimmed": (partial(Trimmed, KL()), "fraction", [-0.1, 1, *NOT_FINITE], [0, 0.99], r"in \[0, 1\)"),
     "MovingAverage": (
         partial(MovingAverage, KL()),
@@ -171,7 +176,9 @@ def test_a_number_of_groups_below_one_is_refused(groups):
         GroupDRO(groups, 0.1)
 
 
-@pytest.mark.parametrize("make", [lambda inner: Trimmed(inner, 0.1), lambda inner: MovingAverage(inner, 0.1)])
+@pytest.mark.parametrize(
+    "make", [lambda inner: Trimmed(inner, 0.1), lambda inner: MovingAverage(inner, 0.1), Excess]
+)
 @pytest.mark.parametrize("inner", [1.0, KL, None], ids=str)
 def test_an_inner_weighting_that_is_none_is_refused(make, inner):
     with pytest.raises(TypeError, match=r"weighting must be an rgd\.Weighting, such as rgd\.KL"):
@@ -233,7 +240,8 @@ def test_only_the_members_that_remember_are_stateful():
 def test_a_clip_is_the_loss_from_which_on_weights_are_equal():
     assert KL(2.0).clip == 2.0
     assert MovingAverage(KL(2.0), 0.9).clip == 2.0
-    assert {weighting.clip for weighting in (ERM(), KLBall(0.1), CVaR(0.1), Focal(1.0))} == {math.inf}
+    assert Excess(KL(2.0)).clip == 2.0
+    assert {weighting.clip for weighting in (ERM(), KLBall(0.1), CVaR(0.1), Threshold(1.0))} == {math.inf}
 
 
 def test_neither_tau_nor_weighting_means_the_default():

@@ -33,6 +33,7 @@ class Losses(NamedTuple):
         groups: The group of each loss, of the losses' shape, or None.
         axes: The axes that a batch lies along.
         axis_name: Name or names of mapped axes over which the batch is spread.
+        reference: The losses of a reference model, of the losses' shape and dtype, or None.
     """
 
     values: jax.Array
@@ -40,6 +41,7 @@ class Losses(NamedTuple):
     groups: jax.Array | None = None
     axes: tuple[int, ...] = ()
     axis_name: AxisName = None
+    reference: jax.Array | None = None
 
     @property
     def full_measure(self) -> jax.Array:
@@ -56,6 +58,7 @@ def as_losses(
     axis: Axis = None,
     axis_name: AxisName = None,
     reduction: str = "mean",
+    reference: ArrayLike | None = None,
 ) -> Losses:
     """Check what a user gave; the size of a measure is kept where `reduction` depends on it."""
     losses = jnp.asarray(an_array("losses", losses))
@@ -76,7 +79,8 @@ def as_losses(
     if measure is not None:
         losses = jnp.where(measure != 0, losses, 0)
     members = as_groups(groups, losses.shape)
-    return Losses(losses, measure, members, _axes(axis, losses.shape), axis_name)
+    compared = as_reference(reference, losses.shape, losses.dtype, measure)
+    return Losses(losses, measure, members, _axes(axis, losses.shape), axis_name, compared)
 
 
 def an_array(name: str, given: ArrayLike) -> ArrayLike:
@@ -155,6 +159,36 @@ def as_groups(groups: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | N
             'jax.config.update("jax_enable_x64", True) first'
         )
     return _by_sample("groups", comparable(members), shape)
+
+
+def as_reference(
+    reference: ArrayLike | None, shape: tuple[int, ...], dtype: Any, measure: jax.Array | None
+) -> jax.Array | None:
+    """The losses of a reference model, checked, constants of the losses' shape and dtype.
+
+    One that takes part and is not finite is refused where it is known, and NaN where it is traced.
+    """
+    if reference is None:
+        return None
+    given = an_array("reference", reference)
+    given = given if isinstance(given, np.ndarray) else jnp.asarray(given)
+    if not jnp.issubdtype(given.dtype, jnp.floating):
+        raise TypeError(f"reference must be an array of losses, floats, got {given.dtype}")
+    if given.shape != shape:
+        raise ValueError(
+            f"reference must have the shape of the losses, {shape}, got {given.shape}: the losses of the "
+            'reference model for the same targets, as reduction="none" with weighting=rgd.ERM() gives them'
+        )
+    if is_known(given) and is_known(measure):
+        wrong = ~np.isfinite(np.asarray(given, np.float64))
+        wrong = wrong if measure is None else wrong & (np.asarray(measure) != 0)
+        if wrong.any():
+            raise ValueError(
+                "reference must hold finite losses wherever a target takes part, got "
+                f"{np.asarray(given)[wrong][0]}: leave such targets out, by where= or sample_weight="
+            )
+    compared = lax.stop_gradient(jnp.asarray(given, dtype))
+    return jnp.where(jnp.isfinite(compared), compared, jnp.nan)
 
 
 def comparable(integers: Any) -> Any:

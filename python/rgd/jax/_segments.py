@@ -71,7 +71,13 @@ class Segments(NamedTuple):
         total = self._reduced(jax.ops.segment_sum, jnp.where(takes_part, losses.values, 0), 0)
         measure = counted if losses.measure is None else losses.measure
         measure = jnp.where(number > 0, self._reduced(jax.ops.segment_max, measure, 0), 0)
-        batch = losses._replace(values=total / jnp.maximum(number, 1), measure=measure, axes=(0, 1))
+        reference = losses.reference
+        if reference is not None:
+            reference = self._reduced(jax.ops.segment_sum, jnp.where(takes_part, reference, 0), -jnp.inf)
+            reference = reference / jnp.maximum(number, 1)
+        batch = losses._replace(
+            values=total / jnp.maximum(number, 1), measure=measure, axes=(0, 1), reference=reference
+        )
         weights, new = weights_of(batch, weighting, state)
         return jnp.where(takes_part, lax.stop_gradient(self._spread(weights, jnp.nan)), 0), new
 

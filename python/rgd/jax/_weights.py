@@ -22,7 +22,7 @@ from rgd.jax._devices import gather, own_part, pmax
 from rgd.jax._inputs import Losses, is_known
 from rgd.jax._pytrees import Structure, joined, split
 from rgd.weightings import Batch, Weighting
-from rgd.weightings._call import map_state, require_state, weigh
+from rgd.weightings._call import check_reference_is_read, map_state, require_state, weigh
 from rgd.weightings._fields import holds_everywhere, map_numbers
 
 
@@ -49,6 +49,8 @@ def weights_of(losses: Losses, weighting: Weighting, state: Any = None) -> tuple
         ValueError: If a weighting that remembers is given no state, or a state cannot be used.
     """
     require_state(weighting, state)
+    if losses.reference is not None:
+        check_reference_is_read(weighting)
     losses = losses._replace(values=lax.stop_gradient(losses.values))
     weighting = as_constants(weighting, losses.values.dtype)
     old = None if state is None else lax.stop_gradient(map_state(jnp.asarray, state))
@@ -71,12 +73,12 @@ def weights_of(losses: Losses, weighting: Weighting, state: Any = None) -> tuple
 
 def pointwise_weights(losses: Losses, weighting: Weighting) -> jax.Array:
     """The weights of a pointwise weighting without state; the losses keep their shape, and their sharding."""
-    vectors: Any = losses[:3]
+    vectors: Any = (*losses[:3], losses.reference)
     if losses.values.ndim == 0:
         vectors = tuple(None if array is None else array[None] for array in vectors)
 
-    def along_last_axis(values: jax.Array, measure: jax.Array | None, groups: jax.Array | None) -> jax.Array:
-        return weigh(weighting, Batch(values, measure, groups, xp=jnp))[0]
+    def along_last_axis(values: Any, measure: Any, groups: Any, reference: Any) -> jax.Array:
+        return weigh(weighting, Batch(values, measure, groups, xp=jnp, reference=reference))[0]
 
     for _ in range(losses.values.ndim - 1):
         along_last_axis = jax.vmap(along_last_axis)
@@ -93,7 +95,7 @@ def weighted_losses(weights: jax.Array, losses: Losses) -> jax.Array:
 
 def _weights_of_batches(losses: Losses, weighting: Weighting, state: Any) -> tuple[jax.Array, Any]:
     """The weights of each batch along `losses.axes`, and the state after it."""
-    values, measure, groups, axes, axis_name = losses
+    values, measure, groups, axes, axis_name, reference = losses
     others = tuple(axis for axis in range(values.ndim) if axis not in axes)
     if state is not None and others:
         raise ValueError(
@@ -110,8 +112,11 @@ def _weights_of_batches(losses: Losses, weighting: Weighting, state: Any) -> tup
     # Values are read for the sake of groups alone; all else is compiled, without a gain in being concrete.
     concrete = groups is not None and not others and all(is_known(a) for a in (values, measure, groups))
     compute = _weigh if concrete else _weigh_compiled
-    measure, groups = (None if array is None else whole(array) for array in (measure, groups))
-    weights, after = compute(weighting, len(others), Losses(whole(values), measure, groups), state)
+    measure, groups, reference = (
+        None if array is None else whole(array) for array in (measure, groups, reference)
+    )
+    batches = Losses(whole(values), measure, groups, reference=reference)
+    weights, after = compute(weighting, len(others), batches, state)
     count = int(np.prod(own_shape[len(others) :]))
     weights = own_part(weights, count, axis_name).reshape(own_shape)
     weights = weights.transpose(tuple(int(axis) for axis in np.argsort(order)))
@@ -124,15 +129,15 @@ def _weights_of_batches(losses: Losses, weighting: Weighting, state: Any) -> tup
 def _weigh(weighting: Weighting, vmapped: int, batches: Losses, state: Any) -> tuple[jax.Array, Any]:
     """The weights of batches along the last axis, after `vmapped` axes, and the state after them."""
 
-    def one_batch(values: jax.Array, measure: jax.Array | None, groups: jax.Array | None) -> Any:
+    def one_batch(values: jax.Array, measure: Any, groups: Any, reference: Any) -> Any:
         concrete = all(is_known(array) for array in (values, measure, groups))
-        batch = Batch(values, measure, groups, xp=jnp, concrete=concrete)
+        batch = Batch(values, measure, groups, xp=jnp, concrete=concrete, reference=reference)
         weights, after = weigh(weighting, batch, state)
         return weights if measure is None else jnp.where(jnp.isnan(batch.count), jnp.nan, weights), after
 
     for _ in range(vmapped):
         one_batch = jax.vmap(one_batch)
-    return one_batch(*batches[:3])
+    return one_batch(*batches[:3], batches.reference)
 
 
 def _weigh_compiled(weighting: Weighting, vmapped: int, batches: Losses, state: Any) -> tuple[jax.Array, Any]:
@@ -142,9 +147,10 @@ def _weigh_compiled(weighting: Weighting, vmapped: int, batches: Losses, state: 
         hash(structure)
     except TypeError:  # a setting of the user's that cannot be a key of jax.jit's cache
         return _weigh(weighting, vmapped, batches, state)
-    return _compiled(structure, vmapped, arrays, batches[:3], state)
+    return _compiled(structure, vmapped, arrays, (*batches[:3], batches.reference), state)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _compiled(structure: Structure, vmapped: int, arrays: Any, batches: Any, state: Any) -> Any:
-    return _weigh(joined(structure, arrays), vmapped, Losses(*batches), state)
+    batches = Losses(*batches[:3], reference=batches[3])
+    return _weigh(joined(structure, arrays), vmapped, batches, state)

@@ -26,7 +26,15 @@ from jax.typing import ArrayLike
 
 from rgd.jax import _ffi
 from rgd.jax._devices import AxisName, check_bound, divided_by_factor, psum
-from rgd.jax._inputs import Losses, an_array, as_groups, as_mask, as_measure, masked_measure
+from rgd.jax._inputs import (
+    Losses,
+    an_array,
+    as_groups,
+    as_mask,
+    as_measure,
+    as_reference,
+    masked_measure,
+)
 from rgd.jax._rows import IGNORED, adjusted, encode, index_losses, log_normalizers, probability_losses
 from rgd.jax._segments import Segments, as_segments
 from rgd.jax._targets import (
@@ -47,7 +55,7 @@ from rgd.jax._targets import (
 )
 from rgd.jax._weights import weighted_losses
 from rgd.weightings import Weighting
-from rgd.weightings._call import require_state, resolve_weighting
+from rgd.weightings._call import check_reference_is_read, require_state, resolve_weighting
 
 
 def cross_entropy(
@@ -74,6 +82,7 @@ def cross_entropy(
     axis: int = -1,
     axis_name: AxisName = None,
     backend: Backend | None = None,
+    reference: ArrayLike | None = None,
 ) -> Any:
     """The re-weighted cross-entropy of logits, reduced as `torch.nn.CrossEntropyLoss` reduces.
 
@@ -133,6 +142,9 @@ def cross_entropy(
             `per="element"` and the class axis last. It cannot be exported by `jax.export`, and where logits
             are sharded it must be called inside `jax.shard_map`. By default the kernel is taken where it
             serves, JAX runs on one CPU device, C >= 100, and logits have at least 2^13 entries.
+        reference: The losses of a reference model, for `rgd.Excess`: of the labels' shape, as
+            `reduction="none"` with `weighting=rgd.ERM()` gives them; else as for `rgd.jax.sample_weights`.
+            With `per="sample"` the means over the targets that count are compared.
 
     Returns:
         The objective, float64 for float64 logits, else float32: shape () or, for "none", the logits' shape
@@ -200,6 +212,9 @@ def cross_entropy(
         members = problem.segments.groups(groups)
     else:
         members = as_groups(groups, units if per == "element" else units[:1])
+    if reference is not None:
+        check_reference_is_read(chosen)
+    compared = as_reference(reference, units, dtype, problem.measure)
     refusal = native_refusal(chosen, class_weight=problem.class_weight, reduction=reduction, per=per)
     native = takes_native(backend, refusal or _native_misfit(problem, axis), problem.logits.shape)
     scaled = problem
@@ -207,7 +222,7 @@ def cross_entropy(
         scaled = problem._replace(measure=divided_by_factor(problem.measure, axis_name))
     if native:
         return _native_objective(scaled, chosen, reduction, axis_name, z_loss=factor, normalizer=divisor)
-    losses = Losses(_losses_of(problem), problem.measure, members, (), axis_name)
+    losses = Losses(_losses_of(problem), problem.measure, members, (), axis_name, compared)
     weights, new = target_weights(losses, chosen, per, state, problem.segments)
     losses, problem = losses._replace(measure=scaled.measure), scaled
     result = weighted_losses(weights, losses)

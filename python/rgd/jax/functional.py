@@ -29,8 +29,12 @@ from rgd.jax._inputs import Axis, Losses, as_losses, is_known
 from rgd.jax._targets import as_normalizer
 from rgd.jax._weights import as_constants, weighted_losses, weights_of
 from rgd.stats import MOST_GROUPS, GroupStats, WeightStats
-from rgd.weightings import Weighting
-from rgd.weightings._call import resolve_weighting
+from rgd.weightings import ERM, Weighting
+from rgd.weightings._call import (
+    check_reference_is_given,
+    check_reference_is_read,
+    resolve_weighting,
+)
 
 
 def sample_weights(
@@ -45,6 +49,7 @@ def sample_weights(
     state: Any = None,
     axis: Axis = None,
     axis_name: AxisName = None,
+    reference: ArrayLike | None = None,
 ) -> Any:
     """The weight of each sample of a batch, as a constant of the gradient.
 
@@ -68,6 +73,8 @@ def sample_weights(
             its own.
         axis_name: Name or names of mapped axes (`jax.shard_map`, `jax.pmap`, `jax.vmap`) over which the batch
             is spread. Weights that depend on the batch are then those of the whole batch, as is the state.
+        reference: The losses of a reference model, for `rgd.Excess`: of the losses' shape, constants, finite
+            wherever a loss takes part. A traced one that is not makes weights NaN.
 
     Returns:
         Weights of the losses' shape (`w`, without `p`): float64 for float64 losses, else float32. With
@@ -77,7 +84,8 @@ def sample_weights(
         TypeError: If `losses` are not floating, or another argument is of the wrong type.
         ValueError: If `losses` are 0-d, a number of the weighting is not a scalar, a shape does not fit,
             `sample_weight` holds a number that is negative or not finite, `axis_name` is not bound, `tau`
-            or `scale` is given beside `weighting`, or the weighting remembers and `state` is missing.
+            or `scale` is given beside `weighting`, the weighting remembers and `state` is missing, or it is
+            an `rgd.Excess` and `reference` is missing, or none and `reference` is given.
 
     Example:
         >>> import jax.numpy as jnp, rgd, rgd.jax
@@ -94,7 +102,13 @@ def sample_weights(
     """
     chosen = resolve_weighting(weighting, tau, scale)
     batch = as_losses(
-        losses, where=where, sample_weight=sample_weight, groups=groups, axis=axis, axis_name=axis_name
+        losses,
+        where=where,
+        sample_weight=sample_weight,
+        groups=groups,
+        axis=axis,
+        axis_name=axis_name,
+        reference=reference,
     )
     weights, new = weights_of(batch, chosen, state)
     return weights if state is None else (weights, new)
@@ -113,6 +127,7 @@ def reweighted_mean(
     state: Any = None,
     axis: Axis = None,
     axis_name: AxisName = None,
+    reference: ArrayLike | None = None,
 ) -> Any:
     """The re-weighted objective, `sum_i p_i * sg(w_i) * l_i / sum_i p_i`; `mean(w * l)` without a `p`.
 
@@ -136,6 +151,7 @@ def reweighted_mean(
             the whole batch, the same on every device. Under `jax.shard_map` its gradient with respect to a
             replicated value is that of the whole batch too; under `jax.pmap` take `jax.lax.pmean` of it, as
             for any summed loss.
+        reference: As for `sample_weights`.
 
     Returns:
         The objective, of the losses' shape without `axis`: float64 for float64 losses, else float32. NaN
@@ -164,6 +180,7 @@ def reweighted_mean(
         axis=axis,
         axis_name=axis_name,
         reduction="mean" if normalizer is None else "sum",
+        reference=reference,
     )
     divisor = as_normalizer(normalizer, "mean", batch.values.dtype)
     weights, new = weights_of(batch, chosen, state)
@@ -205,9 +222,9 @@ def value_and_grad(
         A function of the same arguments that returns `(objective, gradient)`, or with `has_aux`
         `((objective, aux), gradient)`.
 
-        It takes five keywords more, `where`, `sample_weight`, `groups`, `normalizer` and `state`, which go to
-        `reweighted_mean`; arguments of `fun` that have one of these names are given by position. With
-        `state` it returns a pair: what it returns without, and the new state.
+        It takes six keywords more, `where`, `sample_weight`, `groups`, `normalizer`, `state` and
+        `reference`, which go to `reweighted_mean`; arguments of `fun` that have one of these names are given
+        by position. With `state` it returns a pair: what it returns without, and the new state.
 
     Raises:
         TypeError: When called, if `fun` does not return what `has_aux` says, or losses that are not floating.
@@ -240,6 +257,7 @@ def value_and_grad(
         groups: ArrayLike | None = None,
         normalizer: ArrayLike | None = None,
         state: Any = None,
+        reference: ArrayLike | None = None,
         **kwargs: Any,
     ) -> Any:
         def objective(*args: Any, **kwargs: Any) -> tuple[jax.Array, tuple[Any, Any]]:
@@ -253,6 +271,7 @@ def value_and_grad(
                 normalizer=normalizer,
                 state=state,
                 axis_name=axis_name,
+                reference=reference,
             )
             mean, new = (mean, None) if state is None else mean
             return mean, (aux, new)
@@ -274,6 +293,7 @@ def weight_stats(
     groups: ArrayLike | None = None,
     num_groups: int | None = None,
     axis_name: AxisName = None,
+    reference: ArrayLike | None = None,
 ) -> WeightStats:
     """The statistics of a set of weights, as a pytree of arrays: call it under `jit`, return it, log it.
 
@@ -288,6 +308,7 @@ def weight_stats(
         num_groups: How many groups there are; needed where `groups` are traced. By default the largest of
             `groups`, plus one. A traced group that is not below it makes what groups have NaN.
         axis_name: Name or names of mapped axes over which the batch is spread.
+        reference: The losses of a reference model, which `rgd.Excess` compared with.
 
     Returns:
         `rgd.WeightStats`, whose numbers are 0-d arrays, and whose groups, where they are given, have arrays
@@ -305,7 +326,18 @@ def weight_stats(
         >>> print(f"{stats.effective_sample_size:.3f} of {stats.count}, {stats.clipped_share:.1%} clipped")
         2.956 of 3, 33.3% clipped
     """
-    batch = as_losses(losses, where=where, sample_weight=sample_weight, groups=groups, axis_name=axis_name)
+    batch = as_losses(
+        losses,
+        where=where,
+        sample_weight=sample_weight,
+        groups=groups,
+        axis_name=axis_name,
+        reference=reference,
+    )
+    chosen = ERM() if weighting is None else resolve_weighting(weighting)
+    check_reference_is_given(chosen, reference)
+    if reference is not None:
+        check_reference_is_read(chosen)
     refuse_masked("weights", weights)
     weights = jnp.asarray(weights, batch.values.dtype)
     if weights.shape != batch.values.shape:
@@ -336,8 +368,9 @@ def weight_stats(
         "mean_weight": weight_sum / whole,
     }
     if weighting is not None:
-        clip: Any = as_constants(resolve_weighting(weighting), loss.dtype).clip
-        share = total(p * (loss > clip)) / whole
+        clip: Any = as_constants(chosen, loss.dtype).clip
+        clipped = loss if batch.reference is None else loss - batch.reference
+        share = total(p * (clipped > clip)) / whole
         stats["clipped_share"] = jnp.where(jnp.isinf(clip), 0, share)
     if batch.groups is not None:
         number = _number_of_groups(batch, num_groups)

@@ -8,6 +8,7 @@ the pointwise weights are
     w = ones(n)                                  # ERM
     w = exp(scale * minimum(l, tau))             # KL
     w = maximum(1 - exp(-l), 0) ** gamma         # Focal
+    w = where(l <= max_loss, 1, 0)               # Threshold
 
 and those that depend on the batch, most of them the solution of a worst case, are
 
@@ -21,6 +22,7 @@ and those that depend on the batch, most of them the solution of a worst case, a
     w = share / alpha                            # CVaR: share of a sample in the worst alpha of the measure
     w = minimum(1 / alpha, exp((l - eta) / nu))  # CVaR with smoothing nu: eta makes mean(w) one
     w = kept * inner(l, p * kept)                # Trimmed: kept is 0 in the worst share, else 1
+    w = inner(l - reference)                     # Excess
     u = decay * u + (1 - decay) * mean(inner(l)) # MovingAverage
     w = inner(l) / u
     q = q * exp(step_size * mean_losses)         # GroupDRO, the mean loss of each group

@@ -8,17 +8,16 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from rgd.reference._equations import (
+from rgd.reference._arrays import (
     Array,
     Mask,
-    State,
     array_of,
     mask_of,
     measure_of,
     one_a_sample,
     product,
-    sample_weights,
 )
+from rgd.reference._equations import State, sample_weights
 from rgd.weightings import KL, Weighting
 
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
@@ -100,6 +99,7 @@ def cross_entropy(
     segments: npt.ArrayLike | None = None,
     num_segments: int | None = None,
     state: State = None,
+    reference: npt.ArrayLike | None = None,
 ) -> Any:
     """The re-weighted cross-entropy, reduced as `torch.nn.CrossEntropyLoss` reduces.
 
@@ -141,6 +141,8 @@ def cross_entropy(
             that of their mean loss. `sample_weight` and `groups` then have this shape, or (rows, numbers).
         num_segments: How many numbers a row has; None for the largest and one more.
         state: State of a weighting that remembers.
+        reference: The losses of a reference model, for `Excess`, of the losses' shape. With `per="sample"`
+            the means over targets not ignored are compared.
 
     Returns:
         The objective, float64: shape () or, for "none", the logits' shape without the class axis; with a
@@ -182,6 +184,7 @@ def cross_entropy(
         groups=groups,
         units=_units(segments, num_segments, per, problem.losses.shape),
         state=state,
+        reference=reference,
     )
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         value = product(weights, problem.losses, problem.losses)
@@ -213,6 +216,7 @@ def cross_entropy_grad(
     segments: npt.ArrayLike | None = None,
     num_segments: int | None = None,
     state: State = None,
+    reference: npt.ArrayLike | None = None,
 ) -> Any:
     """The gradient of `cross_entropy` with respect to the logits, the weights `w_i` held constant.
 
@@ -243,6 +247,8 @@ def cross_entropy_grad(
         segments: The sequence of each target.
         num_segments: How many a row has.
         state: State of a weighting that remembers.
+        reference: The losses of a reference model, for `Excess`, of the losses' shape. With `per="sample"`
+            the means over targets not ignored are compared.
 
     Returns:
         The gradient, float64, of the logits' shape; with a state, the gradient and the state after it. For a
@@ -278,6 +284,7 @@ def cross_entropy_grad(
         groups=groups,
         units=_units(segments, num_segments, per, problem.losses.shape),
         state=state,
+        reference=reference,
     )
     denominator = _denominator(problem, measure, reduction, normalizer)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -424,12 +431,25 @@ def _target_weights(
     groups: npt.ArrayLike | None,
     units: _Units | None,
     state: State,
+    reference: npt.ArrayLike | None,
 ) -> tuple[Array, Array, State]:
     """The weight and the measure of each target, 0 for one that takes no part, and the state after."""
     losses, counted = problem.losses, problem.counted
+    compared = None if reference is None else array_of("reference", reference, np.float64)
+    if compared is not None:
+        if compared.shape != losses.shape:
+            raise ValueError(f"reference must have the losses' shape, {losses.shape}, got {compared.shape}")
+        compared = np.where(counted, compared, 0.0)
     if units is not None:
         return _segment_weights(
-            losses, counted, weighting, units, sample_weight=sample_weight, groups=groups, state=state
+            losses,
+            counted,
+            weighting,
+            units,
+            sample_weight=sample_weight,
+            groups=groups,
+            state=state,
+            reference=compared,
         )
     if per == "element":
         shape, means, part = losses.shape, losses, counted
@@ -438,12 +458,20 @@ def _target_weights(
         axes = tuple(range(1, losses.ndim))
         number = np.count_nonzero(counted, axis=axes)
         means, part = np.sum(losses, axis=axes) / np.maximum(number, 1), number > 0
+        if compared is not None:
+            compared = np.sum(compared, axis=axes) / np.maximum(number, 1)
     else:
         raise ValueError(f"per must be 'element' or 'sample', got {per!r}")
     part, measure = measure_of(shape, part, sample_weight)
     group = None if groups is None else np.ravel(one_a_sample("groups", array_of("groups", groups), shape))
     result = sample_weights(
-        np.ravel(means), weighting, np.ravel(part), sample_weight=np.ravel(measure), groups=group, state=state
+        np.ravel(means),
+        weighting,
+        np.ravel(part),
+        sample_weight=np.ravel(measure),
+        groups=group,
+        state=state,
+        reference=None if compared is None else np.ravel(compared),
     )
     weights, after = (result, None) if state is None else result
     weights, measure = (
@@ -485,6 +513,7 @@ def _segment_weights(
     sample_weight: npt.ArrayLike | None,
     groups: npt.ArrayLike | None,
     state: State,
+    reference: Array | None,
 ) -> tuple[Array, Array, State]:
     """As `_target_weights`, where the segments of a row are its units."""
 
@@ -507,7 +536,12 @@ def _segment_weights(
     part, p = measure_of(p.shape, filled, p)
     means = np.array([np.mean(losses[one]) if np.any(one) else 0.0 for one in kept])
     given = None if groups is None else group.astype(int)
-    result = sample_weights(means, weighting, part, sample_weight=p, groups=given, state=state)
+    compared = None
+    if reference is not None:
+        compared = np.array([np.mean(reference[one]) if np.any(one) else 0.0 for one in kept])
+    result = sample_weights(
+        means, weighting, part, sample_weight=p, groups=given, state=state, reference=compared
+    )
     of_units, after = (result, None) if state is None else result
     weights, measure = np.zeros(losses.shape), np.zeros(losses.shape)
     for one, w, mass in zip(kept, of_units, p, strict=True):

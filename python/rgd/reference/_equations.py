@@ -11,25 +11,35 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from rgd.reference._arrays import (
+    Array,
+    Integers,
+    Mask,
+    array_of,
+    measure_of,
+    one_a_sample,
+    per_sample,
+    product,
+    quotient,
+)
 from rgd.weightings import (
     ERM,
     KL,
     ChiSquare,
     ChiSquareBall,
     CVaR,
+    Excess,
     Focal,
     GroupDRO,
     KLBall,
     MidrangeKL,
     MovingAverage,
     Pointwise,
+    Threshold,
     Trimmed,
     Weighting,
 )
 
-Array: TypeAlias = npt.NDArray[np.float64]
-Mask: TypeAlias = npt.NDArray[np.bool_]
-Integers: TypeAlias = npt.NDArray[np.int_]
 State: TypeAlias = Any
 """What `weighting.init()` or an earlier call returned."""
 
@@ -41,6 +51,8 @@ class Batch(NamedTuple):
     measure: Array
     """The measure `p`, positive."""
     groups: Integers | None
+    reference: Array | None = None
+    """The losses of a reference model."""
 
     @property
     def total(self) -> float:
@@ -60,6 +72,7 @@ def sample_weights(
     sample_weight: npt.ArrayLike | None = None,
     groups: npt.ArrayLike | None = None,
     state: State = None,
+    reference: npt.ArrayLike | None = None,
 ) -> Any:
     """The weight of each sample, by the equations at the head of this module.
 
@@ -77,6 +90,7 @@ def sample_weights(
             leading dimension; None for ones. A loss where it is 0 is as one where `where` is False.
         groups: The group of each loss, integers shaped as `sample_weight`.
         state: State of a weighting that remembers.
+        reference: The losses of a reference model, for `Excess`, of the losses' shape.
 
     Returns:
         Weights, float64, of the losses' shape; with a state, the weights and the state after this batch. A
@@ -103,9 +117,13 @@ def sample_weights(
         )
     part, measure = measure_of(losses.shape, where, sample_weight)
     group = None if groups is None else one_a_sample("groups", array_of("groups", groups), losses.shape)
+    compared = None if reference is None else array_of("reference", reference, np.float64)
+    if compared is not None and compared.shape != losses.shape:
+        raise ValueError(f"reference must have the losses' shape, {losses.shape}, got {compared.shape}")
     weights = np.zeros(losses.shape)
     if np.any(part):
-        batch = Batch(losses[part], measure[part], None if group is None else group[part])
+        of_group, compared = (None if one is None else one[part] for one in (group, compared))
+        batch = Batch(losses[part], measure[part], of_group, compared)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             weights[part], after = step(weighting, batch, state)
         state = after if np.all(np.isfinite(batch.losses)) else state
@@ -121,6 +139,7 @@ def reweighted_mean(
     groups: npt.ArrayLike | None = None,
     normalizer: float | None = None,
     state: State = None,
+    reference: npt.ArrayLike | None = None,
 ) -> Any:
     """The objective `total(p * w * l) / total(p)` over the losses that take part.
 
@@ -132,6 +151,7 @@ def reweighted_mean(
         groups: The group of each loss, as in `sample_weights`.
         normalizer: What takes the place of `total(p)`, a positive number.
         state: State of a weighting that remembers.
+        reference: The losses of a reference model, as in `sample_weights`.
 
     Returns:
         The objective, NaN where no loss takes part; with a state, the objective and the state after it.
@@ -148,7 +168,9 @@ def reweighted_mean(
         Kumar et al., Algorithm 1.
     """
     losses = per_sample("losses", losses)
-    result = sample_weights(losses, weighting, where, sample_weight=sample_weight, groups=groups, state=state)
+    result = sample_weights(
+        losses, weighting, where, sample_weight=sample_weight, groups=groups, state=state, reference=reference
+    )
     weights, after = (result, None) if state is None else result
     part, measure = measure_of(losses.shape, where, sample_weight)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -423,6 +445,32 @@ def _focal(weighting: Focal, batch: Batch) -> Array:
     return np.where(np.isnan(batch.losses), math.nan, weights)
 
 
+@equation.register(Threshold)
+def _threshold(weighting: Threshold, batch: Batch) -> Array:
+    """`w = 1` where `l <= max_loss`, else 0."""
+    weights = np.where(batch.losses <= weighting.max_loss, 1.0, 0.0)
+    return np.where(np.isnan(batch.losses), math.nan, weights)
+
+
+@step.register(Excess)
+def _excess(weighting: Excess, batch: Batch, state: State) -> tuple[Array, State]:
+    """`w = inner(l - reference)`; a state stays as it was where an excess is not finite."""
+    if batch.reference is None:
+        raise ValueError(f"{weighting} needs the losses of a reference model: give reference=")
+    excess = batch.losses - batch.reference
+    weights, after = step(weighting.weighting, batch._replace(losses=excess, reference=None), state)
+    return weights, after if np.all(np.isfinite(excess)) else state
+
+
+@log_equation.register(Excess)
+def _log_excess(weighting: Excess, batch: Batch) -> Array:
+    """Of `inner(l - reference)`."""
+    if batch.reference is None:
+        raise ValueError(f"{weighting} needs the losses of a reference model: give reference=")
+    excess = batch.losses - batch.reference
+    return log_equation(weighting.weighting, batch._replace(losses=excess, reference=None))
+
+
 @equation.register(Pointwise)
 def _pointwise(weighting: Pointwise, batch: Batch) -> Array:
     """What the user's function says."""
@@ -436,8 +484,8 @@ def _trimmed(weighting: Trimmed, batch: Batch, state: State) -> tuple[Array, Sta
         return np.full(batch.losses.shape, math.nan), state
     kept = 1 - _share_of_worst(batch, weighting.fraction)
     part = kept > 0
-    groups = None if batch.groups is None else batch.groups[part]
-    rest = Batch(batch.losses[part], (batch.measure * kept)[part], groups)
+    groups, reference = (None if one is None else one[part] for one in (batch.groups, batch.reference))
+    rest = Batch(batch.losses[part], (batch.measure * kept)[part], groups, reference)
     weights = np.zeros(batch.losses.shape)
     inner, state = step(weighting.weighting, rest, state)
     weights[part] = kept[part] * inner
@@ -534,60 +582,3 @@ def _share_of_worst(batch: Batch, fraction: float) -> Array:
     counts = np.bincount(place, weights=batch.measure, minlength=levels.size)
     above = np.concatenate([[0.0], np.cumsum(counts[::-1])[:-1]])[::-1]
     return np.minimum(np.maximum((fraction * batch.total - above) / counts, 0.0), 1.0)[place]
-
-
-# Cross-entropy.
-
-
-def product(weights: Array, values: Array, losses: Array) -> Array:
-    """`weights * values`, and 0 where a weight is 0 and its loss is not NaN, whatever is infinite."""
-    return np.where((weights == 0) & ~np.isnan(losses), 0.0, weights * values)
-
-
-def array_of(name: str, given: npt.ArrayLike, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
-    """Any array of NumPy but a masked one, whose masked numbers would count."""
-    if isinstance(given, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array, and its mask would be lost: leave numbers out by where=")
-    return np.asarray(given, dtype=dtype)
-
-
-def per_sample(name: str, losses: npt.ArrayLike) -> Array:
-    losses = array_of(name, losses, np.float64)
-    if losses.ndim == 0:
-        raise ValueError(f'{name} is a scalar: weights need one loss a sample, as reduction="none" gives')
-    return losses
-
-
-def mask_of(where: npt.ArrayLike | None, shape: tuple[int, ...]) -> Mask:
-    return np.broadcast_to(array_of("where", True if where is None else where, np.bool_), shape)
-
-
-def measure_of(
-    shape: tuple[int, ...], where: npt.ArrayLike | None, sample_weight: npt.ArrayLike | None
-) -> tuple[Mask, Array]:
-    """Which losses take part, and their measure, 0 for the others."""
-    measure = (
-        np.ones(shape) if sample_weight is None else array_of("sample_weight", sample_weight, np.float64)
-    )
-    measure = one_a_sample("sample_weight", measure, shape)
-    refused = measure[~((measure >= 0) & (measure < math.inf))]
-    if refused.size:
-        raise ValueError(f"sample_weight must hold finite numbers >= 0, got {refused[0]}")
-    measure = np.where(mask_of(where, shape), measure, 0.0)
-    return measure > 0, measure
-
-
-def one_a_sample(name: str, values: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """Values of the losses' shape, or one a sample of the leading dimension, in the losses' shape."""
-    if values.shape != shape:
-        if values.shape != shape[:1]:
-            raise ValueError(
-                f"{name} must have shape {shape[:1]} or {shape}, as the losses, got {values.shape}"
-            )
-        values = np.reshape(values, values.shape + (1,) * (len(shape) - 1))
-    return np.broadcast_to(values, shape)
-
-
-def quotient(numerator: float, denominator: float) -> float:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return float(np.float64(numerator) / np.float64(denominator))

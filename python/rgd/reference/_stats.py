@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from rgd.reference._equations import (
+from rgd.reference._arrays import (
     Array,
     Integers,
     array_of,
@@ -29,6 +29,7 @@ def weight_stats(
     where: npt.ArrayLike | None = None,
     sample_weight: npt.ArrayLike | None = None,
     groups: npt.ArrayLike | None = None,
+    reference: npt.ArrayLike | None = None,
 ) -> WeightStats:
     """The statistics of a set of weights, each by its formula in `WeightStats`.
 
@@ -39,6 +40,7 @@ def weight_stats(
         where: Booleans that broadcast to the losses' shape: which samples take part.
         sample_weight: The measure `p`, as in `sample_weights`.
         groups: The group of each loss, as in `sample_weights`; None for no statistics of groups.
+        reference: The losses of a reference model, whose excess an `Excess` clips.
 
     Returns:
         The statistics.
@@ -56,6 +58,7 @@ def weight_stats(
         raise ValueError(f"weights must have the shape of losses, {losses.shape}, got {weights.shape}")
     part, measure = measure_of(losses.shape, where, sample_weight)
     group = None if groups is None else one_a_sample("groups", array_of("groups", groups), losses.shape)
+    compared = 0.0 if reference is None else array_of("reference", reference, np.float64)[part]
     losses, w, p = losses[part], weights[part], measure[part]
     count, total = losses.size, float(np.sum(p))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -64,7 +67,7 @@ def weight_stats(
         logarithm = np.log(np.where(q == 0, 1.0, q * total / p))
         clipped = None if weighting is None else 0.0
         if weighting is not None and weighting.clip < math.inf:
-            clipped = quotient(float(np.sum(p * (losses > weighting.clip))), total)
+            clipped = quotient(float(np.sum(p * (losses - compared > weighting.clip))), total)
         return WeightStats(
             mean_loss=quotient(float(np.sum(p * losses)), total),
             worst_tenth=_worst_tenth(losses, p),

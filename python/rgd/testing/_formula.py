@@ -48,7 +48,7 @@ def _check_state(subject: Subject) -> None:
         subject.fail("starts with another state each time: init() must return the same numbers")
     state = map_state(np.asarray, first)
     with np.errstate(all="ignore"):
-        batch = Batch(subject.losses, None, subject.groups, concrete=True)
+        batch = Batch(subject.losses, None, subject.groups, concrete=True, reference=subject.reference)
         try:
             new: Any = weighting.step(batch, state)[1]
         except Exception as error:
@@ -103,7 +103,7 @@ def _check_logarithms(subject: Subject) -> None:
     if subject.weighting.stateful:
         return
     with np.errstate(all="ignore"):
-        batch = Batch(subject.losses, None, subject.groups, concrete=True)
+        batch = Batch(subject.losses, None, subject.groups, concrete=True, reference=subject.reference)
         actual = np.exp(subject.weighting.log_weights(batch))
     expected = subject.weights("an ordinary batch", subject.losses)
     subject.compare(
@@ -191,6 +191,8 @@ def _check_clip(subject: Subject) -> None:
     if math.isinf(clip):
         return
     losses = clip + max(abs(clip), 1.0) * np.array([-0.5, 0.0, 0.5, 2.0, 10.0])
+    if subject.reference is not None:
+        losses = losses + subject.reference[8]
     weights = subject.weights("losses around the clip", losses, members=[8] * losses.size)[1:]
     sentence = f"is declared to clip at {clip:g}, but weights change beyond"
     subject.compare(weights, np.full(weights.size, weights[0]), sentence, losses=losses[1:])

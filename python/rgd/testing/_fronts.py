@@ -57,16 +57,17 @@ def _check_numpy(subject: Subject) -> None:
         # A kernel has a way of its own for batches without a measure.
         plain = bool(case.where.all()) and bool((case.measure == 1).all())
         options: dict[str, Any] = {} if plain else {"where": case.where, "sample_weight": case.measure}
+        options["reference"] = subject.reference
         return _split(
             weigh_with(case.losses, subject.weighting, groups=case.groups, **options, **_known(state))
         )
 
     _compare_cases(subject, where, call)
-    empty = None if subject.groups is None else subject.groups[:0]
+    empty, none = (None if one is None else one[:0] for one in (subject.groups, subject.reference))
     for dtype in (np.float64, np.float32, np.float16):
         _attempt(
             subject, f"{where} ({np.dtype(dtype)})", weigh_with, subject.losses[:0].astype(dtype),
-            subject.weighting, groups=empty, **_known(subject.weighting.init()),
+            subject.weighting, groups=empty, reference=none, **_known(subject.weighting.init()),
         )  # fmt: skip
         case = subject.cases()[0]
         case = case._replace(losses=case.losses.astype(dtype))
@@ -81,12 +82,15 @@ def _check_torch(subject: Subject) -> None:
     torch: Any = importlib.import_module("torch")
     sample_weights: Any = importlib.import_module("rgd.torch").sample_weights
     weighting = subject.weighting
-    groups = None if subject.groups is None else torch.tensor(subject.groups)
+    groups, reference = (
+        None if one is None else torch.tensor(one) for one in (subject.groups, subject.reference)
+    )
 
     def plain(losses: Any, where: Any, measure: Any, state: Any) -> Any:
         return sample_weights(
-            losses, weighting, where=where, sample_weight=measure, groups=groups, state=state
-        )
+            losses, weighting, where=where, sample_weight=measure, groups=groups, state=state,
+            reference=reference,
+        )  # fmt: skip
 
     def calls(function: Any, dtype: Any) -> _Call:
         def call(case: Case, state: Any) -> tuple[Any, Any]:
@@ -136,8 +140,9 @@ def _check_jax(subject: Subject) -> None:
 
     def plain(weighting: Any, losses: Any, where: Any, measure: Any, state: Any) -> Any:
         return sample_weights(
-            losses, weighting, where=where, sample_weight=measure, groups=groups, state=state
-        )
+            losses, weighting, where=where, sample_weight=measure, groups=groups, state=state,
+            reference=subject.reference,
+        )  # fmt: skip
 
     traced = jax.jit(plain)
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from rgd.weightings import Batch, Weighting
 from rgd.weightings._call import map_state, weigh
+from rgd.weightings._fields import needs_of
 
 SIZE = 12
 
@@ -46,6 +47,10 @@ class Subject:
         if groups is not None:
             self.groups = rng.integers(0, groups, SIZE)
             self.groups[[2, 5]] = self.groups[8]
+        self.reference: Floats | None = None
+        if "reference" in needs_of(weighting):
+            self.reference = rng.permutation(128)[:SIZE] / 16
+            self.reference[[2, 5]] = self.reference[8]
 
     def fail(self, sentence: str) -> NoReturn:
         raise AssertionError(f"{self.weighting} {sentence}")
@@ -63,20 +68,20 @@ class Subject:
     ) -> tuple[Floats, Any]:
         """The weights by the formula, in NumPy, and the state after them.
 
-        `members` are the indices of the samples, for their groups; None for the first ones.
+        `members` are the indices of the samples, for their groups and their reference; None for the first.
         """
         losses = np.asarray(losses, dtype)
         p = None if measure is None else np.asarray(measure, dtype)
         if where is not None:
             p = np.where(where, np.ones(losses.size, dtype) if p is None else p, 0)
-        groups = self.groups
-        if groups is not None:
-            groups = groups[: losses.size] if members is None else groups[members]
+        own = slice(losses.size) if members is None else members
+        groups = None if self.groups is None else self.groups[own]
+        reference = None if self.reference is None else self.reference[own].astype(dtype)
         if self.weighting.stateful:
             state = map_state(np.asarray, self.weighting.init() if state is None else state)
         with np.errstate(all="ignore"):
             try:
-                batch = Batch(losses, p, groups, concrete=True)
+                batch = Batch(losses, p, groups, concrete=True, reference=reference)
                 weights, state = weigh(self.weighting, batch, state)
             except Exception as error:
                 self.fail(f"raised {named(error)} for {situation}")

@@ -92,6 +92,52 @@ def check_groups(groups: Any, losses_shape: torch.Size, device: torch.device, pe
     return _by_unit("groups", groups, losses_shape, device, per).to(torch.int64)
 
 
+def check_reference(
+    reference: Any, losses_shape: torch.Size, device: torch.device, takes_part: Tensor | None
+) -> Tensor | None:
+    """The losses of a reference model, without grad; None stays None.
+
+    Args:
+        reference: What the caller gave: floats of the losses' shape.
+        losses_shape: The losses' shape.
+        device: Where the losses are.
+        takes_part: Which of the losses take part, a mask that broadcasts to their shape; None for all. What
+            the others are compared with does not matter.
+
+    Returns:
+        A tensor of the losses' shape. Where values cannot be read now, one that is not finite is NaN in it.
+    """
+    if reference is None:
+        return None
+    if not isinstance(reference, Tensor):
+        raise TypeError(no_tensor("reference", reference))
+    check_dense("reference", reference)
+    if reference.dtype not in FLOATS:
+        refuse_dtype("reference", reference, "hold losses, floats")
+    if reference.shape != losses_shape:
+        raise ValueError(
+            f"reference must have the shape of the losses, {tuple(losses_shape)}, got "
+            f"{tuple(reference.shape)}: the losses of the reference model for the same targets, as "
+            'reduction="none" with weighting=rgd.ERM() gives them'
+        )
+    if reference.device != device:
+        raise ValueError(
+            f"losses are on {device} and reference on {reference.device}: move both to one device"
+        )
+    reference = reference.detach()
+    allowed = reference.isfinite()
+    if values_can_be_read(reference):
+        if not bool(allowed.all()):
+            wrong = ~allowed if takes_part is None else ~allowed & takes_part
+            if bool(wrong.any()):
+                raise ValueError(
+                    "reference must hold finite losses wherever a target takes part, got "
+                    f"{float(reference[wrong][0])}: leave such targets out, by where= or sample_weight="
+                )
+        return reference
+    return reference.masked_fill(~allowed, float("nan"))
+
+
 def within_range(measure: Tensor, dtype: torch.dtype, reduction: str) -> tuple[Tensor, float]:
     """A base measure divided by a power of two so that `dtype` can hold it, and that power.
 

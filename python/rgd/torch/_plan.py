@@ -159,9 +159,10 @@ class Weigher:
             which moves it; None for a weighting that keeps none.
         group: The processes that share the batch, or None.
         power: The power of two that the base measure of the call was divided by.
+        reference: The loss of a reference model for each weight's unit, of the units' shape, or None.
     """
 
-    __slots__ = ("group", "groups", "plan", "power", "state")
+    __slots__ = ("group", "groups", "plan", "power", "reference", "state")
 
     def __init__(
         self,
@@ -170,9 +171,12 @@ class Weigher:
         state: Any = None,
         sync: Sync | None = None,
         power: float = 1.0,
+        *,
+        reference: Tensor | None = None,
     ) -> None:
         self.plan = plan
         self.groups = groups
+        self.reference = reference
         self.state = state
         self.power = power
         alone = sync is None or (plan.pointwise and not plan.stateful)
@@ -195,13 +199,15 @@ class Weigher:
         if p is not None and self.group is None and power_of(self.power) == 1.0 != self.power:
             p = p * self.power  # a formula may count by it: it sees the numbers that were given
         groups = None if self.groups is None else self.groups.reshape(-1)
-        given = tuple(one for one in (flat, p, groups) if one is not None)
+        reference = None if self.reference is None else self.reference.reshape(-1).to(dtype)
+        given = tuple(one for one in (flat, p, groups, reference) if one is not None)
         own = slice(0, flat.shape[0])
         if self.group is not None:
             # Other processes may have another power.
             vectors = [flat, torch.ones_like(flat) if p is None else p * self.power]
-            vectors += [] if groups is None else [groups]
+            vectors += [one for one in (groups, reference) if one is not None]
             (flat, p, *rest), first = gather(vectors, self.group)
+            reference = None if reference is None else rest.pop()
             groups = rest[0] if rest else None
             own = slice(first, first + own.stop)
         if flat.shape[0] == 0:
@@ -215,7 +221,8 @@ class Weigher:
             weights = self._step(flat, p, groups, given)
             return weights.reshape(losses.shape).to(accumulator(losses.dtype))
         exporting = torch.compiler.is_compiling() and is_exporting()
-        batch = Batch(flat, p, groups, xp=xp, concrete=values_can_be_read(flat), any_size=exporting)
+        concrete = values_can_be_read(flat)
+        batch = Batch(flat, p, groups, xp=xp, concrete=concrete, any_size=exporting, reference=reference)
         in_graph = torch.compiler.is_compiling() and not exporting
         weighting: Any = self.plan.in_graphs(flat.device) if in_graph else self.plan.weighting
         if by_kernel and self._steps_by_kernel(flat):

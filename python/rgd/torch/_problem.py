@@ -24,7 +24,7 @@ from rgd.torch._checks import (
 )
 from rgd.torch._dtypes import FLOATS, INTEGERS, accumulator
 from rgd.torch._head import LinearHead
-from rgd.torch._measure import check_groups, measure_of, spread, units_of, within_range
+from rgd.torch._measure import check_groups, check_reference, measure_of, spread, units_of, within_range
 from rgd.torch._modes import plain_and_eager
 from rgd.torch.normalizer import check_normalizer
 from rgd.torch.segments import Segments, check_segments
@@ -85,6 +85,7 @@ class Given(NamedTuple):
         normalizer: What "mean" divides by.
         segments: The sequence of each target, where several share a row.
         num_segments: How many a row has at most.
+        reference: The losses of a reference model.
     """
 
     input: Any
@@ -97,6 +98,7 @@ class Given(NamedTuple):
     normalizer: Any = None
     segments: Any = None
     num_segments: Any = None
+    reference: Any = None
 
 
 class Problem(NamedTuple):
@@ -120,7 +122,7 @@ class Problem(NamedTuple):
             read, else a scalar on the device; None for that sum.
         segments: Which unit each target belongs to, where the sequences of a row are units; `options.per` is
             then "element", since the weight of each target is given to whatever sums over targets.
-        reference: The place of the losses of a reference model. No call sets it yet, nor the next.
+        reference: The losses of a reference model, of the losses' shape, without grad; or None.
         returns: The place of the names of what else a call shall return.
     """
 
@@ -224,7 +226,7 @@ def problem_of(given: Given, options: Options, head: LinearHead | None = None) -
         ValueError: If a shape, a device, a value or a setting does not fit.
     """
     logits, target, class_weight, adjustment, where, sample_weight, groups, normalizer, segments, number = (
-        given
+        given[:10]
     )
     if head is None:
         shape = _check_logits(given)
@@ -268,10 +270,11 @@ def problem_of(given: Given, options: Options, head: LinearHead | None = None) -
     if where is None and sample_weight is None and groups is None:
         if normalizer is not None:
             normalizer = check_normalizer(normalizer, options.reduction, logits.device)
-        return Problem(
+        problem = Problem(
             logits, target, options, dtype, class_weight, adjustment,
             head=head, normalizer=normalizer, segments=segments,
         )  # fmt: skip
+        return problem if given.reference is None else _compared(problem, given.reference)
     per = options.per if len(shape) > 0 else "element"
     measure = given_measure = measure_of(shape, logits, where, sample_weight, per)
     power = 1.0
@@ -284,10 +287,20 @@ def problem_of(given: Given, options: Options, head: LinearHead | None = None) -
         measure, power = within_range(measure, accumulator(logits.dtype), options.reduction)
     if normalizer is not None:
         normalizer = check_normalizer(normalizer, options.reduction, logits.device, power)
-    return Problem(
+    problem = Problem(
         logits, target, options, dtype, class_weight, adjustment, measure, power, given_measure, groups, head,
         normalizer, segments,
     )  # fmt: skip
+    return problem if given.reference is None else _compared(problem, given.reference)
+
+
+def _compared(problem: Problem, reference: Any) -> Problem:
+    """A problem with the losses of a reference model, checked."""
+    shape, takes_part = problem.losses_shape(), problem.counted()
+    if takes_part is None and problem.measure is not None:
+        takes_part = spread(problem.measure, problem.measure.new_empty(shape)) != 0
+    reference = check_reference(reference, shape, problem.logits.device, takes_part)
+    return problem.changed(reference=reference)
 
 
 def _units_of_segments(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,18 +15,20 @@ from rgd.torch._checks import (
     check_losses,
     refuse_dtype,
 )
-from rgd.torch._distributed import sync_of
-from rgd.torch._dtypes import FLOATS, accumulator
+from rgd.torch._distributed import Sync, sync_of
+from rgd.torch._dtypes import FLOATS, accumulator, wide
 from rgd.torch._measure import (
     check_groups,
+    check_reference,
     check_sample_weight,
     check_where,
     measure_of,
+    spread,
     units_of,
     within_range,
 )
 from rgd.torch._modes import autocasts, must_forget, values_can_be_read
-from rgd.torch._plan import Weigher, plan_of
+from rgd.torch._plan import Plan, Weigher, plan_of
 from rgd.torch._problem import Given, Options, Problem, problem_of
 from rgd.torch._state import functional_state
 from rgd.torch._weighted import mark_weighted, refuse_weighted
@@ -36,8 +38,8 @@ from rgd.torch.backends.rust import plain_weights
 from rgd.torch.normalizer import check_normalizer
 from rgd.torch.segments import Segments
 from rgd.torch.stats import Record, stats_by_group, sums_of, tail_of, times_power
-from rgd.weightings import Weighting
-from rgd.weightings._call import resolve_weighting
+from rgd.weightings import ERM, Weighting
+from rgd.weightings._call import check_reference_is_given, check_reference_is_read, resolve_weighting
 
 
 def sample_weights(
@@ -52,6 +54,7 @@ def sample_weights(
     state: Any = None,
     process_group: Any = None,
     sync: bool = True,
+    reference: Tensor | None = None,
 ) -> Any:
     """The weight of each sample, a constant to autograd.
 
@@ -73,6 +76,9 @@ def sample_weights(
         process_group: For a weighting that depends on the batch, the processes that share it, as in
             `reweighted_mean`.
         sync: False for weights of this process's losses alone.
+        reference: The losses of a reference model, for `rgd.Excess`: of the losses' shape, constants, finite
+            wherever a loss takes part. Where values cannot be read without waiting, one that is not makes
+            weights NaN instead of raising.
 
     Returns:
         Weights of the losses' shape (`w`, without `p`), without grad; float64 for float64 losses, else
@@ -82,7 +88,8 @@ def sample_weights(
         TypeError: If `losses` is not a float tensor, or another argument is of the wrong type.
         ValueError: If `losses` is a scalar or weighted already (by an rgd loss with `reduction="none"`), a
             shape or device does not fit, `sample_weight` holds a number that is negative or not finite, both
-            `tau` and `weighting` are given, or the weighting remembers and `state` is missing.
+            `tau` and `weighting` are given, the weighting remembers and `state` is missing, or it is an
+            `rgd.Excess` and `reference` is missing, or none and `reference` is given.
 
     Example:
         >>> import torch
@@ -95,7 +102,7 @@ def sample_weights(
     check_losses(losses)
     plan, sharing = plan_of(weighting, tau, scale), sync_of(process_group, sync)
     simple = where is None and sample_weight is None and groups is None and state is None
-    if simple and not torch.compiler.is_compiling():
+    if simple and reference is None and not torch.compiler.is_compiling():
         refuse_weighted(losses, plan.weighting)
         weights = plain_weights(losses, plan, sharing)
         if weights is not None:
@@ -106,7 +113,8 @@ def sample_weights(
     refuse_weighted(losses, plan.weighting)
     if measure is not None and sample_weight is not None:
         measure, power = within_range(measure, measure.dtype, "mean")
-    weigher = Weigher(plan, members, given, sharing, power)
+    compared = _reference_of(reference, losses, plan.weighting, None if measure is None else measure != 0)
+    weigher = Weigher(plan, members, given, sharing, power, reference=compared)
     weights = choose((losses, None, measure)).sample_weights(losses, measure, weigher)
     if measure is not None and not values_can_be_read(measure):
         # A wrong number is NaN in the measure where it cannot raise; a pointwise formula may not see it.
@@ -127,6 +135,7 @@ def reweighted_mean(
     state: Any = None,
     process_group: Any = None,
     sync: bool = True,
+    reference: Tensor | None = None,
 ) -> Any:
     """The re-weighted objective over any losses, `sum p w l / sum p`: `mean(w * l)` without `sample_weight`.
 
@@ -147,6 +156,7 @@ def reweighted_mean(
             initialised. Every process of the group then has to make the call, one with an empty batch too.
             Pointwise weights ask no one.
         sync: False for weights of this process's losses alone.
+        reference: As for `sample_weights`.
 
     Returns:
         A scalar of the losses' dtype, differentiable with respect to `losses`. NaN, as `torch.mean` gives,
@@ -174,7 +184,7 @@ def reweighted_mean(
     members = check_groups(groups, losses.shape, losses.device, "element")
     weigher = Weigher(plan, members, functional_state(plan.weighting, state, losses.device), sharing)
     objective, _ = reweighted(
-        losses, weigher, where=where, sample_weight=sample_weight, normalizer=normalizer
+        losses, weigher, where=where, sample_weight=sample_weight, normalizer=normalizer, reference=reference
     )
     return objective if state is None else (objective, weigher.state)
 
@@ -203,6 +213,7 @@ def cross_entropy(
     inplace: bool = False,
     process_group: Any = None,
     sync: bool = True,
+    reference: Tensor | None = None,
 ) -> Any:
     """Re-weighted cross-entropy: `F.cross_entropy` with each target's loss `l_i` weighted by its own `w_i`.
 
@@ -256,6 +267,9 @@ def cross_entropy(
             autograd kept of them, or a second backward pass where the objective is scaled, is an error then.
         process_group: As in `reweighted_mean`.
         sync: As in `reweighted_mean`.
+        reference: The losses of a reference model, for `rgd.Excess`: of the targets' shape, as
+            `reduction="none"` with `weighting=rgd.ERM()` gives them; else as for `sample_weights`. With
+            `per="sample"` the means over the targets that count are compared.
 
     Returns:
         A scalar, or for `reduction="none"` a tensor of the targets' shape. Its dtype is the logits', and
@@ -292,9 +306,10 @@ def cross_entropy(
         normalizer,
         segments,
         num_segments,
+        reference,
     )
     problem = problem_of(given, options)
-    weigher = Weigher(plan, problem.groups, memory, sharing, problem.power)
+    weigher = weigher_of(problem, plan, memory, sharing)
     objective, _ = compute(problem, weigher)
     return objective if state is None else (objective, weigher.state)
 
@@ -307,6 +322,7 @@ def weight_stats(
     where: Tensor | None = None,
     sample_weight: Tensor | None = None,
     groups: Tensor | None = None,
+    reference: Tensor | None = None,
 ) -> WeightStats:
     """How strongly a batch was re-weighted; waits for the device that the losses are on.
 
@@ -318,6 +334,7 @@ def weight_stats(
         where: Mask, bool, of the losses' shape: which samples are counted.
         sample_weight: The base measure, as for `sample_weights`.
         groups: The group of each sample, integers >= 0: adds the statistics of each group.
+        reference: The losses of a reference model, which `rgd.Excess` compared with.
 
     Returns:
         The statistics, from sums taken in float64 where the device has it.
@@ -351,7 +368,12 @@ def weight_stats(
     plain, weights = losses.detach(), weights.detach()
     members = check_groups(groups, losses.shape, losses.device, "element")
     by_group = None if members is None else stats_by_group(plain, weights, measure, members)
-    sums = sums_of(plain, weights, measure, clip_of(weighting))
+    takes_part = None if measure is None else measure != 0
+    compared = _reference_of(reference, plain, ERM() if weighting is None else weighting, takes_part)
+    if weighting is not None:
+        check_reference_is_given(weighting, reference)
+    excess = None if compared is None else plain.to(wide(plain)) - compared.to(wide(plain))
+    sums = sums_of(plain, weights, measure, clip_of(weighting), excess)
     return stats_from_sums(sums, weighting, worst_tenth=tail_of(plain, measure), groups=by_group)
 
 
@@ -362,6 +384,36 @@ def compute(problem: Problem, weigher: Weigher) -> tuple[Tensor, Record | None]:
     """
     objective, record = choose(problem.tensors()).cross_entropy(problem, weigher)
     return finished(objective, problem, weigher), record
+
+
+def weigher_of(problem: Problem, plan: Plan, memory: Any, sync: Sync) -> Weigher:
+    """What weights the losses of a problem.
+
+    Raises:
+        ValueError: If the problem has the losses of a reference model, and the weighting looks at none.
+    """
+    reference = problem.reference
+    if reference is not None:
+        check_reference_is_read(plan.weighting)
+        reference = _of_units(reference, problem.counted(), problem.options.per, problem.segments)
+    return Weigher(plan, problem.groups, memory, sync, problem.power, reference=reference)
+
+
+def _of_units(reference: Tensor, counted: Tensor | None, per: str, segments: Segments | None) -> Tensor:
+    """The loss of a reference model for each unit."""
+    if segments is not None and counted is not None:
+        return segments.units(reference, counted, None)[0]
+    return units_of(reference, counted, None, per)[0]
+
+
+def _reference_of(
+    reference: Any, losses: Tensor, weighting: Weighting, takes_part: Tensor | None
+) -> Tensor | None:
+    """The losses of a reference model, checked, where they are given and the weighting looks at them."""
+    if reference is None:
+        return None
+    check_reference_is_read(weighting)
+    return check_reference(reference, losses.shape, losses.device, takes_part)
 
 
 def finished(objective: Tensor, problem: Problem, weigher: Weigher) -> Tensor:
@@ -383,6 +435,7 @@ def reweighted(
     sample_weight: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     segments: tuple[Segments, Tensor] | None = None,
+    reference: Tensor | None = None,
 ) -> tuple[Tensor, Record | None]:
     """The reduction of `p w l` for any losses, and the record of the weights if it may be kept.
 
@@ -405,6 +458,13 @@ def reweighted(
         normalizer = check_normalizer(normalizer, reduction, losses.device, weigher.power)
     if where is not None:
         values = values.masked_fill(~where, 0)
+    if reference is not None:
+        takes_part = where
+        if measure is not None:
+            counted = spread(measure, values) != 0
+            takes_part = counted if where is None else counted & where
+        reference = _reference_of(reference, losses, weigher.plan.weighting, takes_part)
+        weigher.reference = _of_units(cast("Tensor", reference), where, per, units_of_rows)
     if units_of_rows is not None and where is not None:
         units, unit_measure = units_of_rows.units(values, where, measure)
     else:
@@ -423,7 +483,7 @@ def reweighted(
             normalizer = None if normalizer is None else times_power(normalizer, weigher.power)
         record = Record(
             values.detach(), of_units, divisor, measure, where, weigher.groups, backend.name,
-            normalizer=normalizer, segments=units_of_rows,
+            normalizer=normalizer, segments=units_of_rows, reference=reference,
         )  # fmt: skip
     objective = objective.to(losses.dtype)
     if reduction == "none":

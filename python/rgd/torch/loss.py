@@ -27,7 +27,7 @@ from rgd.torch._plan import Plan, Weigher
 from rgd.torch._problem import Given, Options, problem_of
 from rgd.torch._state import Memory, WeightingState
 from rgd.torch.backends.rust import Accepted, accepted, again
-from rgd.torch.functional import compute, reweighted
+from rgd.torch.functional import compute, reweighted, weigher_of
 from rgd.torch.segments import check_segments
 from rgd.torch.stats import Advisor, Record, Totals, remark_on
 from rgd.weightings import ERM, Weighting
@@ -231,6 +231,7 @@ class RGDLoss(Dial, nn.Module):
         normalizer: Tensor | float | None = None,
         segments: Tensor | None = None,
         num_segments: int | None = None,
+        reference: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """The re-weighted objective.
@@ -249,6 +250,8 @@ class RGDLoss(Dial, nn.Module):
             segments: With `per="sample"`, which sequence of its row a target belongs to, integers of the
                 losses' shape, as for `cross_entropy`. Weights and `stats` are then those of the sequences.
             num_segments: As for `cross_entropy`.
+            reference: The losses of a reference model, of the losses' shape, for `rgd.Excess`; as for
+                `cross_entropy`. An evaluation leaves it alone.
             **kwargs: Keyword arguments of `base`.
 
         Returns:
@@ -262,8 +265,8 @@ class RGDLoss(Dial, nn.Module):
         """
         base = self.base
         repeatable = (
-            normalizer is None and segments is None and num_segments is None and base is None
-            and not args and not kwargs and not torch.compiler.is_compiling()
+            normalizer is None and reference is None and segments is None and num_segments is None
+            and base is None and not args and not kwargs and not torch.compiler.is_compiling()
         )  # fmt: skip
         if repeatable and self._accepted is not None:
             bare = where is None and sample_weight is None and groups is None
@@ -289,13 +292,13 @@ class RGDLoss(Dial, nn.Module):
             losses = check_losses(base(*given, **kwargs), "what base returns", hint)
             check_not_broadcast(base, losses, (*given, *kwargs.values()))
         plan, memory, sync = self._part_of(losses)
-        groups = None if plan is _PLAIN else groups
+        groups, reference = (None, None) if plan is _PLAIN else (groups, reference)
         if base is None:
             by_class = self.weight, self.logit_adjustment
-            packed = segments, num_segments
-            given = Given(losses, target, *by_class, where, sample_weight, groups, normalizer, *packed)
+            more = normalizer, segments, num_segments, reference
+            given = Given(losses, target, *by_class, where, sample_weight, groups, *more)
             problem = problem_of(given, options_of(self, plan is not _PLAIN))
-            weigher = Weigher(plan, problem.groups, memory, sync, problem.power)
+            weigher = weigher_of(problem, plan, memory, sync)
             objective, record = compute(problem, weigher)
             if repeatable:
                 object.__setattr__(self, "_accepted", accepted(given, problem, plan, record))
@@ -308,7 +311,7 @@ class RGDLoss(Dial, nn.Module):
             objective, record = reweighted(
                 losses, Weigher(plan, groups, memory, sync),
                 reduction=self.reduction, per=self.per, where=where, sample_weight=sample_weight,
-                normalizer=normalizer, segments=units,
+                normalizer=normalizer, segments=units, reference=reference,
             )  # fmt: skip
             record = None if record is None else record.guarded()
         if plan is not _PLAIN:
@@ -331,7 +334,7 @@ class RGDLoss(Dial, nn.Module):
         """Keep what a call leaves behind: its record, and in training its part of the totals."""
         if recomputes():  # the call that is repeated has left it behind
             return
-        if record is not None and (record.measure is not None or record.groups is not None):
+        if record is not None and not (record.measure is record.groups is record.reference is None):
             record = record.with_copies()
         # An exported program has no side effects.
         if record is not None or not is_exporting():

@@ -175,6 +175,7 @@ class RGD(Dial, torch.optim.Optimizer):
         where: Tensor | None = None,
         sample_weight: Tensor | None = None,
         groups: Tensor | None = None,
+        reference: Tensor | None = None,
     ) -> Tensor:
         """The objective `sum p w l / sum p`, to call `backward()` on: `mean(w * losses)` without more.
 
@@ -187,6 +188,7 @@ class RGD(Dial, torch.optim.Optimizer):
             where: Mask, bool, of the losses' shape: which of them count.
             sample_weight: The base measure `p`, numbers >= 0, of the losses' shape or (N,).
             groups: The group of each sample, integers of the losses' shape or (N,), for `GroupDRO`.
+            reference: The losses of a reference model, of the losses' shape, for `rgd.Excess`.
 
         Returns:
             A scalar of the losses' dtype, differentiable with respect to `losses`.
@@ -207,7 +209,9 @@ class RGD(Dial, torch.optim.Optimizer):
         memory = None if state is None else Memory(state.to(losses.device), trains)
         members = check_groups(groups, losses.shape, losses.device, "element")
         weigher = Weigher(self._now.plan, members, memory, self._sync)
-        objective, record = reweighted(losses, weigher, where=where, sample_weight=sample_weight)
+        objective, record = reweighted(
+            losses, weigher, where=where, sample_weight=sample_weight, reference=reference
+        )
         looks = trains and not torch.compiler.is_compiling() and not recomputes()
         if self._advisor is not None and record is not None and looks:
             self._advisor.look(record, self.weighting)
@@ -224,6 +228,7 @@ class RGD(Dial, torch.optim.Optimizer):
         groups: Tensor | None = None,
         retain_graph: bool | None = None,
         create_graph: bool = False,
+        reference: Tensor | None = None,
     ) -> Tensor:
         """Add the gradient of the objective to the parameters' `grad`.
 
@@ -235,6 +240,7 @@ class RGD(Dial, torch.optim.Optimizer):
             groups: As for `objective`.
             retain_graph: As in `torch.Tensor.backward`.
             create_graph: As in `torch.Tensor.backward`.
+            reference: As for `objective`.
 
         Returns:
             The objective, a scalar without grad: what to log.
@@ -256,7 +262,9 @@ class RGD(Dial, torch.optim.Optimizer):
         before = None if state is None else state.read(losses.device)
         awaited, asked = now.awaits_gradient, now.was_asked
         try:
-            objective = self.objective(losses, where=where, sample_weight=sample_weight, groups=groups)
+            objective = self.objective(
+                losses, where=where, sample_weight=sample_weight, groups=groups, reference=reference
+            )
             torch.autograd.backward(objective, retain_graph=retain_graph, create_graph=create_graph)
         except BaseException:
             # A batch whose gradient failed has not been seen.

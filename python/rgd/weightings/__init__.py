@@ -9,6 +9,7 @@ from rgd.weightings._batch import Batch
 from rgd.weightings.chi_square import ChiSquare, ChiSquareBall
 from rgd.weightings.cvar import CVaR
 from rgd.weightings.erm import ERM
+from rgd.weightings.excess import Excess
 from rgd.weightings.focal import Focal
 from rgd.weightings.group_dro import GroupDRO
 from rgd.weightings.kl import KL
@@ -16,6 +17,7 @@ from rgd.weightings.kl_ball import KLBall
 from rgd.weightings.midrange_kl import MidrangeKL
 from rgd.weightings.moving_average import MovingAverage
 from rgd.weightings.pointwise import Pointwise
+from rgd.weightings.threshold import Threshold
 from rgd.weightings.trimmed import Trimmed
 
 __all__ = [
@@ -25,12 +27,14 @@ __all__ = [
     "CVaR",
     "ChiSquare",
     "ChiSquareBall",
+    "Excess",
     "Focal",
     "GroupDRO",
     "KLBall",
     "MidrangeKL",
     "MovingAverage",
     "Pointwise",
+    "Threshold",
     "Trimmed",
     "Weighting",
     "setting",

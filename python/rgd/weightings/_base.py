@@ -35,6 +35,8 @@ class Weighting:
         clip: The loss from which on a weight no longer changes; infinite where there is none. It is used by
             the statistics.
         is_plain: Whether every weight is 1, as in plain training.
+        needs: What the formula reads of a batch that not every call has, by the name of its attribute:
+            "reference". A call without it raises.
         kernel_name: The name of the Rust kernel whose numbers `of_kernel` reads.
         kernel_counts: Whether `kernel` is defined in the class that defines `weights`; set for each subclass.
         settings: The names of the numbers that are checked, and their ranges; set for each subclass.
@@ -55,6 +57,7 @@ class Weighting:
     mean_one: ClassVar[bool] = False
     clip: ClassVar[float] = math.inf
     is_plain: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()
     kernel_name: ClassVar[str] = ""
     kernel_counts: ClassVar[bool] = False
     settings: ClassVar[tuple[tuple[str, Setting], ...]] = ()

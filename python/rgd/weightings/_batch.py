@@ -25,11 +25,13 @@ class Batch:
         any_size: Whether the formula is recorded for batches of other sizes too, so that this one's must not
             decide anything.
         base: The old name of `measure`, for one more release.
+        reference: The losses of a reference model, shape (n,), of the losses' dtype, or None.
 
     Attributes:
         losses: One loss a sample, shape (n,), without gradient; 0 where a sample takes no part.
         xp: The losses' array namespace (Python array API standard): write formulas with it.
         groups: As given, in at least 32 bits.
+        reference: As given; 0 where a sample takes no part.
         concrete: As given.
         any_size: As given.
 
@@ -50,6 +52,7 @@ class Batch:
         concrete: bool = False,
         any_size: bool = False,
         base: Any = None,
+        reference: Any = None,
     ) -> None:
         if base is not None:
             if measure is not None:
@@ -66,7 +69,8 @@ class Batch:
         self._measure = measure
         self._takes_part = None if measure is None else measure != 0
         self._count = None if measure is None else self.xp.sum(measure)
-        self.losses = losses if measure is None else self.xp.where(self._takes_part, losses, 0.0)
+        self.losses = self._or(losses, 0.0)
+        self.reference = None if reference is None else self._or(reference, 0.0)
 
     @property
     def measure(self) -> Any:
@@ -123,9 +127,11 @@ class Batch:
 
     def reweighed(self, measure: Any) -> Batch:
         """The same batch under another measure, 0 wherever this one is."""
-        return Batch(
-            self.losses, measure, self.groups, xp=self.xp, concrete=self.concrete, any_size=self.any_size
-        )
+        return self._with(self.losses, measure, self.reference)
+
+    def of_excess(self) -> Batch:
+        """The batch of the losses less those of the reference model, which it does not have itself."""
+        return self._with(self.losses - self.reference, self._measure, None)
 
     def only(self, values: Any) -> Any:
         """`values`, shape (n,), and 0 where a sample takes no part."""
@@ -145,6 +151,10 @@ class Batch:
         # The method, which every library has: the compat function asks for the namespace, which
         # torch.compile cannot trace without a warning.
         return values.cumsum(0)
+
+    def _with(self, losses: Any, measure: Any, reference: Any) -> Batch:
+        how: Any = {"xp": self.xp, "concrete": self.concrete, "any_size": self.any_size}
+        return Batch(losses, measure, self.groups, reference=reference, **how)
 
     def _or(self, values: Any, other: float) -> Any:
         return values if self._takes_part is None else self.xp.where(self._takes_part, values, other)

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from rgd.weightings._base import Kernel, Weighting, by_kernel
 from rgd.weightings._batch import Batch
+from rgd.weightings._fields import needs_of
 from rgd.weightings.kl import KL
 
 
@@ -102,6 +103,24 @@ def weigh(weighting: Any, batch: Batch, state: Any = None) -> tuple[Any, Any]:
             f"{tuple(batch.losses.shape)}, got {_shape(weights)}"
         )
     return batch.only(weights), state
+
+
+def check_reference_is_read(weighting: Weighting) -> None:
+    """Refuse a call with the losses of a reference model that no part of the weighting compares with."""
+    if "reference" not in needs_of(weighting):
+        raise ValueError(
+            f"reference holds the losses that rgd.Excess compares with, and {weighting} looks at none: give "
+            f"weighting=rgd.Excess({weighting}), or leave reference out"
+        )
+
+
+def check_reference_is_given(weighting: Weighting, reference: Any) -> None:
+    """Refuse a call without the losses of a reference model that the weighting compares with."""
+    if reference is None and "reference" in needs_of(weighting):
+        raise ValueError(
+            f"{weighting} compares losses with those of a reference model: give reference= with the losses, "
+            "of their shape"
+        )
 
 
 def check_new_state(name: str, old: Any, new: Any) -> None:

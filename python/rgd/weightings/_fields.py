@@ -7,7 +7,7 @@ import functools
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from rgd.weightings._base import Weighting, is_array
@@ -16,6 +16,20 @@ from rgd.weightings._base import Weighting, is_array
 def fields(weighting: Weighting | type) -> tuple[dataclasses.Field[Any], ...]:
     """The dataclass fields of a weighting; none where its class is no dataclass."""
     return dataclasses.fields(cast("Any", weighting)) if dataclasses.is_dataclass(weighting) else ()
+
+
+def nested(weighting: Weighting) -> Iterator[Weighting]:
+    """The weightings inside of a weighting, at any depth."""
+    for field in fields(weighting):
+        inner = getattr(weighting, field.name)
+        if isinstance(inner, Weighting):
+            yield inner
+            yield from nested(inner)
+
+
+def needs_of(weighting: Weighting) -> frozenset[str]:
+    """What a weighting, or one inside of it, needs of a batch that not every call has."""
+    return frozenset(name for one in (weighting, *nested(weighting)) for name in one.needs)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from rgd._chunk_rows import chunk_rows
 from rgd.jax import _ffi
 from rgd.jax._devices import AxisName, check_bound, divided_by_factor, psum
-from rgd.jax._inputs import Losses
+from rgd.jax._inputs import Losses, as_reference
 from rgd.jax._pytrees import split
 from rgd.jax._targets import (
     Backend,
@@ -44,7 +44,12 @@ from rgd.jax.linear._problem import (
     check_vocab_axis,
 )
 from rgd.weightings import Weighting
-from rgd.weightings._call import kernel_of, require_state, resolve_weighting
+from rgd.weightings._call import (
+    check_reference_is_read,
+    kernel_of,
+    require_state,
+    resolve_weighting,
+)
 from rgd.weightings._fields import holds_everywhere
 
 __all__ = ["linear_cross_entropy"]
@@ -85,6 +90,7 @@ def linear_cross_entropy(
     axis_name: AxisName = None,
     vocab_axis_name: str | None = None,
     backend: Backend | None = None,
+    reference: ArrayLike | None = None,
 ) -> Any:
     """The re-weighted cross-entropy of `inputs @ kernel + bias`, without an array of all logits.
 
@@ -148,6 +154,8 @@ def linear_cross_entropy(
             `jax.numpy`, "rust" a kernel on the CPU. "rust" serves pointwise weightings that have a kernel,
             without class weights and `vocab_axis_name`. By default the kernel is taken where it serves, JAX
             runs on one CPU device, C >= 100, and there are at least 2^13 logits in all.
+        reference: The losses of a reference model, for `rgd.Excess`, as for `rgd.jax.cross_entropy`. With
+            `shift` the loss of the label at t + 1 stands at t, as "none" returns it.
 
     Returns:
         The objective: float64 where inputs or kernel are, else float32, in which half precision is computed:
@@ -207,6 +215,11 @@ def linear_cross_entropy(
     operands, dtype = problem.operands, problem.dtype
     divisor = as_normalizer(normalizer, reduction, dtype)
     constants = problem.constants._replace(z_loss=as_z_loss(z_loss, dtype))
+    if reference is not None:
+        check_reference_is_read(chosen)
+        compared = as_reference(reference, constants.rows.codes.shape, dtype, constants.rows.measure)
+        constants = constants._replace(rows=constants.rows._replace(reference=compared))
+        problem = problem._replace(constants=constants)
     shape, (features, own_classes) = constants.rows.codes.shape, operands.kernel.shape
     refusal = native_refusal(chosen, class_weight=constants.class_weight, reduction=reduction, per=per)
     if vocab_axis_name is not None:
@@ -244,8 +257,9 @@ def linear_cross_entropy(
     if sample_weight is not None and reduction == "mean" and divisor is None:
         measure = divided_by_factor(measure, axis_name)
     rows = problem.flat_rows()
-    groups_in_chunk = rows.groups if one_pass else None
-    constants = constants._replace(rows=rows._replace(measure=measure.reshape(-1), groups=groups_in_chunk))
+    if not one_pass:
+        rows = rows._replace(groups=None, reference=None)
+    constants = constants._replace(rows=rows._replace(measure=measure.reshape(-1)))
     if one_pass:
         result, new = weighted_total(settings, operands, constants), None
         allowed = holds_everywhere(constant)
@@ -253,7 +267,7 @@ def linear_cross_entropy(
             result = result * jnp.where(allowed, 1, jnp.nan).astype(dtype)
     else:
         values, logs = token_losses(settings, operands, constants)
-        losses = Losses(values.reshape(shape), given.measure, given.groups, (), axis_name)
+        losses = Losses(values.reshape(shape), given.measure, given.groups, (), axis_name, given.reference)
         weights, new = target_weights(losses, chosen, per, state, problem.segments)
         losses = losses._replace(measure=measure)
         result = weighted_losses(weights, losses)

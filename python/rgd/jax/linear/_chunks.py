@@ -93,7 +93,8 @@ def one_pass(
         else:
             shifted = adjusted(logits, constants.adjustment)
             losses, normalizer = _losses(settings, known, shifted)
-            weights, _ = weights_of(Losses(losses, rows.measure, rows.groups, (0,)), weighting)
+            known_losses = Losses(losses, rows.measure, rows.groups, (0,), None, rows.reference)
+            weights, _ = weights_of(known_losses, weighting)
             factor = rows.measure * jnp.where((weights == 0) & ~jnp.isnan(losses), 0, weights)
             logs = of_logs = None
             if constants.z_loss is not None:

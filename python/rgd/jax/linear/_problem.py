@@ -62,12 +62,14 @@ class Rows(NamedTuple):
         measure: The measure, (N,) in the accumulator's dtype, 0 where a row does not count.
         own_weight: The class weight of the row's class, (N,), or None for ones.
         groups: Groups, (N,), or None.
+        reference: The losses of a reference model, (N,), or None.
     """
 
     codes: Any
     measure: Any
     own_weight: Any
     groups: Any
+    reference: Any = None
 
 
 class Constants(NamedTuple):

@@ -58,7 +58,9 @@ class FormulaStep(Step):
     """
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem.changed(measure=None, given_measure=None, groups=None, head=None)
+        self.problem = problem.changed(
+            measure=None, given_measure=None, groups=None, head=None, reference=None
+        )
 
     def losses(self, logits: Tensor, target: Tensor, logsumexp: Tensor | None = None) -> Tensor:
         raise NotImplementedError

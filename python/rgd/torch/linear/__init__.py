@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from rgd.torch._checks import check_class_weight, check_logit_adjustment
 from rgd.torch._distributed import sync_of
 from rgd.torch._head import Chunking, LinearHead
-from rgd.torch._plan import Weigher, plan_of
+from rgd.torch._plan import plan_of
 from rgd.torch._problem import Given, Options, problem_of
 from rgd.torch._state import functional_state
+from rgd.torch.functional import weigher_of
 from rgd.torch.linear._call import compute_linear
 from rgd.torch.loss import RGDLoss, options_of
 from rgd.weightings import Weighting
@@ -48,6 +49,7 @@ def linear_cross_entropy(
     vocab_group: Any = None,
     process_group: Any = None,
     sync: bool = True,
+    reference: Tensor | None = None,
 ) -> Any:
     """`cross_entropy(F.linear(input, linear_weight, linear_bias), target)` without its logits in memory.
 
@@ -100,6 +102,7 @@ def linear_cross_entropy(
             whole, the whole gradient of `input`, and that of its slice.
         process_group: As for `reweighted_mean`.
         sync: As for `reweighted_mean`.
+        reference: As for `cross_entropy`, of the shape of the losses: with `shift` it is (B, T - 1).
 
     Returns:
         As `cross_entropy`; with `reduction="none"` of the targets' shape, (B, T - 1) with `shift`. With
@@ -143,10 +146,11 @@ def linear_cross_entropy(
         normalizer,
         segments,
         num_segments,
+        reference,
     )
     problem = problem_of(given, options, LinearHead(linear_weight, linear_bias, chunking))
     memory = functional_state(plan.weighting, state, problem.logits.device)
-    weigher = Weigher(plan, problem.groups, memory, sharing, problem.power)
+    weigher = weigher_of(problem, plan, memory, sharing)
     objective, _ = compute_linear(problem, weigher)
     return objective if state is None else (objective, weigher.state)
 
@@ -301,6 +305,7 @@ class LinearRGDLoss(RGDLoss):
         normalizer: Tensor | float | None = None,
         segments: Tensor | None = None,
         num_segments: int | None = None,
+        reference: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """The re-weighted objective.
@@ -315,6 +320,7 @@ class LinearRGDLoss(RGDLoss):
             normalizer: As for `linear_cross_entropy`.
             segments: As for `linear_cross_entropy`.
             num_segments: As for `linear_cross_entropy`.
+            reference: As for `linear_cross_entropy`.
             **kwargs: None.
 
         Returns:
@@ -332,11 +338,11 @@ class LinearRGDLoss(RGDLoss):
         plan, memory, sync = self._part_of(input, weight)
         is_plain = plan is not self._plan
         by_class = self.weight, self.logit_adjustment
-        groups = None if is_plain else groups
-        packed = segments, num_segments
-        given = Given(input, target, *by_class, where, sample_weight, groups, normalizer, *packed)
+        groups, reference = (None, None) if is_plain else (groups, reference)
+        more = normalizer, segments, num_segments, reference
+        given = Given(input, target, *by_class, where, sample_weight, groups, *more)
         problem = problem_of(given, options_of(self, not is_plain), LinearHead(weight, bias, self._chunking))
-        weigher = Weigher(plan, problem.groups, memory, sync, problem.power)
+        weigher = weigher_of(problem, plan, memory, sync)
         objective, record = compute_linear(problem, weigher)
         if not is_plain:
             self._keep(record)

@@ -96,9 +96,12 @@ class _Call(NamedTuple):
             # The operator's sum is 0 for the mean of nothing, which is NaN.
             objective = objective.masked_fill(value.isnan() & ~objective.isnan(), float("nan"))
             return objective, self._record(losses, weights, divisor)
-        measure, groups = measure_of_targets(problem, accumulator(self.dtype)), weigher.groups
-        measure = None if measure is None else as_rows(problem, measure, 0)
-        alone = Weigher(plan, None if groups is None else as_rows(problem, groups, 0))
+        measure = measure_of_targets(problem, accumulator(self.dtype))
+        measure, groups, reference = (
+            None if one is None else as_rows(problem, one, 0)
+            for one in (measure, weigher.groups, weigher.reference)
+        )
+        alone = Weigher(plan, groups, reference=reference)
         found = in_one_pass(self._chunked(), measure, norm, alone, self.wanted())
         losses, weights = as_losses(problem, found.losses), as_losses(problem, found.weights)
         logsumexp = None if found.logsumexp is None else as_losses(problem, found.logsumexp)
@@ -343,7 +346,7 @@ def _served(problem: Problem) -> bool:
         return False
     if torch.compiler.is_compiling():
         return not is_exporting() and not in_transform()
-    return plain_and_eager((*problem.tensors(), problem.given_measure))
+    return plain_and_eager((*problem.tensors(), problem.given_measure, problem.reference))
 
 
 def _with_all_logits(problem: Problem) -> Problem:

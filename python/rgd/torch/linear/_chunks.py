@@ -203,7 +203,7 @@ def in_one_pass(
         head: The head.
         measure: The base measure of the rows, (N,), 0 for one that takes no part; None for ones.
         norm: (N,), 0 for rows that take no part.
-        weigher: A pointwise weighting, with the group of each row if it is to know them.
+        weigher: A pointwise weighting, with the group and the reference loss of each row, if it needs them.
         wanted: Which gradients are asked for.
     """
     run = _Run(head, wanted)
@@ -211,12 +211,14 @@ def in_one_pass(
     weights = torch.empty_like(losses)
     logsumexp = torch.empty_like(losses) if head.z_loss else None
     for chunk, logits in run:
-        groups = None if weigher.groups is None else chunk.of(weigher.groups)
-        p = None if measure is None else chunk.of(measure)
+        p, groups, reference = (
+            None if one is None else chunk.of(one) for one in (measure, weigher.groups, weigher.reference)
+        )
         rows = Rows(logits, chunk.target, p, chunk.of(norm))
+        alone = Weigher(weigher.plan, groups, reference=reference)
         own = losses[chunk.own], weights[chunk.own]
         of_z = None if logsumexp is None else logsumexp[chunk.own]
-        head.step.weigh_and_write_gradient(rows, Weigher(weigher.plan, groups), *own, of_z)
+        head.step.weigh_and_write_gradient(rows, alone, *own, of_z)
         run.collect(chunk, logits)
     of_z = None if logsumexp is None else run.spread(logsumexp)
     return OnePass(run.spread(losses), run.spread(weights), of_z, run.gradients())

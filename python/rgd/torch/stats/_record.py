@@ -61,6 +61,7 @@ class Record(NamedTuple):
         version: How often `losses` had been changed in place, where they are the caller's; else None.
         normalizer: What the objective was divided by in the place of the divisor; None for that.
         segments: Which unit each target belongs to, where segments are the units.
+        reference: The losses of a reference model that these were compared with; or None.
     """
 
     losses: Tensor
@@ -73,6 +74,7 @@ class Record(NamedTuple):
     version: int | None = None
     normalizer: float | Tensor | None = None
     segments: Segments | None = None
+    reference: Tensor | None = None
 
     @classmethod
     def of(cls, problem: Problem, filled: Filled, backend: str) -> Record:
@@ -87,7 +89,7 @@ class Record(NamedTuple):
             weights, counted = cast("Tensor", filled.of_units), problem.counted()
         return cls(
             filled.losses, weights, divisor, measure, counted, problem.groups, backend,
-            normalizer=normalizer, segments=problem.segments,
+            normalizer=normalizer, segments=problem.segments, reference=problem.reference,
         )  # fmt: skip
 
     def changed(self, **changes: Any) -> Record:
@@ -96,8 +98,9 @@ class Record(NamedTuple):
         return Record(**values)
 
     def with_copies(self) -> Record:
-        """The record with copies of base measure and groups, which the caller may change in place."""
-        return self.changed(measure=_copy(self.measure), groups=_copy(self.groups))
+        """The record with copies of measure, groups and reference, which the caller may change in place."""
+        copies = {name: _copy(getattr(self, name)) for name in ("measure", "groups", "reference")}
+        return self.changed(**copies)
 
     def guarded(self) -> Record:
         """The record of losses and a mask of the caller: a copy of that, and word of changes of those."""
@@ -116,23 +119,30 @@ class Record(NamedTuple):
 
     def units(self) -> Units:
         """What has a weight each: targets, or samples with their mean losses."""
-        losses, measure, counted = self.losses, self.measure, self.counted
+        losses, measure, counted, reference = self.losses, self.measure, self.counted, self.reference
         number = of_targets = None
         segments = self.segments
         if segments is not None:
             kept = cast("Tensor", counted)
             of_targets, number = segments.totals(losses, kept)
             measure = segments.measure(kept, measure, of_targets.dtype)
-            return Units(of_targets / number.clamp(min=1), self.weights, measure, of_targets, number)
+            losses, excess = of_targets / number.clamp(min=1), None
+            if reference is not None:
+                excess = losses - segments.units(reference, kept, None)[0]
+            return Units(losses, self.weights, measure, of_targets, number, excess)
         if self.weights.dim() < losses.dim():
             of_targets = losses.flatten(1).to(wide(losses))
             kept = torch.ones_like(of_targets, dtype=torch.bool) if counted is None else counted.flatten(1)
             of_targets, number = of_targets.masked_fill(~kept, 0).sum(1), kept.sum(1)
+            if reference is not None:
+                reference = reference.flatten(1).to(of_targets.dtype).masked_fill(~kept, 0).sum(1)
+                reference = reference / number.clamp(min=1)
             losses, counted = of_targets / number.clamp(min=1), number > 0
         if counted is not None:
             kept = counted.to(wide(losses))
             measure = kept if measure is None else kept * measure
-        return Units(losses, self.weights, measure, of_targets, number)
+        excess = None if reference is None else losses.to(wide(losses)) - reference.to(wide(losses))
+        return Units(losses, self.weights, measure, of_targets, number, excess)
 
     def groups_of(self, groups: Tensor | None) -> Tensor | None:
         """The group of each unit, checked, from what a caller gave."""
@@ -200,6 +210,7 @@ class Units(NamedTuple):
         measure: The base measure of each, 0 for what takes no part; None for ones.
         of_targets: Where they are samples, the sum of the losses of each one's targets; else None.
         number: Where they are samples, how many targets each has; else None.
+        excess: What of each loss exceeds that of a reference model, where there is one.
     """
 
     losses: Tensor
@@ -207,10 +218,11 @@ class Units(NamedTuple):
     measure: Tensor | None
     of_targets: Tensor | None
     number: Tensor | None
+    excess: Tensor | None = None
 
     def sums(self, clip: float) -> WeightSums:
         """The sums of the statistics: shares and weights over units, losses and objective over targets."""
-        sums = sums_of(self.losses, self.weights, self.measure, clip)
+        sums = sums_of(self.losses, self.weights, self.measure, clip, self.excess)
         if self.of_targets is None:
             return sums
         over_targets = sums_of(self.of_targets, self.weights, self.measure, math.inf)
@@ -223,6 +235,9 @@ class Units(NamedTuple):
     def sum_tensor(self, clip: float) -> Tensor:
         """The same as a vector on the device, without waiting for it; in a compiled graph too."""
         sums = _sum_tensor(self.losses, self.weights, self.measure, clip)
+        if self.excess is not None:
+            clipped = WeightSums._fields.index("clipped")
+            sums[clipped] = _sum_tensor(self.excess, self.weights, self.measure, clip)[clipped]
         if self.of_targets is None:
             return sums
         over_targets = _sum_tensor(self.of_targets, self.weights, self.measure, math.inf)
@@ -272,8 +287,13 @@ def _copy(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.clone()
 
 
-def sums_of(losses: Tensor, weights: Tensor, measure: Tensor | None, clip: float) -> WeightSums:
-    """The sums of the statistics, over tensors of one shape."""
+def sums_of(
+    losses: Tensor, weights: Tensor, measure: Tensor | None, clip: float, excess: Tensor | None = None
+) -> WeightSums:
+    """The sums of the statistics, over tensors of one shape; `excess` is what the clip is for, if given."""
+    if excess is not None:
+        clipped = sums_of(excess, weights, measure, clip).clipped
+        return sums_of(losses, weights, measure, clip)._replace(clipped=clipped)
     if losses.is_cpu and type(losses) is Tensor and type(weights) is Tensor:
         measure = None if measure is None else measure.double().contiguous()
         threads = torch.get_num_threads()
