@@ -18,12 +18,18 @@ with the same numbers. On several processes, each takes its part of every batch:
 
     torchrun --standalone --nproc-per-node 2 examples/lm_pretrain.py
 
+With `--reference FILE` the weights compare with a reference model. It is trained first, on clean texts of its
+own; then it scores the training sequences once, into FILE, and the arms choose by the excess over these
+losses. `--polluted 0.5` shuffles the characters of half of the training sequences, so that there is something
+to leave out. A FILE that is there already is read, and one that was begun is gone on with.
+
 Run `python examples/lm_pretrain.py --help` for the settings.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -37,7 +43,7 @@ from typing import Any, NamedTuple, cast
 import rgd
 import torch
 import torch.distributed as dist
-from rgd.torch import LinearRGDLoss
+from rgd.torch import LinearRGDLoss, linear_cross_entropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -121,13 +127,22 @@ class Corpus(NamedTuple):
     validation: Tensor
     test: Tensor
     tokenizer: Tokenizer
+    clean: Tensor | None = None
+    """Sequences of other texts, for a reference model."""
+    reference: Tensor | None = None
+    """The losses of that model for `train`, (n, length - 1)."""
 
 
-def corpus(texts: Sequence[bytes], size: Size) -> Corpus:
-    """Texts cut into sequences: a tenth of the texts for validation, a tenth for the test, at random."""
+def corpus(texts: Sequence[bytes], size: Size, *, polluted: float = 0.0, reference: bool = False) -> Corpus:
+    """Texts cut into sequences: a tenth of the texts for validation, a tenth for the test, at random.
+
+    With `reference`, a fifth is set aside for the reference model. The share `polluted` of the training
+    sequences has its characters shuffled.
+    """
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
     parts = [[texts[i] for i in order[0::10]], [texts[i] for i in order[1::10]]]
-    train = [texts[i] for place, i in enumerate(order) if place % 10 > 1]
+    first = 4 if reference else 2
+    train = [texts[i] for place, i in enumerate(order) if place % 10 >= first]
     tokenizer = Tokenizer(train, size.classes)
 
     def sequences(texts: Sequence[bytes], tokens: int) -> Tensor:
@@ -144,7 +159,25 @@ def corpus(texts: Sequence[bytes], size: Size) -> Corpus:
         return torch.tensor(ids[: count * size.length]).view(count, size.length)
 
     validation, test = (sequences(part, size.held_out_tokens) for part in parts)
-    return Corpus(sequences(train, size.train_tokens), validation, test, tokenizer)
+    data = Corpus(sequences(train, size.train_tokens), validation, test, tokenizer)
+    if reference:
+        clean = [texts[i] for place, i in enumerate(order) if place % 10 in (2, 3)]
+        data = data._replace(clean=sequences(clean, size.train_tokens))
+    return data._replace(train=shuffled(data.train, tokenizer, polluted))
+
+
+def shuffled(sequences: Tensor, tokenizer: Tokenizer, share: float) -> Tensor:
+    """Sequences of which a share, drawn at random, has the characters of its text in a random order."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"the share of polluted sequences must be in [0, 1], got {share}")
+    generator, sequences = torch.Generator().manual_seed(0), sequences.clone()
+    for row in torch.randperm(len(sequences), generator=generator)[: round(share * len(sequences))].tolist():
+        text = tokenizer.decode(sequences[row].tolist())
+        text = bytes(text[i] for i in torch.randperm(len(text), generator=generator).tolist())
+        # Where it takes fewer tokens than before, characters fill it up.
+        ids = [*tokenizer.encode(text), *text][: sequences.shape[1]]
+        sequences[row] = torch.tensor(ids)
+    return sequences
 
 
 # --- model ---
@@ -198,8 +231,8 @@ class Pretraining(nn.Module):
         self.model = GPT(size)
         self.criterion = LinearRGDLoss.tie(self.model.embedding, weighting=weighting, per=per, shift=True)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.criterion(self.model(ids), ids)
+    def forward(self, ids: Tensor, reference: Tensor | None = None) -> Tensor:
+        return self.criterion(self.model(ids), ids, reference=reference)
 
 
 # --- training ---
@@ -220,6 +253,17 @@ def weightings(
         arms[f"MidrangeKL({scale:g}), {unit}"] = (rgd.MidrangeKL(scale), per)
         arms[f"KL(inf, scale=-1), {unit}"] = (rgd.KL(math.inf, scale=-1.0), per)
     return arms
+
+
+def against_a_reference(share: float) -> dict[str, tuple[rgd.Weighting, str]]:
+    """The arms with a reference model, and two without: `share` is how much of a batch Rho-1 keeps."""
+    selection = rgd.Excess(rgd.CVaR(share))
+    return {
+        "ERM": (rgd.ERM(), "element"),
+        f"Rho-1({share:g}), token": (selection, "element"),
+        f"Rho-1({share:g}), sequence": (selection, "sample"),
+        "KL(scale=-3), sequence": (rgd.KL(scale=-3.0, normalize=True), "sample"),
+    }
 
 
 def optimizer_of(model: nn.Module, learning_rate: float, weight_decay: float = 0.1) -> torch.optim.Optimizer:
@@ -297,9 +341,12 @@ def train(  # noqa: PLR0917
     for step in range(done, len(batches)):
         for group in optimizer.param_groups:
             group["lr"] = run.learning_rate * rate_at(step, len(batches))
-        own = data.train[batches[step].tensor_split(ranks)[rank]].to(device)
+        rows = batches[step].tensor_split(ranks)[rank]
+        given = [data.train[rows].to(device)]
+        if data.reference is not None and isinstance(weighting, rgd.Excess):
+            given.append(data.reference[rows].to(device))
         optimizer.zero_grad()
-        wrapped(own).backward()
+        wrapped(*given).backward()
         optimizer.step()
         tick(1)
         if (step + 1) % every == 0 or step + 1 == len(batches):
@@ -360,6 +407,73 @@ def train_all(  # noqa: PLR0917
                     file.write(json.dumps([run, results[run]]) + "\n")
                 checkpoint.unlink(missing_ok=True)
     return results
+
+
+# --- the reference model ---
+
+
+def reference_losses(  # noqa: PLR0917
+    file: pathlib.Path, size: Size, data: Corpus, learning_rate: float, every: int = 50, batch: int = 64
+) -> Tensor:
+    """The losses of a reference model for the training sequences, from a file or into it.
+
+    A file that is there is read. Else the model is trained on `data.clean`, and scores the sequences into the
+    file with the ending `.part`, which takes the file's name when it is whole. Both go on where they were
+    stopped.
+    """
+    clean, shape = cast("Tensor", data.clean), (len(data.train), data.train.shape[1] - 1)
+    settings = json.dumps([size, learning_rate, clean.sum().item(), hash_of(data.train)])
+    marker, part = (file.with_name(file.name + ending) for ending in (".json", ".part"))
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if marker.exists() and marker.read_text() != settings:
+        raise SystemExit(f"{file} holds losses of another text or model: name another file")
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if first:
+            marker.write_text(settings)
+        checkpoint = file.with_name(file.name + ".pt")
+        steps = len(clean) // size.batch
+        with tqdm(total=steps, unit="step", desc="reference", disable=not first) as bar:
+            own = data._replace(train=clean, reference=None)
+            run = Run("reference", learning_rate, 0)
+            train(run, size, own, rgd.ERM(), "element", checkpoint, every, bar.update)
+        if dist.is_initialized():
+            dist.barrier()  # so that the last checkpoint is there
+        if first:
+            pretraining = Pretraining(size, rgd.ERM(), "element")
+            pretraining.load_state_dict(torch.load(checkpoint, map_location="cpu")["model"])
+            score(pretraining.model, data.train, part, batch)
+            os.replace(part, file)
+            checkpoint.unlink()
+        if dist.is_initialized():
+            dist.barrier()
+    losses = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.float32)
+    if losses.numel() != shape[0] * shape[1]:
+        raise SystemExit(f"{file} holds {losses.numel():,} losses, not those of {shape}: name another file")
+    return losses.view(shape)
+
+
+def hash_of(sequences: Tensor) -> str:
+    return hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
+
+
+@torch.no_grad()
+def score(model: GPT, sequences: Tensor, part: pathlib.Path, batch: int) -> None:
+    """Append the losses of the sequences, float32, to what the file has of them already."""
+    size = 4 * (sequences.shape[1] - 1)
+    done = part.stat().st_size // size if part.exists() else 0
+    with (
+        part.open("ab") as out,
+        tqdm(total=len(sequences), initial=done, unit="sequence", desc="scoring") as bar,
+    ):
+        out.truncate(done * size)  # a run that was killed may have written a part of a sequence
+        for ids in sequences[done:].split(batch):
+            losses = linear_cross_entropy(
+                model(ids), model.embedding.weight, ids, weighting=rgd.ERM(), reduction="none", shift=True
+            )
+            out.write(losses.float().numpy().tobytes())
+            out.flush()
+            bar.update(len(ids))
 
 
 # --- report ---
@@ -461,6 +575,15 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument(
         "--resume", type=pathlib.Path, help="folder for checkpoints, to go on from when started again"
     )
+    parser.add_argument(
+        "--reference",
+        type=pathlib.Path,
+        help="a file of a reference model's losses, made where it is missing",
+    )
+    parser.add_argument(
+        "--polluted", type=float, default=0.0, help="share of training sequences to shuffle (default: 0)"
+    )
+    parser.add_argument("--share", type=float, default=0.5, help="what Rho-1 keeps of a batch (default: 0.5)")
     parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
     parser.add_argument(
         "--output", type=pathlib.Path, default=pathlib.Path(__file__).with_suffix(".png"), help="the picture"
@@ -477,8 +600,14 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         dist.init_process_group()
     first = not dist.is_initialized() or dist.get_rank() == 0
 
-    data = corpus(standard_library() if options.data is None else pieces_of(options.data), size)
-    arms = weightings(size.classes, options.tau, options.scale)
+    texts = standard_library() if options.data is None else pieces_of(options.data)
+    every, compares = 5 if options.quick else 50, options.reference is not None
+    data = corpus(texts, size, polluted=options.polluted, reference=compares)
+    if compares:
+        losses = reference_losses(options.reference, size, data, 0.01, every)
+        data, arms = data._replace(reference=losses), against_a_reference(options.share)
+    else:
+        arms = weightings(size.classes, options.tau, options.scale)
     rates = (0.003,) if options.quick else options.rates
     runs = [Run(arm, rate, seed) for arm in arms for rate in rates for seed in range(options.seeds)]
     if first:
@@ -488,7 +617,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
             f"{options.seeds} seeds;\n{parameters:,} parameters, {size.classes} classes",
             flush=True,
         )
-    rows = rows_of(train_all(runs, size, data, arms, options.resume, 5 if options.quick else 50))
+    rows = rows_of(train_all(runs, size, data, arms, options.resume, every))
     if first:
         print(table(rows))
         print("\nPlain losses in nats a token. 'rate' is the learning rate of the best validation loss; test")

@@ -240,3 +240,85 @@ def test_the_rate_is_chosen_on_validation_whatever_the_test_says(lm):
     }
     (row,) = lm.rows_of(results)
     assert (row.learning_rate, row.validation, row.loss, row.worst) == (0.2, 3.5, 5.5, 6.5)
+
+
+# --- with a reference model ---
+
+
+@pytest.fixture(scope="module")
+def polluted(lm, text):
+    return lm.corpus(lm.pieces_of(text), small(lm), polluted=0.5, reference=True)
+
+
+def test_half_of_the_training_sequences_are_shuffled_and_no_others(lm, text, polluted):
+    clean = lm.corpus(lm.pieces_of(text), small(lm), reference=True)
+    changed = (clean.train != polluted.train).any(1)
+    assert changed.sum() == round(0.5 * len(clean.train))
+    for name in ("validation", "test", "clean"):
+        assert torch.equal(getattr(clean, name), getattr(polluted, name))
+    decode = clean.tokenizer.decode
+    for before, after in zip(clean.train[changed], polluted.train[changed], strict=True):
+        # What is left of the shuffled characters, which take more tokens.
+        rest = list(decode(before.tolist()))
+        for character in decode(after.tolist()):
+            rest.remove(character)
+    with pytest.raises(ValueError, match=r"in \[0, 1\], got 1\.5"):
+        lm.corpus(lm.pieces_of(text), small(lm), polluted=1.5)
+
+
+def test_the_scoring_goes_on_where_it_was_stopped(lm, polluted, tmp_path):
+    torch.manual_seed(0)
+    model, rows = lm.GPT(small(lm)), polluted.train[:20]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    lm.score(model, rows, whole, 8)
+    losses = torch.frombuffer(bytearray(whole.read_bytes()), dtype=torch.float32).view(20, 15)
+    logits = F.linear(model(rows)[:, :-1], model.embedding.weight).detach()
+    expected = F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-5)
+
+    # Seven sequences and a half, as a kill may leave it. What is there is not computed again.
+    marked = losses[:7].clone()
+    marked[0] = -1.0
+    part.write_bytes(marked.numpy().tobytes() + whole.read_bytes()[: 4 * 7])
+    lm.score(model, rows, part, 8)
+    again = torch.frombuffer(bytearray(part.read_bytes()), dtype=torch.float32).view(20, 15)
+    assert torch.equal(again[:7], marked)
+    torch.testing.assert_close(again[7:], losses[7:], rtol=0, atol=1e-5)
+
+
+def test_the_losses_of_the_reference_are_made_once_and_read_then(lm, polluted, tmp_path):
+    file, size = tmp_path / "folder" / "losses", small(lm)
+    losses = lm.reference_losses(file, size, polluted, 0.01)
+    assert losses.shape == (len(polluted.train), 15)
+    assert sorted(path.name for path in file.parent.iterdir()) == ["losses", "losses.json"]
+    file.write_bytes((losses + 1).numpy().tobytes())
+    assert torch.equal(lm.reference_losses(file, size, polluted, 0.01), losses + 1)
+    other = polluted._replace(train=polluted.train.flip(0))
+    with pytest.raises(SystemExit, match="another text or model: name another file"):
+        lm.reference_losses(file, size, other, 0.01)
+
+
+def test_training_compares_each_sequence_with_its_own_reference(lm, polluted, monkeypatch):
+    reference = torch.rand(len(polluted.train), 15)
+    rows, seen = polluted.train, []
+
+    def forward(self, ids, reference=None):
+        seen.append((ids, reference))
+        return self.criterion(self.model(ids), ids, reference=reference)
+
+    monkeypatch.setattr(lm.Pretraining, "forward", forward)
+    data = polluted._replace(reference=reference)
+    lm.train(lm.Run("Rho-1", 0.003, 0), small(lm), data, rgd.Excess(rgd.CVaR(0.5)), "element")
+    assert len(seen) == len(rows) // 8
+    for ids, own in seen:
+        for sequence, losses in zip(ids, own, strict=True):
+            places = (rows == sequence).all(1).nonzero().flatten().tolist()
+            assert any(torch.equal(reference[place], losses) for place in places)
+
+
+def test_the_run_with_a_reference_prints_a_row_for_each_arm(text, tmp_path):
+    command = [EXAMPLE, "--quick", "--data", text, "--output", tmp_path / "picture.png", "--polluted", "0.5"]
+    output = finished([*command, "--reference", tmp_path / "losses"])
+    arms = [line.split("  ")[0] for line in output.splitlines() if "0.003 " in line]
+    assert arms == ["ERM", "Rho-1(0.5), token", "Rho-1(0.5), sequence", "KL(scale=-3), sequence"]
+    assert (tmp_path / "losses").exists()
