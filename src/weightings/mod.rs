@@ -21,6 +21,7 @@ mod member;
 mod midrange_kl;
 mod moving_average;
 mod tail;
+mod threshold;
 mod trimmed;
 
 #[cfg(test)]
@@ -40,6 +41,7 @@ pub use kl_ball::KlBall;
 pub use member::Member;
 pub use midrange_kl::MidrangeKl;
 pub use moving_average::MovingAverageOfKl;
+pub use threshold::Threshold;
 pub use trimmed::Trimmed;
 
 /// [`Trimmed`] members by the names that the table can hold.
@@ -134,6 +136,7 @@ table! {
     "kl_ball": KlBall,
     "midrange_kl": MidrangeKl,
     "moving_average(kl)": MovingAverageOfKl,
+    "threshold": Threshold,
     "trimmed(chi_square)": TrimmedChiSquare,
     "trimmed(cvar)": TrimmedCvar,
     "trimmed(kl)": TrimmedKl,

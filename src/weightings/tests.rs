@@ -274,7 +274,8 @@ fn a_whole_measure_counts_as_copies_of_a_sample() {
     let balls = [0.1, 0.9].map(|radius| Weighting::ChiSquareBall(ChiSquareBall { radius }));
     let [focal, penalty] =
         [Weighting::Focal(Focal { gamma: 2.0 }), Weighting::ChiSquare(ChiSquare { gamma: 3.0 })];
-    for weighting in members.into_iter().chain(tails).chain(balls).chain([focal, penalty]) {
+    let threshold = Weighting::Threshold(Threshold { max_loss: 0.3 });
+    for weighting in members.into_iter().chain(tails).chain(balls).chain([focal, penalty, threshold]) {
         let (measured, copied) = (weigh_measured(&losses, &measure, weighting), weigh(&copies, weighting));
         for (w, i) in measured.iter().zip(first) {
             let expected = copied.get(i).copied().unwrap_or(0.0);
@@ -382,4 +383,14 @@ fn a_running_mean_begins_with_the_first_batch() {
     // An infinite loss gets its weight, and is not remembered.
     let (w, after) = weigh(&[f64::INFINITY, 0.0]);
     assert!(close(&w, &[8.0, 0.0]) && after == state);
+}
+
+#[test]
+fn a_threshold_keeps_losses_up_to_it() {
+    let threshold = |max_loss| Weighting::Threshold(Threshold { max_loss });
+    let losses = [f64::NEG_INFINITY, -1.0, 2.0, 2.0f64.next_up(), f64::INFINITY];
+    assert_eq!(weigh(&losses, threshold(2.0)), [1.0, 1.0, 1.0, 0.0, 0.0]);
+    assert_eq!(weigh(&losses, threshold(-1.0)), [1.0, 1.0, 0.0, 0.0, 0.0]);
+    assert!(weigh(&[f64::NAN], threshold(2.0))[0].is_nan());
+    assert!(weigh(&[1.0], threshold(f64::NAN))[0].is_nan());
 }

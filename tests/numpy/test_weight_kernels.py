@@ -23,6 +23,7 @@ STATELESS = [
     rgd.Focal(2.0),
     rgd.Focal(0.5),
     rgd.Focal(0.0),
+    rgd.Threshold(1.0),
     rgd.KL(5.0, normalize=True),
     rgd.KL(math.inf, scale=1.5, normalize=True),
     rgd.KL(scale=-0.7, normalize=True),

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from rgd.weightings._base import Weighting, setting
+from rgd.weightings._base import Kernel, Weighting, setting
 from rgd.weightings._batch import Batch
 
 
@@ -35,6 +35,8 @@ class Threshold(Weighting):
         there the number follows a quantile of recent losses.
     """
 
+    kernel_name = "threshold"
+
     max_loss: float = setting(
         "a finite number", lambda max_loss: (max_loss > -math.inf) & (max_loss < math.inf)
     )
@@ -46,3 +48,12 @@ class Threshold(Weighting):
         xp, losses = batch.xp, batch.losses
         kept = xp.astype(losses <= self.max_loss, losses.dtype)
         return xp.where(xp.isnan(losses), losses, kept)
+
+    def kernel(self) -> Kernel:
+        """The kernel `threshold`: the largest loss that is kept."""
+        return self.kernel_name, (self.max_loss,)
+
+    @classmethod
+    def of_kernel(cls, numbers: tuple[float, ...]) -> Threshold:
+        """The weighting of a kernel's numbers."""
+        return cls(*numbers)
