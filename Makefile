@@ -105,6 +105,16 @@ lint: $(VENV)/.group-test $(VENV)/.group-lint | rust ## Check format, lints and 
 	$(say) "pyright"
 	@$(python) -m pyright --pythonpath $(python)
 
+.PHONY: docs
+docs: $(VENV)/.built $(VENV)/.group-docs ## Build the site from the pages, the docstrings and the notebooks, into target/site/html
+	$(say) "building the site (a minute)"
+	@$(python) docs/site/build.py
+
+.PHONY: test-docs
+test-docs: docs ## Look at every page of the site in headless Chromium, and leave screenshots in target/site/screenshots
+	$(say) "pytest of the site"
+	@$(python) -m pytest tests/site $(PYTEST_ARGS)
+
 .PHONY: wheel
 wheel: $(VENV)/.tools | rust ## Build the abi3 wheel into dist/ and try it in a clean environment without Rust
 	$(say) "building the wheel"

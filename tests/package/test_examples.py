@@ -55,6 +55,13 @@ def test_the_pictures_of_the_weights_are_drawn(tmp_path):
     assert all((docs / name).read_bytes().startswith(b"\x89PNG") for name in names)
 
 
+def test_the_picture_of_every_weighting_is_drawn(tmp_path):
+    run_script(EXAMPLES / "weight_curves.py", "--output", tmp_path)
+    drawn = (tmp_path / "mathematics.png").read_bytes()
+    assert drawn.startswith(b"\x89PNG")
+    assert len(drawn) > 30_000
+
+
 def test_the_long_tail_falls_from_100_images_to_1(longtail):
     assert longtail.class_sizes(100) == [100, 60, 36, 22, 13, 8, 5, 3, 2, 1]
     assert longtail.class_sizes(1) == [100] * 10

@@ -79,6 +79,12 @@ def test_every_file_it_links_to_exists():
     assert {str(path.relative_to(ROOT)) for path in PATHS.values()} - {"README.md"} <= linked
 
 
+def test_every_page_has_its_place_in_the_site():
+    contents = (ROOT / "docs" / "site" / "build.py").read_text(encoding="utf-8").partition("CONTENTS = {")[2]
+    placed = set(re.findall(r'"docs/(\w+)"', contents))
+    assert placed == {path.stem for path in ROOT.glob("docs/*.md")}
+
+
 def test_every_section_it_links_to_exists():
     slugs = {
         page: {
