@@ -484,7 +484,8 @@ def _trimmed(weighting: Trimmed, batch: Batch, state: State) -> tuple[Array, Sta
         return np.full(batch.losses.shape, math.nan), state
     kept = 1 - _share_of_worst(batch, weighting.fraction)
     part = kept > 0
-    groups, reference = (None if one is None else one[part] for one in (batch.groups, batch.reference))
+    groups = None if batch.groups is None else batch.groups[part]
+    reference = None if batch.reference is None else batch.reference[part]
     rest = Batch(batch.losses[part], (batch.measure * kept)[part], groups, reference)
     weights = np.zeros(batch.losses.shape)
     inner, state = step(weighting.weighting, rest, state)

@@ -9,7 +9,7 @@ import threading
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -132,7 +132,7 @@ class WeightingState(nn.Module):
                     leaf.copy_(new)
 
     @contextlib.contextmanager
-    def moved(self) -> Iterator[list[int]]:
+    def moved(self) -> Generator[list[int]]:
         """Where the leaves lie in float64, for a kernel that moves them meanwhile."""
         with one_at_a_time(), torch.no_grad():
             self._settle()

@@ -8,6 +8,7 @@ the short way if everything is as it was. `again` names every condition, and dec
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,6 +26,7 @@ from rgd.torch.backends._objective import Objective
 from rgd.torch.backends._registry import leads
 from rgd.torch.backends.rust._kernels import fill_plain_weights
 from rgd.torch.stats import Record
+from rgd.weightings._base import Kernel
 
 _strided = torch.strided
 # Without the question for torch.func transforms, under which no call goes the short way.
@@ -60,7 +62,7 @@ class Accepted(NamedTuple):
     class_weight: Tensor | None
     adjustment: Tensor | None
     versions: tuple[int, int]
-    compute: _rgd.RepeatedCrossEntropy
+    compute: Callable[..., Any]
     losses: Tensor
     objective: Tensor
 
@@ -68,7 +70,7 @@ class Accepted(NamedTuple):
 def accepted(given: Given, problem: Problem, plan: Plan, record: Record | None) -> Accepted | None:
     """What a call leaves behind that went the whole way; None where the next one must go it too."""
     logits, target, options = problem.logits, given.target, problem.options
-    kernel: Any = plan.step_kernel if plan.stateful else plan.kernel
+    kernel = plan.step_kernel if plan.stateful else plan.kernel
     served = record is not None and record.backend == "rust" and kernel is not None
     plain = problem.has_labels() and problem.normalizer is None
     as_given = (
@@ -83,7 +85,7 @@ def accepted(given: Given, problem: Problem, plan: Plan, record: Record | None) 
     if not all(numbers is None or _readable(numbers, dtype) for numbers in by_class):
         return None
     versions = _version(by_class[0]), _version(by_class[1])
-    kind, numbers = kernel
+    kind, numbers = cast("Kernel", kernel)
     compute = _rgd.RepeatedCrossEntropy(
         str(logits.dtype).removeprefix("torch."), logits.shape, target.dtype is torch.int32, kind, numbers,
         options.ignore_index, options.label_smoothing, options.per == "sample", options.reduction,
@@ -205,7 +207,7 @@ def _compute_beside(
     addresses = [None if one is None else one.data_ptr() for one in (measure, groups)]
     if known.plan.stateful:
         with loss.weighting_state.moved() as leaves:
-            found = known.compute(*given, *addresses, leaves)
+            found: Any = known.compute(*given, *addresses, leaves)
     else:
         found = known.compute(*given, *addresses)
     return None if found is None else (found, measure, groups)
