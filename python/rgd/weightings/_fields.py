@@ -7,7 +7,7 @@ import functools
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 from rgd.weightings._base import Weighting, is_array
@@ -18,18 +18,22 @@ def fields(weighting: Weighting | type) -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(cast("Any", weighting)) if dataclasses.is_dataclass(weighting) else ()
 
 
-def nested(weighting: Weighting) -> Iterator[Weighting]:
+def nested(weighting: Weighting) -> list[Weighting]:
     """The weightings inside of a weighting, at any depth."""
+    found: list[Weighting] = []
     for field in fields(weighting):
         inner = getattr(weighting, field.name)
         if isinstance(inner, Weighting):
-            yield inner
-            yield from nested(inner)
+            found += [inner, *nested(inner)]
+    return found
 
 
-def needs_of(weighting: Weighting) -> frozenset[str]:
+def needs_of(weighting: Weighting) -> list[str]:
     """What a weighting, or one inside of it, needs of a batch that not every call has."""
-    return frozenset(name for one in (weighting, *nested(weighting)) for name in one.needs)
+    needs = list(weighting.needs)
+    for inner in nested(weighting):
+        needs += inner.needs
+    return needs
 
 
 @functools.cache
