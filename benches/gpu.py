@@ -5,7 +5,8 @@
     TRITON_INTERPRET=1 python benches/gpu.py --dry-run       # the whole program where there is no GPU
 
 Parity: random calls of every option, dense and with a linear head, in float32 and bfloat16 against float64.
-If one is off, nothing is timed. Time: a training step, forward and backward from logits, the median of
+If one is off, nothing is timed. Checks: whether a step waits for the device, and has the same bits again, on
+another stream and in a CUDA graph. Time: a training step, forward and backward from logits, the median of
 repeated steps on the device's clock, all peers in turn. Share: the time that a copy of the logits takes, as a
 part of the step's. What does not fit into the minutes is left out, and named.
 """
@@ -84,6 +85,80 @@ def parity(device, cases, jobs):
         results = list(pool.map(parity_of, parts, [device] * jobs))
     failed = [one for result in results for one in result[0]]
     return failed, {name: max(result[1][name] for result in results) for name in results[0][1]}
+
+
+def steps_of(device):
+    """Small training steps, by name: each gives its value and its gradients."""
+    classes = 1000 if device == "cuda" else 33
+    logits = torch.randn(64, classes, device=device).requires_grad_()
+    hidden, head = (torch.randn(size, 16, device=device).requires_grad_() for size in (64, classes))
+    target = torch.arange(64, device=device) % classes
+    target[:9] = -100
+
+    def dense(weighting):
+        with backend("triton"):
+            loss = cross_entropy(logits, target, weighting=weighting)
+        return loss.detach(), *torch.autograd.grad(loss, logits)
+
+    def linear(weighting):
+        with backend("triton"):
+            loss = linear_cross_entropy(hidden, head, target, weighting=weighting, chunk_bytes=80 * classes)
+        return loss.detach(), *torch.autograd.grad(loss, (hidden, head))
+
+    kinds = {"dense": dense, "linear": linear}
+    return {
+        f"{kind}, {type(weighting).__name__}": functools.partial(step, weighting)
+        for kind, step in kinds.items()
+        for weighting in (rgd.KL(), rgd.KLBall(0.1))
+    }
+
+
+def runs_again(step):
+    """A step that is repeated has the same bits."""
+    assert all(map(torch.equal, step(), step())), "two runs differ"
+
+
+def waits_for_nothing(step):
+    """A step reads nothing from the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def runs_on_a_stream(step):
+    """A step on a stream of its own has the same bits."""
+    expected, stream = step(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        found = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(map(torch.equal, found, expected)), "the results differ"
+
+
+def runs_in_a_graph(step):
+    """A step that a CUDA graph replays has the same bits."""
+    expected, graph = step(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    graph.replay()
+    assert all(map(torch.equal, found, expected)), "the results differ"
+
+
+def checks(device):
+    """What else only a device can show: for each check and step None, or what went wrong."""
+    found, only_a_gpu = {}, (waits_for_nothing, runs_on_a_stream, runs_in_a_graph)
+    for name, step in steps_of(device).items():
+        step()  # compiles
+        for check in (runs_again, *(only_a_gpu if device == "cuda" else ())):
+            try:
+                check(step)
+                error = None
+            except Exception as caught:  # The figures are worth having in any case.
+                error = f"{type(caught).__name__}: {caught}"[:500]
+            found[f"{check.__name__}: {name}"] = error
+    return found
 
 
 def liger():
@@ -293,6 +368,9 @@ def main():
     write()
     if failed:
         raise SystemExit("\n".join(failed))
+    found["checks"] = checks(device.name)
+    for name, error in found["checks"].items():
+        print(f"{name}: {error or 'yes'}", flush=True)
     for name, figures in [] if options.parity_only else parts_of(device, options.dry_run):
         if time.perf_counter() - started > 60 * options.minutes:
             found["left_out"].append(name)

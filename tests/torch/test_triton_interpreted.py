@@ -461,6 +461,7 @@ def test_the_program_for_a_gpu_runs_through_and_writes_its_figures(monkeypatch, 
     assert len(names) == 6 + 4 - 2
     assert all(one["ms"] > 0 for one in found["figures"])
     assert len(found["goals"]) == 4
+    assert list(found["checks"].values()) == [None] * 4
     assert "parity of 4 calls" in capsys.readouterr().out
 
 
