@@ -71,6 +71,13 @@ pytest-oldest: $(VENV)/.built $(VENV)/.group-oldest
 	$(say) "pytest with $$($(python) --version) and the oldest supported versions: each test with $(OLDEST_SETS) of its parameter sets"
 	@$(pytest) --few $(OLDEST_SETS)
 
+.PHONY: test-isa
+test-isa: $(VENV)/.built $(VENV)/.group-test ## Run the Rust tests, and a part of those of weightings, NumPy and torch, on each instruction set of this machine
+	@for isa in $$($(python) -c 'from rgd import _rgd; print(*_rgd.available_isas())'); do \
+	  printf '\n== %s\n' "RGD_ISA=$$isa: cargo test, then pytest"; \
+	  RGD_ISA=$$isa cargo test --quiet && RGD_ISA=$$isa $(pytest) --quick tests/weightings tests/numpy tests/torch || exit 1; \
+	done
+
 .PHONY: test-gpu-static
 test-gpu-static: $(VENV)/.built $(VENV)/.group-test ## Check the Triton programs without a GPU: in the interpreter, and compiled for each GPU
 	$(say) "pytest: the programs in Triton's interpreter, every launch watched"

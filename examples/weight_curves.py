@@ -31,7 +31,7 @@ PANELS: dict[str, dict[str, rgd.Weighting]] = {
     "ChiSquareBall": {"radius=0.2": rgd.ChiSquareBall(0.2), "radius=1": rgd.ChiSquareBall(1.0)},
     "CVaR": {"alpha=0.3": rgd.CVaR(0.3), "alpha=0.3, smoothing=0.5": rgd.CVaR(0.3, smoothing=0.5)},
     "MidrangeKL": {"scale=0.5": rgd.MidrangeKL(0.5), "scale=1": rgd.MidrangeKL(1.0)},
-    "Focal": {"gamma=1": rgd.Focal(1.0), "gamma=3": rgd.Focal(3.0)},
+    "Focal and Threshold": {"Focal(1)": rgd.Focal(1.0), "Threshold(2)": rgd.Threshold(2.0)},
     "Trimmed": {
         "ERM(), 0.2": rgd.Trimmed(rgd.ERM(), 0.2),
         "KL(scale=-0.5), 0.1": rgd.Trimmed(rgd.KL(scale=-0.5), 0.1),

@@ -474,6 +474,19 @@ def label_out_of_range(label: int, position: Sequence[int], classes: int) -> str
         The message of an IndexError.
     """
 
+def isa() -> str:
+    """The instruction set of the kernels: the widest of this processor, or the one that `RGD_ISA` names.
+
+    Returns:
+        "avx512", "avx2", "neon" or "baseline".
+    """
+
+def available_isas() -> list[str]:
+    """The instruction sets of this processor, the widest first. `RGD_ISA` may name any of them.
+
+    Another name is a ValueError when `rgd` is imported.
+    """
+
 def xla_handler() -> object:
     """The XLA FFI handler of the fused cross-entropy for the CPU, for `jax.ffi.register_ffi_target`.
 

@@ -7,6 +7,7 @@
 mod boosting;
 mod call;
 mod cross_entropy;
+mod isa;
 mod repeated;
 mod tensor;
 mod weights;
@@ -18,6 +19,8 @@ use pyo3::prelude::*;
 
 #[pymodule]
 mod _rgd {
+    use pyo3::prelude::*;
+
     #[pymodule_export]
     use super::boosting::{boosting_derivatives, boosting_losses};
     #[pymodule_export]
@@ -26,6 +29,8 @@ mod _rgd {
         cross_entropy_rows_gradient, label_out_of_range,
     };
     #[pymodule_export]
+    use super::isa::{available_isas, isa};
+    #[pymodule_export]
     use super::repeated::{RepeatedCrossEntropy, RepeatedWeights};
     #[pymodule_export]
     use super::tensor::Borrowed;
@@ -33,4 +38,9 @@ mod _rgd {
     use super::weights::{sample_weights, weight_sums, weighted_sum, widen};
     #[pymodule_export]
     use super::xla::xla_handler;
+
+    #[pymodule_init]
+    fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
+        super::isa::check()
+    }
 }

@@ -11,5 +11,5 @@ pub mod tile;
 
 pub use element::{Element, Real};
 pub use exp_ln::{exp, ln, two_difference, two_product};
-pub use isa::{Isa, Kernel, LANES, MulAdd, dispatch};
+pub use isa::{InstructionSet, Isa, Kernel, LANES, MulAdd, dispatch};
 pub use tile::{read_tile, write_tile};

@@ -159,6 +159,13 @@ const members = (() => {
       weights: (losses, { gamma }) => losses.map((loss) => (1 - Math.exp(-loss)) ** gamma),
       pointwise: true,
     },
+    {
+      name: "Threshold",
+      settings: [setting("max_loss", 0.1, 6, 2)],
+      code: ({ max_loss }) => `rgd.Threshold(${max_loss})`,
+      weights: (losses, { max_loss }) => losses.map((loss) => (loss <= max_loss ? 1 : 0)),
+      pointwise: true,
+    },
     { name: "ERM, plain training", settings: [], code: () => "rgd.ERM()", weights: ones, pointwise: true },
   ];
 })();

@@ -15,9 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 import rgd
+from rgd import _rgd
 from rgd._arrays import available_cores
 
 IMPORTED = ("torch", "jax")
@@ -87,7 +86,8 @@ def machine() -> dict[str, Any]:
     found: dict[str, Any] = {
         "processor": _processor(),
         "architecture": platform.machine(),
-        "vector_instructions": _vector_instructions(),
+        "instruction_set": _rgd.isa(),
+        "instruction_sets": " ".join(_rgd.available_isas()),
         "cores": available_cores(),
     }
     if usable("torch"):
@@ -106,13 +106,6 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "unknown"
-
-
-def _vector_instructions() -> str:
-    """What NumPy finds on this processor."""
-    config: Any = np.show_config(mode="dicts")
-    extensions = config.get("SIMD Extensions", {})
-    return " ".join([*extensions.get("baseline", ()), *extensions.get("found", ())]) or "none found"
 
 
 def backends() -> list[dict[str, Any]]:
