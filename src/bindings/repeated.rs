@@ -171,8 +171,8 @@ impl RepeatedCrossEntropy {
     }
 }
 
-/// A base measure over a power of two, and that power, as `rgd.torch` divides what it was given. `None` for numbers that
-/// are no measure, and for such as float32 has no room around.
+/// A base measure over a power of two, and that power, as `rgd.torch` divides what it was given. `None` for numbers
+/// that are no measure, and for such as float32 has no room around.
 fn scaled<A: Real>(measure: impl Iterator<Item = A> + Clone, divides: bool) -> Option<(Vec<A>, f64)> {
     let mut largest = 0.0;
     for p in measure.clone() {

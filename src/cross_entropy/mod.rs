@@ -64,8 +64,8 @@ pub fn cross_entropy<T: Element>(
 /// As [`cross_entropy`], for a weighting that may look at groups and remember earlier batches.
 ///
 /// # Errors
-/// As [`cross_entropy`], and [`Error::Weighting`] for groups or a state that do not fit the weighting, which stays as it
-/// was; outputs may be written then.
+/// As [`cross_entropy`], and [`Error::Weighting`] for groups or a state that do not fit the weighting. The state stays
+/// as it was then; outputs may be written.
 pub fn cross_entropy_with<T: Element>(
     inputs: &Inputs<T>,
     weighting: Weighting,
@@ -248,10 +248,11 @@ fn unit_weights<A: Real>(
     threads: usize,
     weights: &mut [MaybeUninit<A>],
 ) -> Result<(), Error> {
+    let Memory { groups: group_of, state } = memory;
     let mut counted = with_capacity(weights.len());
     let mut means = with_capacity(weights.len());
     let mut measures = with_capacity(measure.map_or(0, <[A]>::len));
-    let mut groups = with_capacity(memory.groups.map_or(0, <[i64]>::len));
+    let mut groups = with_capacity(group_of.map_or(0, <[i64]>::len));
     for (u, weight) in weights.iter_mut().enumerate() {
         let targets = u * dims.unit..(u + 1) * dims.unit;
         let count = targets.clone().filter(|&i| labels.counts(i)).count();
@@ -261,14 +262,14 @@ fn unit_weights<A: Real>(
             counted.push(u);
             means.push(reduce::total(losses[targets].iter().map(|l| l.to_f64())) / count as f64);
             measures.extend(measure.map(|p| p[u].to_f64()));
-            groups.extend(memory.groups.map(|groups| groups[u]));
+            groups.extend(group_of.map(|group_of| group_of[u]));
         }
     }
     let mut of_counted = filled(counted.len(), MaybeUninit::<A>::uninit());
     let means = Vector::of(&means);
-    let (measures, groups) = (measure.map(|_| &measures[..]), memory.groups.map(|_| &groups[..]));
+    let (measures, groups) = (measure.map(|_| &measures[..]), group_of.map(|_| &groups[..]));
     let batch = Batch::new(&means, measures, groups, threads);
-    sample_weights(&batch, weighting, memory.state, &mut of_counted).map_err(Error::Weighting)?;
+    sample_weights(&batch, weighting, state, &mut of_counted).map_err(Error::Weighting)?;
     for (u, w) in counted.into_iter().zip(of_counted) {
         weights[u] = w;
     }

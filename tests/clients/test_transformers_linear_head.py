@@ -799,8 +799,8 @@ def test_what_a_subclass_hands_on_is_known(transformers):
     outer.load_state_dict(model.state_dict())
     with use_linear_rgd(outer, tau=8.0):
         loss = outer(**inputs, attention_mask=torch.ones_like(inputs["labels"])).loss
-        with pytest.raises(TypeError, match="sample_weight"):
-            outer(**inputs, sample_weight=torch.ones(ROWS))
+        twice = outer(**inputs, sample_weight=torch.full((ROWS,), 2.0)).loss
+    torch.testing.assert_close(twice, loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(loss, from_logits(model, inputs, tau=8.0), rtol=1e-12, atol=0)
 
 

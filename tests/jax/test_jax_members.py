@@ -470,7 +470,7 @@ def test_a_setting_that_is_no_key_of_a_cache_still_works():
 )  # fmt: skip
 @pytest.mark.parametrize("traced", [False, True])
 def test_bad_input_is_refused_at_trace_time(call, error, match, traced):
-    call = functools.partial(call, w=MEMBERS[14])
+    call = functools.partial(call, w=rgd.MovingAverage(rgd.KL(tau=0.8), decay=0.9))
     with pytest.raises(error, match=match):
         (jax.jit(call) if traced else call)(jnp.asarray(some_losses()))
 

@@ -235,7 +235,8 @@ class Weigher:
         return weights[own].reshape(losses.shape).to(accumulator(losses.dtype))
 
     def _steps_by_kernel(self, losses: Tensor) -> bool:
-        return self.plan.step_kernel is not None and values_can_be_read(losses)
+        # In this order: the numbers of a kernel would be part of a compiled graph.
+        return values_can_be_read(losses) and self.plan.step_kernel is not None
 
     def _step(
         self, losses: Tensor, measure: Tensor | None, groups: Tensor | None, given: tuple[Tensor, ...]
