@@ -50,7 +50,7 @@ from harness import (
 )
 from harness.arms import mean_one, times_mean_weight
 from harness.losses import cross_entropy
-from harness.pictures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, pyplot, save
+from harness.pictures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, name_points, pyplot, save
 from sklearn.datasets import load_diabetes
 from torch import Tensor
 
@@ -161,15 +161,14 @@ def picture(table: Table, path: pathlib.Path) -> None:
             color = INK if arm == PLAIN else next(family, GREY)
             full = color if arm == PLAIN or line.outside else "white"
             panel.plot(mean, tail, "s" if arm == PLAIN else "o", color=color, markerfacecolor=full)
-        named = [arm for arm in arms if arm in {PLAIN, RGD} or unbeaten(arm, points)]
-        for arm in named:
-            panel.annotate(arm, points[arm], xytext=(6, 3), textcoords="offset points", fontsize=8, color=INK)
         panel.set_title(here, loc="left", fontsize=11)
         panel.set_xlabel("mean test loss")
         panel.set_ylabel("loss of the worst tenth")
         panel.grid(color="#e3e6eb")
         panel.tick_params(length=0)
         panel.margins(x=0.25, y=0.12)
+        named = [arm for arm in arms if arm in {PLAIN, RGD} or unbeaten(arm, points)]
+        name_points(panel, {arm: points[arm] for arm in named}, list(points.values()))
     figure.suptitle(
         f"Left and down is better; {table.lines[0].seeds} seeds; full: the worst tenth differs from plain's; "
         "named: beaten in both by no other",

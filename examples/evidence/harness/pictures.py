@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,45 @@ def pyplot() -> Any:
         "axes.axisbelow": True, "savefig.dpi": 130, "figure.constrained_layout.use": True,
     })  # fmt: skip
     return plt
+
+
+def name_points(
+    panel: Any, named: Mapping[str, Sequence[float]], points: Sequence[Sequence[float]]
+) -> None:
+    """Writes names beside points, each where it covers no point and no other name, if there is such a place.
+
+    Args:
+        panel: The axes, whose limits stay as they are from now on.
+        named: The points with a name, in the data's coordinates.
+        points: All points.
+    """
+    panel.set_xlim(*panel.get_xlim())
+    panel.set_ylim(*panel.get_ylim())
+    panel.figure.draw_without_rendering()
+    taken = [panel.transData.transform(point) for point in points]
+    names: list[Any] = []
+    for name, point in named.items():
+        best, fewest = None, math.inf
+        for dx, dy in itertools.product((7, -7), (3, -9, 12, -18, 21, -27)):
+            text = panel.annotate(
+                name, point, xytext=(dx, dy), textcoords="offset points", fontsize=8, color=INK,
+                ha="left" if dx > 0 else "right",
+                arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6} if abs(dy) > 9 else None,
+            )  # fmt: skip
+            box = text.get_window_extent().padded(1)
+            covered = sum(box.contains(*other) for other in taken) + sum(box.overlaps(o) for o in names)
+            outside = not panel.bbox.contains(box.x0, box.y0) or not panel.bbox.contains(box.x1, box.y1)
+            covered += len(points) * outside
+            if covered < fewest:
+                if best is not None:
+                    best.remove()
+                best, fewest = text, covered
+            else:
+                text.remove()
+            if fewest == 0:
+                break
+        assert best is not None
+        names.append(best.get_window_extent().padded(1))
 
 
 def save(figure: Any, path: pathlib.Path, table: Table) -> None:
