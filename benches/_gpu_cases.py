@@ -16,6 +16,7 @@ WEIGHTINGS = [
     rgd.ERM(),
     rgd.Focal(2.0),
     rgd.Focal(0.0),
+    rgd.Threshold(2.0),
     rgd.KL(normalize=True),
     rgd.KLBall(0.1),
     rgd.CVaR(0.5),

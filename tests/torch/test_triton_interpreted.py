@@ -354,6 +354,7 @@ def options_of_graphs():
     return [
         {"weighting": rgd.KL()},
         {"weighting": rgd.Focal(2.0), "reduction": "none", "z_loss": 1e-3},
+        {"weighting": rgd.Threshold(1.0)},
         {"weighting": rgd.KLBall(0.1), "z_loss": 1e-3, "label_smoothing": 0.1},
         {"weighting": rgd.KL(), "per": "sample", "reduction": "sum"},
         {"weighting": rgd.KL(), "normalizer": 2.5},
@@ -559,8 +560,8 @@ def test_a_planted_fault_is_caught(fault, monkeypatch, tmp_path):
 
 
 def test_the_kinds_that_the_backend_takes_are_those_that_the_programs_know():
-    assert set(_passes.KINDS) == {"kl", "focal"}
-    assert {"kl", "focal"} <= {weighting.kernel()[0] for weighting in (rgd.KL(), rgd.ERM(), rgd.Focal(1.0))}
+    known = (rgd.KL(), rgd.ERM(), rgd.Focal(1.0), rgd.Threshold(1.0))
+    assert set(_passes.KINDS) == {weighting.kernel()[0] for weighting in known}
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])

@@ -63,6 +63,8 @@ def _weight(loss, numbers, KIND):
         series = loss * (1 - loss / 2 * (1 - loss / 3 * (1 - loss / 4 * (1 - loss / 5))))
         unlikely = tl.where(loss < 1e-3, series, 1 - tl.exp(-loss))
         weight = tl.where(gamma == 0.0, plain, tl.exp(gamma * tl.log(unlikely)))
+    elif KIND == "threshold":
+        weight = tl.where(loss > tl.load(numbers), 0.0, plain)
     else:  # "kl", the only other kernel in `_passes.KINDS`
         tau, scale = tl.load(numbers), tl.load(numbers + 1)
         clipped = tl.where(loss > tau, tau, loss)

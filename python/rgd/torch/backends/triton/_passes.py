@@ -23,7 +23,7 @@ from rgd.torch.backends._steps import FormulaStep, Rows
 from rgd.torch.backends.triton._launch import Passed, run_factors, run_losses, run_weighted
 from rgd.torch.stats import Filled
 
-KINDS = frozenset(("focal", "kl"))
+KINDS = frozenset(("focal", "kl", "threshold"))
 """The kernels of weightings that the programs know."""
 
 
