@@ -33,9 +33,7 @@ def pyplot() -> Any:
     return plt
 
 
-def name_points(
-    panel: Any, named: Mapping[str, Sequence[float]], points: Sequence[Sequence[float]]
-) -> None:
+def name_points(panel: Any, named: Mapping[str, Sequence[float]], points: Sequence[Sequence[float]]) -> None:
     """Writes names beside points, each where it covers no point and no other name, if there is such a place.
 
     Args:
