@@ -225,9 +225,10 @@ def problem_of(given: Given, options: Options, head: LinearHead | None = None) -
         TypeError: If a dtype does not fit.
         ValueError: If a shape, a device, a value or a setting does not fit.
     """
-    logits, target, class_weight, adjustment, where, sample_weight, groups, normalizer, segments, number = (
-        given[:10]
-    )
+    (
+        logits, target, class_weight, adjustment, where, sample_weight, groups, normalizer, segments, number,
+        _,
+    ) = given  # fmt: skip
     if head is None:
         shape = _check_logits(given)
         classes = logits.shape[1 if logits.dim() > 1 else 0]
