@@ -8,7 +8,7 @@ use divan::counter::BytesCount;
 use divan::{Bencher, black_box};
 use half::bf16;
 use ndarray::{Array2, ArrayViewMutD, IxDyn};
-use rgd::cross_entropy::{self as ce, Gradient, Inputs, Outputs, Reduction, Settings, Target};
+use rgd::cross_entropy::{self as ce, Gradient, Inputs, Outputs, Settings, Target};
 use rgd::layout::Vector;
 use rgd::numeric::Element;
 use rgd::weightings::{Batch, Weighting, sample_weights};
@@ -92,15 +92,6 @@ fn step<T: Narrowed>(bencher: Bencher, (rows, classes): (usize, usize), weightin
     let mut losses = vec![MaybeUninit::uninit(); rows];
     let mut weights = vec![MaybeUninit::uninit(); rows];
     let mut objective = [MaybeUninit::uninit()];
-    let settings = Settings {
-        ignore_index: -100,
-        label_smoothing: 0.0,
-        z_loss: 0.0,
-        per_sample: false,
-        reduction: Reduction::Mean,
-        normalizer: None,
-        threads: 1,
-    };
     bencher.counter(BytesCount::of_many::<T>(rows * classes)).bench_local(|| {
         let inputs = Inputs {
             logits: logits.view(),
@@ -116,7 +107,7 @@ fn step<T: Narrowed>(bencher: Bencher, (rows, classes): (usize, usize), weightin
             objective: &mut objective,
             grad: Gradient::Separate(grad),
         };
-        ce::cross_entropy(black_box(&inputs), weighting, &settings, out).expect("the inputs fit")
+        ce::cross_entropy(black_box(&inputs), weighting, &Settings::PLAIN, out).expect("the inputs fit")
     });
 }
 

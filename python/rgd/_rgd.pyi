@@ -99,8 +99,8 @@ class RepeatedCrossEntropy:
         So are those of the measure, in the losses' dtype, of the groups, int64, and of the leaves of the
         state, float64, which are moved.
 
-        None, and nothing is filled, where the measure holds no number >= 0 or one that float32 has no room
-        around.
+        Returns None and fills nothing if a number of the measure is negative, not finite or above 1e18, or if
+        the largest is below 1e-18 and not 0.
         """
 
 class RepeatedWeights:

@@ -71,8 +71,8 @@ impl RepeatedCrossEntropy {
         Ok(Self { dtype, shape, targets_shape, narrow, weighting: read_weighting(kind, &numbers)?, settings })
     }
 
-    /// The divisor of "mean" and how many targets take part; `None`, and nothing is written, for a measure that the
-    /// front must look at.
+    /// The divisor of "mean" and how many targets take part. `None`, and nothing is written, for a measure that only
+    /// the front can take or refuse.
     #[pyo3(signature = (
         logits, target, losses, weights, objective, grad, threads, class_weight, logit_adjustment,
         measure=None, groups=None, state=vec![]
@@ -171,8 +171,8 @@ impl RepeatedCrossEntropy {
     }
 }
 
-/// A base measure over a power of two, and that power, as `rgd.torch` divides what it was given. `None` for numbers
-/// that are no measure, and for such as float32 has no room around.
+/// A base measure over a power of two, and that power, as `rgd.torch` divides what it was given. `None` if a
+/// number is negative, not finite or above 1e18, or if the largest is below 1e-18 and not 0.
 fn scaled<A: Real>(measure: impl Iterator<Item = A> + Clone, divides: bool) -> Option<(Vec<A>, f64)> {
     let mut largest = 0.0;
     for p in measure.clone() {

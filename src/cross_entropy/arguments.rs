@@ -62,6 +62,19 @@ pub struct Settings {
     pub threads: usize,
 }
 
+impl Settings {
+    /// Those of `torch.nn.CrossEntropyLoss`, on one thread.
+    pub const PLAIN: Self = Self {
+        ignore_index: -100,
+        label_smoothing: 0.0,
+        z_loss: 0.0,
+        per_sample: false,
+        reduction: Reduction::Mean,
+        normalizer: None,
+        threads: 1,
+    };
+}
+
 /// What a call reads.
 #[derive(Debug)]
 pub struct Inputs<'a, T: Element> {

@@ -371,8 +371,8 @@ fn larger<A: Real>(a: A, b: A) -> A {
     if b > a { b } else { a }
 }
 
-/// Folds the lanes of each row, halves onto each other. All rows are folded together and in memory: from one row in
-/// registers, the compiler would pick lane after lane.
+/// Folds the lanes of each row, halves onto each other. All rows are folded together and in memory: in registers, row
+/// by row, the compiler would extract the lanes one by one.
 #[inline(always)]
 fn fold<A: Real>(rows: &mut [[A; LANES]], out: &mut [A], op: impl Fn(A, A) -> A) {
     let mut half = LANES / 2;

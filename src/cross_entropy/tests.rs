@@ -14,15 +14,7 @@ mod z_loss;
 
 const KL: Weighting = Weighting::Kl(Kl { tau: 1.0, scale: 0.5, normalize: false });
 const BALL: Weighting = Weighting::KlBall(KlBall { radius: 0.1 });
-const SETTINGS: Settings = Settings {
-    ignore_index: -100,
-    label_smoothing: 0.0,
-    z_loss: 0.0,
-    per_sample: false,
-    reduction: Reduction::Mean,
-    normalizer: None,
-    threads: 1,
-};
+const SETTINGS: Settings = Settings::PLAIN;
 
 #[derive(Debug)]
 struct Result<T: Element> {

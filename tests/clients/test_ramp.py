@@ -49,14 +49,6 @@ def test_the_recipe_starts_plain_and_reaches_minus_one_at_half_time():
     assert scales == sorted(scales, reverse=True)
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small gain nothing from more
-    yield
-    torch.set_num_threads(threads)
-
-
 class Scales(nn.Module):
     """A linear model that notes the scale of each of its training batches."""
 

@@ -8,8 +8,9 @@ import warnings
 import pytest
 import rgd
 import torch
-from tiny_models import CLASSES, KINDS, tiny
+from tiny_models import KINDS, tiny
 from torch.nn import functional as F
+from weighted_rows import BY_TOKEN, IDS, LENGTHS, P
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what their own dependencies warn of
@@ -21,23 +22,10 @@ with warnings.catch_warnings():
 from rgd.integrations._sample_weight import WeightCollator
 from rgd.torch import cross_entropy
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 transformers.utils.logging.set_verbosity_error()
 
 RATE, TAU = 0.05, 4.0
-LENGTHS = [4, 9, 6, 3, 8, 5, 7, 4]
-GENERATOR = torch.Generator().manual_seed(1)
-IDS = [torch.randint(2, CLASSES, (length,), generator=GENERATOR).tolist() for length in LENGTHS]
-P = [1.0, 0.25, 0.0, 3.0, 2.0, 0.5, 1.5, 0.75]
-BY_TOKEN = [[p * (1 + 0.5 * (i % 3)) for i in range(length)] for p, length in zip(P, LENGTHS, strict=True)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small gain nothing from more
-    yield
-    torch.set_num_threads(threads)
 
 
 class Rows(torch.utils.data.Dataset):

@@ -15,20 +15,12 @@ with warnings.catch_warnings():
     tokenizers = pytest.importorskip("tokenizers")
     from rgd.integrations.trl import RGDDPOTrainer, RGDRewardTrainer, RGDSFTTrainer
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 transformers.utils.logging.set_verbosity_error()
 
 WORDS = [f"w{i}" for i in range(40)]
 EPS = torch.finfo(torch.float32).eps
 STEPS = 3
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small gain nothing from more
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_tokenizer():

@@ -10,6 +10,7 @@ import rgd
 import torch
 from tiny_models import CLASSES, KINDS, tiny
 from torch.nn import functional as F
+from weighted_rows import BY_TOKEN, IDS, LENGTHS, P
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what their own dependencies warn of
@@ -19,25 +20,12 @@ with warnings.catch_warnings():
     tokenizers = pytest.importorskip("tokenizers")
     from rgd.integrations.trl import RGDDPOTrainer, RGDRewardTrainer, RGDSFTTrainer
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 transformers.utils.logging.set_verbosity_error()
 
 SFT, DPO = (RGDSFTTrainer, trl.SFTConfig), (RGDDPOTrainer, trl.DPOConfig)
 REWARD = RGDRewardTrainer, trl.RewardConfig
 RATE, TAU, EPS = 0.05, 4.0, torch.finfo(torch.float32).eps
-GENERATOR = torch.Generator().manual_seed(1)
-LENGTHS = [4, 9, 6, 3, 8, 5, 7, 4]
-IDS = [torch.randint(2, CLASSES, (length,), generator=GENERATOR).tolist() for length in LENGTHS]
-P = [1.0, 0.25, 0.0, 3.0, 2.0, 0.5, 1.5, 0.75]
-BY_TOKEN = [[p * (1 + 0.5 * (i % 3)) for i in range(length)] for p, length in zip(P, LENGTHS, strict=True)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small gain nothing from more
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_tokenizer():

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rgd.torch.segments import begins_after_the_first
+
 # What the losses of `rgd.torch` take beside logits and labels.
 _OF_THE_LOSS = ("where", "sample_weight", "groups", "segments")
 # What the decorators and the loss of a model of transformers take out of its keyword arguments.
@@ -142,7 +144,7 @@ def _accounts(batch: Mapping[str, Any], labels: Tensor) -> Iterator[Tensor]:
     if isinstance(positions, Tensor) and positions.shape[-1] == labels.shape[-1]:
         # Models with several positions a token count time by the first of them.
         positions = positions[0] if positions.dim() == 3 else positions.reshape(-1, labels.shape[-1])
-        begins = (positions[:, 1:] == 0) | (positions[:, 1:] < positions[:, :-1])
+        begins = begins_after_the_first(positions)
         if mask is not None:
             begins = begins & (mask[:, 1:] != 0).to(begins.device)
         yield F.pad(begins.cumsum(1), (1, 0))

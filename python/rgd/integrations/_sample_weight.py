@@ -54,6 +54,22 @@ class TakesSampleWeight(_Trainer):
         return items if counted is batch_samples else _no_zero(items)
 
 
+def without_weights(inputs: Any) -> tuple[Any, Tensor | None]:
+    """The batch that a model gets, and the weights that came with it."""
+    if COLUMN not in inputs:
+        return inputs, None
+    return {name: value for name, value in inputs.items() if name != COLUMN}, inputs[COLUMN]
+
+
+def refuse_shifted_labels(inputs: Any) -> None:
+    """Refuse a batch with weights whose labels are shifted already: they are not laid beside these."""
+    if inputs.get("shift_labels") is not None:
+        raise ValueError(
+            "sample_weight is laid beside labels, and this batch holds shift_labels: train without sequence "
+            "parallelism"
+        )
+
+
 class WeightCollator:
     """A collator that lays the weights of its rows as it lays their labels.
 

@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from rgd.integrations._linear_head import handle_of
-from rgd.integrations._sample_weight import COLUMN, TakesSampleWeight
+from rgd.integrations._sample_weight import TakesSampleWeight, refuse_shifted_labels, without_weights
 
 if TYPE_CHECKING:
 
@@ -59,20 +59,16 @@ class RGDTrainer(TakesSampleWeight, Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of a micro-batch, which sees all of it."""
-        weight, given = inputs.get(COLUMN), (return_outputs, num_items_in_batch)
-        if weight is not None and inputs.get("shift_labels") is not None:
-            raise ValueError(
-                "sample_weight is laid beside labels, and this batch holds shift_labels: train without "
-                "sequence parallelism"
-            )
+        given = return_outputs, num_items_in_batch
+        rest, weight = without_weights(inputs)
+        if weight is not None:
+            refuse_shifted_labels(inputs)
         function, handle = self.compute_loss_func, handle_of(self.accelerator.unwrap_model(model))
         if getattr(function, "takes_batch", False):
-            inputs = {**inputs}
-            batch = {**inputs}
-            inputs.pop(COLUMN, None)
-            self.compute_loss_func = functools.partial(function, batch=batch)
+            # The Trainer takes the labels out of what it is given.
+            self.compute_loss_func = functools.partial(function, batch=inputs)
             try:
-                return super().compute_loss(model, inputs, *given)
+                return super().compute_loss(model, {**rest}, *given)
             finally:
                 self.compute_loss_func = function
         if weight is None:

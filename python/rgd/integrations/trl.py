@@ -23,7 +23,13 @@ from torch.nn import functional as F
 from rgd.integrations._criterion import HasCriterion
 from rgd.integrations._inputs import refuse_settings_of_the_loss, segments_of_rows, shifted_segments
 from rgd.integrations._linear_head import use_linear_rgd
-from rgd.integrations._sample_weight import COLUMN, TakesSampleWeight, of_labels
+from rgd.integrations._sample_weight import (
+    COLUMN,
+    TakesSampleWeight,
+    of_labels,
+    refuse_shifted_labels,
+    without_weights,
+)
 from rgd.torch._checks import check_flag
 from rgd.torch._modes import evaluates
 from rgd.torch.loss import RGDLoss
@@ -194,14 +200,9 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """TRL's loss of a micro-batch, each token's log-probability times its weight."""
-        weight: Tensor | None = inputs.get(COLUMN)
+        inputs, weight = without_weights(inputs)
         if weight is not None:
-            inputs = {name: value for name, value in inputs.items() if name != COLUMN}
-            if inputs.get("shift_labels") is not None:
-                raise ValueError(
-                    "sample_weight is laid beside labels, and this batch holds shift_labels: train without "
-                    "sequence parallelism"
-                )
+            refuse_shifted_labels(inputs)
         refuse_settings_of_the_loss(inputs, "RGDSFTTrainer")
         if self.linear and not evaluates():
             return self._linear_loss(model, inputs, return_outputs, num_items_in_batch, weight)
@@ -347,8 +348,7 @@ class RGDDPOTrainer(_OfPairs, DPOTrainer):
                 )
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        inputs, weight = {**inputs}, inputs.get(COLUMN)
-        inputs.pop(COLUMN, None)
+        inputs, weight = without_weights(inputs)
         refuse_settings_of_the_loss(inputs, "RGDDPOTrainer")
         trainer: Any = self
         seen: list[Any] = []
@@ -383,8 +383,7 @@ class RGDDPOTrainer(_OfPairs, DPOTrainer):
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
         """TRL's, of a batch without its weights."""
-        inputs = {name: value for name, value in inputs.items() if name != COLUMN}
-        return super().compute_ref_log_probs(model, inputs)
+        return super().compute_ref_log_probs(model, without_weights(inputs)[0])
 
     def _losses(self, log_ratios: Tensor, completion_mask: Tensor) -> Tensor:
         """The loss of each pair, from log-ratios of first all chosen, then all rejected completions."""
@@ -444,8 +443,7 @@ class RGDRewardTrainer(_OfPairs, RewardTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective of a micro-batch of pairs."""
-        inputs, weight = {**inputs}, inputs.get(COLUMN)
-        inputs.pop(COLUMN, None)
+        inputs, weight = without_weights(inputs)
         refuse_settings_of_the_loss(inputs, "RGDRewardTrainer")
         seen: list[Any] = []
 

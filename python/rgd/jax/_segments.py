@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from rgd._segments import are_given, count
 from rgd.jax._inputs import Losses, an_array, as_groups, comparable, is_known
 from rgd.jax._weights import weights_of
 from rgd.weightings import Weighting
@@ -133,16 +134,9 @@ def as_segments(segments: ArrayLike | None, number: Any, per: str, shape: tuple[
     Returns:
         The units. A traced number that is not allowed belongs to none and is inside: its weight is NaN.
     """
-    if segments is None:
-        if number is not None:
-            raise ValueError("num_segments goes with segments: leave it out without them")
+    if not are_given(segments, number, per):
         return None
-    if per != "sample":
-        raise ValueError(
-            'segments are the units of per="sample": give that, or leave segments out. With per="element" '
-            "each token is weighted by its own loss, packed or not"
-        )
-    given: Any = an_array("segments", segments)
+    given: Any = an_array("segments", cast("ArrayLike", segments))
     given = given if isinstance(given, np.ndarray) else jnp.asarray(given)
     if not jnp.issubdtype(given.dtype, jnp.integer):
         raise TypeError(f"segments must be an array of integers, got {given.dtype}")
@@ -156,13 +150,7 @@ def as_segments(segments: ArrayLike | None, number: Any, per: str, shape: tuple[
     if is_known(given):
         known = np.asarray(given)
         least, largest = (int(known.min()), int(known.max())) if known.size else (0, 0)
-        if least < -1 or (number is not None and largest >= number):
-            wrong, allowed = (least, "") if least < -1 else (largest, f" below num_segments={number}")
-            raise ValueError(
-                f"segments must be numbers from 0 on{allowed}, or -1 for a target that takes no part, got "
-                f"{wrong}"
-            )
-        number = max(largest + 1, 1) if number is None else number
+        number = count(least, largest, number)
     if number is None:
         number = max(math.prod(shape) // max(rows, 1), 1)
     numbers = comparable(jnp.asarray(given))

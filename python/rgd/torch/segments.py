@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from rgd._segments import are_given, count
 from rgd.torch._checks import check_dense, no_tensor
 from rgd.torch._dtypes import INTEGERS, wide
 from rgd.torch._measure import check_groups
@@ -54,7 +55,7 @@ def segments_of(
                 f"position_ids must have shape (T,), (B, T) or (3, B, T), got {tuple(position_ids.shape)}"
             )
         positions = (position_ids[0] if position_ids.dim() == 3 else position_ids).to(torch.int64)
-        begins = (positions[..., 1:] == 0) | (positions[..., 1:] < positions[..., :-1])
+        begins = begins_after_the_first(positions)
         first = torch.zeros_like(positions[..., :1])
         return torch.cat([first, begins.to(torch.int64)], -1).cumsum(-1)
     ends = cast("Tensor", cu_seqlens)
@@ -62,10 +63,15 @@ def segments_of(
     if ends.dim() != 1 or ends.shape[0] < 1:
         raise ValueError(f"cu_seqlens must have shape (K + 1,), got {tuple(ends.shape)}")
     ends = ends.to(torch.int64)
-    count = int(ends[-1]) if length is None else length
-    places = torch.arange(count, device=ends.device)
+    tokens = int(ends[-1]) if length is None else length
+    places = torch.arange(tokens, device=ends.device)
     numbers = torch.bucketize(places, ends, right=True) - 1
     return numbers.masked_fill(places >= ends[-1], -1)
+
+
+def begins_after_the_first(positions: Tensor) -> Tensor:
+    """Where in a row but at its start a sequence begins: at a position of 0, and where positions fall."""
+    return (positions[..., 1:] == 0) | (positions[..., 1:] < positions[..., :-1])
 
 
 class Segments(NamedTuple):
@@ -98,10 +104,9 @@ class Segments(NamedTuple):
             counted: Which targets count.
             measure: The base measure of each target, the same within a unit; None for ones.
         """
-        plain = losses.detach().to(wide(losses))
-        number = self._sum(counted.to(plain.dtype))
-        means = self._sum(plain.masked_fill(~counted, 0)) / number.clamp(min=1)
-        return means, self.measure(counted, measure, plain.dtype).masked_fill(number == 0, 0)
+        total, number = self.totals(losses.detach(), counted)
+        p = self.measure(counted, measure, total.dtype).masked_fill(number == 0, 0)
+        return total / number.clamp(min=1), p
 
     def totals(self, losses: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of each unit's losses that count, and how many they are."""
@@ -205,15 +210,8 @@ def check_segments(
         TypeError: If they are no integers.
         ValueError: If a shape, a device or a number does not fit, or `per` is not "sample".
     """
-    if segments is None:
-        if number is not None:
-            raise ValueError("num_segments goes with segments: leave it out without them")
+    if not are_given(segments, number, per):
         return None
-    if per != "sample":
-        raise ValueError(
-            'segments are the units of per="sample": give that, or leave segments out. With per="element" '
-            "each token is weighted by its own loss, packed or not"
-        )
     _check_integers("segments", segments)
     if segments.shape != shape or not shape:
         raise ValueError(
@@ -226,13 +224,7 @@ def check_segments(
     segments = segments.detach().to(torch.int64)
     if values_can_be_read(segments):
         largest, least = (int(segments.max()), int(segments.min())) if segments.numel() else (0, 0)
-        if least < -1 or (number is not None and largest >= number):
-            wrong, allowed = (least, "") if least < -1 else (largest, f" below num_segments={number}")
-            raise ValueError(
-                f"segments must be numbers from 0 on{allowed}, or -1 for a target that takes no part, got "
-                f"{wrong}"
-            )
-        number = max(largest + 1, 1) if number is None else number
+        number = count(least, largest, number)
     rows = shape[0] if len(shape) > 1 else 1
     if number is None:
         number = max(segments.numel() // max(rows, 1), 1)

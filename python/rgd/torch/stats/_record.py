@@ -23,7 +23,7 @@ from rgd.stats import (
 )
 from rgd.torch._distributed import gather, reduce_max, reduce_sums
 from rgd.torch._dtypes import wide
-from rgd.torch._measure import check_groups
+from rgd.torch._measure import check_groups, units_of
 from rgd.torch._problem import Problem
 from rgd.torch.segments import Segments
 from rgd.weightings import Weighting
@@ -135,8 +135,7 @@ class Record(NamedTuple):
             kept = torch.ones_like(of_targets, dtype=torch.bool) if counted is None else counted.flatten(1)
             of_targets, number = of_targets.masked_fill(~kept, 0).sum(1), kept.sum(1)
             if reference is not None:
-                reference = reference.flatten(1).to(of_targets.dtype).masked_fill(~kept, 0).sum(1)
-                reference = reference / number.clamp(min=1)
+                reference = units_of(reference, counted, None, "sample")[0]
             losses, counted = of_targets / number.clamp(min=1), number > 0
         if counted is not None:
             kept = counted.to(wide(losses))

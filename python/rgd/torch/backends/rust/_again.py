@@ -109,7 +109,7 @@ def again(
         known: What its last call has left behind.
         logits: What this call was given.
         target: Likewise.
-        beside: Mask, sample weights and groups of this call, each likewise or None; None without all three.
+        beside: The mask, sample weights and groups of this call, each None if it has none; or None.
     """
     (
         dtype, shape, target_dtype, target_shape, units_shape, options, plan,
@@ -179,7 +179,7 @@ def again(
             return None
         (divisor, count), measure, groups = found
         if measure is not None and count != losses.numel():
-            # What stands where it is 0 may be no class at all.
+            # Where the measure is 0, the target may be no class at all.
             target = target.masked_fill(spread(measure, losses) == 0, ignore_index)
     counted = None if count == losses.numel() else target != ignore_index
     state = loss.__dict__  # the way around nn.Module, which looks for parameters first
@@ -193,9 +193,11 @@ def again(
 def _compute_beside(
     loss: Any, known: Accepted, given: tuple[Any, ...], beside: tuple[Any, Any, Any]
 ) -> tuple[tuple[float, int], Tensor | None, Tensor | None] | None:
-    """The kernels with a measure, groups and a state: what they return, and copies of measure and groups.
+    """Calls the kernels with a measure, groups and a state.
 
-    None for a measure that has to be looked at. Copies: the caller may change its own before they are read.
+    Returns:
+        What the kernels return, and copies of measure and groups, since the caller may change its own before
+        the record is read; None where only the whole way can take or refuse the measure.
     """
     where, sample_weight, groups = beside
     measure = None
