@@ -150,7 +150,7 @@ def as_segments(segments: ArrayLike | None, number: Any, per: str, shape: tuple[
     if is_known(given):
         known = np.asarray(given)
         least, largest = (int(known.min()), int(known.max())) if known.size else (0, 0)
-        number = count(least, largest, number)
+        number = count(least, largest, None if number is None else int(number))
     if number is None:
         number = max(math.prod(shape) // max(rows, 1), 1)
     numbers = comparable(jnp.asarray(given))
