@@ -123,6 +123,26 @@ class RepeatedWeights:
         The addresses are those of contiguous tensors in the CPU's memory that do not overlap, with `count`
         numbers each; the weights are float64 for float64 losses, else float32.
         """
+    def objective(
+        self,
+        losses: int,
+        weights: int,
+        objective: int,
+        factors: int,
+        count: int,
+        threads: int,
+        reduction: str,
+    ) -> None:
+        """Fill `weights`, the objective of float32 or float64 losses, and what multiplies each loss in it.
+
+        The addresses are as for a call, all of tensors in the losses' dtype. The objective is one number,
+        `sum w l`, over `count` for "mean", or for "none" `w l` for each loss. The factors are `w`, over
+        `count` for "mean".
+
+        Raises:
+            TypeError: If the losses are of another dtype.
+            ValueError: If there are none.
+        """
 
 def sample_weights(
     losses: Any,

@@ -9,6 +9,7 @@ use super::tensor::{Dtype, HasDtype, Tensor};
 use crate::cross_entropy::{self as ce, Gradient, Inputs, Memory, Outputs, Settings, Target};
 use crate::layout::Vector;
 use crate::numeric::{Element, Real};
+use crate::reduce;
 use crate::weightings::{self, Batch, Weighting};
 use ndarray::{ArrayViewD, ArrayViewMutD, IxDyn};
 use pyo3::exceptions::{PyTypeError, PyValueError};
@@ -60,10 +61,9 @@ impl RepeatedCrossEntropy {
     ) -> PyResult<Self> {
         let dtype = read_dtype(dtype)?;
         let reduction = read_reduction(reduction)?;
-        if reduction == ce::Reduction::None || shape.len() < 2 || shape.contains(&0) {
+        if shape.len() < 2 || shape.contains(&0) {
             return Err(PyValueError::new_err(format!(
-                "a repeated call has logits of shape (N, C, ...) with elements, and one number as its objective, got \
-                 {shape:?} and {reduction:?}"
+                "a repeated call has logits of shape (N, C, ...) with elements, got {shape:?}"
             )));
         }
         let targets_shape = shape[..1].iter().chain(&shape[2..]).copied().collect();
@@ -146,6 +146,7 @@ impl RepeatedCrossEntropy {
             .clone()
             .map(|(&leaf, &length)| Ok(view::<f64>(leaf, &[length])?.iter().copied().collect()))
             .collect::<PyResult<Vec<Vec<f64>>>>()?;
+        let values = if self.settings.reduction == ce::Reduction::None { targets } else { 1 };
         let grad: *mut MaybeUninit<T> = pointer(places.grad)?;
         // SAFETY: the caller vouches for the outputs: contiguous memory of these lengths and types that no other
         // argument shares. `pointer` has checked that they are there and aligned.
@@ -153,7 +154,7 @@ impl RepeatedCrossEntropy {
             Outputs {
                 losses: std::slice::from_raw_parts_mut(pointer(places.losses)?, targets),
                 weights: std::slice::from_raw_parts_mut(pointer(places.weights)?, units),
-                objective: std::slice::from_raw_parts_mut(pointer(places.objective)?, 1),
+                objective: std::slice::from_raw_parts_mut(pointer(places.objective)?, values),
                 grad: Gradient::Separate(ArrayViewMutD::from_shape_ptr(IxDyn(&self.shape), grad)),
             }
         };
@@ -222,14 +223,88 @@ impl RepeatedWeights {
         if count == 0 {
             return Ok(());
         }
-        for_float!(self.dtype, "losses", T => {
-            let losses = Vector::new(view::<T>(losses, &[count])?);
-            let batch = Batch::new(&losses, None, None, threads);
-            // SAFETY: as above; the weights are as many numbers of the accumulator's type, which nothing shares.
-            let weights: &mut [MaybeUninit<<T as Element>::Real>] =
-                unsafe { std::slice::from_raw_parts_mut(pointer(weights)?, count) };
-            released(py, || weightings::sample_weights(&batch, self.weighting, &mut [], weights))?
-                .map_err(|error| PyValueError::new_err(error.to_string()))
+        for_float!(self.dtype, "losses", T => self.fill::<T>(py, losses, weights, count, threads))
+    }
+
+    /// Weights, the objective of losses that are float32 or float64, and what multiplies each loss in it: `w`, over
+    /// `count` for "mean".
+    #[allow(clippy::too_many_arguments)] // one for each tensor
+    fn objective(
+        &self,
+        py: Python,
+        losses: usize,
+        weights: usize,
+        objective: usize,
+        factors: usize,
+        count: usize,
+        threads: usize,
+        reduction: &str,
+    ) -> PyResult<()> {
+        let reduction = read_reduction(reduction)?;
+        if count == 0 {
+            return Err(PyValueError::new_err("there are no losses to reduce"));
+        }
+        let places = [losses, weights, objective, factors];
+        match self.dtype {
+            Dtype::F32 => self.reduce::<f32>(py, places, count, threads, reduction),
+            Dtype::F64 => self.reduce::<f64>(py, places, count, threads, reduction),
+            _ => {
+                Err(PyTypeError::new_err("losses must be float32 or float64 for an objective of their dtype"))
+            }
+        }
+    }
+}
+
+impl RepeatedWeights {
+    fn fill<T: Element<Real: HasDtype> + HasDtype>(
+        &self,
+        py: Python,
+        losses: usize,
+        weights: usize,
+        count: usize,
+        threads: usize,
+    ) -> PyResult<()> {
+        let losses = Vector::new(view::<T>(losses, &[count])?);
+        let batch = Batch::new(&losses, None, None, threads);
+        // SAFETY: as above; the weights are as many numbers of the accumulator's type, which nothing shares.
+        let weights: &mut [MaybeUninit<T::Real>] =
+            unsafe { std::slice::from_raw_parts_mut(pointer(weights)?, count) };
+        released(py, || weightings::sample_weights(&batch, self.weighting, &mut [], weights))?
+            .map_err(|error| PyValueError::new_err(error.to_string()))
+    }
+
+    fn reduce<A: Real + Element<Real = A> + HasDtype>(
+        &self,
+        py: Python,
+        [losses, weights, objective, factors]: [usize; 4],
+        count: usize,
+        threads: usize,
+        reduction: ce::Reduction,
+    ) -> PyResult<()> {
+        self.fill::<A>(py, losses, weights, count, threads)?;
+        let (losses, weights) = (view::<A>(losses, &[count])?, view::<A>(weights, &[count])?);
+        let values = if reduction == ce::Reduction::None { count } else { 1 };
+        // SAFETY: as above, for outputs of the losses' type that nothing shares.
+        let (objective, factors): (&mut [MaybeUninit<A>], &mut [MaybeUninit<A>]) = unsafe {
+            (
+                std::slice::from_raw_parts_mut(pointer(objective)?, values),
+                std::slice::from_raw_parts_mut(pointer(factors)?, count),
+            )
+        };
+        released(py, || {
+            #[allow(clippy::cast_precision_loss)] // a count
+            let divisor = if reduction == ce::Reduction::Mean { count as f64 } else { 1.0 };
+            for (factor, weight) in factors.iter_mut().zip(&weights) {
+                factor.write(A::from_f64(weight.to_f64() / divisor));
+            }
+            if reduction == ce::Reduction::None {
+                for ((product, &loss), &weight) in objective.iter_mut().zip(&losses).zip(&weights) {
+                    product.write(reduce::product(weight, loss));
+                }
+            } else {
+                let sum = reduce::weighted_sum(&Vector::new(losses), &Vector::new(weights), None, threads);
+                objective[0].write(A::from_f64(sum / divisor));
+            }
         })
     }
 }

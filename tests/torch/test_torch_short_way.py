@@ -1,4 +1,4 @@
-"""A call of RGDLoss like its last one goes a short way, to the same numbers; any other goes the whole way."""
+"""A call like the last one goes a short way, to the same numbers; any other goes the whole way."""
 
 import copy
 import pickle
@@ -8,7 +8,8 @@ import pytest
 import rgd
 import torch
 import torch._dynamo.testing
-from rgd.torch import RGDLoss, backend, loss
+import torch.nn.functional as F
+from rgd.torch import RGD, RGDLoss, backend, cross_entropy, functional, reweighted_mean
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -20,15 +21,32 @@ TARGET = torch.tensor([0, 3, 1, 1, 2, 0])
 @pytest.fixture
 def ways(monkeypatch):
     """For each call that looked for the short way, whether it was taken."""
-    found = []
-    again = loss.again
+    return watched(monkeypatch, RGDLoss, "_again")
 
-    def watched(*args):
-        objective = again(*args)
+
+@pytest.fixture
+def function_ways(monkeypatch):
+    """The same for the calls of `cross_entropy` in this thread, of which the last ones are forgotten."""
+    monkeypatch.setattr(functional._last, "plan", None)
+    monkeypatch.setattr(functional._last, "accepted", None)
+    return watched(monkeypatch, functional, "again")
+
+
+@pytest.fixture
+def ways_of_losses(monkeypatch):
+    """The same for losses of any kind."""
+    return watched(monkeypatch, functional, "plain_objective")
+
+
+def watched(monkeypatch, owner, name):
+    found, way = [], getattr(owner, name)
+
+    def watch(*args, **kwargs):
+        objective = way(*args, **kwargs)
         found.append(objective is not None)
         return objective
 
-    monkeypatch.setattr(loss, "again", watched)
+    monkeypatch.setattr(owner, name, watch)
     return found
 
 
@@ -62,6 +80,8 @@ def equal(one, other):
         {"weighting": rgd.Focal(2.0)},
         {"weighting": rgd.KLBall(0.1)},
         {"weighting": rgd.CVaR(0.5), "sync": False},
+        {"reduction": "none", "weighting": rgd.CVaR(0.5), "ignore_index": 1},
+        {"reduction": "none", "z_loss": 0.1},
     ],
     ids=str,
 )
@@ -486,3 +506,238 @@ def test_threads_share_a_loss():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_each_value_of_none_has_its_own_gradient_and_is_marked_as_weighted(ways):
+    criterion = RGDLoss(scale=-0.7, reduction="none")
+    above = torch.arange(1.0, 7.0)
+    criterion(leaf(), TARGET)
+    x = leaf()
+    values = criterion(x, TARGET)
+    (gradient,) = torch.autograd.grad(values, x, above, create_graph=True)
+    expected = F.cross_entropy(y := leaf(), TARGET, reduction="none") * torch.exp(
+        -0.7 * F.cross_entropy(LOGITS, TARGET, reduction="none")
+    )
+    (of_formula,) = torch.autograd.grad(expected, y, above)
+    torch.testing.assert_close((values, gradient), (expected, of_formula))
+    with pytest.raises(ValueError, match="weighted already"):
+        reweighted_mean(values)
+    assert ways == [True]
+
+
+# --- cross_entropy: the arguments of the last calls of this thread ---
+
+SETTINGS = {
+    "plain": {},
+    "dial": {"scale": -0.7},
+    "none": {"reduction": "none"},
+    "weights": {"weight": torch.tensor([1.0, 2.0, 0.5, 3.0]), "ignore_index": 1, "label_smoothing": 0.1},
+    "adjusted": {"logit_adjustment": torch.tensor([0.0, 1.0, -1.0, 0.5]), "reduction": "sum", "z_loss": 0.1},
+    "member": {"weighting": rgd.CVaR(0.5)},
+    "masked": {"where": MASK},
+    "shares": {"sample_weight": SHARES, "groups": GROUPS},
+}
+
+
+def of_function(**settings):
+    x = leaf()
+    values = cross_entropy(x, TARGET, **settings)
+    (gradient,) = torch.autograd.grad(values, x, torch.full_like(values, 3.0))
+    return values, gradient
+
+
+@pytest.mark.parametrize("name", list(SETTINGS))
+def test_the_third_call_of_the_function_takes_the_short_way_to_the_same_numbers(function_ways, name):
+    calls = [of_function(**SETTINGS[name]) for _ in range(4)]
+    assert function_ways == [True, True]
+    for call in calls[1:]:
+        torch.testing.assert_close(call, calls[0], rtol=0, atol=0)
+
+
+OTHER_ARGUMENTS = {
+    "reduction": {"reduction": "sum"},
+    "ignore_index": {"ignore_index": 1},
+    "label_smoothing": {"label_smoothing": 0.2},
+    "z_loss": {"z_loss": 0.1},
+    "tau": {"tau": 0.5},
+    "weighting": {"weighting": rgd.CVaR(0.5)},
+    "weight": {"weight": torch.tensor([1.0, 2.0, 0.5, 3.0])},
+    "adjustment": {"logit_adjustment": torch.tensor([0.0, 1.0, -1.0, 0.5])},
+    "per": {"per": "sample"},
+    "two narrow masks": {"where": torch.stack([MASK, MASK], 1)[:, 0]},
+}
+
+
+@pytest.mark.parametrize("name", list(OTHER_ARGUMENTS))
+def test_other_arguments_of_the_function_are_heard(function_ways, name):
+    expected = of_function(**OTHER_ARGUMENTS[name])
+    for _ in range(3):
+        of_function()
+    assert function_ways[-1]
+    torch.testing.assert_close(of_function(**OTHER_ARGUMENTS[name]), expected, rtol=0, atol=0)
+    assert not function_ways[-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"reduction": "median"}, ValueError, "reduction"),
+        ({"ignore_index": True}, TypeError, "ignore_index"),
+        ({"label_smoothing": 2.0}, ValueError, "label_smoothing"),
+        ({"inplace": 1}, TypeError, "inplace"),
+        ({"normalizer": -1.0}, ValueError, "normalizer"),
+        ({"state": ()}, ValueError, "state"),
+        ({"reference": torch.zeros(6)}, ValueError, "reference"),
+        ({"num_segments": 3}, ValueError, "segments"),
+        ({"sample_weight": -SHARES}, ValueError, "finite numbers >= 0"),
+        ({"weight": torch.ones(3)}, ValueError, "weight"),
+    ],
+)
+def test_what_the_function_refuses_is_refused_in_a_series_too(settings, error, message):
+    for _ in range(3):
+        of_function()
+    with pytest.raises(error, match=message):
+        of_function(**settings)
+
+
+def test_a_class_weight_that_was_changed_in_place_counts_as_it_is(function_ways):
+    weight = torch.tensor([1.0, 2.0, 0.5, 3.0])
+    for _ in range(3):
+        of_function(weight=weight)
+    weight.mul_(torch.tensor([3.0, 1.0, 1.0, 1.0]))
+    expected = of_function(weight=weight.clone())
+    torch.testing.assert_close(of_function(weight=weight), expected, rtol=0, atol=0)
+    assert function_ways[:2] == [True, False]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace warns of itself and of every shape
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "evaluation"])
+def test_a_call_of_the_function_in_a_mode_goes_the_whole_way(function_ways, mode):
+    class Called(nn.Module):
+        def forward(self, logits, target):
+            return cross_entropy(logits, target)
+
+    expected = MODES[mode](Called())
+    for _ in range(3):
+        of_function()
+    del function_ways[:]
+    torch.testing.assert_close(MODES[mode](Called()), expected, rtol=0, atol=0)
+    assert function_ways
+    assert not any(function_ways)
+
+
+def test_threads_have_their_own_series():
+    expected = [of_function(), of_function(scale=-0.7)]
+    wrong = []
+
+    def train(mine):
+        for _ in range(100):
+            found = of_function() if mine == 0 else of_function(scale=-0.7)
+            if found[0].item() != expected[mine][0].item():
+                wrong.append(mine)
+
+    threads = [threading.Thread(target=train, args=(i % 2,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# --- losses of any kind ---
+
+LOSSES = torch.tensor([0.1, 3.0, 0.7, 1.5, 0.0, 2.0])
+MEMBERS = [rgd.KL(), rgd.KL(scale=-0.7), rgd.CVaR(0.5), rgd.KLBall(0.1), rgd.ERM()]
+
+
+@pytest.mark.parametrize("weighting", MEMBERS, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_losses_of_a_base_take_the_short_way_to_the_same_numbers(ways_of_losses, weighting, reduction, dtype):
+    criterion = RGDLoss(base=torch.abs, weighting=weighting, reduction=reduction)
+
+    def call():
+        x = leaf(LOSSES.to(dtype))
+        values = criterion(x.view(2, 3))
+        (first,) = torch.autograd.grad(values, x, torch.full_like(values, 3.0), retain_graph=True)
+        (again,) = torch.autograd.grad(values.square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(again.sum(), x)
+        stats = criterion.stats()
+        return (values, first, again, second, criterion.last_weights), stats.mean_loss, stats.objective
+
+    short, *told = call()
+    assert ways_of_losses == [True]
+    with backend("composite"):
+        whole, *of_whole = call()
+    assert ways_of_losses == [True, False]
+    # Sums of six numbers, and weights of 4 ulp.
+    torch.testing.assert_close(short, whole, rtol=32 * torch.finfo(dtype).eps, atol=0)
+    assert told == pytest.approx(of_whole, rel=32 * torch.finfo(dtype).eps)
+
+
+def test_an_infinite_loss_of_weight_0_adds_nothing_and_nan_stays_nan(ways_of_losses):
+    for value, objective in ((torch.inf, LOSSES[:5].sum().item() / 6), (torch.nan, torch.nan)):
+        x = leaf(torch.cat([LOSSES[:5], torch.tensor([value])]))
+        found = reweighted_mean(x, rgd.Threshold(10.0))
+        assert found.item() == pytest.approx(objective, nan_ok=True)
+        (gradient,) = torch.autograd.grad(found, x)
+        assert gradient[5] == 0 or value != torch.inf
+        assert gradient[:5].tolist() == pytest.approx([1 / 6] * 5)
+    assert ways_of_losses == [True, True]
+
+
+ELSEWHERE = {
+    "half": lambda: reweighted_mean(leaf(LOSSES.bfloat16())),
+    "strided": lambda: reweighted_mean(leaf(LOSSES.repeat(2))[::2]),
+    "negated": lambda: reweighted_mean(torch._neg_view(-leaf())),
+    "no grad": lambda: reweighted_mean(LOSSES),
+    "empty": lambda: reweighted_mean(leaf(LOSSES[:0])),
+    "own weighting": lambda: reweighted_mean(leaf(LOSSES), rgd.Pointwise(torch.exp)),
+    "subclass": lambda: reweighted_mean(LOSSES.as_subclass(Tagged).requires_grad_()),
+    "func.grad": lambda: torch.func.grad(reweighted_mean)(LOSSES),
+}
+
+
+@pytest.mark.parametrize("case", list(ELSEWHERE))
+def test_losses_that_the_kernels_do_not_read_as_they_are_go_the_whole_way(ways_of_losses, case):
+    ELSEWHERE[case]()
+    assert ways_of_losses == [False]
+
+
+def test_per_sample_losses_of_rows_go_the_whole_way(ways_of_losses):
+    criterion = RGDLoss(base=torch.abs, per="sample")
+    criterion(leaf(LOSSES.view(2, 3)))
+    criterion(leaf(LOSSES))
+    assert ways_of_losses == [True]
+
+
+def test_hooks_on_saved_tensors_send_losses_the_whole_way(ways_of_losses):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        reweighted_mean(leaf(LOSSES))
+    assert ways_of_losses == [False]
+
+
+def test_a_graph_of_losses_is_used_once_unless_it_is_kept():
+    x = leaf(LOSSES)
+    objective = reweighted_mean(x)
+    first, second = (torch.autograd.grad(objective, x, retain_graph=True)[0] for _ in range(2))
+    assert first.data_ptr() != second.data_ptr()
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    objective.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        objective.backward()
+
+
+def test_gradients_of_many_directions_at_once():
+    x = leaf(LOSSES)
+    values = RGDLoss(base=torch.abs, reduction="none")(x)
+    (rows,) = torch.autograd.grad(values, x, torch.eye(6), is_grads_batched=True)
+    torch.testing.assert_close(rows, torch.diag(torch.exp(LOSSES.clamp(max=1.0) / 2) * LOSSES.sign()))
+
+
+def test_an_optimizer_takes_the_short_way(ways_of_losses):
+    x = leaf(LOSSES)
+    optimizer = RGD(torch.optim.SGD([x], lr=1.0))
+    optimizer.backward(x.abs())
+    torch.testing.assert_close(x.grad, torch.exp(LOSSES.clamp(max=1.0) / 2) * LOSSES.sign() / 6)
+    assert ways_of_losses == [True]

@@ -268,10 +268,10 @@ class RGDLoss(Dial, nn.Module):
             normalizer is None and reference is None and segments is None and num_segments is None
             and base is None and not args and not kwargs and not torch.compiler.is_compiling()
         )  # fmt: skip
-        if repeatable and self._accepted is not None:
+        known = self._accepted
+        if repeatable and known is not None:
             bare = where is None and sample_weight is None and groups is None
-            beside = None if bare else (where, sample_weight, groups)
-            objective = again(self, self._accepted, input, target, beside)
+            objective = self._again(known, input, target, None if bare else (where, sample_weight, groups))
             if objective is not None:
                 return objective
         if base is None:
@@ -316,6 +316,31 @@ class RGDLoss(Dial, nn.Module):
             record = None if record is None else record.guarded()
         if plan is not _PLAIN:
             self._keep(record, losses if base is None else None)
+        return objective
+
+    def _again(
+        self, known: Accepted, input: Tensor, target: Any, beside: tuple[Any, Any, Any] | None
+    ) -> Tensor | None:
+        """The objective of a call like the last one; None for a call that must go the whole way."""
+        # `training` and `evaluate` ask nothing of a call that needs a gradient, and is no step of a state.
+        plan, buffers = self._plan, self._buffers
+        if not (self._totals is None and self._advisor is None and (not plan.stateful or self.training)):
+            return None
+        # `known` is no tensor: a buffer that has gone, as where a parameter has its name, does not fit.
+        by_class: Any = buffers.get("weight", known), buffers.get("logit_adjustment", known)
+        options = (
+            self.ignore_index, self.label_smoothing, self.reduction, self.per, self.inplace, self.z_loss
+        )  # fmt: skip
+        state = self.weighting_state if plan.stateful else None
+        found = again(
+            known, input, target, beside,
+            options=options, plan=plan, by_class=by_class, sharing=self._sync, state=state,
+        )  # fmt: skip
+        if found is None:
+            return None
+        kept = self.__dict__  # the way around nn.Module, which looks for parameters first
+        objective, kept["_record"] = found
+        kept["_logits"] = weakref.ref(input)
         return objective
 
     def _part_of(self, *trained: Tensor | None) -> tuple[Plan, Memory | None, Sync]:

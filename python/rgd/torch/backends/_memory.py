@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,12 @@ def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
 def empty_like(tensor: Tensor) -> Tensor:
     """An uninitialised tensor of the same shape, strides and dtype."""
     return _on_huge_pages(torch.empty_like(tensor))
+
+
+def allocator(tensor: Tensor) -> Callable[[Tensor], Tensor]:
+    """What makes tensors like this one as `empty_like` does, without a look at their size."""
+    large = tensor.numel() * tensor.element_size() >= _LARGE
+    return empty_like if large else torch.empty_like
 
 
 def _on_huge_pages(fresh: Tensor) -> Tensor:

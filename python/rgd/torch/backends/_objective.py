@@ -1,4 +1,4 @@
-"""The objective in the graph of autograd, with the gradient that the forward pass has left ready."""
+"""Objectives in the graph of autograd, with the gradients that the forward pass has left ready."""
 
 from __future__ import annotations
 
@@ -11,6 +11,22 @@ from rgd.torch._modes import graph_is_kept, saved_tensors_hooks
 from rgd.torch._problem import Options, Problem
 from rgd.torch.backends._formulas import differentiable_gradient
 from rgd.torch.backends._graph import scaled
+
+
+class OfLosses(torch.autograd.Function):
+    """Hands on the objective of any losses, `sum_i factors_i l_i` or its parts: the factors are constants."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, objective: Tensor, factors: Tensor) -> Tensor:
+        """Returns the objective."""
+        ctx.save_for_backward(factors)
+        return objective
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """The factors, times what comes from above."""
+        (above,), (factors,) = grad_outputs, ctx.saved_tensors
+        return above * factors, None, None
 
 
 class Objective(torch.autograd.Function):

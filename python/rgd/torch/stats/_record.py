@@ -104,6 +104,8 @@ class Record(NamedTuple):
 
     def guarded(self) -> Record:
         """The record of losses and a mask of the caller: a copy of that, and word of changes of those."""
+        if self.version is not None:
+            return self
         record = self.changed(counted=_copy(self.counted))
         if torch.compiler.is_compiling() or self.losses.is_inference():
             return record.changed(losses=self.losses.clone())

@@ -30,7 +30,7 @@ from rgd.torch.backends._in_place import Overwritten
 from rgd.torch.backends._objective import Objective
 from rgd.torch.backends._steps import Step
 from rgd.torch.backends.rust import _ops
-from rgd.torch.backends.rust._again import Accepted, accepted, again, plain_weights
+from rgd.torch.backends.rust._again import Accepted, accepted, again, plain_objective, plain_weights
 from rgd.torch.backends.rust._kernels import (
     RustStep,
     fill,
@@ -41,7 +41,7 @@ from rgd.torch.backends.rust._kernels import (
 )
 from rgd.torch.stats import Record
 
-__all__ = ["Accepted", "Rust", "accepted", "again", "plain_weights"]
+__all__ = ["Accepted", "Rust", "accepted", "again", "plain_objective", "plain_weights"]
 
 
 class Rust:

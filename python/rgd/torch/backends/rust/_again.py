@@ -7,8 +7,8 @@ the short way if everything is as it was. `again` names every condition, and dec
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
+from operator import is_
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,16 +21,22 @@ from rgd.torch._measure import spread
 from rgd.torch._modes import PLAIN, on_the_cpu_and_eager, trains_plainly
 from rgd.torch._plan import Plan
 from rgd.torch._problem import Given, Options, Problem
-from rgd.torch.backends._memory import empty_like
-from rgd.torch.backends._objective import Objective
+from rgd.torch._state import WeightingState
+from rgd.torch._weighted import mark_weighted
+from rgd.torch.backends._memory import allocator
+from rgd.torch.backends._objective import Objective, OfLosses
 from rgd.torch.backends._registry import leads
-from rgd.torch.backends.rust._kernels import fill_plain_weights
+from rgd.torch.backends.rust._kernels import fill_plain_weights, repeated_weights
 from rgd.torch.stats import Record
 from rgd.weightings._base import Kernel
 
 _strided = torch.strided
+_OF_LOSSES = frozenset((torch.float32, torch.float64))
 # Without the question for torch.func transforms, under which no call goes the short way.
 _apply: Any = cast("Any", super(torch.autograd.Function, Objective)).apply
+_apply_of_losses: Any = cast("Any", super(torch.autograd.Function, OfLosses)).apply
+# Where there are more, the whole way costs next to nothing, and what is left behind would take memory.
+_MOST_TARGETS = 2**16
 
 
 class Accepted(NamedTuple):
@@ -50,6 +56,7 @@ class Accepted(NamedTuple):
         compute: The kernels for such a call.
         losses: A tensor like its losses.
         objective: A tensor like its objective.
+        allocate: What makes its gradient, given the logits.
     """
 
     dtype: torch.dtype
@@ -65,6 +72,7 @@ class Accepted(NamedTuple):
     compute: Callable[..., Any]
     losses: Tensor
     objective: Tensor
+    allocate: Callable[[Tensor], Tensor]
 
 
 def accepted(given: Given, problem: Problem, plan: Plan, record: Record | None) -> Accepted | None:
@@ -76,9 +84,10 @@ def accepted(given: Given, problem: Problem, plan: Plan, record: Record | None) 
     as_given = (
         logits is given.input and problem.target.dtype is target.dtype and logits.dtype != torch.float16
     )
-    ordinary = problem.wants_gradient() and not options.inplace and options.reduction != "none"
+    ordinary = problem.wants_gradient() and not options.inplace
     dense = logits.is_contiguous() and target.is_contiguous() and logits.dim() > 1 and logits.numel() > 0
-    if not (served and plain and as_given and ordinary and dense):
+    small = target.numel() <= _MOST_TARGETS
+    if not (served and plain and as_given and ordinary and dense and small):
         return None
     dtype = accumulator(logits.dtype)
     by_class = given.class_weight, given.adjustment
@@ -95,28 +104,40 @@ def accepted(given: Given, problem: Problem, plan: Plan, record: Record | None) 
     units_shape = target.shape[:1] if options.per == "sample" else target.shape
     return Accepted(
         logits.dtype, logits.shape, target.dtype, target.shape, units_shape, options, plan, *by_class,
-        versions, compute, losses, losses.new_empty(()),
+        versions, compute, losses, losses if options.reduction == "none" else losses.new_empty(()),
+        allocator(logits),
     )  # fmt: skip
 
 
 def again(
-    loss: Any, known: Accepted, logits: Any, target: Any, beside: tuple[Any, Any, Any] | None
-) -> Tensor | None:
-    """The objective of a call like the accepted one; None for a call that must go the whole way.
+    known: Accepted,
+    logits: Any,
+    target: Any,
+    beside: tuple[Any, Any, Any] | None,
+    *,
+    options: tuple[Any, ...],
+    plan: Plan,
+    by_class: tuple[Any, Any],
+    sharing: Sync,
+    state: WeightingState | None = None,
+) -> tuple[Tensor, Record] | None:
+    """The objective of a call like the accepted one, and its record; None for one that must go the whole way.
 
     Args:
-        loss: The `RGDLoss`. Its record is set.
-        known: What its last call has left behind.
+        known: What an earlier call has left behind.
         logits: What this call was given.
         target: Likewise.
         beside: The mask, sample weights and groups of this call, each None if it has none; or None.
+        options: The settings of this call, in the order of `Options`.
+        plan: Its weighting.
+        by_class: Its class weights and its adjustment of the logits.
+        sharing: With whom its batch is shared.
+        state: What a weighting that remembers has seen. It is moved.
     """
     (
-        dtype, shape, target_dtype, target_shape, units_shape, options, plan,
-        class_weight, adjustment, versions, compute, like_losses, like_objective,
+        dtype, shape, target_dtype, target_shape, units_shape, settings, weighting,
+        class_weight, adjustment, versions, compute, like_losses, like_objective, allocate,
     ) = known  # fmt: skip
-    ignore_index, smoothing, reduction, per, _, z_loss = options
-    buffers: Any = loss._buffers
     if not (
         # Nobody else asks for a part of the call. (While `torch.jit.trace` records, even shapes are tensors.)
         trains_plainly()
@@ -139,42 +160,34 @@ def again(
         and logits.requires_grad
         and not logits.is_neg()
         and not target.is_neg()
-        # The loss as it was; `training` and `evaluate` ask nothing of a call that needs a gradient.
-        and loss._plan is plan
-        and loss.reduction is reduction
-        and loss.ignore_index is ignore_index
-        and loss.label_smoothing is smoothing
-        and loss.per is per
-        and loss.z_loss is z_loss
-        and loss.inplace is False
-        and loss._totals is None
-        and loss._advisor is None
-        # `known` is no tensor: a buffer that has gone, as where a parameter has its name, does not fit.
-        and buffers.get("weight", known) is class_weight
-        and buffers.get("logit_adjustment", known) is adjustment
+        # The settings as they were.
+        and plan is weighting
+        and all(map(is_, options, settings))
+        and by_class[0] is class_weight
+        and by_class[1] is adjustment
         and (
             class_weight is None or (class_weight._version == versions[0] and not class_weight.requires_grad)
         )
         and (adjustment is None or adjustment._version == versions[1])
         and (beside is None or _fit(beside, like_losses.dtype, units_shape))
-        and (not plan.stateful or loss.training)
         # Options that depend on what is around the call.
-        and (plan.pointwise or loss._sync.group() is None)
+        and (plan.pointwise or sharing.group() is None)
         and not (dtype is torch.bfloat16 and torch.is_autocast_enabled("cpu"))
     ):
         return None
+    ignore_index, _, reduction, per, _, _ = settings
     losses, objective = torch.empty_like(like_losses), torch.empty_like(like_objective)
     weights = losses.new_empty(units_shape) if per == "sample" else torch.empty_like(losses)
-    grad = empty_like(logits)
+    grad = allocate(logits)
     given = (
         logits.data_ptr(), target.data_ptr(), losses.data_ptr(), weights.data_ptr(), objective.data_ptr(),
         grad.data_ptr(), torch.get_num_threads(), class_weight, adjustment,
     )  # fmt: skip
-    if beside is None and not plan.stateful:
+    if beside is None and state is None:
         divisor, count = compute(*given)
         measure = groups = None
     else:
-        found = _compute_beside(loss, known, given, beside or (None, None, None))
+        found = _compute_beside(known, given, beside or (None, None, None), state)
         if found is None:
             return None
         (divisor, count), measure, groups = found
@@ -182,16 +195,17 @@ def again(
             # Where the measure is 0, the target may be no class at all.
             target = target.masked_fill(spread(measure, losses) == 0, ignore_index)
     counted = None if count == losses.numel() else target != ignore_index
-    state = loss.__dict__  # the way around nn.Module, which looks for parameters first
-    state["_record"] = Record(losses, weights, divisor, measure, counted, groups, "rust")
-    state["_logits"] = weakref.ref(logits)
+    record = Record(losses, weights, divisor, measure, counted, groups, "rust")
     read = (weights, logits, target, class_weight, adjustment, measure)
     objective = objective if objective.dtype is dtype else objective.to(dtype)
-    return _apply(logits, (objective, grad), read, options)
+    objective = _apply(logits, (objective, grad), read, settings)
+    if reduction == "none":
+        mark_weighted(objective, plan.weighting)
+    return objective, record
 
 
 def _compute_beside(
-    loss: Any, known: Accepted, given: tuple[Any, ...], beside: tuple[Any, Any, Any]
+    known: Accepted, given: tuple[Any, ...], beside: tuple[Any, Any, Any], state: WeightingState | None
 ) -> tuple[tuple[float, int], Tensor | None, Tensor | None] | None:
     """Calls the kernels with a measure, groups and a state.
 
@@ -207,8 +221,8 @@ def _compute_beside(
         measure = where.to(known.losses.dtype)
     groups = None if groups is None else groups.clone()
     addresses = [None if one is None else one.data_ptr() for one in (measure, groups)]
-    if known.plan.stateful:
-        with loss.weighting_state.moved() as leaves:
+    if state is not None:
+        with state.moved() as leaves:
             found: Any = known.compute(*given, *addresses, leaves)
     else:
         found = known.compute(*given, *addresses)
@@ -231,6 +245,42 @@ def plain_weights(losses: Tensor, plan: Plan, sharing: Sync) -> Tensor | None:
     ):
         return fill_plain_weights(losses, plan)
     return None
+
+
+def plain_objective(losses: Tensor, plan: Plan, group: Any, reduction: str) -> tuple[Tensor, Record] | None:
+    """The objective of losses without measure, groups and state, and its record; None where more is asked.
+
+    Args:
+        losses: Losses, checked.
+        plan: The weighting.
+        group: The processes that share the batch, or None.
+        reduction: "none", "mean" or "sum".
+    """
+    if not (
+        trains_plainly()
+        and leads("rust")
+        and plan.kernel is not None
+        and group is None
+        and type(losses) in PLAIN
+        and losses.dtype in _OF_LOSSES
+        and losses.layout is _strided
+        and not losses.is_nested
+        and losses.is_cpu
+        and losses.is_contiguous()
+        and losses.requires_grad
+        and not losses.is_neg()
+        and losses.numel() > 0
+    ):
+        return None
+    weights, factors = torch.empty_like(losses), torch.empty_like(losses)
+    objective = torch.empty_like(losses) if reduction == "none" else losses.new_empty(())
+    repeated_weights(losses.dtype, plan).objective(
+        losses.data_ptr(), weights.data_ptr(), objective.data_ptr(), factors.data_ptr(), losses.numel(),
+        torch.get_num_threads(), reduction,
+    )  # fmt: skip
+    count, version = float(losses.numel()), losses._version
+    record = Record(losses.detach(), weights, count, None, None, None, "rust", version)
+    return _apply_of_losses(losses, objective, factors), record
 
 
 def _fit(beside: tuple[Any, Any, Any], dtype: torch.dtype, shape: torch.Size) -> bool:

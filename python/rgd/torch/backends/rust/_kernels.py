@@ -30,14 +30,22 @@ def fill_plain_weights(losses: Tensor, plan: Plan) -> Tensor:
     """The same without a measure, by what the plan has kept of the last call: a third of the time."""
     if losses.is_neg() or not losses.is_contiguous():
         return fill_weights(losses, cast("Kernel", plan.kernel))
-    repeated = plan.repeated.get(losses.dtype)
+    weights = torch.empty_like(losses, dtype=accumulator(losses.dtype))
+    repeated_weights(losses.dtype, plan)(
+        losses.data_ptr(), weights.data_ptr(), losses.numel(), torch.get_num_threads()
+    )
+    return weights
+
+
+def repeated_weights(dtype: torch.dtype, plan: Plan) -> _rgd.RepeatedWeights:
+    """What the plan has kept of the last call with losses of a dtype, or keeps from now on."""
+    repeated = plan.repeated.get(dtype)
     if repeated is None:
         kind, numbers = cast("Kernel", plan.kernel)
-        repeated = _rgd.RepeatedWeights(str(losses.dtype).removeprefix("torch."), kind, numbers)
-        plan.repeated[losses.dtype] = repeated
-    weights = torch.empty_like(losses, dtype=accumulator(losses.dtype))
-    repeated(losses.data_ptr(), weights.data_ptr(), losses.numel(), torch.get_num_threads())
-    return weights
+        repeated = plan.repeated[dtype] = _rgd.RepeatedWeights(
+            str(dtype).removeprefix("torch."), kind, numbers
+        )
+    return repeated
 
 
 def _measure_of(measure: Tensor | None) -> Tensor | None:
