@@ -473,7 +473,10 @@ def picture(table: Table, path: pathlib.Path) -> None:
     names = [arm for arm in table.arms(BY_ACCURACY) if arm != PLAIN]
     for panel, (here, metric) in zip(axes, panels_of, strict=True):
         differences(panel, [table.line(here, arm, metric) for arm in names], markersize=5)
-        panel.set_yticks(range(0, -len(names), -1), [name.replace("plain x", "x") for name in names])
+        panel.set_yticks(
+            range(0, -len(names), -1),
+            [name.replace("plain x mean weight of", "placebo of") for name in names],
+        )
         panel.set_ylim(0.6 - len(names), 0.6)
         panel.set_title(words[metric], loc="left", fontsize=11)
         panel.set_xlabel("better →" if metric == "accuracy" else "← better")

@@ -141,7 +141,7 @@ def page(row: Row) -> str:
         "Means over the seeds; in brackets the difference to the baseline and half of its 95% interval, bold "
         "where that excludes 0. Only the claim is tested; all else is description."
     )
-    for setting in table.settings():
+    for setting in filter(row.tabled, table.settings()) if row.tabled else table.settings():
         parts += [f"## {setting[0].upper()}{setting[1:]}", of_setting(table, setting)]
     parts += ["## How it was measured", about]
     numbers = f"[{row.name}.csv]({row.name}.csv), [{row.name}_runs.csv]({row.name}_runs.csv)"
@@ -271,7 +271,7 @@ def cases() -> list[Case]:
             "`RGDLoss(tau=3)`",
             "worst group of classes "
             f"{told('text', 'both tasks', 'RGD, tau 3', 'worst_group_accuracy')} points, accuracy "
-            f" {told('text', 'both tasks', 'RGD, tau 3')}",
+            f"{told('text', 'both tasks', 'RGD, tau 3')}",
             "text",
         ),
         lambda: Case(

@@ -113,6 +113,7 @@ ROW = Row(
     picture,
     sentence,
     tabular.own_options,
+    tabled=tabular.by_accuracy,
 )
 
 if __name__ == "__main__":

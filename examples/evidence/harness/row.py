@@ -146,6 +146,7 @@ class Row:
         sentence: What came out, computed from the table.
         parser: Makes the parser of the program's own options, those of its recipes; None where it has none.
         options: Those that were given, for the command in the table.
+        tabled: Whether the page has a table of a setting; None where it has one of each.
     """
 
     name: str
@@ -157,6 +158,7 @@ class Row:
     sentence: Callable[[Table], str]
     parser: Callable[[], argparse.ArgumentParser] | None = None
     options: str = ""
+    tabled: Callable[[str], bool] | None = None
 
     @property
     def path(self) -> pathlib.Path:
