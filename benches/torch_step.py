@@ -21,7 +21,7 @@ from rgd.torch import RGDLoss
 from torch import Tensor, nn
 from tqdm import tqdm
 
-SIZES = [(128, 10), (512, 100), (1024, 1000), (8, 21, 256, 256), (2048, 32000)]
+SIZES = [(128, 10), (512, 100), (1024, 1000), (8, 21, 256, 256), (2048, 32000), (256, 128256)]
 DTYPES = [torch.float32, torch.bfloat16]
 PEERS = [
     "nn.CrossEntropyLoss, one thread",

@@ -1,9 +1,10 @@
-"""Times a training step's loss with each weighting, forward and backward from logits, and with peers' losses.
+"""Times a training step's loss with each weighting and in each call, and with peers' losses.
 
 Run `make bench BENCH=benches/weightings.py`, or this file: `--json FILE` writes the figures, `--write` the
-table of docs/speed.md, `--quick` takes a fraction of the time. Each loss is timed in turn with
-`nn.CrossEntropyLoss`, A B A B ..., in one process. The table gives the median of the pairwise ratios and its
-quartiles. A ratio of 0.5 says that the loss took half the time of `nn.CrossEntropyLoss`.
+tables of docs/speed.md, `--quick` takes a fraction of the time. A step is forward and backward from logits.
+Each loss is timed in turn with `nn.CrossEntropyLoss`, A B A B ..., in one process, with one thread and with
+torch's number of threads. The tables give the median of the pairwise ratios and its quartiles. A ratio of 0.5
+says that the loss took half the time of `nn.CrossEntropyLoss`.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import argparse
 import importlib
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import rgd
 import torch
 import torch.nn.functional as F
-from _report import described, publish, write
-from rgd.torch import RGDLoss
+from _report import described, machine, publish, write
+from rgd.torch import RGDLoss, cross_entropy
 from torch import Tensor, nn
 from torch_step import compare, plain_rgd, step
 from tqdm import tqdm
@@ -38,6 +40,7 @@ MEMBERS: dict[str, rgd.Weighting] = {
     "Trimmed(KL(tau=1.0), 0.05)": rgd.Trimmed(rgd.KL(tau=1.0), 0.05),
     "MovingAverage(KL(tau=1.0), 0.9)": rgd.MovingAverage(rgd.KL(tau=1.0), 0.9),
 }
+HEADS = {"weightings": "loss", "calls": "call"}
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -58,58 +61,99 @@ def peers() -> dict[str, Loss]:
     return found
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", metavar="FILE", help="also write the figures as JSON")
-    parser.add_argument("--quick", action="store_true", help="a fraction of the time")
-    parser.add_argument("--write", action="store_true", help="also write the table of docs/speed.md")
-    arguments = parser.parse_args()
-    budget = 0.2 if arguments.quick else 2.0
-    torch.manual_seed(0)
+def members() -> dict[str, Loss]:
+    """`RGDLoss` with every built-in weighting."""
     losses: dict[str, Loss] = {f"`{name}`": RGDLoss(weighting=member) for name, member in MEMBERS.items()}
     groups = {size: torch.arange(size[0]) % 4 for size in SIZES}
     by_group = RGDLoss(weighting=rgd.GroupDRO(4, step_size=0.01))
     losses["`GroupDRO(4, 0.01)`"] = lambda logits, target: by_group(
         logits, target, groups=groups[tuple(logits.shape)]
     )
-    losses |= peers()
-    found = []
-    with tqdm(total=len(losses) * len(SIZES), leave=False) as progress:
-        for name, loss in losses.items():
-            ratios = []
-            for size in SIZES:
-                progress.set_description(f"{name} {size}")
-                logits = torch.randn(size).requires_grad_()
-                target = torch.randint(0, size[1], size[:1])
-                plain = step(nn.CrossEntropyLoss(), logits, target)
-                ratios.append(compare(step(loss, logits, target), plain, budget))
-                progress.update()
-            found.append((name, ratios))
+    return losses
 
+
+def calls() -> dict[str, Loss]:
+    """The default weighting in other calls than `RGDLoss()(logits, target)`."""
+    weighted, masked, each = RGDLoss(), RGDLoss(), RGDLoss(reduction="none")
+    base = RGDLoss(base=nn.CrossEntropyLoss(reduction="none"))
+    p = {size: torch.rand(size[0]) for size in SIZES}
+    mask = {size: one > 0.2 for size, one in p.items()}
+    return {
+        "`cross_entropy(logits, target)`": cross_entropy,
+        "`RGDLoss()`, `sample_weight=`": lambda logits, target: weighted(
+            logits, target, sample_weight=p[tuple(logits.shape)]
+        ),
+        "`RGDLoss()`, `where=`": lambda logits, target: masked(
+            logits, target, where=mask[tuple(logits.shape)]
+        ),
+        '`RGDLoss(reduction="none")`, and its mean': lambda logits, target: each(logits, target).mean(),
+        "`RGDLoss(base=nn.CrossEntropyLoss(...))`": base,
+        "unweighted: `nn.CrossEntropyLoss(...)`, and its mean": lambda logits, target: F.cross_entropy(
+            logits, target, reduction="none"
+        ).mean(),
+    }
+
+
+def measured(losses: dict[str, Loss], budget: float, progress: Any) -> list[dict[str, Any]]:
+    """A figure for each loss, size and number of threads."""
+    found, all_threads = [], torch.get_num_threads()
+    for name, loss in losses.items():
+        for size in SIZES:
+            progress.set_description(f"{name} {size}")
+            logits, target = torch.randn(size).requires_grad_(), torch.randint(0, size[1], size[:1])
+            plain = step(nn.CrossEntropyLoss(), logits, target)
+            for threads in (1, all_threads):
+                torch.set_num_threads(threads)
+                ratio = compare(step(loss, logits, target), plain, budget)
+                found.append({"loss": name, "size": size, "threads": threads, **ratio._asdict()})
+            progress.update()
+    return found
+
+
+def table(figures: list[dict[str, Any]], head: str, found: dict[str, Any]) -> str:
+    """A line a loss, two columns a size; `found` is the machine of the figures."""
     text = [
-        f"One step of loss, forward and backward from float32 logits, on {described()}, "
-        f"{torch.get_num_threads()} threads:",
+        f"One step of loss, forward and backward from float32 logits, on {described(found)}:",
         "its time over that of `nn.CrossEntropyLoss`, median of pairs timed in turn, with quartiles.",
-        "Below 1, it is faster.",
+        f"Below 1, it is faster. Of two columns of a size the first is for one thread, the second for "
+        f"{figures[-1]['threads']}.",
         "`make bench BENCH=benches/weightings.py` measures it on your machine.",
         "",
-        "| loss | " + " | ".join(str(size) for size in SIZES) + " |",
-        "|---|" + "---|" * len(SIZES),
+        f"| {head} | " + " | ".join(f"{size} | " for size in SIZES) + "|",
+        "|---|" + "---|---|" * len(SIZES),
     ]
-    for name, ratios in found:
-        cells = [f"{r.median:.2f} ({r.low:.2f}-{r.high:.2f})" for r in ratios]
+    for name in dict.fromkeys(figure["loss"] for figure in figures):
+        cells = [
+            f"{figure['median']:.2f} ({figure['low']:.2f}-{figure['high']:.2f})"
+            for figure in figures
+            if figure["loss"] == name
+        ]
         text.append(f"| {name} | " + " | ".join(cells) + " |")
-    print("\n".join(text))
-    figures = [
-        {"loss": name, "size": size, **ratio._asdict()}
-        for name, ratios in found
-        for size, ratio in zip(SIZES, ratios, strict=True)
-    ]
+    return "\n".join(text)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", metavar="FILE", help="also write the figures as JSON")
+    parser.add_argument("--quick", action="store_true", help="a fraction of the time")
+    parser.add_argument("--write", action="store_true", help="also write the tables of docs/speed.md")
+    arguments = parser.parse_args()
+    budget = 0.2 if arguments.quick else 1.2
+    torch.manual_seed(0)
+    of_members, of_calls = members() | peers(), calls()
+    with tqdm(total=(len(of_members) + len(of_calls)) * len(SIZES), leave=False) as progress:
+        found = {
+            "weightings": measured(of_members, budget, progress),
+            "calls": measured(of_calls, budget, progress),
+        }
+    texts = {name: table(figures, HEADS[name], machine()) for name, figures in found.items()}
+    print("\n\n".join(texts.values()))
     if arguments.json:
-        write(arguments.json, figures)
+        write(arguments.json, [figure for figures in found.values() for figure in figures])
     if arguments.write:
-        publish("docs/speed.md", "weightings", "\n".join(text), figures)
+        for name, text in texts.items():
+            publish("docs/speed.md", name, text, found[name])
 
 
 if __name__ == "__main__":

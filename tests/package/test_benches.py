@@ -3,6 +3,7 @@
 import importlib
 import json
 import pathlib
+import sys
 
 import pytest
 
@@ -42,11 +43,18 @@ def results(name: str) -> dict:
     return json.loads((BENCHES / "results" / f"{name}.json").read_text())
 
 
-def test_the_table_of_weightings_has_the_figures_of_the_results():
-    table = between_markers("docs/speed.md", "weightings")
-    for figure in results("weightings")["figures"]:
-        cell = f"{figure['median']:.2f} ({figure['low']:.2f}-{figure['high']:.2f})"
-        assert cell in table, figure
+def test_the_tables_of_weightings_and_of_calls_are_those_of_the_results(bench):
+    weightings = bench("weightings")
+    for name, head in weightings.HEADS.items():
+        found = results(name)
+        table = weightings.table(found["figures"], head, found["machine"])
+        assert between_markers("docs/speed.md", name) == table
+
+
+def test_the_goals_stand_beside_the_figures_of_the_results(bench, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["goals.py"])
+    bench("goals").main()
+    assert between_markers("docs/speed.md", "goals") == capsys.readouterr().out.strip()
 
 
 def test_the_tables_of_a_step_in_torch_are_those_of_the_results(bench):
