@@ -47,18 +47,25 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def peers() -> dict[str, Loss]:
     """What one would use without rgd; those that are installed."""
     found: dict[str, Loss] = {"KL(tau=1) in plain torch": plain_rgd}
+    sqwash, absgd = _imported("sqwash"), _imported("absgd.losses.ABLosses")
+    if sqwash is not None:
+        found["superquantile(0.5) of sqwash, which is CVaR(0.5)"] = lambda logits, target: (
+            sqwash.reduce_superquantile(F.cross_entropy(logits, target, reduction="none"), 0.5)
+        )
+    if absgd is not None:
+        moving = absgd.ABLoss(1.0)
+        moving.updateLambda()
+        found["ABLoss of absgd, which is MovingAverage(KL)"] = moving
+    return found
+
+
+def _imported(name: str) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its own docstrings warn when they are compiled
-            sqwash = importlib.import_module("sqwash")
+            warnings.simplefilter("ignore")  # of their own docstrings, as they are compiled
+            return importlib.import_module(name)
     except ModuleNotFoundError:
-        return found
-
-    def superquantile(logits: Tensor, target: Tensor) -> Tensor:
-        return sqwash.reduce_superquantile(F.cross_entropy(logits, target, reduction="none"), 0.5)
-
-    found["superquantile(0.5) of sqwash, which is CVaR(0.5)"] = superquantile
-    return found
+        return None
 
 
 def members() -> dict[str, Loss]:
