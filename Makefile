@@ -19,7 +19,7 @@ pip := $(python) -m pip --disable-pip-version-check
 pip_install := $(pip) install --quiet --timeout 120
 pytest = $(python) -m pytest -n $(PYTEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 # How many of the parameter sets of a test run with the oldest versions.
-OLDEST_SETS ?= 2
+OLDEST_SETS ?= 1
 # Rust keeps the paths of its sources for the messages of panics: those of this machine are of no use elsewhere.
 without_paths := --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=cargo --remap-path-prefix=$(CURDIR)=rgd
 say := @printf '\n== %s\n'
