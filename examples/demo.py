@@ -7,7 +7,7 @@ training times the mean weight of the ramp.
 
 Nothing is tuned here. Each of the 12 seeds trains at the learning rate and weight decay that it chose on its
 own validation labels in `examples/evidence/ramp.py`, of which this is a part; `make evidence ROW=ramp`
-chooses them anew. At the end the demo times one step of `RGDLoss` beside one of `nn.CrossEntropyLoss`.
+chooses them again. At the end the demo times one step of `RGDLoss` beside one of `nn.CrossEntropyLoss`.
 
 Run it with `make demo`, or `python examples/demo.py`.
 """

@@ -10,8 +10,8 @@ What is compared, and how:
   weights differ: none (ERM), KL, MidrangeKL, or KL with scale -1, which favours what is predicted well
   already; each for tokens by their own loss and for sequences by their mean loss.
 - Each arm gets its own learning rate: the one of the grid with the best plain validation loss.
-- What is reported is plain, unweighted, on texts that chose nothing: the loss, the accuracy, and the mean
-  loss of the tenth of the sequences that are predicted worst.
+- The reported loss and accuracy are unweighted, on held-out texts that were not used for tuning, and so is
+  the mean loss of the tenth of the sequences that are predicted worst.
 
 With `--resume FOLDER`, a run that was killed and is started again goes on from its last checkpoint and ends
 with the same numbers. On several processes, each takes its part of every batch:
@@ -620,10 +620,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     rows = rows_of(train_all(runs, size, data, arms, options.resume, every))
     if first:
         print(table(rows))
-        print("\nPlain losses in nats a token. 'rate' is the learning rate of the best validation loss; test")
-        print(
-            "loss, accuracy and the loss of the worst tenth of the sequences are of texts that chose nothing."
-        )
+        print("\nPlain losses in nats a token. 'rate' is the learning rate of the best validation loss.")
+        print("Test loss, accuracy and the loss of the worst tenth of the sequences are of texts that were")
+        print("not used for tuning.")
         for arm in at_the_edge(rows, options.rates):
             print(f"\n{arm}: the best rate ends the grid; give wider --rates before you compare it.")
         picture(rows, options.output)

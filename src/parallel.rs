@@ -1,4 +1,4 @@
-//! The thread pool: private, built at the first large call, and built anew in a forked child.
+//! The thread pool of the kernels. It is built at the first large call, and built again in a forked child.
 //!
 //! Work is cut into blocks whose bounds depend on the sizes alone, never on the number of threads. A sum `sum_b s_b` is
 //! taken of the blocks' sums `s_b` in the order of the blocks, so that results are the same, bit for bit, for any

@@ -541,7 +541,7 @@ def test_group_dro_takes_a_step_at_every_tree(library, interface, tolerance, kin
     found, expected = train(kind, objective, None), train(kind, by_hand, None)
     np.testing.assert_allclose(found, expected, rtol=0, atol=TREES * np.abs(expected).max())
     assert abs(state["shares"][1] - 0.5) > 0.01
-    # The shares begin anew with the next training.
+    # The next training starts with equal shares.
     np.testing.assert_array_equal(train(kind, objective, None), found)
 
 

@@ -5,7 +5,7 @@ objective, and `metric` makes plain metrics to stop early by. None of the librar
 
 With `f` the margins, `l_i` the loss of sample `i`, `w_i` its weight (a constant) and `p_i` its
 `sample_weight`, the trees descend `sum_i p_i w_i l_i`: the gradient is `p_i w_i dl_i/df_i`, and the Hessian,
-of which the libraries take the diagonal, `p_i w_i d^2 l_i/df_i^2`. The weights are computed anew at every
+of which the libraries take the diagonal, `p_i w_i d^2 l_i/df_i^2`. The weights are computed again at every
 tree.
 
 Example:

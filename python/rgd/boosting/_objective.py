@@ -27,7 +27,7 @@ class Objective(abc.ABC):
     `xgboost.train(..., obj=objective)`), and has the methods that CatBoost calls
     (`CatBoostClassifier(loss_function=objective)`).
 
-    A weighting that remembers, such as `rgd.GroupDRO`, takes one step at every tree. Its state starts anew
+    A weighting that remembers, such as `rgd.GroupDRO`, takes one step at every tree. Its state starts again
     where all samples have the same margins, as at the first tree of a training. Where `init_score` or
     `base_margin` gives other first margins, make a new objective for every training.
 

@@ -130,8 +130,8 @@ def rgd_loss_func(
             `DataCollatorWithFlattening` makes them of whole texts, and takes any other row for one sequence.
         weight: Class weights, shape (C,).
         ignore_index: The label that pads: it counts for nothing. The `Trainer` counts with -100.
-        label_smoothing: In [0, 1]; `TrainingArguments.label_smoothing_factor` is not heard by a
-            `compute_loss_func`.
+        label_smoothing: In [0, 1]. A `compute_loss_func` does not receive
+            `TrainingArguments.label_smoothing_factor`.
         shift_labels: Whether position `t` predicts label `t + 1`, as in a causal language model. None:
             decided by the model's output: yes for a `CausalLMOutput` and its kin, no for the outputs of
             masked, encoder-decoder and token classification models, an error for one that is not known and

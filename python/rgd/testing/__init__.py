@@ -26,7 +26,7 @@ def check_weighting(
 
     Checked on batches of losses >= 0:
 
-    - the weighting is a value: a frozen dataclass, equal and equally hashed after a copy and after pickling;
+    - the weighting is a frozen dataclass, and a copy or an unpickled one compares and hashes equal;
     - one that remembers starts from one state, keeps its structure, and `step` does not write to it;
     - its weights are finite numbers >= 0, one for each loss, and equal for equal losses;
     - they follow the samples in whatever order these come; a masked sample is as good as left out; a sample

@@ -17,7 +17,7 @@ from rgd.weightings._call import check_new_state, map_state
 
 
 def _check_value(subject: Subject) -> None:
-    """A frozen dataclass, equal and equally hashed after a copy."""
+    """Checks that it is a frozen dataclass, and that a copy compares and hashes equal."""
     weighting = subject.weighting
     parameters = getattr(type(weighting), "__dataclass_params__", None)
     if parameters is None or not parameters.frozen:
@@ -38,7 +38,7 @@ def _check_value(subject: Subject) -> None:
 
 
 def _check_state(subject: Subject) -> None:
-    """A state of fixed structure, which `step` does not write to."""
+    """Checks that the state keeps its structure, and that `step` does not write to the state it is given."""
     weighting = subject.weighting
     if not weighting.stateful:
         return

@@ -19,7 +19,7 @@ class Dial:
 
     @property
     def tau(self) -> float:
-        """The clipping factor of the weighting, for one that has it; to set it sets the weighting anew."""
+        """The clipping factor of the weighting, if it has one. Setting it replaces the weighting."""
         return number_of(self.weighting, "tau")
 
     @tau.setter
@@ -29,10 +29,10 @@ class Dial:
 
     @property
     def scale(self) -> float:
-        """The scaling factor of the weighting, for one that has it; to set it sets the weighting anew.
+        """The scaling factor of the weighting, if it has one. Setting it replaces the weighting.
 
-        For `rgd.KL` that is the dial. Where its sign changes, and `tau` is the one that `KL` chooses for the
-        old sign, `KL` chooses it for the new one: infinite for a negative scale, else 1.
+        For `rgd.KL` this is the dial. If its sign changes while `tau` is the default of the old sign, `tau`
+        becomes the default of the new sign: infinite for a negative scale, else 1.
         """
         return number_of(self.weighting, "scale")
 

@@ -181,7 +181,7 @@ class WeightingState(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Begin anew, with the state before the first batch."""
+        """Set the state back to the state before the first batch."""
         for name, first in self._first.items():
             leaf = self._get(name)
             leaf.copy_(torch.tensor(first, dtype=leaf.dtype, device="cpu"))
@@ -215,9 +215,9 @@ class WeightingState(nn.Module):
 
     @torch.no_grad()
     def _settle(self) -> None:
-        """Begin anew where another tensor has taken the place of one that was written or loaded here.
+        """Reset each number whose tensor was replaced by one that was neither written nor loaded here.
 
-        Loaders put memory without values where a checkpoint has no entry, and do not say so.
+        Where a checkpoint has no entry, some loaders put in uninitialised memory without saying so.
         """
         if all(self._get(name) is known for name, known in self._known.items()):
             return

@@ -22,7 +22,7 @@ class LossHistory:
             history.update(index, criterion.last_losses)
         found = rgd.suspects(history.mean(), share=0.1)
 
-    `reset()` begins anew: the mean over the last epochs tells more than that over all.
+    `reset()` sets all sums to zero. The mean over the last epochs says more than the mean over all epochs.
 
     Args:
         count: The number of samples of the data set.
@@ -93,7 +93,7 @@ class LossHistory:
         return self._seen.clone()
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Set all sums and counts to zero."""
         self._sums.zero_()
         self._seen.zero_()
 

@@ -445,7 +445,9 @@ class RGDLoss(Dial, nn.Module):
         return stats if remark is None else stats.remarked(remark)
 
     def reset_stats(self) -> None:
-        """Let `stats(total=True)` begin anew. From the first time on, each call in training adds its sums.
+        """Set the totals of `stats(total=True)` to zero. The first call also switches them on.
+
+        From then on each call in training adds its sums to them.
 
         Example:
             >>> import torch
@@ -461,7 +463,7 @@ class RGDLoss(Dial, nn.Module):
         self._totals.reset()
 
     def reset_parameters(self) -> None:
-        """Let a weighting that remembers begin anew, with the state before its first batch."""
+        """Set the state of a weighting that remembers back to the state before its first batch."""
         if self.weighting_state is not None:
             self.weighting_state.reset_parameters()
 

@@ -9,7 +9,7 @@ from rgd.weightings import Weighting
 
 
 class WeightingSchedule:
-    """Sets the weighting of a loss or an optimizer anew at each step, as a learning rate scheduler does.
+    """Sets the weighting of a loss or an optimizer at each step, as a scheduler sets the learning rate.
 
     Args:
         target: What has the weighting: an `RGDLoss`, an `RGD` optimizer, or the loss function of

@@ -147,7 +147,10 @@ class Operators:
 
 
 def gradient_dtype(logits: Tensor) -> torch.dtype:
-    """That of the gradient that is kept: float16 has no room for a mean's before the loss scale is known."""
+    """The dtype in which the gradient is kept until backward.
+
+    A float16 gradient of a mean underflows before the loss scale is applied, so it is kept in float32.
+    """
     return torch.float32 if logits.dtype is torch.float16 else logits.dtype
 
 

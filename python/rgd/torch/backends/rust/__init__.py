@@ -84,7 +84,7 @@ class Rust:
         """The re-weighted objective, and the record of its weights."""
         logits, with_grad = problem.logits, problem.wants_gradient()
         if with_grad and logits.dtype is torch.float16:
-            # float16 has no room for the gradient of a mean before the loss scale has been applied to it.
+            # A float16 gradient of a mean underflows before the loss scale is applied: compute it in float32.
             target = problem.target if problem.has_labels() else problem.target.float()
             problem = problem.changed(logits=logits.float(), target=target)
         if problem.measure is not None:
