@@ -1,28 +1,28 @@
-"""Weight each sample by its own loss: a dial from wrong labels to the tail, for PyTorch, JAX and NumPy.
+"""Weight each sample by its own loss, against wrong labels or for hard samples: PyTorch, JAX and NumPy.
 
 Where to begin:
 
 - `rgd.torch`: `RGDLoss` in place of `nn.CrossEntropyLoss`, `RGD` around any optimizer, and functions.
 - `rgd.jax`: the same as pure functions; `rgd.optax` for optimizers.
-- `rgd` itself: `sample_weights`, `reweighted_mean` and `weight_stats` for NumPy arrays and any CPU array of
-  DLPack, without gradients.
+- `rgd` itself: `sample_weights`, `reweighted_mean` and `weight_stats` for NumPy arrays and any CPU array that
+  supports DLPack, without gradients.
 
-The weightings, which every part takes:
+Every part takes these weightings:
 
 - `KL`: `exp(scale * min(loss, tau))`, the dial; a negative scale resists wrong labels.
 - `ERM`: all weights are 1, plain training.
 - `CVaR`: the worst share of the batch.
 - `KLBall`, `ChiSquare`, `ChiSquareBall`, `MidrangeKL`: other worst cases.
-- `Focal`: less weight for what is predicted well.
-- `Trimmed`: leaves out the largest losses; `Threshold`: all above one.
-- `Excess`: weights by how far a loss is above that of a reference model.
+- `Focal`: less weight for samples that are predicted well.
+- `Trimmed`: leaves out the largest losses; `Threshold`: leaves out all losses above a number.
+- `Excess`: weights a sample by its loss minus that of a reference model.
 - `GroupDRO`: the worst of known groups.
 - `MovingAverage`: weights over their running mean.
-- `Pointwise`: a function of yours; a subclass of `Weighting` for more.
+- `Pointwise`: a function of the loss that you give. For more, subclass `Weighting`.
 
-`help(rgd.KL)` and the like tell each one's formula. `suspects` names the samples that look mislabelled;
-`log_prior` and `class_balanced` serve rare classes. The modules `torch`, `jax`, `optax`, `boosting`,
-`sklearn`, `plot`, `testing` and `integrations` are imported when they are first used.
+`help(rgd.KL)` shows the formula of `KL`; every weighting has such a text. `suspects` lists the samples that
+look mislabelled; `log_prior` and `class_balanced` are for rare classes. The modules `torch`, `jax`, `optax`,
+`boosting`, `sklearn`, `plot`, `testing` and `integrations` are imported when they are first used.
 
 Example:
     >>> import numpy as np, rgd
@@ -37,7 +37,7 @@ References:
 
 from typing import Any
 
-# First: it refuses an interpreter that NumPy would refuse in words of its own.
+# This import comes first: it refuses a subinterpreter with a clear message, before NumPy fails in it.
 from rgd import _main_interpreter  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 # isort: split

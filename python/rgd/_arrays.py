@@ -1,7 +1,7 @@
-"""What kind of array a caller gave, how a kernel reads it in place, and how to hand back the same kind.
+"""Which kind of array a caller gave, how a kernel reads it in place, and how to return the same kind.
 
-NumPy arrays are read as they are, and everything else through DLPack, by the importer of the kernels, which
-checks what a tensor says of itself.
+NumPy arrays are read directly. All other arrays are read through DLPack, by the importer of the kernels,
+which checks the description of a tensor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 class SupportsDLPack(Protocol):
-    """An array of any library that speaks DLPack."""
+    """An array of any library that supports DLPack."""
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -50,7 +50,7 @@ def read(name: str, given: Any) -> Source:
         given: What the caller gave.
 
     Raises:
-        BufferError: If what a DLPack tensor says of itself contradicts itself.
+        BufferError: If the description of a DLPack tensor contradicts itself.
         TypeError: If it is no array, or not of floating numbers.
         ValueError: If it is a scalar, is not in the CPU's memory, would lose its gradient, or cannot be read
             in place.
@@ -82,7 +82,7 @@ def read(name: str, given: Any) -> Source:
 
 
 def refuse_masked(name: str, given: Any, fix: str | None = None) -> None:
-    """Refuse a masked array of NumPy, or a list of some: what it masks would count like any other number."""
+    """Refuse a masked array of NumPy, or a list of them: its masked numbers would count like the others."""
     parts = cast("list[Any]", given) if isinstance(given, (list, tuple)) else [given]
     if any(isinstance(part, np.ma.MaskedArray) for part in parts):
         fix = fix or f"fill it, as {name}.filled(0) does, and leave samples out by where="
@@ -122,7 +122,7 @@ def read_measure(
 
 
 def read_normalizer(normalizer: Any) -> float | None:
-    """What a mean is divided by: a positive number, or an array of shape (); None stays None."""
+    """Check the number that a mean is divided by: positive, or an array of shape (); None stays None."""
     if normalizer is None:
         return None
     number: Any = normalizer
@@ -139,13 +139,13 @@ def read_normalizer(normalizer: Any) -> float | None:
 
 
 def power_of(largest: float) -> float:
-    """A power of two to divide a measure by, for results that do not depend on it.
+    """A power of two to divide a measure by, for results that do not depend on the measure's scale.
 
     Args:
         largest: The largest of its numbers, finite.
 
     Returns:
-        1.0 where float32 has room above and below the numbers; otherwise the power of two below the largest.
+        1.0 if sums and products of the numbers fit into float32, else the power of two below the largest.
     """
     if largest == 0.0 or 1e-18 <= largest <= 1e18:
         return 1.0
@@ -153,13 +153,13 @@ def power_of(largest: float) -> float:
 
 
 def power_of_products(largest: float) -> float:
-    """A power of two to divide a measure by, for products with it that stay where the losses are.
+    """A power of two to divide a measure by, so that its products with losses are not larger than these.
 
     Args:
         largest: The largest of its numbers, finite.
 
     Returns:
-        The power of two from which on `p / factor` is at most 1; 1.0 for 0.
+        The smallest power of two with which `p / factor` is at most 1; 1.0 for 0.
     """
     fraction, exponent = math.frexp(largest)
     return 1.0 if largest == 0.0 else math.ldexp(1.0, exponent - (fraction == 0.5))
@@ -298,7 +298,7 @@ def _check_jax(name: str, given: Any) -> None:
 
 
 def _importer(given: Any) -> Callable[[npt.NDArray[Any]], Any]:
-    """`from_dlpack` of the library `given` comes from; where it has none, a NumPy array stays one."""
+    """`from_dlpack` of the library that `given` comes from, or a function that returns the NumPy array."""
     if hasattr(given, "__array_namespace__"):
         namespace = given.__array_namespace__()
     else:
@@ -311,7 +311,7 @@ def _same(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _dense(name: str, given: Any) -> str:
-    """What makes an array of something that is none: sparse arrays of SciPy and JAX have a method for it."""
+    """The call that makes a dense array, for the error message: sparse arrays have a method for it."""
     for method in ("toarray", "todense"):
         if hasattr(given, method):
             return f"{name}.{method}()"

@@ -11,7 +11,7 @@ from rgd.weightings._call import map_state
 
 
 class ByKernel:
-    """What `weigh` takes for a weighting where its kernel shall compute the step.
+    """Stands for a weighting in `weigh`, and computes its step by the kernel.
 
     Args:
         weighting: The weighting.
@@ -34,7 +34,7 @@ class ByKernel:
         def narrowed(before: Any, after: Any) -> Any:
             return xp.astype(after, before.dtype)
 
-        # The kernel takes the leaves in the order of `init()`, whatever the order of a dict's keys is.
+        # The kernel takes the leaves in the order of `init()`; the keys of this dict may have another order.
         after = map_state(copied, self._weighting.init(), state)
         weights = xp.empty_like(batch.losses)
         measure = None if batch.is_plain() else batch.measure

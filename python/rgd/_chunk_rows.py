@@ -13,13 +13,13 @@ def chunk_rows(
     """The rows of a chunk, at least one.
 
     Args:
-        chunk_bytes: The size of the logits of a chunk. None stands for 32 MiB, or for an eighth of the head's
-            gradient where that is more, since every chunk reads and writes the whole gradient; and for at
-            least 128 rows.
+        chunk_bytes: The size of the logits of a chunk. None is 32 MiB, or an eighth of the head's gradient if
+            that is more, since every chunk reads and writes the whole gradient. None also means at least 128
+            rows.
         row_bytes: The size of the logits of one row.
-        gradient_bytes: The size of the head's gradient, as it is summed.
-        rows: How many rows there are. Where it is given, the rows are spread evenly over the chunks, for a
-            loop whose chunks all have one size.
+        gradient_bytes: The size of the head's gradient in the dtype in which it is summed.
+        rows: How many rows there are. If it is given, the rows are spread evenly over the chunks, for a loop
+            whose chunks all have the same size.
 
     Returns:
         The number of rows.

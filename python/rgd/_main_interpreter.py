@@ -1,7 +1,7 @@
 """Refuses, when it is imported, an interpreter other than the process's first one.
 
-NumPy and the kernels keep state that belongs to the process. In a subinterpreter some versions of NumPy
-raise, each in words of its own, some warn, and what then works is chance.
+NumPy and the kernels keep state for the whole process. In a subinterpreter some versions of NumPy raise
+various errors, and others only warn and then may or may not work.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def refuse_subinterpreter() -> None:
     Raises:
         ImportError: If this is not the main interpreter.
     """
-    # CPython's own module: of this name since 3.13, of the other one before; elsewhere there is none.
+    # This private module of CPython has this name since 3.13, and the other one before. Others have neither.
     for name in ("_interpreters", "_xxsubinterpreters"):
         try:
             interpreters: Any = importlib.import_module(name)

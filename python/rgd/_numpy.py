@@ -1,4 +1,4 @@
-"""The NumPy front: weights, the re-weighted mean and statistics of any CPU array that speaks DLPack."""
+"""The NumPy front: weights, the re-weighted mean and statistics of any CPU array that supports DLPack."""
 
 from __future__ import annotations
 
@@ -99,23 +99,23 @@ def sample_weights(
     state: Any = None,
     reference: Any = None,
 ) -> Any:
-    """The weight of each sample: `w_i = exp(scale * min(l_i, tau))` for `KL`; each member says its own.
+    """The weight of each sample: `w_i = exp(scale * min(l_i, tau))` for `KL`; each member has its formula.
 
-    The losses are read in place. Pointwise weights each depend on their own loss alone, bit for bit:
-    splitting a batch changes none of them.
+    The losses are read in place. A pointwise weight depends on its own loss alone: splitting a batch does not
+    change a bit of it.
 
     Args:
         losses: One loss a sample: float64, float32, float16 or bfloat16, of any shape but (), any strides. A
             NumPy array, a torch tensor or JAX array on the CPU, or any other CPU array (or capsule) that
-            speaks DLPack.
+            supports DLPack.
         weighting: Turns losses into weights; `KL(tau=1.0)` if neither this nor `tau` nor `scale` is given.
             One that depends on the batch takes all the elements together.
         tau: Short for `weighting=KL(tau)`.
         scale: Short for `weighting=KL(scale=scale)`; with `tau`, for `KL(tau, scale=scale)`.
-        where: Mask, bool, of the losses' shape. A loss where it is False has weight 0 and takes no part in
-            the weights of the others, whatever it is.
+        where: Mask, bool, of the losses' shape. A loss where it is False has weight 0 and does not change the
+            weights of the others, even if it is NaN.
         sample_weight: The measure `p`, numbers >= 0: of the losses' shape, or (N,) for the leading axis.
-            Weightings that depend on the batch heed it: an integer `p` counts as that many equal samples, 0
+            Weightings that depend on the batch use it: an integer `p` counts as that many equal samples, 0
             as masked out.
         groups: The group of each sample, integers of the losses' shape or (N,), for `GroupDRO`.
         state: The state of a weighting that remembers: what `weighting.init()` or the last call returned.
@@ -180,14 +180,14 @@ def reweighted_mean(
         where: As for `sample_weights`.
         sample_weight: As for `sample_weights`.
         groups: As for `sample_weights`.
-        normalizer: What the sum is divided by in the place of `sum_i p_i`, a positive number: that of all
-            micro-batches of a step, whose objectives then add up to that of one big batch.
+        normalizer: A positive number that the sum is divided by instead of `sum_i p_i`. If it is the sum over
+            all micro-batches of a step, their objectives add up to that of one big batch.
         state: As for `sample_weights`.
         reference: As for `sample_weights`.
 
     Returns:
-        A Python float, summed in float64 whatever the losses' dtype. NaN where no loss takes part. A sample
-        of weight 0 adds 0, an infinite loss too. With `state`: the objective and the new state.
+        A Python float, summed in float64 for any dtype of the losses. NaN if no loss takes part. A sample of
+        weight 0 adds 0, even if its loss is infinite. With `state`: the objective and the new state.
 
     Raises:
         TypeError, ValueError: As `sample_weights`.
@@ -236,7 +236,7 @@ def weight_stats(
     Args:
         losses: One loss a sample, as for `sample_weights`.
         weights: The weight of each, of the same shape; any floating dtype.
-        weighting: What the weights came from, which tells the share of clipped losses; None if it is not
+        weighting: The weighting that made the weights, for the share of clipped losses; None if it is not
             known.
         where: Mask, as for `sample_weights`: which samples are counted.
         sample_weight: The measure, as for `sample_weights`.
@@ -296,7 +296,7 @@ def _measure_of(source: Source, where: Any, sample_weight: Any, *, scaled: bool 
 
 
 def _reference_of(reference: Any, source: Source, weighting: Weighting, measure: _Measure) -> Any:
-    """The losses of a reference model in float64, where they are given and the weighting looks at them."""
+    """The losses of a reference model in float64, if they are given and the weighting uses them."""
     if reference is None:
         return None
     check_reference_is_read(weighting)

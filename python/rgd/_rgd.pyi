@@ -1,6 +1,6 @@
 """The Rust kernels.
 
-Every tensor argument is a NumPy array, a CPU object that speaks DLPack, or a `Borrowed`; none is copied.
+Every tensor argument is a NumPy array, a CPU object that supports DLPack, or a `Borrowed`; none is copied.
 Outputs are allocated by the caller, may be uninitialised, and are filled in place; they must not share memory
 with another argument, except that a gradient may take the place of the logits. The accumulator's dtype is
 float64 for float64 tensors, else float32. `threads` is the largest number of threads to use; a result does
@@ -27,7 +27,7 @@ class Borrowed:
 
     Args:
         name: The argument's name, for the messages.
-        given: An object that speaks DLPack, or a capsule, which is consumed.
+        given: An object that supports DLPack, or a capsule, which is consumed.
 
     Raises:
         BufferError: If the tensor's description contradicts itself.

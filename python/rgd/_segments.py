@@ -1,4 +1,4 @@
-"""What every front asks of `segments=`: that they go with the call, and which numbers they may hold."""
+"""Checks of `segments=` for every front: whether the call can have them, and which numbers they may hold."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ def are_given(segments: Any, number: Any, per: str) -> bool:
     """Whether a call has segments.
 
     Args:
-        segments: What the caller gave.
+        segments: The argument of the call, or None.
         number: `num_segments`, or None.
-        per: That of the call.
+        per: The argument of the call.
 
     Raises:
         ValueError: If `number` is given without segments, or `per` is not "sample".

@@ -1,4 +1,4 @@
-"""Which samples a training takes for mislabelled: those whose losses stay large."""
+"""The samples that look mislabelled in a training: their losses stay large."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ def suspects(
 ) -> Suspects:
     """The samples that look mislabelled: those with the largest losses.
 
-    A network learns right labels before it learns wrong ones by heart, the more so where a negative scale
-    keeps large losses out of the training. Take losses averaged over some epochs
-    (`rgd.torch.LossHistory`), and look at what comes first.
+    A network learns right labels before it memorises wrong ones. A negative scale strengthens this, since
+    samples with large losses hardly count. Take losses averaged over some epochs (`rgd.torch.LossHistory`),
+    and check the first samples of the result.
 
-    Give exactly one of `k`, `share` and `threshold`. Samples whose loss is NaN, as of a sample that was never
-    seen, are left out.
+    Give exactly one of `k`, `share` and `threshold`. Samples whose loss is NaN are left out; the mean loss of
+    a sample that was never seen is NaN.
 
     Args:
         losses: One plain loss a sample, shape (N,), floating: a list, or an array of NumPy, torch or JAX.
-        k: How many samples to return, from 0 to N. There are fewer where fewer are left.
+        k: How many samples to return, from 0 to N. Fewer are returned if fewer are left.
         share: The share of the N samples to return, in [0, 1], rounded to a whole number of samples.
         threshold: Returns the samples whose loss is larger than this.
         target: The given labels, integers, shape (N,). Samples with a negative label (ignored ones) are left
-            out; with `logits` too, those whose given label is also the model's.
-        logits: What the model says of each sample, shape (N, C), floating; probabilities serve too.
+            out. If `logits` are given too, samples are left out whose given label the model predicts.
+        logits: The model's logits or probabilities, shape (N, C), floating.
 
     Returns:
-        Their indices, losses and, with `logits`, the model's own labels; samples with equal losses come in
-        their order.
+        Their indices, losses and, with `logits`, the labels that the model predicts. Samples with equal
+        losses keep their order.
 
     Raises:
         TypeError: If `losses` or `logits` hold no floating numbers, `target` no integers, or `k` is none.

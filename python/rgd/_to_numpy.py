@@ -1,4 +1,4 @@
-"""What a picture or a list of samples is made of: any array as one of NumPy, with its graph left behind."""
+"""Turns any array into a NumPy array without its autograd graph, for pictures and lists of samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def as_floats(name: str, given: Any) -> npt.NDArray[np.float64]:
     """Losses, weights or logits as float64 on the CPU, of their own shape."""
     numbers = as_numpy(given, name)
     kind, dtype = numbers.dtype.kind, str(cast("Any", numbers.dtype))
-    # Whole numbers in a list are numbers; an array of integers is something else, as labels.
+    # A list of integers is taken as numbers. An array of integers is refused: it may hold labels.
     if kind != "f" and dtype != "bfloat16" and not (isinstance(given, (list, tuple)) and kind in "iu"):
         raise TypeError(f"{name} must hold floating numbers, got {dtype}")
     if numbers.ndim == 0:
@@ -35,7 +35,7 @@ def as_labels(name: str, given: Any) -> npt.NDArray[Any]:
 
 
 def as_numpy(given: Any, name: str) -> npt.NDArray[Any]:
-    """Any array as one of NumPy, cut from its graph and brought to the CPU."""
+    """Any array as a NumPy array: detached from its graph and copied to the CPU."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(given, torch.Tensor):
         tensor: Any = given.detach().cpu().resolve_neg()

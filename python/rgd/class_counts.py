@@ -27,7 +27,7 @@ def log_prior(counts: Any) -> npt.NDArray[np.float64]:
 
     Args:
         counts: The number of samples of each class, shape (C,), or any finite numbers >= 0 in proportion to
-            it: a list, a NumPy array, a torch tensor or any CPU array that speaks DLPack.
+            it: a list, a NumPy array, a torch tensor or any CPU array that supports DLPack.
 
     Returns:
         float64, shape (C,). A class without samples has -inf: the loss then rules it out, and a target of
@@ -64,7 +64,7 @@ def class_balanced(counts: Any, beta: float = 0.9999) -> npt.NDArray[np.float64]
 
     Args:
         counts: The number of samples of each class, shape (C,), finite numbers > 0: a list, a NumPy array, a
-            torch tensor or any CPU array that speaks DLPack.
+            torch tensor or any CPU array that supports DLPack.
         beta: In [0, 1): 0 gives every class the weight 1; near 1 the weights approach inverse frequency.
 
     Returns:

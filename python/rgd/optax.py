@@ -9,7 +9,7 @@ the loss `l_i` calls for and `p_i` its `sample_weight`, or 1. Where the gradient
 needed for anything else, `rgd.jax.value_and_grad` gives the same mean from one backward pass.
 """
 
-# The types of jax and optax leave members partly unknown; optax has no stubs.
+# Some types of jax and optax are partly unknown to pyright; optax has no stubs.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportMissingTypeStubs=false, reportUnknownParameterType=false
 

@@ -1,4 +1,4 @@
-"""What `python -m rgd` tells: versions, machine, backends, a self-check, and on request a table of times."""
+"""What `python -m rgd` prints: versions, machine, backends, a self-check, and on request a table of times."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what there is to tell.
+    """Print the report.
 
     Args:
-        arguments: Those of the command line; None for the process's own.
+        arguments: The arguments of the command line; None for those of the process.
 
     Returns:
         The exit code: 0, or 1 where a library cannot be imported, a front has no backend, or a number differs
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     given = parser.parse_args(arguments)
 
-    # First the versions: what cannot be imported is left out of everything else.
+    # Versions come first: later parts leave out the libraries that cannot be imported.
     found: dict[str, Any] = {"versions": versions()}
     found["machine"] = machine()
     found["backends"] = backends()

@@ -4,7 +4,7 @@ A result may differ from the oracle's, relative to the oracle's largest number, 
 `length` samples or classes, rounded in the result's dtype.
 """
 
-# Of torch and jax, which may not be installed, nothing is known here.
+# torch and jax may not be installed, so pyright does not know their types here.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _torch_cross_entropy(device: str, name: str, dtype: Any) -> Callable[[], Ite
         if "was asked for, but" in str(error):
             return None
     except Exception:
-        return computed  # It meets the error again, and then it is reported.
+        return computed  # Calling it raises the same error again, which the caller reports.
     return computed
 
 

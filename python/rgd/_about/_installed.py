@@ -1,6 +1,6 @@
 """What is installed, the machine, and which backend computes a call of each front."""
 
-# Of torch and jax, which may not be installed, nothing is known here.
+# torch and jax may not be installed, so pyright does not know their types here.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def versions() -> list[dict[str, str | None]]:
 
 @functools.cache
 def why_broken(library: str) -> str | None:
-    """Why an installed library cannot be imported; None where it can, or is not installed."""
+    """Why an installed library cannot be imported; None if it can be, or if it is not installed."""
     try:
         importlib.import_module(library)
     except ModuleNotFoundError as error:
@@ -119,7 +119,7 @@ def backends() -> list[dict[str, Any]]:
 
 
 def _why_not(error: Exception) -> str:
-    """The reason alone, where a backend was asked for that cannot serve the call."""
+    """The reason why the requested backend cannot serve the call, without the rest of the message."""
     return str(error).partition("was asked for, but ")[2] or in_a_line(error)
 
 
@@ -132,7 +132,7 @@ def torch_devices() -> list[str]:
 
 
 def torch_backends() -> list[str]:
-    """The names of the backends that `rgd.torch` brings."""
+    """The names of the backends in `rgd.torch`."""
     from rgd.torch import backends  # noqa: PLC0415
 
     return [name for name in backends.__all__ if isinstance(getattr(backends, name), ModuleType)]

@@ -1,6 +1,6 @@
-"""The times of RGDLoss beside nn.CrossEntropyLoss, in turn: a machine that slows down slows both."""
+"""The times of RGDLoss and nn.CrossEntropyLoss, measured in turn, so that a slower machine slows both."""
 
-# Of torch, which may not be installed, nothing is known here.
+# torch may not be installed, so pyright does not know its types here.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _row(samples: int, classes: int, seconds: float) -> dict[str, Any]:
     calls = max(1, round(BLOCK / _seconds_of(ours, 1)))
     times: list[tuple[float, float]] = []
     while len(times) < PAIRS and (not times or time.perf_counter() < end):
-        # Each goes first in every other pair.
+        # The two swap their order from pair to pair.
         pair = (ours, theirs) if len(times) % 2 else (theirs, ours)
         seconds_of = {run: _seconds_of(run, calls) for run in pair}
         times.append((seconds_of[ours], seconds_of[theirs]))

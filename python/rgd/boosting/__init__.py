@@ -87,11 +87,11 @@ def softmax(
     """The cross-entropy of several classes: `l = log(sum_j exp(f_j)) - f_y`.
 
     With `rgd.ERM()` it is LightGBM's `multiclass`, XGBoost's `multi:softprob` and CatBoost's `MultiClass`.
-    LightGBM and XGBoost do not use the diagonal of the Hessian, `q_j (1 - q_j)` with `q` the probabilities,
-    as it is, and this does as they do: LightGBM multiplies it by `k / (k - 1)`. XGBoost multiplies it by 2
-    in all releases up to 3.4, and takes `|q_j - y_j|` in its place after that; a tree of one sample tells
-    which is installed. XGBoost is known by its data set or, where arrays are given, by their float32
-    margins. CatBoost takes the whole Hessian.
+    The diagonal of the Hessian is `q_j (1 - q_j)`, with `q` the probabilities. LightGBM and XGBoost change
+    it, and this function does as they do. LightGBM multiplies it by `k / (k - 1)`. XGBoost multiplies it by 2
+    in all releases up to 3.4, and replaces it by `|q_j - y_j|` after that; a tree of one sample shows which
+    release is installed. A call by XGBoost is recognised by its data set or, if arrays are given, by their
+    float32 margins. CatBoost takes the whole Hessian.
 
     Args:
         num_class: The number `k` of classes, at least 2.
@@ -152,14 +152,14 @@ def squared_error(
 
 
 def metric(name: str) -> Metric:
-    """A plain metric for early stopping: what the libraries' own metrics measure, but of margins.
+    """A plain metric for early stopping, which reads margins.
 
-    Where the objective is not its own, LightGBM hands margins to its metrics, and these read them as
-    probabilities. Metrics of this function read them as margins.
+    With a custom objective LightGBM passes margins to its own metrics, and these read them as probabilities.
+    The metrics of this function read them as margins.
 
     Args:
         name: "log_loss", the mean log-loss of two or more classes; "error", the share of samples whose class
-            has not the largest probability; "rmse", the root of the mean squared error.
+            does not have the largest probability; "rmse", the root of the mean squared error.
 
     Returns:
         A metric that all three libraries take.

@@ -30,7 +30,7 @@ def as_array(name: str, given: Any) -> npt.NDArray[Any]:
 
 
 def as_floats(array: npt.NDArray[Any]) -> Numbers:
-    """The array itself where the kernels can read it, float32 or float64, else a copy in float64."""
+    """The array itself if the kernels can read it (float32 or float64), else a copy in float64."""
     dtype: Any = array.dtype
     if dtype.kind == "f" and dtype.itemsize in (4, 8) and dtype.isnative and array.flags.aligned:
         return array

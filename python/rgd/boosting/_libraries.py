@@ -1,4 +1,4 @@
-"""What the libraries do in their own way: settings of LightGBM, and the curvature of XGBoost."""
+"""Particulars of the libraries: settings of LightGBM, and the Hessian of XGBoost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BALANCING = {
 
 
 def xgboost_curvature() -> float | None:
-    """What XGBoost multiplies `q (1 - q)` of softmax by; None where its Hessian is `|q - y|`."""
+    """The factor by which XGBoost multiplies `q (1 - q)` of softmax; None if its Hessian is `|q - y|`."""
     return measured_curvature() if "xgboost" in sys.modules else 2.0
 
 
@@ -34,8 +34,8 @@ def measured_curvature() -> float | None:
         booster = xgboost.train(settings, xgboost.DMatrix(np.zeros((1, 1)), label=[0.0]), 1)
         return [json.loads(tree)["cover"] for tree in booster.get_dump(with_stats=True, dump_format="json")]
 
-    # Distributed training is known to the thread it runs in: from another one, no worker waits for others.
+    # XGBoost keeps distributed training per thread. In another thread this training waits for no worker.
     with futures.ThreadPoolExecutor(1) as thread:
         own, other, _ = thread.submit(covers).result()
-    # Of a sample with probabilities 1/3 all `q (1 - q)` are equal, and `|q - y|` is larger for its own class.
+    # At probabilities of 1/3, `q (1 - q)` is equal for all classes, and `|q - y|` is larger for the label.
     return 2.0 if own < 1.5 * other else None

@@ -58,7 +58,7 @@ class Logistic(_OneMargin):
                 )
 
     def _check_start(self, labels: Numbers, margins: Numbers) -> None:
-        # XGBoost takes probabilities of 0 and 1 for 1e-6 and 1 - 1e-6.
+        # XGBoost replaces probabilities of 0 and 1 by 1e-6 and 1 - 1e-6.
         if margins.size and abs(margins[0]) > 13.8 and 1e-5 < labels.mean() < 1 - 1e-5 and all_alike(margins):
             raise ValueError(
                 f"XGBoost starts at margin {margins[0]:.3g}, where no tree can grow: its base_score is a "
@@ -103,7 +103,7 @@ class Softmax(Objective):
     def calc_ders_multi(
         self, approx: Any, target: float, weight: float | None
     ) -> tuple[list[float], list[list[float]]]:
-        """What CatBoost calls where a sample has several margins, for one sample at a time.
+        """CatBoost calls this for one sample at a time if a sample has several margins.
 
         Args:
             approx: The margins of the sample, k numbers.
@@ -111,7 +111,7 @@ class Softmax(Objective):
             weight: Its base measure, or None.
 
         Returns:
-            The first derivatives, k numbers, and the second, k rows of k, of what CatBoost maximises: `-l`.
+            The first derivatives, k numbers, and the second, k rows of k, of `-l`, which CatBoost maximises.
         """
         self._require_pointwise()
         labels, margins = self._read([target], np.asarray(approx, np.float64)[None])
@@ -144,7 +144,7 @@ class Softmax(Objective):
         )
 
     def _curvature(self, library: str) -> float | None:
-        # The diagonal alone is steeper than the whole Hessian; each library has its factor for that.
+        # The diagonal alone underestimates the curvature; each library multiplies it by a factor of its own.
         return xgboost_curvature() if library == "xgboost" else self.num_class / (self.num_class - 1.0)
 
     def _start(self, labels: Numbers, measure: Numbers | None) -> Floats:

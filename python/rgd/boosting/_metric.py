@@ -15,11 +15,11 @@ METRICS = ("log_loss", "error", "rmse")
 
 
 class Metric:
-    """A plain metric of margins, the smaller the better; `metric` makes one.
+    """A plain metric of margins, of which smaller values are better; `metric` makes one.
 
     LightGBM takes it as `feval` and, in scikit-learn's interface, as `eval_metric`; XGBoost as
-    `custom_metric` and `eval_metric`; CatBoost as `eval_metric`. It reads margins, which the libraries hand
-    over where the objective is one of `rgd.boosting`.
+    `custom_metric` and `eval_metric`; CatBoost as `eval_metric`. It reads margins, which the libraries pass
+    to metrics if the objective is one of `rgd.boosting`.
     """
 
     def __init__(self, name: str) -> None:
@@ -45,9 +45,9 @@ class Metric:
         return self.get_final_error(average(errors, as_measure(sample_weight, errors.size)), 1.0)
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        """What LightGBM and XGBoost call: `value` in the form that each of them expects.
+        """LightGBM and XGBoost call this; it returns `value` in the form that each of them expects.
 
-        The library is known by its data set or, where arrays are given, by the dtype of the margins, as for
+        The library is recognised by its data set or, if arrays are given, by the dtype of the margins, as in
         an `Objective`.
 
         Args:
@@ -72,7 +72,7 @@ class Metric:
         return False
 
     def evaluate(self, approxes: Any, target: Any, weight: Any) -> tuple[float, float]:
-        """What CatBoost calls.
+        """CatBoost calls this for the sums that the metric is computed from.
 
         Args:
             approxes: Margins: for each class n numbers.
@@ -99,7 +99,7 @@ class Metric:
         return float(np.sqrt(mean)) if self.__name__ == "rmse" else mean
 
     def _errors(self, labels: Any, margins: npt.NDArray[Any]) -> Floats:
-        """What the metric averages, one number a sample."""
+        """The numbers that the metric averages, one a sample."""
         if self.__name__ == "rmse":
             return 2 * SquaredError(ERM(), None).losses(labels, margins)
         several = margins.ndim == 2 and margins.shape[1] > 1

@@ -1,4 +1,4 @@
-"""A re-weighted objective: what the libraries call, and what every loss has in common."""
+"""A re-weighted objective: the methods that the libraries call, and the parts that all losses share."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Objective(abc.ABC):
         """Gradient and Hessian of the margins.
 
         LightGBM and XGBoost also call `objective(margins, dataset)`; then labels and sample weights come
-        from the data set. Where no weight is above float32's eps, which leaves nothing to train on, a
+        from the data set. If no weight is above float32's eps, there is nothing to train on, and a
         `RuntimeWarning` says so.
 
         Args:
@@ -63,8 +63,8 @@ class Objective(abc.ABC):
             TypeError: If an argument cannot be read as numbers.
             ValueError: If a shape or a label does not fit; if a weight is negative, or a derivative too large
                 for float32, in which the libraries keep it; if `base_score` starts XGBoost at probability 0
-                or 1; if LightGBM's data set has settings that have no effect, or a wrong one, with an
-                objective of one's own (`scale_pos_weight`, `is_unbalance`, metrics that read margins as
+                or 1; if LightGBM's data set has settings that have no effect, or a wrong effect, with a
+                custom objective (`scale_pos_weight`, `is_unbalance`, metrics that read margins as
                 probabilities).
         """
         if hasattr(y_pred, "get_label"):
@@ -74,7 +74,7 @@ class Objective(abc.ABC):
                 raise ValueError("the data set has no labels: give label= when you make it")
             library = type(dataset).__module__.partition(".")[0]
             settings: Any = getattr(dataset, "params", None) or {}
-            # A data set keeps the settings of its first training, which may have been LightGBM's own.
+            # A data set keeps the settings of its first training, which may have used another objective.
             if library == "lightgbm" and settings.get("objective") == "none":
                 self._check_settings(settings)
         else:
@@ -112,10 +112,10 @@ class Objective(abc.ABC):
         return self._weigh(self._losses(labels, margins), measure, self._state_before(margins))[0]
 
     def start(self, y_true: Any, sample_weight: Any = None) -> Any:
-        """The margin of the mean label, at which the libraries start objectives of their own.
+        """The margin of the mean label, at which the libraries start their own objectives.
 
-        It is for `init_score` of LightGBM, and for `base_margin` or, but for `logistic`, `base_score` of
-        XGBoost.
+        Give it as `init_score` to LightGBM, and as `base_margin` to XGBoost, or as `base_score` except for
+        `logistic`.
 
         Args:
             y_true: Labels, as for a call.
@@ -126,8 +126,8 @@ class Objective(abc.ABC):
 
         Raises:
             TypeError: If an argument cannot be read as numbers.
-            ValueError: If a shape or a label does not fit, or the start would be infinite: a class is
-                missing.
+            ValueError: If a shape or a label does not fit, or a class is missing, so that the start would be
+                infinite.
 
         Example:
             >>> import rgd.boosting
@@ -139,7 +139,7 @@ class Objective(abc.ABC):
         return self._start(labels, as_measure(sample_weight, labels.size))
 
     def calc_ders_range(self, approxes: Any, targets: Any, weights: Any) -> list[tuple[float, float]]:
-        """What CatBoost calls where a sample has one margin, for a part of the samples at a time.
+        """CatBoost calls this for a part of the samples at a time if a sample has one margin.
 
         Args:
             approxes: Margins, n numbers.
@@ -147,7 +147,7 @@ class Objective(abc.ABC):
             weights: The base measure, n numbers, or None.
 
         Returns:
-            For each sample the first and the second derivative of what CatBoost maximises: `-l`.
+            For each sample the first and the second derivative of `-l`, which CatBoost maximises.
         """
         self._require_pointwise()
         labels, margins = self._read(targets, approxes)
@@ -171,11 +171,11 @@ class Objective(abc.ABC):
         """The margin of the mean label."""
 
     def _curvature(self, library: str) -> float | None:
-        """What a library multiplies the diagonal of the Hessian by; None where it has `|dl/df|` instead."""
+        """A library's factor for the diagonal of the Hessian; None if it takes `|dl/df|` instead."""
         return 1.0
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
-        """Refuse settings of LightGBM that would do nothing, or another thing than they say."""
+        """Refuse settings of LightGBM that would have no effect, or another effect than their name says."""
         for name in ("metric", "metrics", "metric_types"):
             given = settings.get(name)
             for value in given.split(",") if isinstance(given, str) else given or ():
@@ -187,7 +187,7 @@ class Objective(abc.ABC):
                     )
 
     def _check_start(self, labels: Numbers, margins: Numbers) -> None:  # noqa: B027 - most losses have none
-        """Refuse a start of XGBoost that cannot be meant."""
+        """Refuse a start of XGBoost at probability 0 or 1, which must be a mistake."""
 
     def _losses(self, labels: Numbers, margins: Numbers) -> Floats:
         """The loss of each sample, shape (n,)."""
@@ -208,7 +208,7 @@ class Objective(abc.ABC):
         kernel: Kernel | None = kernel_of(self.weighting) if self.weighting.pointwise else None
         if kernel is None:
             weights, state = self._weigh(self._losses(labels, margins), measure, state)
-        # Of the same order in memory: class after class where the margins are.
+        # Results have the margins' order in memory, which may be class after class.
         gradient, hessian = (np.empty_like(margins, dtype=np.float64) for _ in range(2))
         wrong, largest = _rgd.boosting_derivatives(
             self._kernel, as_rows(margins), labels, measure, weights, *(kernel or (None, ())),
@@ -224,7 +224,7 @@ class Objective(abc.ABC):
                 self._refuse_overflow(sample, labels, margins, weights)
             case _:  # nothing is
                 pass
-        # CatBoost shows a part of the samples, which may be all wrong ones.
+        # CatBoost passes a part of the samples. All of them may have wrong labels, and so tiny weights.
         if largest < EPS32 and library != "catboost" and (labels.size if measure is None else measure.any()):
             warnings.warn(
                 f"the largest weight of {self.weighting} is {largest:.2g}, so that nothing is left to train "
@@ -247,7 +247,7 @@ class Objective(abc.ABC):
                 "smaller learning rate"
             )
         losses = self._losses(labels[sample : sample + 1], margins[sample : sample + 1])
-        # Without weights it was a kernel, of one loss each.
+        # `weights` is None if a pointwise kernel computed them. Then one loss is enough for its weight.
         weight = rgd.sample_weights(losses, self.weighting)[0] if weights is None else weights[sample]
         if weight < 0:
             raise ValueError(f"weights must be >= 0, got {weight:.3g} for a loss of {losses[0]:.3g}")
@@ -289,7 +289,7 @@ class Objective(abc.ABC):
 
     def _flat(self, labels: Any, margins: Any, measure: Any, library: str) -> tuple[Floats, Floats]:
         """The derivatives for margins of several classes in one flat array, and in its order."""
-        order: Any = "F" if library == "lightgbm" else "C"  # LightGBM before version 4: class after class
+        order: Any = "F" if library == "lightgbm" else "C"  # LightGBM before 4 wants class after class
         if not self.num_class or margins.size % self.num_class:
             raise ValueError(
                 f"margins must be {self.num_class} for each sample, got {margins.size} in all: give the "

@@ -1,6 +1,6 @@
 """A batch that is spread over mapped devices: gathered, reduced, and brought back to each."""
 
-# The types of jax leave members partly unknown.
+# Some types of jax are partly unknown to pyright.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Of a row of logits with loss `l`, weight `w` and logsumexp `Z` the kernel writes
 logits where XLA may reuse their memory.
 """
 
-# The types of jax leave members partly unknown.
+# Some types of jax are partly unknown to pyright.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a caller gave, checked at trace time: losses, masks, the measure and groups."""
 
-# The types of jax leave members partly unknown.
+# Some types of jax are partly unknown to pyright.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations

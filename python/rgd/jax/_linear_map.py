@@ -4,7 +4,7 @@
 by itself. A rule that computes its tangents by a `linear_map` has the transpose that it was written with.
 """
 
-# The types of jax leave members partly unknown.
+# Some types of jax are partly unknown to pyright.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ else (bool, int, str, functions) is part of the structure. Subclasses that are d
 they are defined.
 """
 
-# The types of jax leave members partly unknown.
+# Some types of jax are partly unknown to pyright.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations

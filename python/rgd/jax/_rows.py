@@ -4,7 +4,7 @@ A class index that counts for nothing and one that is out of range are encoded o
 `OUT_OF_RANGE`; plain `jax.numpy` and the Rust kernel read the same codes.
 """
 
-# The types of jax leave members partly unknown.
+# Some types of jax are partly unknown to pyright.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations

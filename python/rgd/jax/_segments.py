@@ -1,6 +1,6 @@
 """Sequences that share a row: which unit each target belongs to, and the weights of such units."""
 
-# The types of jax leave members partly unknown.
+# Some types of jax are partly unknown to pyright.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations

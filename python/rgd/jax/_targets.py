@@ -1,6 +1,6 @@
 """What the cross-entropy of logits and that of a linear layer share: options, targets, weights."""
 
-# The types of jax leave members partly unknown.
+# Some types of jax are partly unknown to pyright.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ are gathered; the weighting computes; each device keeps its own part. Weights th
 alone need no gathering.
 """
 
-# The types of jax leave members partly unknown.
+# Some types of jax are partly unknown to pyright.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ the base measure `p` (`sample_weight`, or ones), the objective is
 with `sg` the stop-gradient.
 """
 
-# The types of jax leave members partly unknown.
+# Some types of jax are partly unknown to pyright.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def sample_weights(
         where: Booleans that broadcast to the losses' shape. A loss where it is False has weight 0 and takes
             no part in the others' weights.
         sample_weight: The base measure `p`, numbers >= 0, constants: of the losses' shape, or (N,) for the
-            leading axis. Weightings that depend on the batch heed it: an integer `p` counts as that many
+            leading axis. Weightings that depend on the batch use it: an integer `p` counts as that many
             equal samples, 0 as masked out. A traced number that is not allowed makes weights NaN.
         groups: The group of each sample, integers of the losses' shape or (N,), for `rgd.GroupDRO`.
         state: The state of a weighting that remembers: what `weighting.init()` or the last call returned.
