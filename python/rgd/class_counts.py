@@ -1,7 +1,7 @@
-"""What the class counts of a training set say: its log prior, and class-balanced weights.
+"""The log prior and class-balanced weights, from the class counts of a training set.
 
-Both answer class imbalance, which re-weighting by loss does not: one moves the logits by the prior of their
-class, the other weights each class. They go with any weighting:
+Both help with class imbalance, and re-weighting by loss does not. One adds the log prior of each class to the
+logits, the other weights each class. They work with any weighting:
 
     criterion = RGDLoss(logit_adjustment=torch.as_tensor(rgd.log_prior(counts)))
     criterion = RGDLoss(torch.as_tensor(rgd.class_balanced(counts)))
@@ -21,23 +21,23 @@ from rgd._arrays import refuse_masked
 def log_prior(counts: Any) -> npt.NDArray[np.float64]:
     """The logarithm of each class's share of the samples, `log(n_k / sum_j n_j)`.
 
-    Given as `logit_adjustment`, it trains logits whose largest is the best guess when all classes are equally
-    frequent: add it in training, leave it out of predictions. `t * log_prior(counts)` adjusts by more or
-    less.
+    Given as `logit_adjustment`, it trains logits whose largest is the best prediction if all classes are
+    equally frequent. It is added in training only, not for predictions. `t * log_prior(counts)` adjusts by
+    more or less.
 
     Args:
         counts: The number of samples of each class, shape (C,), or any finite numbers >= 0 in proportion to
             it: a list, a NumPy array, a torch tensor or any CPU array that supports DLPack.
 
     Returns:
-        float64, shape (C,). A class without samples has -inf: the loss then rules it out, and a target of
-        that class has an infinite loss, as every target has with label smoothing, which gives each class a
-        share. `log_prior(counts + 1)` keeps every class.
+        float64, shape (C,). A class without samples has -inf, which excludes it: a target of that class has
+        an infinite loss. With label smoothing every target has, since each class then has a share of it.
+        `log_prior(counts + 1)` keeps every class.
 
     Raises:
         TypeError: If `counts` is no array of numbers.
-        ValueError: If `counts` is no vector, holds a number that is negative or not finite, or no positive
-            one.
+        ValueError: If `counts` is no vector, holds a number that is negative or not finite, or holds no
+            positive number.
 
     Example:
         >>> import rgd
@@ -51,7 +51,7 @@ def log_prior(counts: Any) -> npt.NDArray[np.float64]:
     samples = _read(counts)
     if not samples.any():
         raise ValueError("counts must hold a positive number, got zeros alone")
-    # Divided by the largest first: the sum of finite numbers need not be finite.
+    # Divide by the largest first, since the sum of finite numbers may overflow.
     shares = samples / samples.max()
     with np.errstate(divide="ignore"):
         return np.log(shares) - np.log(shares.sum())
@@ -97,7 +97,7 @@ def class_balanced(counts: Any, beta: float = 0.9999) -> npt.NDArray[np.float64]
             "np.maximum(counts, 1)"
         )
     with np.errstate(divide="ignore"):
-        # 1 - beta ** n without the cancellation at beta near 1.
+        # This is 1 - beta ** n without the cancellation for beta near 1.
         weights = 1 / -np.expm1(samples * np.log(np.float64(beta)))
     return weights * (samples.size / weights.sum())
 

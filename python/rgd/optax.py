@@ -4,9 +4,9 @@
     losses, grads = per_example(params, x, y)  # with a leading axis: the batch
     updates, state = tx.update(grads, state, params, losses=losses)
 
-The update that the inner optimizer sees is `sum_i p_i * w_i * g_i / sum_i p_i`, with `w_i` the weight that
-the loss `l_i` calls for and `p_i` its `sample_weight`, or 1. Where the gradients of single examples are not
-needed for anything else, `rgd.jax.value_and_grad` gives the same mean from one backward pass.
+The inner optimizer gets `sum_i p_i * w_i * g_i / sum_i p_i`, with `w_i` the weight for the loss `l_i` and
+`p_i` its `sample_weight`, or 1. If you need the gradients of single examples for nothing else,
+`rgd.jax.value_and_grad` computes the same mean in one backward pass.
 """
 
 # Some types of jax and optax are partly unknown to pyright; optax has no stubs.
@@ -51,8 +51,8 @@ class ReweightState(NamedTuple):
 
     Attributes:
         count: How many updates were made, int32 of shape ().
-        weighting_state: What the weighting remembers, as `weighting.init()` gives it; () for one that
-            remembers nothing.
+        weighting_state: The state of the weighting, as `weighting.init()` returns it; () for a weighting
+            without state.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -82,8 +82,8 @@ def reweight(
 ) -> optax.GradientTransformationExtraArgs:
     """Reduce per-example gradients to their re-weighted mean, `sum_i p_i * w_i * g_i / sum_i p_i`.
 
-    The first link of an `optax.chain`, since it takes the leading axis off the gradients. A link before it
-    would get per-example gradients, and nobody would notice: `optax.clip_by_global_norm` would clip by the
+    It must be the first link of an `optax.chain`, since it removes the leading axis of the gradients. A link
+    before it would get per-example gradients, without an error: `optax.clip_by_global_norm` would clip by the
     norm of all examples' gradients together, and `optax.add_decayed_weights` would decay by the mean weight
     times its rate.
 
@@ -100,12 +100,13 @@ def reweight(
         A transformation whose `update(grads, state, params=None, *, losses, where=None, sample_weight=None,
         groups=None)` takes gradients with a leading axis of examples, and vectors of shape (batch,): their
         losses; booleans that say which examples take part; the base measure `p`, numbers >= 0; the group of
-        each, integers, for `rgd.GroupDRO`. An example that takes no part, or whose weight is 0, may hold what
-        it likes; where none takes part, the mean is 0. What a weighting remembers is part of the state.
+        each, integers, for `rgd.GroupDRO`. The gradients of an example that takes no part, or whose weight is
+        0, may hold any number. If no example takes part, the mean is 0. The weighting's state is part of the
+        state.
 
     Raises:
         ValueError: If `tau` or `scale` is given beside `weighting`; from `update`, if `losses` are not given,
-            are not of shape (batch,), or a gradient has not that leading axis.
+            are not of shape (batch,), or a gradient does not have that leading axis.
         TypeError: If `weighting` is not a weighting; from `update`, if the losses are not floating.
 
     Example:
@@ -126,7 +127,7 @@ def reweight(
     def init(params: optax.Params) -> ReweightState:
         del params
         count = jnp.zeros((), jnp.int32)
-        # By way of NumPy, so that no leaf is weakly typed: a second update would compile again.
+        # Through NumPy, so that no leaf is weakly typed: otherwise the second update would compile again.
         return ReweightState(count, map_state(jnp.asarray, map_state(np.asarray, weighting_at(count).init())))
 
     def update(
@@ -189,18 +190,19 @@ def rgd(
 ) -> optax.GradientTransformationExtraArgs:
     """Re-weighted gradient descent around any optax optimizer.
 
-    Per-example gradients and their losses go in; `inner` gets the one gradient `sum_i p_i * w_i * g_i /
+    `update` takes per-example gradients and their losses; `inner` gets one gradient, `sum_i p_i * w_i * g_i /
     sum_i p_i`.
 
-    It changes the shape of the gradients, so what expects gradients of the parameters' shape goes inside it:
-    `rgd(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)))`, not `chain(clip, rgd(...))`, which
-    would clip by the norm of all examples' gradients together without a word; so too
+    It changes the shape of the gradients, so transformations of gradients of the parameters' shape must be
+    inside it: `rgd(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)))`. `chain(clip, rgd(...))`
+    would clip by the norm of all examples' gradients together, without an error. The same is true of
     `optax.add_decayed_weights`, `optax.MultiSteps`, `optax.apply_if_finite` and `optax.masked`.
-    With the pointwise weights, accumulation over micro-batches of one size is exactly the update of the large
-    batch. `optax.inject_hyperparams(rgd.optax.rgd)(inner, tau=...)` and `optax.multi_transform` wrap it.
+    With pointwise weights, accumulation over micro-batches of equal size gives exactly the update of the
+    large batch. It can be wrapped by `optax.multi_transform`, and by
+    `optax.inject_hyperparams(rgd.optax.rgd)(inner, tau=...)`.
 
     Args:
-        inner: The optimizer; extra arguments of `update` reach it, but for `losses`, `where`, `sample_weight`
+        inner: The optimizer. It gets extra arguments of `update`, except `losses`, `where`, `sample_weight`
             and `groups`.
         weighting: Turns losses into weights, `rgd.KL(tau=1.0)` if neither this nor `tau` nor `scale` is
             given; or a schedule, a function from the step count to weightings of one class.
@@ -211,7 +213,7 @@ def rgd(
             whole batch.
 
     Returns:
-        A transformation; its `update` is called as that of `reweight`.
+        A transformation. Its `update` takes the arguments of that of `reweight`.
 
     Raises:
         ValueError: As `reweight`.
@@ -285,7 +287,7 @@ def _schedule(weighting: Any, tau: Any, scale: Any) -> Callable[[jax.Array], Wei
 
     if weighting is None and (callable(tau) or callable(scale)):
         return lambda count: resolve_weighting(None, at(tau, count), at(scale, count))
-    # A weighting's class is a function too, and resolve_weighting says that it must be called.
+    # The class of a weighting is callable too. resolve_weighting raises the error that says to call it.
     is_schedule = callable(weighting) and not isinstance(weighting, (Weighting, type))
     if is_schedule and tau is None and scale is None:
         at_count: Any = weighting
@@ -297,7 +299,7 @@ def _schedule(weighting: Any, tau: Any, scale: Any) -> Callable[[jax.Array], Wei
 def _reweighted_mean_gradient(grads: optax.Updates, batch: Losses, weights: jax.Array) -> optax.Updates:
     measure = batch.full_measure
     divisor = psum(jnp.sum(measure), batch.axis_name)
-    # The sum is 0 too where nothing takes part: no gradient, no update.
+    # If no example takes part, the sum is 0 too, and so is the update.
     divisor = jnp.where(divisor == 0, 1, divisor)
     dropped = (measure == 0) | ((weights == 0) & ~jnp.isnan(batch.values))
 

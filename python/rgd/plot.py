@@ -1,7 +1,7 @@
-"""Pictures of what the weights do; needs matplotlib, `rgd[plot]`.
+"""Pictures of weights and losses; needs matplotlib, `rgd[plot]`.
 
-Each function takes arrays of NumPy, torch (on any device) or JAX, or lists of numbers. It draws on the axes
-it is given, or on those of a new figure, and returns them. No global setting of matplotlib is touched.
+Each function takes arrays of NumPy, torch (on any device) or JAX, or lists of numbers. It draws on the given
+axes, or on those of a new figure, and returns them. It changes no global setting of matplotlib.
 
 Example:
     >>> import matplotlib; matplotlib.use("agg")
@@ -52,12 +52,12 @@ def weight_curve(
     """The weight of a sample against its loss, with the clip.
 
     Pointwise weights are a function of the loss alone, for `KL` `w = exp(scale * min(l, tau))`. Others depend
-    on the batch, and so need `losses`: the curve then shows what one more sample, so light that the others'
-    weights stay as they are, would weigh at each loss. With losses, they are marked on the curve. Where
-    weights depend on groups too, the samples are marked without a curve.
+    on the batch, and so need `losses`. The curve then shows the weight that one more sample would have at
+    each loss, with so small a measure that it does not change the other weights. Given losses are marked on
+    the curve. If weights depend on groups too, the samples are marked without a curve.
 
     Args:
-        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
+        weighting: Turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
         tau: Short for `weighting=KL(tau, scale=scale)`.
         scale: The dial; short for the same.
         losses: Losses of a batch, of any shape with at least one axis.
@@ -118,11 +118,11 @@ def weight_history(
     bins: int = 40,
     ax: Axes | None = None,
 ) -> Axes:
-    """The histogram of the weights over a training: which share of the samples had which weight, and when.
+    """The histogram of the weights over a training: the share of the samples with each weight at each step.
 
     Args:
-        weights: The weights of a batch or an epoch, one array for each time they were kept.
-        steps: When that was, in increasing order; None for 0, 1, 2, ...
+        weights: The weights of a batch or an epoch, one array for each time.
+        steps: The step of each array, in increasing order; None for 0, 1, 2, ...
         bins: The number of bins of each histogram.
         ax: Where to draw; None for a new figure.
 
@@ -184,20 +184,20 @@ def heaviest_samples(
     images: Any = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """The samples of a batch that weigh most, the heaviest on top.
+    """The samples of a batch with the largest weights, the largest on top.
 
-    Among samples of one weight, clipped ones for instance, the larger loss comes first. With a negative scale
-    the heaviest samples are those of the smallest losses: to look for wrong labels, use `largest_losses`.
+    Among samples of equal weight, such as clipped ones, the larger loss comes first. With a negative scale
+    the samples of the smallest losses have the largest weights: to find wrong labels, use `largest_losses`.
 
     Args:
         losses: Losses of the batch, shape (N,).
-        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
+        weighting: Turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
         tau: Short for `weighting=KL(tau, scale=scale)`.
         scale: The dial; short for the same.
         groups: The group of each sample, as for `rgd.sample_weights`.
         state: The state of a weighting that remembers; None for `weighting.init()`.
         count: How many to show.
-        names: What to call each sample, N strings; None for its index.
+        names: The name of each sample, N strings; None for its index.
         images: A picture of each sample, shape (N, H, W), or (N, 3, H, W) with values from 0 to 1.
         ax: Where to draw; None for a new figure.
 
@@ -245,9 +245,9 @@ def largest_losses(
     images: Any = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """The samples of a batch that the model fits worst, the largest loss on top: look here for wrong labels.
+    """The samples of a batch with the largest losses, the largest on top, to find wrong labels.
 
-    They come in this order whatever the weighting is; the weight of each stands beside its bar.
+    The order does not depend on the weighting. The weight of each sample is beside its bar.
 
     Args:
         losses: As for `heaviest_samples`.
@@ -301,9 +301,9 @@ def suspects(
     """The samples that look mislabelled, with the given label and the model's.
 
     Args:
-        found: What `rgd.suspects` returned.
+        found: The result of `rgd.suspects`.
         target: The given labels of all samples, integers, shape (N,); None to leave them out.
-        classes: What to call each class, strings; None for its number.
+        classes: The name of each class, strings; None for its number.
         names: As for `heaviest_samples`, of all samples.
         images: As for `heaviest_samples`, of all samples.
         count: As for `heaviest_samples`.
@@ -359,7 +359,7 @@ def suspects(
 
 
 class _Ranked:
-    """Samples to be drawn one below the other: what was given, checked, and the weights."""
+    """Samples to be drawn one below the other: the checked arguments, and the weights."""
 
     def __init__(
         self,
@@ -463,8 +463,8 @@ def _between(
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """The curve of weights that depend on the batch: samples of almost no mass between those of the batch.
 
-    A weighting that does not heed the base measure would give other weights with them in the batch; its curve
-    is made of straight lines from sample to sample.
+    A weighting that ignores the base measure would change its weights if they were in the batch. Its curve
+    is straight lines from sample to sample.
     """
     order = np.argsort(losses, kind="stable")
     shown = order[np.isfinite(losses[order]) & np.isfinite(weights[order])]
@@ -503,7 +503,7 @@ def _map() -> Any:
 
 
 def _root() -> Any:
-    """Square roots of shares: what few samples do is seen too."""
+    """Square roots of shares, so that small shares are visible too."""
     from matplotlib.colors import PowerNorm  # noqa: PLC0415
 
     return PowerNorm(0.5, vmin=0.0, vmax=1.0)
@@ -527,7 +527,7 @@ def _style(axes: Any, x: str, y: str, title: str, subtitle: str | None = None) -
 
 
 def _mark_clip(axes: Any, low: float, high: float, clip: float) -> None:
-    """Mark the clip, where it is in sight."""
+    """Mark the clip, if it lies within the axes."""
     if not low < clip < high:
         return
     axes.axvspan(clip, high, color=_PALE, alpha=0.25, linewidth=0, zorder=0)

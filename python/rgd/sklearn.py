@@ -11,8 +11,8 @@ Example:
     ((100,), True)
 
 References:
-    Kumar et al., arXiv 2306.09222: where the weights have settled, the model is a stationary point of the
-    objective that Re-weighted Gradient Descent descends.
+    Kumar et al., arXiv 2306.09222: if the weights have settled, the model is a stationary point of the
+    objective of Re-weighted Gradient Descent.
 """
 
 from __future__ import annotations
@@ -53,22 +53,22 @@ def _inner_has(name: str) -> Callable[[Any], bool]:
 
 
 class Reweighted(_base.MetaEstimatorMixin, _base.BaseEstimator):
-    """Fits an estimator again and again, each time weighted by the losses of the fit before.
+    """Fits an estimator several times. The losses of each fit are the source of the weights of the next one.
 
     The first fit is plain. After each fit the loss of every training sample is computed, and from it the
-    weight: `l_i = -log p(y_i)` for a classifier with `predict_proba`, and for a regressor half the squared
-    error, `(f_i - y_i)^2 / 2` as in `rgd.boosting.squared_error`, averaged over the outputs if there are
-    several. Another fit follows, with `p_i w_i` as
-    its `sample_weight`, until no weight changes by more than `tolerance`, or `rounds` are over.
+    weight. The loss is `l_i = -log p(y_i)` for a classifier with `predict_proba`. For a regressor it is half
+    the squared error, `(f_i - y_i)^2 / 2` as in `rgd.boosting.squared_error`, averaged over the outputs if
+    there are several. The next fit has `p_i w_i` as its `sample_weight`. This ends when no weight changes by
+    more than `tolerance`, or after `rounds`.
 
-    The weights of linear models settle, under `rgd.CVaR` with its `smoothing` and a small `step`. Those of
-    trees and forests, which jump, often do not, and `rounds` then bounds the work.
+    The weights of linear models settle; with `rgd.CVaR` they need its `smoothing` and a small `step`. Those
+    of trees and forests change in jumps and often do not settle, so `rounds` limits the work.
 
-    A model that can learn its training samples by heart, such as an unlimited tree, has losses near 0, and
-    then all weights are equal. For an estimator with randomness give `random_state`, or the weights never
-    settle. Weights that average to more than one act as a weaker regularisation, and
-    `rgd.KL(..., normalize=True)` keeps it as it was. Weightings that remember earlier batches,
-    `rgd.MovingAverage` and `rgd.GroupDRO`, are refused: every round sees all samples.
+    A model that can memorise its training samples, such as an unlimited tree, has losses near 0, and then all
+    weights are equal. If an estimator is random, give it `random_state`, or the weights never settle. Weights
+    that average to more than one act as a weaker regularisation; `rgd.KL(..., normalize=True)` does not
+    change it. Weightings that remember earlier batches, `rgd.MovingAverage` and `rgd.GroupDRO`, are refused,
+    since every round uses all samples.
 
     Inside a pipeline wrap the last step: `make_pipeline(StandardScaler(), Reweighted(LogisticRegression()))`.
 
@@ -78,9 +78,9 @@ class Reweighted(_base.MetaEstimatorMixin, _base.BaseEstimator):
         rounds: The largest number of fits after the first, an integer >= 0; 0 gives the plain model.
         tau: Short for `weighting=KL(tau=tau)`.
         scale: Short for `weighting=KL(scale=scale)`; with `tau`, for `KL(tau, scale=scale)`.
-        step: How far the weights go towards those of the last losses in every round after the first, in
-            (0, 1]. Near 1 is quick for weak re-weighting and for negative scales; less keeps weights that
-            favour the tail from swinging.
+        step: How far the weights move towards those of the last losses in every round after the first, in
+            (0, 1]. A step near 1 is fast for weak re-weighting and for negative scales. A smaller step stops
+            weights from oscillating that favour large losses.
         tolerance: The change of weights, relative to the largest, at which they have settled; a number >= 0.
         verbose: Whether to show a progress bar; it needs tqdm.
 
@@ -166,7 +166,7 @@ class Reweighted(_base.MetaEstimatorMixin, _base.BaseEstimator):
                 settled = math.isfinite(change) and change <= self.tolerance * float(np.max(fresh))
                 if settled or rounds == self.rounds:
                     break
-                # The first step is whole: the plain fit's weights are no guess of the final ones.
+                # The first step has length 1: the weights of the plain fit are not close to the final ones.
                 weights = fresh if rounds == 0 else weights + self.step * (fresh - weights)
                 fitted = self._fit_once(X, y, weights if measure is None else measure * weights, fit_params)
                 rounds += 1
@@ -188,7 +188,7 @@ class Reweighted(_base.MetaEstimatorMixin, _base.BaseEstimator):
         return self
 
     def predict(self, X: Any) -> Any:  # noqa: N803
-        """What the last fit predicts.
+        """The predictions of the last fit.
 
         Args:
             X: Samples.
@@ -252,7 +252,7 @@ class Reweighted(_base.MetaEstimatorMixin, _base.BaseEstimator):
         inner = _utils.get_tags(self.estimator)
         for name in ("estimator_type", "classifier_tags", "regressor_tags", "input_tags", "target_tags"):
             setattr(tags, name, getattr(inner, name))
-        if tags.classifier_tags is not None:  # one loss a sample: of one output
+        if tags.classifier_tags is not None:  # a classifier has one loss a sample, so one output
             tags.classifier_tags.multi_label = tags.target_tags.multi_output = False
         return tags
 
@@ -325,7 +325,7 @@ class Reweighted(_base.MetaEstimatorMixin, _base.BaseEstimator):
 
 
 class _NoBar:
-    """What `Reweighted` counts its rounds on where no progress bar was asked for."""
+    """Replaces the progress bar if none was asked for."""
 
     def __enter__(self) -> _NoBar:
         return self

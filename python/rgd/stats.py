@@ -1,7 +1,7 @@
-"""What a set of weights does to a batch, in a handful of numbers.
+"""The statistics of a set of weights.
 
-Each front fills `WeightStats` from the same sums over losses and weights, which one kernel takes in a single
-pass.
+Each front computes `WeightStats` from the same sums over losses and weights. One kernel computes these sums
+in one pass.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from rgd.weightings import Weighting
 
 @dataclasses.dataclass(frozen=True)
 class GroupStats:
-    """What the weights do to each group, one entry a group from 0 on.
+    """The statistics of the weights of each group, one entry a group from 0 on.
 
-    Where groups have numbers above a million, only those that take part have an entry, and `numbers` names
-    them.
+    If groups have numbers above a million, only those that take part have an entry, and `numbers` holds their
+    numbers.
 
     Attributes:
         mean_loss: `sum(p * l) / sum(p)` over the group; NaN for a group that is absent.
@@ -34,7 +34,7 @@ class GroupStats:
     mean_loss: Sequence[float]
     weight_share: Sequence[float]
     count: Sequence[int]
-    # `static` tells JAX that these are no arrays.
+    # `static` tells JAX that these fields are not arrays.
     numbers: Sequence[int] | None = dataclasses.field(default=None, metadata={"static": True})
 
 
@@ -46,13 +46,12 @@ class WeightStats:
     of samples that take part:
 
     Attributes:
-        mean_loss: `sum(p * l) / sum(p)`, the objective of empirical risk minimization: the number to compare
-            between runs.
-        worst_tenth: The mean of `l` over the worst tenth of the mass, the sample at its edge in part:
-            `min over eta of eta + sum(p * max(0, l - eta)) / (0.1 * sum(p))`. None where only sums over
+        mean_loss: `sum(p * l) / sum(p)`, the objective of empirical risk minimization. Compare runs by it.
+        worst_tenth: The mean of `l` over the worst tenth of the mass, with a part of the sample at its edge:
+            `min over eta of eta + sum(p * max(0, l - eta)) / (0.1 * sum(p))`. None if only sums over
             several batches are known.
-        objective: `sum(p * w * l) / sum(p)`, what the re-weighted step descends; divided by the `normalizer`
-            of a call that was given one.
+        objective: `sum(p * w * l) / sum(p)`, the objective of the re-weighted step. If the call had a
+            `normalizer`, the sum is divided by it.
         effective_sample_size: `n * sum(p * w)^2 / (sum(p) * sum(p * w^2))`, from 1 (one sample has all the
             weight) to `n` (equal weights).
         kl_to_uniform: `sum(q * log(q / p'))` with `q = p * w / sum(p * w)` and `p' = p / sum(p)`, in nats,
@@ -64,7 +63,7 @@ class WeightStats:
         groups: The same for each group, where groups were given.
         mean_weight: `sum(p * w) / sum(p)`, which acts like a factor of the learning rate.
 
-    Of no samples, every share and mean is NaN, as is what a NaN among losses or weights reaches.
+    Without samples, every share and mean is NaN. A NaN loss or weight makes every number that uses it NaN.
 
     Example:
         >>> import numpy as np, rgd
@@ -90,7 +89,7 @@ class WeightStats:
         return [field.name for field in dataclasses.fields(self)]
 
     def remarked(self, sentence: str) -> WeightStats:
-        """The same, whose `advice()` ends with a sentence about what the statistics do not tell."""
+        """The same statistics with one more sentence at the end of `advice()`."""
         copy = dataclasses.replace(self)
         object.__setattr__(copy, "_remark", sentence)
         return copy
@@ -124,11 +123,11 @@ class WeightStats:
         return {name: value for name, value in numbers.items() if value is not None}
 
     def advice(self) -> list[str]:
-        """What these statistics say about the weighting, in plain sentences; none where nothing stands out.
+        """Sentences about problems that these statistics show; empty if there are none.
 
-        These cases are told: weights that are all but equal, because all losses are clipped or near zero, so
-        that re-weighting cannot matter; weights that are all near zero; most of the weight on a few samples,
-        which may be wrong labels; and, of a call of `RGDLoss`, logits that are probabilities.
+        It reports weights that are almost equal, because all losses are clipped or near zero, so that
+        re-weighting has no effect; weights that are all near zero; most of the weight on a few samples, whose
+        labels may be wrong; and, after a call of `RGDLoss`, logits that are probabilities.
 
         Example:
             >>> import numpy as np, rgd
@@ -151,7 +150,7 @@ class WeightStats:
         return remarks
 
     def no_effect(self) -> str | None:
-        """Why re-weighting cannot do its work here, in a sentence; None where it can.
+        """The reason why re-weighting has no effect here, in a sentence; None if it has one.
 
         Example:
             >>> import numpy as np, rgd
@@ -190,9 +189,9 @@ class WeightStats:
         )
 
 
-# From this number on, groups have an entry only where they take part.
+# Groups with this number or a larger one have an entry only if they take part.
 MOST_GROUPS = 1_000_000
-# Where the largest weight is below, a step is less than a tenth of a plain one.
+# If the largest weight is below this number, a step is less than a tenth of a plain one.
 _NEAR_ZERO = 0.1
 
 
@@ -223,7 +222,7 @@ class WeightSums(NamedTuple):
 
 
 def clip_of(weighting: Weighting | None) -> float:
-    """The loss from which on a weight no longer changes; infinity where there is none, or nothing is known.
+    """The loss above which a weight no longer changes; infinity if there is none, or if it is not known.
 
     Example:
         >>> import rgd
@@ -246,15 +245,15 @@ def stats_from_sums(
 
     Args:
         sums: Taken with `clip_of(weighting)`.
-        weighting: What the weights came from; None leaves `clipped_share` unknown.
-        worst_tenth: As `worst_tenth` gives it, which the sums do not tell.
-        denominator: What `mean_loss` and `objective` are divided by, where it is not the mass: with class
-            weights, the sum of those of the targets.
-        normalizer: What `objective` is divided by, where it is another number than that.
+        weighting: The weighting that made the weights; with None, `clipped_share` is None.
+        worst_tenth: The result of `worst_tenth`, which cannot be computed from the sums.
+        denominator: The divisor of `mean_loss` and `objective`, if it is not the mass: with class weights,
+            the sum of those of the targets.
+        normalizer: The divisor of `objective`, if it is another number.
         groups: The statistics of each group.
 
     Returns:
-        The statistics. Divisions by zero give what IEEE 754 says.
+        The statistics. Divisions by zero follow IEEE 754.
 
     Example:
         >>> stats_from_sums(WeightSums(2, 2.0, 3.0, 2.0, 3.0, 2.0, 0.0, 1.0, 0.0)).effective_sample_size
@@ -342,8 +341,8 @@ def group_sums(
         groups: The group of each sample, of the same shape.
 
     Returns:
-        The numbers of the groups that take part, rising, and for each a row: `sum(p)`, `sum(p * l)`,
-        `sum(p * w)`, and how many take part.
+        The numbers of the groups that take part, rising, and for each group a row: `sum(p)`, `sum(p * l)`,
+        `sum(p * w)`, and the number of samples that take part.
 
     Raises:
         ValueError: If a group number is negative.
@@ -370,7 +369,7 @@ def group_stats_from_sums(sums: dict[int, npt.NDArray[np.float64]]) -> GroupStat
 
 
 def _stats_of_groups(numbers: npt.NDArray[np.int64], rows: npt.NDArray[np.float64]) -> GroupStats:
-    """The statistics of rows of sums: of each group from 0 on, or of those alone that have large numbers."""
+    """The statistics from rows of sums: of each group from 0 on; with large numbers, of groups with a row."""
     sparse = numbers.size > 0 and numbers[-1] >= MOST_GROUPS
     if not sparse:
         dense = np.zeros((numbers[-1] + 1 if numbers.size else 0, 4))
@@ -388,7 +387,7 @@ def _stats_of_groups(numbers: npt.NDArray[np.int64], rows: npt.NDArray[np.float6
 
 
 def quotient(numerator: float, denominator: float) -> float:
-    """The quotient of IEEE 754, where Python raises ZeroDivisionError."""
+    """The quotient by IEEE 754; Python would raise ZeroDivisionError."""
     if denominator != 0:
         return numerator / denominator
     return math.copysign(math.inf, numerator) if abs(numerator) > 0 else math.nan

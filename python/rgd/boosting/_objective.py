@@ -32,7 +32,7 @@ class Objective(abc.ABC):
     `base_margin` gives other first margins, make a new objective for every training.
 
     Attributes:
-        weighting: What turns losses into weights.
+        weighting: Turns losses into weights.
         groups: The group of each training sample, shape (n,), or None.
         num_class: The number of classes of `softmax`; None for objectives with one margin a sample.
     """

@@ -1,1 +1,1 @@
-"""RGD where people train: one module a trainer, each imported only by who asks for it."""
+"""RGD in trainers of other libraries: one module for each, imported only when it is used."""

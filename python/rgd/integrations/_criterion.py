@@ -1,4 +1,4 @@
-"""What the losses of the integrations share: a criterion, whose weighting and statistics are theirs."""
+"""The base of the losses of the integrations: a criterion, with its weighting and its statistics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class HasCriterion(Dial):
 
     @property
     def weighting(self) -> Weighting:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """What turns losses into weights; another may be set between steps, as `WeightingSchedule` does."""
+        """The weighting. You may set another one between steps, as `WeightingSchedule` does."""
         return self.criterion.weighting
 
     @weighting.setter
@@ -28,5 +28,5 @@ class HasCriterion(Dial):
         self.criterion.weighting = weighting
 
     def stats(self) -> WeightStats:
-        """What the weights of the last weighted call were like, as `RGDLoss.stats()` tells."""
+        """The statistics of the weights of the last weighted call, as `RGDLoss.stats()` returns them."""
         return self.criterion.stats()

@@ -1,4 +1,4 @@
-"""What a batch says: keywords that nobody reads, how many labels count, and which sequences share a row."""
+"""Reads a batch: keywords that no part of a model uses, how many labels count, how a row is packed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from rgd.torch.segments import begins_after_the_first
 
-# What the losses of `rgd.torch` take beside logits and labels.
+# Arguments that the losses of `rgd.torch` take beside logits and labels.
 _OF_THE_LOSS = ("where", "sample_weight", "groups", "segments")
-# What the decorators and the loss of a model of transformers take out of its keyword arguments.
+# Keyword arguments that the decorators and the loss of a model of transformers use.
 _OF_TRANSFORMERS = (
     "num_items_in_batch", "shift_labels", "ignore_index", "return_dict", "fused_lm_head",
-    # What its collators of packed rows add for those models that ask for it.
+    # Its collators of packed rows add these for the models that need them.
     "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
 )  # fmt: skip
 
@@ -30,7 +30,7 @@ _PACKED = (
 
 
 def normalizer_of(items: Tensor | float | None, device: torch.device) -> Tensor | float | None:
-    """What the number of labels in a batch, as the `Trainer` counts it, says to the loss."""
+    """The `normalizer=` of the loss, from the number of labels that the `Trainer` counted in a batch."""
     if isinstance(items, Tensor):
         if items.is_cpu and not torch.compiler.is_compiling() and not bool(items):
             return None  # no label counts: the mean of nothing, which is NaN
@@ -39,7 +39,7 @@ def normalizer_of(items: Tensor | float | None, device: torch.device) -> Tensor 
 
 
 def refuse_settings_of_the_loss(batch: Mapping[str, Any], who: str) -> None:
-    """Refuse a batch with what `RGDLoss` would weigh by, where only the model would get it, and ignore it."""
+    """Refuse a batch with arguments of `RGDLoss`, such as `groups`, which the model would get and ignore."""
     for name in _OF_THE_LOSS:
         if batch.get(name) is not None:
             raise TypeError(
@@ -49,13 +49,13 @@ def refuse_settings_of_the_loss(batch: Mapping[str, Any], who: str) -> None:
 
 
 def refuse_unknown(model: Any, known: frozenset[str], kwargs: Mapping[str, Any], who: str) -> None:
-    """Refuse a keyword that no part of a model takes: its `**kwargs` would swallow it.
+    """Refuse a keyword that no part of a model takes: the model's `**kwargs` would silently ignore it.
 
     Args:
         model: A model of transformers.
-        known: What `keywords_of` says of it.
-        kwargs: Those of a call with labels.
-        who: What to call the caller in the message.
+        known: What `keywords_of` returned for it.
+        kwargs: The keywords of a call with labels.
+        who: The name of the caller in the message.
     """
     unknown = [name for name, value in kwargs.items() if value is not None and name not in known]
     if not unknown:
@@ -71,17 +71,17 @@ def refuse_unknown(model: Any, known: frozenset[str], kwargs: Mapping[str, Any],
 
 
 def keywords_of(model: Any) -> frozenset[str]:
-    """What a model of transformers takes by name: its forward's arguments, and those of all models."""
+    """The keywords that a model of transformers takes: those of its forward, and those of all models."""
     utils = importlib.import_module("transformers.utils")
     shared = getattr(getattr(utils, "TransformersKwargs", None), "__annotations__", {})
-    # A subclass may hand all of its arguments on, and what stands in the instance may have more.
+    # A subclass may pass on all of its arguments, and a forward set on the instance may take more of them.
     owners: list[Any] = [model, *type(model).__mro__]
     own = [name for owner in owners if "forward" in vars(owner) for name in _named(vars(owner)["forward"])]
     return frozenset((*own, *shared, *_OF_TRANSFORMERS))
 
 
 def _keywords_within(model: Any) -> Iterator[str]:
-    """What the layers of a model, and the function that computes its attention, take by name."""
+    """The keywords that the layers of a model and its attention function take."""
     kinds: set[Any] = {type(module) for module in model.modules()}
     for kind in kinds:
         yield from _named(kind.forward)
@@ -105,8 +105,8 @@ def segments_of_rows(
         batch: What the model is called with.
         labels: Shape (B, T).
         shift: Whether position `t` predicts label `t + 1`, so that the first label of a row is not used.
-        ignore_index: The label that counts for nothing.
-        always: Whether to return the segments of rows that are one sequence too.
+        ignore_index: The label of targets that do not count.
+        always: Whether to return segments also if each row is one sequence.
 
     Returns:
         The `segments=` of the loss, int64 of the labels' shape. Without `shift`, -1 stands where the last
@@ -124,7 +124,7 @@ def segments_of_rows(
 
 
 def shifted_segments(segments: Tensor) -> Tensor:
-    """The segments of labels that are shifted: a label counts if the position before is of its sequence."""
+    """The segments of shifted labels: a label counts if the position before it is in the same sequence."""
     return segments[:, 1:].masked_fill(segments[:, 1:] != segments[:, :-1], -1)
 
 
@@ -138,11 +138,11 @@ def _share_rows(numbers: Tensor, used: Tensor) -> bool:
 
 
 def _accounts(batch: Mapping[str, Any], labels: Tensor) -> Iterator[Tensor]:
-    """Each account of which sequence a position belongs to, a number a position."""
+    """Each input that says which sequence a position belongs to, as one number a position."""
     mask = _mask(batch, labels)
     positions = batch.get("position_ids")
     if isinstance(positions, Tensor) and positions.shape[-1] == labels.shape[-1]:
-        # Models with several positions a token count time by the first of them.
+        # If a token has several positions, as in models of images and text, the first one is time.
         positions = positions[0] if positions.dim() == 3 else positions.reshape(-1, labels.shape[-1])
         begins = begins_after_the_first(positions)
         if mask is not None:
@@ -169,9 +169,9 @@ def _mask(batch: Mapping[str, Any], labels: Tensor) -> Tensor | None:
 def refuse_flattened_labels(labels: Tensor, ignore_index: int) -> None:
     """Refuse the labels that `DataCollatorWithFlattening` makes of several whole texts.
 
-    It puts them into one row and masks the first label of each, so a single masked label stands between two
-    that count. Where longer stretches are masked, as those of prompts, the labels do not tell: a conversation
-    of several turns has the same.
+    It puts the texts into one row and masks the first label of each, so that a single masked label is between
+    two that count. If longer parts are masked, such as prompts, the labels do not show whether a row holds
+    several texts: a conversation of several turns has such labels too.
     """
     labels = cast("Any", labels)
     if labels.dim() != 2 or labels.shape[0] != 1 or labels.shape[1] < 4 or labels.is_floating_point():

@@ -22,7 +22,7 @@ from rgd.torch.functional import cross_entropy
 from rgd.torch.linear import LinearRGDLoss
 from rgd.weightings import ERM, Weighting
 
-# Values that take the place of logits, to see what a model does to them before its loss.
+# The model gets these values instead of logits. They show how it changes logits before its loss.
 _PROBES = (0.5, 64.0)
 _HALF = (torch.float16, torch.bfloat16)
 # Replicas of a model run in threads of their own, and share one criterion.
@@ -47,44 +47,44 @@ def use_linear_rgd(
 ) -> LinearRGD:
     """Let a causal language model compute its loss re-weighted and without logits.
 
-    From then on, where the model is trained with labels, its head and its loss are one
+    After this call, training with labels computes head and loss together by
     `rgd.torch.linear_cross_entropy`: `outputs.loss` is the re-weighted objective and `outputs.logits` is
-    None. The rest of its forward pass is its own. Labels are shifted as the model does it, `shift_labels` are
-    taken as they are, and with `num_items_in_batch`, which the `Trainer` gives, the objective is
+    None. The rest of the forward pass does not change. Labels are shifted as the model does it, and
+    `shift_labels` are not shifted. The `Trainer` gives `num_items_in_batch`, and the objective is then
     `sum_i w_i l_i / num_items_in_batch`. Calls without labels, as in generation, and evaluations, which run
     under `torch.no_grad()` or in inference mode, are as before.
 
-    The model takes `sample_weight=` too, of the labels' shape or one a row, in evaluations as well. What the
-    weighted losses are divided by is then the sum of the weights, over all micro-batches of a step, which
-    `RGDTrainer` counts; in a call of your own, leave `num_items_in_batch` out or give that sum as a float.
+    The model takes `sample_weight=` too, of the labels' shape or one a row, in evaluations as well. The
+    weighted losses are then divided by the sum of these weights over all micro-batches of a step, which
+    `RGDTrainer` counts. In a call of your own, leave `num_items_in_batch` out or give that sum as a float.
 
-    Copies of the model and the replicas of `nn.DataParallel` run their own parameters, and share the
-    weighting with its state. Weights that depend on the batch are those of a replica's part of it.
+    Copies of the model and the replicas of `nn.DataParallel` use their own parameters, and share the
+    weighting with its state. Weights that depend on the batch are computed from a replica's part of it.
 
     Args:
-        model: A causal language model of transformers, before it is wrapped or compiled. One with adapters on
-            other layers than the head is fine.
-        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
+        model: A causal language model of transformers, before it is wrapped or compiled. It may have adapters
+            on other layers than the head.
+        weighting: Turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
         tau: Short for `weighting=KL(tau, scale=scale)`.
         scale: The dial; short for the same.
         per: "element" weights each token by its own loss; "sample" weights all tokens of a sequence by their
-            mean loss. Sequences that are packed into a row are told apart by `position_ids` that restart,
-            `cu_seq_lens_q`, `seq_idx` or an `attention_mask` that numbers them; the last token of one then
-            predicts nothing of the next.
+            mean loss. Sequences that are packed into a row are recognised by `position_ids` that restart,
+            `cu_seq_lens_q`, `seq_idx` or an `attention_mask` that numbers them. The last token of a sequence
+            then predicts nothing of the next one.
         weight: Class weights, shape (C,).
-        ignore_index: The label that counts for nothing. The `Trainer` counts with -100.
+        ignore_index: The label of targets that do not count. The `Trainer` counts with -100.
         label_smoothing: In [0, 1]; `TrainingArguments.label_smoothing_factor` makes the `Trainer` compute
             another loss, from logits.
-        evaluate: "plain" leaves the model as it was in an evaluation: its own loss, with logits. "weighted"
-            computes the re-weighted loss there too, without logits, and moves no state.
+        evaluate: With "plain" an evaluation returns the model's own loss, with logits. "weighted" computes
+            the re-weighted loss there too, without logits, and does not change the state.
         chunk_bytes: As for `linear_cross_entropy`.
         accumulate_dtype: As for `linear_cross_entropy`.
         process_group: As for `RGDLoss`.
         sync: As for `RGDLoss`.
 
     Returns:
-        A handle, which is a context manager too: `remove()` or the end of the `with` block give the model its
-        own loss back; `stats()` describes the weights of the last call.
+        A handle, which is a context manager too. `remove()` or the end of the `with` block restores the
+        model's own loss. `stats()` describes the weights of the last call.
 
     Raises:
         TypeError: If a setting has the wrong type.
@@ -92,10 +92,10 @@ def use_linear_rgd(
             of causal language models; if it is patched already.
 
     Note:
-        The first call checks that the model hands the head's output to its loss as it is, but for
-        `final_logit_softcapping` and a logit scale of its configuration, and raises a `RuntimeError` if not.
-        A call with labels and a keyword that no part of the model takes, such as `groups`, raises a
-        `TypeError`; the model alone would ignore it.
+        The first call checks that the model passes the head's output to its loss without any change other
+        than `final_logit_softcapping` and a logit scale of its configuration. If not, it raises a
+        `RuntimeError`. A call with labels and a keyword that no part of the model takes, such as `groups`,
+        raises a `TypeError`; the model alone would ignore it.
 
     Example:
         >>> with use_linear_rgd(model, tau=4.0) as handle:  # doctest: +SKIP
@@ -117,12 +117,12 @@ def use_linear_rgd(
 
 
 class LinearRGD(HasCriterion):
-    """What `use_linear_rgd` returns; see there.
+    """The handle that `use_linear_rgd` returns; see there.
 
     Args:
         model: The model, which is patched here.
         criterion: The loss of its head.
-        logit_scale: What the model multiplies its logits by.
+        logit_scale: The factor by which the model multiplies its logits.
     """
 
     def __init__(self, model: Any, criterion: LinearRGDLoss, logit_scale: float) -> None:
@@ -132,10 +132,10 @@ class LinearRGD(HasCriterion):
         self.counts_weights = False  # whether num_items_in_batch is a sum of weights
         original = cast("Any", type(model)).forward
         self._known = keywords_of(model)
-        # What stands in the instance, not in its class, is kept in it: a copy of the model has its own.
+        # A forward that was set on the instance is kept on it, so that a copy of the model has its own.
         before: Any = _own(model).get("forward")
         self._place = f"_forward_before_linear_rgd_{id(self):x}"
-        # The `Trainer` counts the labels of a step for models that say so. The loss here takes the number.
+        # This flag makes the `Trainer` count the labels of a step, for the loss here.
         self._model_takes_items = _takes_items(model)
         self._said: Any = _own(model).get("accepts_loss_kwargs")
         if not self._model_takes_items:
@@ -159,11 +159,11 @@ class LinearRGD(HasCriterion):
         return self._loss.criterion
 
     def remove(self) -> None:
-        """Give the model its own loss back; once more does nothing."""
+        """Restore the model's own loss. A second call does nothing."""
         self._active = False
         own = _own(self._model)
         if own.get("forward") is not self._patched:
-            return  # something has been wrapped around it, and calls through
+            return  # another wrapper is around it, and calls it
         del own["forward"], own["_replicate_for_data_parallel"]
         if not self._model_takes_items:
             del own["accepts_loss_kwargs"]
@@ -188,7 +188,7 @@ class LinearRGD(HasCriterion):
         if not self._model_takes_items:
             kwargs.pop("num_items_in_batch", None)
         weight: Tensor | None = kwargs.pop(COLUMN, None)
-        # fused_lm_head is a head of TRL's, with outputs of its own.
+        # fused_lm_head is TRL's head, which has other outputs.
         if not self._active or kwargs.get("labels") is None or kwargs.get("fused_lm_head"):
             if weight is not None:
                 raise TypeError(
@@ -219,9 +219,9 @@ class LinearRGD(HasCriterion):
             call.segments = segments_of_rows(kwargs, call.labels, call.shift, ignored, always=by_token)
             if weight is not None and call.segments is not None:
                 call.weight = of_labels(weight, call.labels)
-        # Where accelerate has put hooks around the head, they stay.
+        # This keeps the hooks that accelerate may have put around the head.
         place = "_old_forward" if hasattr(head, "_old_forward") else "forward"
-        # Replicas share their hooks, so this one is registered in a copy.
+        # Replicas share one dict of hooks, so this hook goes into a copy of it.
         hooks = {**cast("Any", head)._forward_hooks, "use_linear_rgd": call.leave}
         with (
             _instead(head, place, call.head),
@@ -241,7 +241,7 @@ class LinearRGD(HasCriterion):
 
 
 class _HeadLoss:
-    """The loss of the head of a model, and what the model does between the two."""
+    """The loss of a model's head, and the changes that the model makes to logits before the loss."""
 
     def __init__(self, criterion: LinearRGDLoss, logit_scale: float) -> None:
         self.criterion = criterion
@@ -265,7 +265,7 @@ class _HeadLoss:
         if criterion.weight is not None:
             criterion.weight = criterion.weight.to(hidden.device)
         kind = hidden.device.type
-        # Under autocast the loss of half precision is float32, as the models' own are.
+        # Under autocast the loss of half precision is float32, as that of the models is.
         single = hidden.dtype in _HALF and not autocasts(kind)
         with torch.autocast(kind, dtype=hidden.dtype) if single else contextlib.nullcontext():
             hidden = hidden if self.logit_scale == 1 else hidden * self.logit_scale
@@ -294,7 +294,7 @@ class _HeadLoss:
 
 
 class _Call:
-    """One forward pass: what takes the place of the head, and what of the loss."""
+    """One forward pass: the functions that replace the head and the loss of the model."""
 
     def __init__(
         self, loss: _HeadLoss, head: nn.Module, training: bool, kwargs: dict[str, Any], items: Any
@@ -311,18 +311,18 @@ class _Call:
         self.stage = "begun"
 
     def head(self, hidden: Tensor) -> Tensor:
-        """The objective, where the head gives logits; and values that show what the model does to these."""
-        # In the head's own forward pass its parameters are at hand, wherever they are kept between calls.
+        """Replaces the head: computes the objective, and returns probe values instead of logits."""
+        # Inside the head's forward pass its parameters are gathered, also if they are sharded between calls.
         objective = self.of_head.objective(self, hidden)
         self.stage = "logits made"
         return torch.cat([objective.reshape(1), objective.new_tensor(_PROBES)]).view(1, 1, -1)
 
     def leave(self, module: nn.Module, inputs: Any, standin: Tensor) -> None:
-        """Keep what the head's module gave to the model, behind hooks such as those that shard parameters."""
+        """Keep the output of the head's module, after hooks such as those that shard parameters."""
         self.standin = standin
 
     def loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The objective, where the model's loss function gives the plain loss."""
+        """Replaces the model's loss function: returns the objective."""
         self.stage = "done"
         ignored = self.of_head.criterion.ignore_index
         if kwargs.get("ignore_index", ignored) != ignored:
@@ -337,7 +337,7 @@ class _Call:
 
 
 def _plain_loss(weight: Tensor, items: Any, ignored: int, *args: Any, **kwargs: Any) -> Tensor:
-    """The loss of causal language models, each label's times its weight, in the place of a model's own."""
+    """The loss of causal language models with weighted labels, which replaces the loss of a model."""
     named = dict(zip(("logits", "labels"), args, strict=False), **kwargs)
     logits, labels = named["logits"].float(), named.get("shift_labels")
     if labels is None:
@@ -353,7 +353,7 @@ def _plain_loss(weight: Tensor, items: Any, ignored: int, *args: Any, **kwargs: 
 
 @contextlib.contextmanager
 def _instead(owner: Any, name: str, value: Any) -> Generator[None]:
-    """Another value of an attribute of an instance, for a while."""
+    """Set an attribute of an instance within a `with` block."""
     missing = object()
     before = _own(owner).get(name, missing)
     _own(owner)[name] = value
@@ -367,7 +367,7 @@ def _instead(owner: Any, name: str, value: Any) -> Generator[None]:
 
 
 def _replicate_for_data_parallel(module: Any) -> Any:
-    """The replica of a patched model for `nn.DataParallel`; what was bound to the model is bound to it."""
+    """The replica of a patched model for `nn.DataParallel`; methods bound to the model are bound to it."""
     replica = cast("Any", type(module))._replicate_for_data_parallel(module)
     for name, method in _own(module).items():
         if isinstance(method, types.MethodType) and method.__self__ is module:
@@ -381,7 +381,7 @@ def _own(owner: Any) -> dict[str, Any]:
 
 
 def _takes_items(model: Any) -> bool:
-    """Whether a model itself takes `num_items_in_batch`, as the `Trainer` asks it."""
+    """Whether a model itself takes `num_items_in_batch`, found out as the `Trainer` does."""
     if hasattr(model, "accepts_loss_kwargs"):
         return bool(model.accepts_loss_kwargs)
     parameters = inspect.signature(cast("Any", type(model)).forward).parameters.values()
@@ -440,7 +440,7 @@ def _logit_settings(model: Any) -> tuple[float | None, float]:
 
 
 def handle_of(model: Any) -> LinearRGD | None:
-    """What `use_linear_rgd` returned for a model, below what accelerate has put around it; else None."""
+    """The handle of `use_linear_rgd` for a model, which accelerate may have wrapped; None without one."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     forward: Any = _own(model).get("forward")
     while forward is not None:

@@ -1,4 +1,4 @@
-"""A column `sample_weight` of a data set on its way to the loss: the column, its collator, and its sum."""
+"""Takes a column `sample_weight` of a data set to the loss: keeps the column, collates it, and sums it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLUMN = "sample_weight"
 if TYPE_CHECKING:
 
     class _Trainer:
-        """What is used of the `Trainer` of transformers."""
+        """The methods of the `Trainer` of transformers that are used here."""
 
         data_collator: Any
         _signature_columns: list[str] | None
@@ -28,7 +28,7 @@ else:
 
 
 class TakesSampleWeight(_Trainer):
-    """A trainer whose batches hold the column `sample_weight` of its data set, and that counts by it."""
+    """A trainer whose batches hold the column `sample_weight` of its data set, and which sums it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -41,7 +41,7 @@ class TakesSampleWeight(_Trainer):
             self._signature_columns = [*columns, COLUMN]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """The micro-batches of a step, and what the sum of their losses is divided by."""
+        """The micro-batches of a step, and the number that the sum of their losses is divided by."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         counted = counted_by_weight(batches)
         if counted is not batches and not hasattr(super(), "_get_num_items_in_batch"):  # some count here
@@ -62,7 +62,7 @@ def without_weights(inputs: Any) -> tuple[Any, Tensor | None]:
 
 
 def refuse_shifted_labels(inputs: Any) -> None:
-    """Refuse a batch with weights whose labels are shifted already: they are not laid beside these."""
+    """Refuse a batch with weights and `shift_labels`: the weights are not shifted."""
     if inputs.get("shift_labels") is not None:
         raise ValueError(
             "sample_weight is laid beside labels, and this batch holds shift_labels: train without sequence "
@@ -71,25 +71,25 @@ def refuse_shifted_labels(inputs: Any) -> None:
 
 
 class WeightCollator:
-    """A collator that lays the weights of its rows as it lays their labels.
+    """A collator that pads, flattens or packs the weights of its rows as their labels.
 
     Args:
-        collator: What makes a batch of rows without weights.
+        collator: The collator of rows without weights.
     """
 
     def __init__(self, collator: Callable[[Any], Any]) -> None:
         self.collator = collator
 
     def __call__(self, features: Sequence[Any]) -> Any:
-        """The batch; with `sample_weight`, float32, where the rows have it.
+        """The batch; with `sample_weight`, float32, if the rows have it.
 
-        It has the shape of the labels, 0 where they are padded, or one entry a row where rows have one each
-        and are not flattened into one.
+        It has the shape of the labels, and is 0 where they are padded. If each row has one weight, and rows
+        are not flattened into one, it has one entry a row.
 
         Raises:
             TypeError: If a weight is no number.
-            ValueError: If some rows have none, if one is negative or not finite, or if there is neither one
-                for a row nor one for each of its tokens.
+            ValueError: If only some rows have a weight, if one is negative or not finite, or if a row has
+                neither one weight nor one for each of its tokens.
         """
         if not any(isinstance(one, Mapping) and COLUMN in one for one in features):
             return self.collator(features)
@@ -134,9 +134,9 @@ def laid_out(weights: list[Tensor], lengths: list[int | None], batch: Mapping[st
     """The weights of rows as one tensor: of the shape of the labels, or one entry a row.
 
     Args:
-        weights: One of each row, a scalar or one a token.
+        weights: For each row a scalar, or one weight a token.
         lengths: How many tokens each row has; None where it has no `input_ids`.
-        batch: What the collator made of the rows.
+        batch: The collated rows.
     """
     labels = batch.get("labels")
     by_row = all(not one.dim() for one in weights)
@@ -168,7 +168,7 @@ def laid_out(weights: list[Tensor], lengths: list[int | None], batch: Mapping[st
     mask = batch.get("attention_mask")
     mask = mask if isinstance(mask, Tensor) and mask.shape == labels.shape else None
     for place, one in enumerate(rows):
-        # Where the mask shows as many tokens as there are, they may stand at the right, behind padding.
+        # If the mask counts all tokens, they may be at the right, after padding.
         own = None if mask is None else mask[place] != 0
         if own is not None and int(own.sum()) == one.shape[0]:
             result[place, own] = one
@@ -185,7 +185,7 @@ def of_labels(weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def counted_by_weight(batches: list[Any]) -> list[Any]:
-    """Micro-batches as the `Trainer` counts them, each label as often as its weight says."""
+    """Micro-batches in whose labels the `Trainer` counts the sum of the weights instead of the labels."""
     weighed = [_weighed(batch) for batch in batches]
     return weighed if any(one is not batch for one, batch in zip(weighed, batches, strict=True)) else batches
 
@@ -201,12 +201,12 @@ def _weighed(batch: Any) -> Any:
 
 
 def _no_zero(items: Any) -> Any:
-    """The sum of the weights, or 1 where all are 0: then the sum of the losses is 0, and so is the step."""
+    """The sum of the weights. 1 if all are 0: the sum of the losses is 0 then, and so is the step."""
     return items.where(items > 0, 1) if isinstance(items, Tensor) else items
 
 
 class _Weighed:
-    """Labels whose count, as the `Trainer` takes it, `labels.ne(-100).sum()`, is the sum of their weights."""
+    """Labels for which `labels.ne(-100).sum()`, the count of the `Trainer`, is the sum of their weights."""
 
     def __init__(self, labels: Tensor, weight: Tensor) -> None:
         self.labels = labels

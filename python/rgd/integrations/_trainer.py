@@ -1,4 +1,4 @@
-"""A `Trainer` of transformers whose loss sees the whole batch: a column of weights, and packed sequences."""
+"""A `Trainer` of transformers whose loss gets the whole batch: with weights, and with packed sequences."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rgd.integrations._sample_weight import TakesSampleWeight, refuse_shifted_la
 if TYPE_CHECKING:
 
     class Trainer:
-        """What the `Trainer` of transformers is used for here."""
+        """The methods of the `Trainer` of transformers that are used here."""
 
         accelerator: Any
         compute_loss_func: Any
@@ -30,14 +30,14 @@ else:
 class RGDTrainer(TakesSampleWeight, Trainer):
     """`transformers.Trainer` for `rgd_loss_func` and `use_linear_rgd`, with weights from the data set.
 
-    A column `sample_weight` of the data set, numbers `p >= 0`, one a row or one a token beside `input_ids`,
-    is kept by `remove_unused_columns`, and laid, padded and shifted with the labels. The objective of a step
-    is `sum_i p_i w_i l_i / sum_i p_i` over all labels that count, of all its micro-batches and processes. Its
-    evaluation loss is `sum_i p_i l_i / sum_i p_i` of a batch. Where all weights are 1, and without the
-    column, it is a `Trainer`.
+    The data set may have a column `sample_weight`, numbers `p >= 0`, one a row or one a token beside
+    `input_ids`. `remove_unused_columns` keeps it, and it is padded and shifted with the labels. The objective
+    of a step is `sum_i p_i w_i l_i / sum_i p_i` over the labels that count, of all micro-batches and
+    processes. The evaluation loss is `sum_i p_i l_i / sum_i p_i` of a batch. Without the column, or if all
+    weights are 1, it works as a `Trainer`.
 
-    The function of `rgd_loss_func` sees what the model is told of packed sequences, such as `position_ids`,
-    and weights each as a sample of its own with `per="sample"`.
+    The function of `rgd_loss_func` gets the model's inputs, such as `position_ids`, which show the sequences
+    that are packed into a row. With `per="sample"` it gives each of them a weight of its own.
 
     Args:
         *args: As for `transformers.Trainer`. The loss is `compute_loss_func=rgd_loss_func(...)`, or that of a
@@ -45,9 +45,9 @@ class RGDTrainer(TakesSampleWeight, Trainer):
         **kwargs: As for `transformers.Trainer`.
 
     Raises:
-        TypeError: If a weight is no number, as a batch is made.
-        ValueError: As a batch is made, if a row has no weight or one that is negative or not finite, or too
-            few for its tokens; in a step, if neither of the two losses is there to hear the weights.
+        TypeError: When a batch is made, if a weight is no number.
+        ValueError: When a batch is made, if a row has no weight or one that is negative or not finite, or too
+            few for its tokens; in a step, if the model has neither of the two losses that use the weights.
 
     Example:
         >>> trainer = RGDTrainer(  # doctest: +SKIP
@@ -58,7 +58,7 @@ class RGDTrainer(TakesSampleWeight, Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of a micro-batch, which sees all of it."""
+        """The loss of a micro-batch, from all entries of the batch."""
         given = return_outputs, num_items_in_batch
         rest, weight = without_weights(inputs)
         if weight is not None:

@@ -1,4 +1,4 @@
-"""DomainBed and SubpopBench: the algorithm classes that put Re-weighted Gradient Descent into their sweeps.
+"""Algorithm classes of Re-weighted Gradient Descent for DomainBed and SubpopBench.
 
 Each is a mixin for the suite's own `ERM`. Neither suite is imported here.
 
@@ -30,10 +30,10 @@ from rgd.weightings._call import resolve_weighting
 
 
 class _Reweighted(nn.Module):
-    """What both mixins share: the criterion, made from the class's weighting or from the hyperparameters.
+    """The base of both mixins: makes the criterion, from the class's weighting or from the hyperparameters.
 
     Attributes:
-        weighting: What turns losses into weights. None: `KL(tau=hparams["rgd_tau"])`, with `tau=1.0` where
+        weighting: Turns losses into weights. None: `KL(tau=hparams["rgd_tau"])`, with `tau=1.0` where
             the hyperparameters have no `rgd_tau`. Set it in the subclass, or override `make_weighting`.
         criterion: The loss, `RGDLoss(weighting=...)`; a submodule, so that a weighting's state is saved with
             the algorithm.
@@ -69,7 +69,7 @@ class DomainBedRGD(_Reweighted):
     is its group.
 
     Attributes:
-        weighting: What turns losses into weights; None: `KL(tau=hparams["rgd_tau"])`, by default `tau=1.0`.
+        weighting: Turns losses into weights; None: `KL(tau=hparams["rgd_tau"])`, by default `tau=1.0`.
 
     Example:
         >>> import rgd, torch
@@ -132,7 +132,7 @@ class SubpopBenchRGD(_Reweighted):
     sample is `y * num_attributes + a`, as in the suite.
 
     Attributes:
-        weighting: What turns losses into weights; None: `KL(tau=hparams["rgd_tau"])`, by default `tau=1.0`.
+        weighting: Turns losses into weights; None: `KL(tau=hparams["rgd_tau"])`, by default `tau=1.0`.
 
     Example:
         >>> import rgd

@@ -1,6 +1,6 @@
-"""What the weights do during a training with Lightning: a callback that logs it.
+"""A callback for Lightning that logs statistics of the weights.
 
-The loss itself needs nothing from here: `self.criterion = RGDLoss()` in a `LightningModule` is all.
+The loss does not need this module: write `self.criterion = RGDLoss()` in a `LightningModule`.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 else:
     try:
         import lightning.pytorch as pl
-    except ImportError:  # the same code under its older name
+    except ImportError:  # the package under its older name
         import pytorch_lightning as pl
 
 
 class RGDStats(pl.Callback):
     """Logs `stats()` of every `RGDLoss` in the `LightningModule`, at the steps that the trainer logs.
 
-    The names are `rgd/mean_loss` (the plain loss: what to compare between runs), `rgd/objective`,
+    The names are `rgd/mean_loss` (the plain loss, by which to compare runs), `rgd/objective`,
     `rgd/effective_sample_size`, `rgd/kl_to_uniform`, `rgd/max_weight` and `rgd/clipped_share`; with several
-    losses, `rgd/<name of the loss>/mean_loss` and so on. What they mean is told at `rgd.WeightStats`. The
-    statistics are computed every `Trainer(log_every_n_steps=...)` steps alone, and cost nothing at the
-    others.
+    losses, `rgd/<name of the loss>/mean_loss` and so on. `rgd.WeightStats` says what they mean. The
+    statistics are computed only every `Trainer(log_every_n_steps=...)` steps, and cost nothing at other
+    steps.
 
     Args:
         prefix: What the names begin with.

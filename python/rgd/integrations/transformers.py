@@ -1,8 +1,8 @@
-"""The loss of the Hugging Face `Trainer`, re-weighted, and a callback that logs what the weights are like.
+"""The loss of the Hugging Face `Trainer`, re-weighted, and a callback that logs statistics of the weights.
 
-The `Trainer` adds up gradients of several micro-batches, and of several devices, and tells the loss how many
-labels they hold together. So the loss of a micro-batch is `sum_i w_i l_i / num_items_in_batch`, over its
-labels not ignored.
+The `Trainer` adds up the gradients of several micro-batches and devices, and gives the loss the number of all
+their labels. So the loss of a micro-batch is `sum_i w_i l_i / num_items_in_batch`, over its labels that are
+not ignored.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
     from rgd.integrations._trainer import RGDTrainer
 
     class CallbackHandler:
-        """What calls the callbacks of a trainer."""
+        """The object of a trainer that calls its callbacks."""
 
         callbacks: list[Any]
 else:
     try:
         from transformers import TrainerCallback
         from transformers.trainer_callback import CallbackHandler
-    except ImportError:  # `rgd_loss_func` does without
+    except ImportError:  # `rgd_loss_func` does not need it
         TrainerCallback = object
 
 __all__ = ["LinearRGD", "RGDLossFunc", "RGDStatsCallback", "RGDTrainer", "rgd_loss_func", "use_linear_rgd"]
@@ -64,7 +64,7 @@ _ALIGNED = ("Seq2SeqLMOutput", "MaskedLMOutput", "TokenClassifierOutput")
 
 
 def __getattr__(name: str) -> Any:
-    if name == "RGDTrainer":  # which needs the Trainer, and that takes long to import
+    if name == "RGDTrainer":  # it needs the Trainer, which takes long to import
         from rgd.integrations._trainer import RGDTrainer  # noqa: PLC0415
 
         return RGDTrainer
@@ -72,7 +72,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _settings_only(function: Callable[_Settings, _Result]) -> Callable[_Settings, _Result]:
-    """Let a function refuse to be handed to the `Trainer` itself instead of what it returns."""
+    """Let a function raise if the `Trainer` was given the function itself instead of its result."""
 
     @functools.wraps(function)
     def checked(*args: _Settings.args, **kwargs: _Settings.kwargs) -> _Result:
@@ -107,34 +107,34 @@ def rgd_loss_func(
 
     With `l_i` the loss of label `i` and `w_i` its weight, a constant to autograd, a micro-batch contributes
     `sum_i w_i l_i / num_items_in_batch`. The default weights depend on their own losses alone, so gradient
-    accumulation and data parallelism change nothing. Weights that depend on the batch are taken over the
-    micro-batch, of all processes together.
+    accumulation and data parallelism change nothing. Weights that depend on the batch are computed over the
+    micro-batches of all processes together.
 
-    The `Trainer` calls the function for its evaluation loss too, under `torch.no_grad()`: that is the plain,
-    unweighted loss, so that `load_best_model_at_end` and early stopping compare what they should. Such a call
-    moves no state and leaves `stats()` as it was.
+    The `Trainer` calls the function for its evaluation loss too, under `torch.no_grad()`. That loss is plain,
+    unweighted, so that `load_best_model_at_end` and early stopping compare the right numbers. Such a call
+    changes neither a state nor `stats()`.
 
-    The `Trainer` hands the function the model's outputs and the labels, and nothing else of the batch. An
-    `RGDTrainer` hands it the whole batch, with a column `sample_weight` and what tells packed sequences
-    apart. It is given logits. For a causal language model, `use_linear_rgd` computes the same without them,
-    in a fraction of the memory.
+    The `Trainer` passes the model's outputs and the labels to the function, and nothing else of the batch. An
+    `RGDTrainer` passes the whole batch, with the column `sample_weight` and the inputs that show packed
+    sequences. The function needs logits. For a causal language model, `use_linear_rgd` computes the same
+    without them, in a fraction of the memory.
 
     Args:
-        weighting: What turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
+        weighting: Turns losses into weights; `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
         tau: Short for `weighting=KL(tau, scale=scale)`.
         scale: The dial; short for the same.
         per: "element" weights each label (a token) by its own loss; "sample" weights all labels of a row (a
-            sequence) by their mean loss. The two are the same where a row has one label. In an `RGDTrainer`,
-            sequences that are packed into a row are told apart as by `use_linear_rgd`. A `Trainer` shows the
-            function no `position_ids`: it then refuses a batch of one row whose labels are as
-            `DataCollatorWithFlattening` makes them of whole texts, and takes any other row for one sequence.
+            sequence) by their mean loss. Both are the same if a row has one label. In an `RGDTrainer`,
+            sequences that are packed into a row are recognised as by `use_linear_rgd`. A `Trainer` does not
+            pass `position_ids` to the function. The function then refuses a batch of one row with the labels
+            that `DataCollatorWithFlattening` makes of whole texts, and takes any other row as one sequence.
         weight: Class weights, shape (C,).
-        ignore_index: The label that pads: it counts for nothing. The `Trainer` counts with -100.
+        ignore_index: The label of padding, which does not count. The `Trainer` counts with -100.
         label_smoothing: In [0, 1]. A `compute_loss_func` does not receive
             `TrainingArguments.label_smoothing_factor`.
         shift_labels: Whether position `t` predicts label `t + 1`, as in a causal language model. None:
-            decided by the model's output: yes for a `CausalLMOutput` and its kin, no for the outputs of
-            masked, encoder-decoder and token classification models, an error for one that is not known and
+            decided by the model's output: yes for a `CausalLMOutput` and similar outputs, no for the outputs
+            of masked, encoder-decoder and token classification models, an error for an unknown output that
             has a label for each position.
         base: The loss of each label instead of cross-entropy, called with logits and labels, such as
             `nn.L1Loss(reduction="none")`. Logits (N, 1) fit labels (N,); shapes that broadcast are refused.
@@ -144,10 +144,10 @@ def rgd_loss_func(
             `base=nn.BCEWithLogitsLoss(reduction="none")`; "single_label_classification" is cross-entropy.
         evaluate: "plain" leaves losses unweighted under `torch.no_grad()` and in inference mode; "weighted"
             weights them there too.
-        aux_loss_coef: What the auxiliary loss of a mixture of experts is multiplied by: `outputs.aux_loss`,
-            which is there with `output_router_logits=True`. The model adds it to its own loss, so give
-            `model.config.router_aux_loss_coef`, and 0 to leave it out. It is added as it is: neither
-            weighted nor divided by the number of items.
+        aux_loss_coef: The factor of the auxiliary loss of a mixture of experts, `outputs.aux_loss`, which the
+            model returns with `output_router_logits=True`. The model adds it to its own loss, so give
+            `model.config.router_aux_loss_coef`, or 0 to leave it out. It is neither weighted nor divided by
+            the number of items.
 
     Returns:
         A function of `(outputs, labels, num_items_in_batch=None)` that returns a scalar; `stats()` describes
@@ -217,12 +217,12 @@ class _FittedBase(nn.Module):
 
 
 class RGDLossFunc(HasCriterion):
-    """What `rgd_loss_func` returns; see there.
+    """The loss function that `rgd_loss_func` returns; see there.
 
     Args:
         criterion: The re-weighted loss.
         shift_labels: Whether labels are shifted; None to decide by the model's output.
-        aux_loss_coef: What the auxiliary loss of a mixture of experts is multiplied by.
+        aux_loss_coef: The factor of the auxiliary loss of a mixture of experts.
     """
 
     takes_batch = True
@@ -247,10 +247,10 @@ class RGDLossFunc(HasCriterion):
         Args:
             outputs: The model's, with `logits` of shape (..., C), or a tuple that begins with them.
             labels: Class indices, shape (...), or what `base` takes.
-            num_items_in_batch: How many labels not ignored the whole batch has, with weights the sum of
-                theirs; None for those of `labels`.
+            num_items_in_batch: The number of labels of the whole batch that are not ignored, or with weights
+                the sum of theirs; None to take those of `labels`.
             batch: The rest of the batch, as an `RGDTrainer` gives it: `sample_weight`, of the labels' shape
-                or one a row, and what the model was told of packed sequences; None where it is not known.
+                or one a row, and the model's inputs that show packed sequences; None if it is not known.
 
         Returns:
             A scalar, float32 for logits of half precision.
@@ -258,7 +258,7 @@ class RGDLossFunc(HasCriterion):
         Raises:
             ValueError: If there are no labels or no logits, if their shapes do not fit, if the outputs do
                 not tell whether labels have to be shifted, if they hold an auxiliary loss without a
-                coefficient for it, or if `per="sample"` meets a packed row.
+                coefficient for it, or if a row is packed with `per="sample"`.
         """
         _refuse_question_answering(outputs)
         if labels is None:
@@ -271,7 +271,7 @@ class RGDLossFunc(HasCriterion):
         if by_sample and batch is None:
             refuse_flattened_labels(labels, criterion.ignore_index)
         logits = _logits(outputs)
-        # As the models' own losses do: the division by num_items_in_batch happens after the sum.
+        # The division by num_items_in_batch happens after the sum, as in the models' own losses.
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         labels = labels.to(logits.device)
         shifts = self._shifts(outputs, logits, labels)
@@ -305,7 +305,7 @@ class RGDLossFunc(HasCriterion):
         return f"rgd_loss_func({self.criterion.extra_repr()}, {settings})"
 
     def _auxiliary(self, outputs: Any) -> Tensor | None:
-        """What the auxiliary loss of a mixture of experts adds, as the model adds it to its own loss."""
+        """The auxiliary loss of a mixture of experts times its coefficient, as in the model's own loss."""
         _refuse_router_losses(outputs)
         found = _entry(outputs, "aux_loss")
         if found is None:
@@ -360,19 +360,19 @@ class RGDLossFunc(HasCriterion):
 class RGDStatsCallback(TrainerCallback):
     """Adds the statistics of a loss's weights to what the `Trainer` logs of the training.
 
-    The names are `rgd/mean_loss` (the plain loss: what to compare between runs), `rgd/objective`,
+    The names are `rgd/mean_loss` (the plain loss, by which to compare runs), `rgd/objective`,
     `rgd/effective_sample_size`, `rgd/kl_to_uniform`, `rgd/max_weight` and `rgd/clipped_share`, of the last
-    micro-batch of this process before the log; what they mean is told at `rgd.WeightStats`. They are computed
-    at the steps that are logged alone. They go into `trainer.state.log_history`, to what `report_to` names
-    and to the console: when the training starts, the callback moves to the front of the trainer's callbacks,
-    by `callbacks=[...]` and by `add_callback` alike.
+    micro-batch of this process before the log. `rgd.WeightStats` says what they mean. They are computed only
+    at steps that are logged. They go into `trainer.state.log_history`, to the reporters of `report_to` and to
+    the console. For this the callback moves to the front of the trainer's callbacks when the training starts,
+    whether it was given by `callbacks=[...]` or by `add_callback`.
 
-    It warns when the training starts with `label_smoothing_factor`, which a `compute_loss_func` does not see
-    and which makes the `Trainer` pass a loss of `use_linear_rgd` by.
+    It warns if the training starts with `label_smoothing_factor`. A `compute_loss_func` does not receive
+    this, and with `use_linear_rgd` it makes the `Trainer` compute another loss.
 
     Args:
-        loss_func: What `rgd_loss_func` returned and the `Trainer` was given as `compute_loss_func`, or
-            anything else with `stats()`: what `use_linear_rgd` returned, an `RGDLoss`, or a trainer of
+        loss_func: The function that `rgd_loss_func` returned, given to the `Trainer` as `compute_loss_func`;
+            or another object with `stats()`: the handle of `use_linear_rgd`, an `RGDLoss`, or a trainer of
             `rgd.integrations.trl`.
         prefix: What the names begin with.
 
@@ -395,10 +395,10 @@ class RGDStatsCallback(TrainerCallback):
         self.prefix = prefix
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Come before the callbacks that report, and warn of a label smoothing that nobody hears."""
+        """Move before the callbacks that report, and warn of a label smoothing that has no effect."""
         callbacks = _callbacks_with(self)
         if callbacks is not None:
-            # Those before it each move by one, so the trainer's loop over the list goes on behind it.
+            # The callbacks before it each move by one, so the trainer's loop over the list goes on after it.
             callbacks.remove(self)
             callbacks.insert(0, self)
         if isinstance(self.loss_func, LinearRGD) and args.label_smoothing_factor:
@@ -439,9 +439,9 @@ class RGDStatsCallback(TrainerCallback):
 
 
 def _callbacks_with(callback: RGDStatsCallback) -> list[Any] | None:
-    """The trainer's list that holds a callback; None where no trainer calls it.
+    """The trainer's list that holds a callback; None if no trainer calls it.
 
-    A trainer tells its callbacks everything but this list, so it is looked up in the caller.
+    A trainer does not pass this list to its callbacks, so it is looked up in the calling frame.
     """
     frame = inspect.currentframe()
     while frame is not None:

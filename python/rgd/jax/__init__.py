@@ -5,14 +5,14 @@
 
 The weights are constants of the gradient. A weighting (`rgd.KL`, any other, or a subclass of your own of
 `rgd.Weighting`) is a pytree, so that its numbers may be traced, vmapped over and scheduled. A weighting that
-remembers gives and takes its state:
+remembers takes and returns its state:
 
     state = weighting.init()
     objective, state = rgd.jax.reweighted_mean(losses, weighting, state=state)
 
-Everything is plain `jax.numpy`, but for the cross-entropy on a CPU, which is a Rust kernel where that is
+Everything is plain `jax.numpy`, except the cross-entropy on a CPU, which is a Rust kernel where that is
 faster (`rgd.jax.cross_entropy`). `rgd.jax.linear_cross_entropy` takes the inputs and the kernel of an output
-layer, and never makes all logits.
+layer, and never holds all logits.
 """
 
 from rgd.jax import _pytrees  # pyright: ignore[reportUnusedImport] # noqa: F401 - registers the weightings

@@ -16,7 +16,7 @@ AxisName: TypeAlias = str | Sequence[str] | None
 
 
 def check_bound(axis_name: AxisName, argument: str = "axis_name") -> None:
-    """Raise where `axis_name`, given as `argument`, names no mapped axis."""
+    """Raise if `axis_name`, given as `argument`, names no mapped axis."""
     try:
         psum(jnp.ones(()), axis_name)
     except NameError as error:
@@ -62,9 +62,9 @@ def own_part(array: jax.Array, count: int, axis_name: AxisName) -> jax.Array:
 
 
 def divided_by_factor(measure: jax.Array | None, axis_name: AxisName) -> jax.Array | None:
-    """The measure over a power of two, at most 1, so that products with it stay where the losses are.
+    """The measure over a power of two, at most 1, so that its products are not larger than the losses.
 
-    For a mean, which does not depend on the factor. It is the same on all devices of a batch.
+    It is for a mean, which does not depend on the factor. The factor is the same on all devices of a batch.
     """
     if measure is None or not measure.size:
         return measure
@@ -73,7 +73,7 @@ def divided_by_factor(measure: jax.Array | None, axis_name: AxisName) -> jax.Arr
 
 
 def mapped_axes(tree: Any) -> frozenset[Any]:
-    """The axes of `jax.shard_map` that arrays vary over, by either of the names jax has had for them."""
+    """The axes of `jax.shard_map` that arrays vary over; jax has had two names for them."""
     axes: frozenset[Any] = frozenset()
     for leaf in jax.tree_util.tree_leaves(tree):
         aval: Any = jax.typeof(leaf)
@@ -85,7 +85,7 @@ def mapped_axes(tree: Any) -> frozenset[Any]:
 
 
 def vary(tree: Any, axes: frozenset[Any]) -> Any:
-    """The same arrays, varying over these axes of `jax.shard_map`; the transpose sums over those added."""
+    """The same arrays, varying over these axes of `jax.shard_map`; the transpose sums over the added axes."""
 
     def one(array: jax.Array) -> jax.Array:
         missing = tuple(sorted(axes - mapped_axes(array), key=str))

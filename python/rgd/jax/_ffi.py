@@ -1,8 +1,8 @@
 """The Rust kernel of the cross-entropy as a differentiable function: a custom call on the CPU, jnp elsewhere.
 
-Of a row of logits with loss `l`, weight `w` and logsumexp `Z` the kernel writes these and the gradient of
-`a * (w * l + z * Z^2)`, with a factor `a` for each row, in one pass. The gradient takes the place of the
-logits where XLA may reuse their memory.
+A row of logits has loss `l`, weight `w` and logsumexp `Z`. In one pass the kernel writes these and the
+gradient of `a * (w * l + z * Z^2)`, with a factor `a` for each row. The gradient overwrites the logits if XLA
+may reuse their memory.
 """
 
 # Some types of jax are partly unknown to pyright.
@@ -34,7 +34,7 @@ TARGET = "rgd_cross_entropy"
 
 
 class Options(NamedTuple):
-    """What is fixed when a call is traced.
+    """The options of a call that are fixed when it is traced.
 
     Attributes:
         kind: The kernel's name.
@@ -48,14 +48,14 @@ class Options(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What the kernel reads beside the logits.
+    """The inputs of the kernel beside the logits.
 
     Attributes:
         codes: Class indices and codes, (...), as from `rgd.jax._rows.encode`.
-        adjustment: What is added to the logits, (C,) in the accumulator's dtype, or (0,) for nothing.
-        settings: Of each row its factor `a`, label smoothing, the z-loss `z`, and the weighting's numbers:
+        adjustment: The numbers added to the logits, (C,) in the accumulator's dtype, or (0,) for none.
+        settings: For each row its factor `a`, label smoothing, the z-loss `z`, and the weighting's numbers:
             (..., 3 + k) in the accumulator's dtype.
-        weighting: The pointwise weighting, whose formula takes the kernel's place elsewhere.
+        weighting: The pointwise weighting, whose formula replaces the kernel on other devices.
     """
 
     codes: jax.Array
@@ -65,7 +65,7 @@ class Rows(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What the kernel computes.
+    """The outputs of the kernel.
 
     Attributes:
         losses: The losses of the rows, (...).
@@ -81,7 +81,7 @@ class Results(NamedTuple):
 
 
 class _Sum(NamedTuple):
-    """What the sum over the rows takes beside their losses: the measure or None, and factors, ()."""
+    """The inputs of the sum over the rows beside their losses: the measure or None, and factors, ()."""
 
     measure: jax.Array | None
     factor: jax.Array
@@ -99,17 +99,17 @@ def cross_entropy_sum(
     adjustment: jax.Array | None,
     z_loss: jax.Array | None,
 ) -> jax.Array:
-    """`factor * sum_i p_i * (sg(w_i) * l_i + z_loss * Z_i^2)`, of which the gradient comes from the kernel.
+    """`factor * sum_i p_i * (sg(w_i) * l_i + z_loss * Z_i^2)`; the kernel computes its gradient.
 
     Args:
         logits: (..., C).
         codes: Class indices and codes, (...), as from `rgd.jax._rows.encode`.
         weighting: A pointwise weighting that has a kernel.
         measure: The measure `p`, (...), or None for ones.
-        factor: What the sum is multiplied by, ().
+        factor: The factor of the sum, ().
         smoothing: Label smoothing.
-        adjustment: What is added to the logits, (C,), or None for nothing.
-        z_loss: (), or None for none.
+        adjustment: The numbers added to the logits, (C,), or None.
+        z_loss: (), or None.
 
     Returns:
         The sum, in the accumulator's dtype.
@@ -143,14 +143,14 @@ def row_settings(
 
 
 def adjustment_or_nothing(adjustment: jax.Array | None, dtype: Any) -> jax.Array:
-    """The adjustment as the kernel reads it: of no entries where there is none."""
+    """The adjustment as the kernel reads it: an array without entries if there is none."""
     return jnp.zeros(0, dtype) if adjustment is None else adjustment.astype(dtype)
 
 
 @functools.cache
 def register() -> None:
     """Make the kernel known to XLA, once."""
-    # XLA's CPU client is started first: it must not find a handler of ours at its start.
+    # Start XLA's CPU client first: it must not find our handler when it starts.
     jax.local_devices(backend="cpu")
     jax.ffi.register_ffi_target(TARGET, _rgd.xla_handler(), platform="cpu", api_version=1)
 
@@ -188,7 +188,7 @@ def native(options: Options, logits: jax.Array, rows: Rows) -> Results:
         results = (row, row, like_logits, row if options.has_z_loss else unwanted)
         call = jax.ffi.ffi_call(TARGET, results, vmap_method="broadcast_all", input_output_aliases={0: 2})
         outputs: Any = call(logits, rows.codes, rows.settings, rows.adjustment, kind=options.kind)
-        # JAX before 0.9 takes the outputs of a custom call for varying without being told.
+        # JAX before 0.9 treats the outputs of a custom call as varying by itself.
         cast_needed = varying and hasattr(lax, "pcast")
         outputs = [lax.pcast(x, varying, to="varying") if cast_needed else x for x in outputs]
         losses, weights, gradient, normalizers = outputs
@@ -209,7 +209,7 @@ def _(options: Options, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> 
 
 
 def _in_jnp(options: Options, logits: jax.Array, rows: Rows) -> Results:
-    """What the kernel computes, from the weighting's own formula."""
+    """The outputs of the kernel, computed in `jax.numpy` by the weighting's formula."""
     codes, dtype = rows.codes, rows.settings.dtype
     adjustment = rows.adjustment if rows.adjustment.size else None
 

@@ -1,4 +1,4 @@
-"""What a caller gave, checked at trace time: losses, masks, the measure and groups."""
+"""Checks a caller's arrays at trace time: losses, masks, the measure and groups."""
 
 # Some types of jax are partly unknown to pyright.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -60,7 +60,7 @@ def as_losses(
     reduction: str = "mean",
     reference: ArrayLike | None = None,
 ) -> Losses:
-    """Check what a user gave; the size of a measure is kept where `reduction` depends on it."""
+    """Check a user's arrays; a measure is not rescaled if `reduction` depends on its scale."""
     losses = jnp.asarray(an_array("losses", losses))
     if losses.ndim == 0:
         raise ValueError(
@@ -84,7 +84,7 @@ def as_losses(
 
 
 def an_array(name: str, given: ArrayLike) -> ArrayLike:
-    """What was given, if JAX may take it for an array: it would take a tensor of torch, and lose a mask."""
+    """The argument, unless JAX would misread it: refuses a tensor of torch, and an array with a mask."""
     thing: Any = given
     if isinstance(thing, getattr(sys.modules.get("torch"), "Tensor", ())):
         raise TypeError(
@@ -115,8 +115,8 @@ def as_measure(
 ) -> jax.Array | None:
     """`sample_weight`, checked, a constant of the losses' shape; NaN where a traced number is not allowed.
 
-    What "mean" and the weights give does not depend on a common factor, so that numbers that `dtype` cannot
-    hold are divided by a power of two where they can be read.
+    "mean" and the weights do not depend on a common factor of the measure. So numbers that `dtype` cannot
+    hold are divided by a power of two, if they can be read.
     """
     if sample_weight is None:
         return None
@@ -166,7 +166,7 @@ def as_reference(
 ) -> jax.Array | None:
     """The losses of a reference model, checked, constants of the losses' shape and dtype.
 
-    One that takes part and is not finite is refused where it is known, and NaN where it is traced.
+    A loss that takes part and is not finite is refused if it is known, and becomes NaN if it is traced.
     """
     if reference is None:
         return None
@@ -192,7 +192,7 @@ def as_reference(
 
 
 def comparable(integers: Any) -> Any:
-    """Integers of at least 32 bits: a narrower dtype would wrap the number that it is compared with."""
+    """The integers in at least 32 bits: in a narrower dtype, the number they are compared with would wrap."""
     return integers.astype(np.int32) if integers.dtype.itemsize < 4 else integers
 
 

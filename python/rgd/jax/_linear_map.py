@@ -1,7 +1,7 @@
-"""A linear map that is given with its transpose: forward mode for functions that know their own gradient.
+"""A linear map with a transpose of its own: forward mode for functions that compute their own gradient.
 
-`jax.custom_vjp` has no forward mode, and JAX makes the transpose of what a rule of `jax.custom_jvp` computes
-by itself. A rule that computes its tangents by a `linear_map` has the transpose that it was written with.
+`jax.custom_vjp` has no forward mode. With `jax.custom_jvp`, JAX derives the transpose of the tangents by
+itself. If a rule computes its tangents by a `linear_map`, JAX uses the transpose that is given here instead.
 """
 
 # Some types of jax are partly unknown to pyright.
@@ -71,7 +71,7 @@ def _transposed(
 def _differentiated(
     primals: Sequence[Any], tangents: Sequence[Any], *, forward: Any, backward: Any, count: int
 ) -> tuple[list[Any], list[Any]]:
-    """Of the moves the derivative is the map itself; of the constants, that of the program."""
+    """The derivative: in the moves it is the map itself, in the constants JAX differentiates `forward`."""
     constants, moves = primals[:count], primals[count:]
     terms: list[list[Any]] = []
 
@@ -94,7 +94,7 @@ def _differentiated(
 def _batched(
     arguments: Sequence[Any], axes: Sequence[int | None], *, forward: Any, backward: Any, count: int
 ) -> tuple[list[Any], list[int]]:
-    """All moves and results have the axis, so that in the transpose all cotangents have it."""
+    """The batched map: all moves and results get the batch axis, so that all cotangents have it too."""
     size = next(x.shape[axis] for x, axis in zip(arguments, axes, strict=True) if axis is not None)
     constants, of_constants = arguments[:count], axes[:count]
     moves = [

@@ -1,7 +1,7 @@
 """The weightings and the statistics as pytrees.
 
-Of a weighting, numbers are leaves, named by their fields, and weightings within it are subtrees; everything
-else (bool, int, str, functions) is part of the structure. Subclasses that are defined later are registered as
+The numbers of a weighting are leaves, named by their fields, and weightings inside it are subtrees.
+Everything else (bool, int, str, functions) is part of the structure. Later subclasses are registered when
 they are defined.
 """
 
@@ -26,11 +26,11 @@ _Rest = tuple[tuple[str, ...], tuple[tuple[str, Any], ...]] | Weighting
 
 
 class Structure(NamedTuple):
-    """What of a weighting is fixed when a call is traced.
+    """The parts of a weighting that are fixed when a call is traced.
 
     Attributes:
         tree: The structure of its pytree.
-        numbers: Its leaves that are Python numbers; None in the place of an array.
+        numbers: Its leaves that are Python numbers; None for a leaf that is an array.
     """
 
     tree: Any
@@ -38,14 +38,14 @@ class Structure(NamedTuple):
 
 
 def split(weighting: Weighting) -> tuple[Structure, list[Any]]:
-    """What of a weighting is fixed when a call is traced, and its arrays, which `jax.jit` may trace."""
+    """The fixed parts of a weighting, and its arrays, which `jax.jit` may trace."""
     leaves, tree = jax.tree_util.tree_flatten(weighting)
     arrays = [leaf if hasattr(leaf, "shape") else None for leaf in leaves]
     return Structure(tree, tuple(None if hasattr(leaf, "shape") else leaf for leaf in leaves)), arrays
 
 
 def joined(structure: Structure, arrays: list[Any]) -> Weighting:
-    """The weighting that `split` has taken apart."""
+    """The weighting whose parts `split` returned."""
     leaves = [
         number if array is None else array for number, array in zip(structure.numbers, arrays, strict=True)
     ]
@@ -76,7 +76,7 @@ def _flatten_with_keys(weighting: Weighting) -> tuple[tuple[tuple[Any, Any], ...
 
 
 def _unflatten(kind: type[Weighting], rest: _Rest, children: Iterable[Any]) -> Weighting:
-    """A weighting of any contents, unchecked: a pytree's leaves may be tracers, shapes or placeholders."""
+    """A weighting with these leaves, unchecked: a pytree's leaves may be tracers, shapes or placeholders."""
     if isinstance(rest, Weighting):
         return rest
     names, static = rest

@@ -1,7 +1,7 @@
 """The cross-entropy of each row of logits, for class indices or class probabilities.
 
-A class index that counts for nothing and one that is out of range are encoded once, as `IGNORED` and
-`OUT_OF_RANGE`; plain `jax.numpy` and the Rust kernel read the same codes.
+Ignored class indices and those out of range are encoded once, as `IGNORED` and `OUT_OF_RANGE`. `jax.numpy`
+and the Rust kernel read the same codes.
 """
 
 # Some types of jax are partly unknown to pyright.
@@ -30,10 +30,10 @@ def encode(
     Args:
         labels: Class indices, integers.
         classes: The number of classes.
-        ignore_index: The class index that counts for nothing.
+        ignore_index: The class index of rows that do not count.
         takes_part: Which rows count, of the labels' shape; None for all.
     """
-    # JAX without 64-bit numbers would cut those of NumPy down before they are compared.
+    # JAX without 64-bit numbers would truncate those of NumPy before the comparison.
     xp: Any = np if isinstance(labels, np.ndarray) else jnp
     given = comparable(labels)
     inside = (given >= 0) & (given < classes)
@@ -45,7 +45,7 @@ def encode(
 
 
 def adjusted(logits: jax.Array, adjustment: jax.Array | None) -> jax.Array:
-    """Logits with the adjustment of each class added in the accumulator's dtype; as they are without one."""
+    """Logits plus the adjustment of each class, in the accumulator's dtype; unchanged without adjustment."""
     if adjustment is None:
         return logits
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) + adjustment
@@ -97,8 +97,8 @@ def probability_losses(
 def at_label(values: jax.Array, index: jax.Array) -> jax.Array:
     """The entry of each row at its label; differentiable.
 
-    A gather keeps XLA from fusing what makes the values, and its transpose is a scatter, which no GPU fuses.
-    So on a GPU the entry is a sum over the row, and everywhere the derivative is.
+    XLA does not fuse the computation of the values into a gather. The gather's transpose is a scatter, which
+    no GPU fuses. So on a GPU the entry is a sum over the row, and its derivative is one on every device.
 
     Args:
         values: (..., C).
@@ -129,14 +129,14 @@ def log_normalizers(logits: jax.Array, counted: jax.Array | None) -> jax.Array:
 
 
 def unless_massless(values: jax.Array, mass: jax.Array | float) -> jax.Array:
-    """Logits, and 0 where -inf meets no mass of the target: 0 times -inf is 0."""
+    """The logits, with 0 instead of -inf if the target has no mass there: 0 times -inf counts as 0."""
     if isinstance(mass, (int, float)) and mass != 0:
         return values
     return jnp.where((mass == 0) & jnp.isneginf(values), 0, values)
 
 
 def _shifted(logits: jax.Array, counted: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Logits in the accumulator's dtype, the same less the largest of their row, and the log of its sum."""
+    """Logits in the accumulator's dtype, the same minus the largest of their row, and their logsumexp."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     if counted is not None:
         logits = _gradient_where(logits, counted)
@@ -146,7 +146,7 @@ def _shifted(logits: jax.Array, counted: jax.Array | None) -> tuple[jax.Array, j
 
 @jax.custom_jvp
 def _gradient_where(logits: jax.Array, counted: jax.Array) -> jax.Array:
-    """`logits`, of which a row that does not count has gradient 0, whatever it holds."""
+    """`logits`, where a row that does not count has gradient 0, even if it holds NaN."""
     del counted
     return logits
 

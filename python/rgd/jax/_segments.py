@@ -24,8 +24,8 @@ class Segments(NamedTuple):
     """Which unit each target belongs to.
 
     Attributes:
-        unit: The number of its unit among all, of the labels' shape; one more than there are for none.
-        inside: Which targets belong to a unit, or to a number that there is not.
+        unit: The number of each target's unit, of the labels' shape; the number of units for no unit.
+        inside: False where the segment is -1. True also where a traced number is not allowed.
         shape: The shape of the units, (B, S).
     """
 
@@ -34,14 +34,14 @@ class Segments(NamedTuple):
     shape: tuple[int, int]
 
     def mask(self, where: jax.Array | None) -> jax.Array:
-        """`where`, and only what belongs to a unit."""
+        """`where`, and False for targets that belong to no unit."""
         return self.inside if where is None else where & self.inside
 
     def to_targets(self, name: str, given: ArrayLike | None) -> ArrayLike | None:
-        """What was given for the units or the targets, as one for each target; None stays None.
+        """An argument for the units or the targets, as one entry for each target; None stays None.
 
         Raises:
-            ValueError: If it has another shape, or differs within a unit, where that can be read.
+            ValueError: If it has another shape; or, if its values can be read, differs within a unit.
         """
         if given is None:
             return None
@@ -65,7 +65,7 @@ class Segments(NamedTuple):
         return self._reduced(jax.ops.segment_max, jnp.where(self.inside, members, 0), 0)
 
     def weigh(self, losses: Losses, weighting: Weighting, state: Any) -> tuple[jax.Array, Any]:
-        """The weight of each target, that of its unit's mean loss, and the state after the batch."""
+        """The weight of each target, from the mean loss of its unit, and the state after the batch."""
         takes_part = losses.full_measure != 0
         counted = takes_part.astype(losses.values.dtype)
         number = self._reduced(jax.ops.segment_sum, counted, 0)
@@ -83,9 +83,9 @@ class Segments(NamedTuple):
         return jnp.where(takes_part, lax.stop_gradient(self._spread(weights, jnp.nan)), 0), new
 
     def shifted(self) -> Segments:
-        """Where position t predicts target t + 1, of the same segment: each entry at its position.
+        """The segments if position t predicts target t + 1 of the same segment, one entry for each position.
 
-        What is at the last position belongs to none.
+        The last position belongs to no unit.
         """
         none = self.shape[0] * self.shape[1]
         same = self.inside[:, 1:] & (self.unit[:, 1:] == self.unit[:, :-1])
@@ -111,7 +111,7 @@ class Segments(NamedTuple):
             )
 
     def _reduced(self, reduction: Any, values: jax.Array, least: float) -> jax.Array:
-        """A value of each unit, `least` for an empty one."""
+        """A value for each unit, `least` for an empty one."""
         slots = math.prod(self.shape) + 1
         found = reduction(values.reshape(-1), self.unit.reshape(-1), num_segments=slots)[:-1]
         return jnp.maximum(found, least).reshape(self.shape)
@@ -128,11 +128,11 @@ def as_segments(segments: ArrayLike | None, number: Any, per: str, shape: tuple[
     Args:
         segments: Integers of the labels' shape, -1 for a target that takes no part.
         number: `num_segments`, or None.
-        per: That of the call.
+        per: The argument of the call.
         shape: The labels' shape.
 
     Returns:
-        The units. A traced number that is not allowed belongs to none and is inside: its weight is NaN.
+        The units. A target whose traced number is not allowed belongs to no unit, and has a NaN weight.
     """
     if not are_given(segments, number, per):
         return None

@@ -1,4 +1,4 @@
-"""What the cross-entropy of logits and that of a linear layer share: options, targets, weights."""
+"""The parts that the cross-entropy of logits and that of a linear layer share: options, targets, weights."""
 
 # Some types of jax are partly unknown to pyright.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -27,7 +27,7 @@ Backend: TypeAlias = Literal["jnp", "rust"]
 
 
 def check_options(reduction: Any, per: Any, label_smoothing: float, backend: Any) -> None:
-    """Raise for an option that is none of those there are."""
+    """Raise for an unknown value of an option."""
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     if per not in ("element", "sample"):
@@ -100,7 +100,7 @@ def as_normalizer(normalizer: Any, reduction: Reduction, dtype: Any) -> jax.Arra
 
 
 def squared_normalizers(losses: Losses, z_loss: jax.Array, normalizers: jax.Array) -> jax.Array:
-    """`p_i * z_loss * Z_i^2`, which no weight changes."""
+    """`p_i * z_loss * Z_i^2`, which is not weighted."""
     squares = z_loss * normalizers**2
     return squares if losses.measure is None else jnp.where(losses.measure != 0, losses.measure * squares, 0)
 
@@ -108,7 +108,7 @@ def squared_normalizers(losses: Losses, z_loss: jax.Array, normalizers: jax.Arra
 def refuse_out_of_range(
     labels: jax.Array | np.ndarray, classes: int, ignore_index: int, takes_part: jax.Array | None
 ) -> None:
-    """Raise for a class index out of range, where its value is known."""
+    """Raise for a class index out of range, if its value is known."""
     if not is_known(labels) or not is_known(takes_part):
         return
     known = comparable(np.asarray(labels))
@@ -123,7 +123,7 @@ def refuse_out_of_range(
 def target_weights(
     losses: Losses, weighting: Weighting, per: Per, state: Any, segments: Segments | None = None
 ) -> tuple[jax.Array, Any]:
-    """The weight of each target, which broadcasts to the losses, and the state after the batch."""
+    """The weights of the targets, which broadcast to the losses, and the state after the batch."""
     if segments is not None:
         return segments.weigh(losses, weighting, state)
     values, measure = losses.values, losses.measure
@@ -143,7 +143,7 @@ def target_weights(
     means = jnp.sum(values, axis=rest) / number
     if reference is not None:
         reference = jnp.sum(jnp.where(takes_part, reference, 0), axis=rest) / number
-    # All targets of a sample that count have the same measure.
+    # The targets of a sample that count have the same measure.
     measure = None if measure is None else jnp.max(measure, axis=rest, initial=0)
     batch = losses._replace(values=means, measure=measure, axes=(0,), reference=reference)
     weights, new = weights_of(batch, weighting, state)
@@ -152,14 +152,14 @@ def target_weights(
 
 
 def mean_of(total: jax.Array, denominator: jax.Array) -> jax.Array:
-    """The quotient, NaN over a measure of 0, whatever the total is, as in `torch.nn.CrossEntropyLoss`."""
+    """The quotient; NaN if the measure is 0, for any total, as in `torch.nn.CrossEntropyLoss`."""
     return total / jnp.where(denominator == 0, jnp.nan, denominator)
 
 
 def native_refusal(
     weighting: Weighting, *, class_weight: jax.Array | None, reduction: Reduction, per: Per
 ) -> str:
-    """What of a call the Rust kernel does not serve, whatever makes the logits; empty if nothing."""
+    """The reason why the Rust kernel cannot serve a call, apart from its logits; empty if it can."""
     if not weighting.pointwise:
         return f"{weighting}, whose weights depend on the whole batch"
     if kernel_of(weighting) is None:
@@ -172,10 +172,10 @@ def native_refusal(
 
 
 def takes_native(backend: Backend | None, refusal: str, shape: tuple[int, ...]) -> bool:
-    """Whether the Rust kernel is taken for logits of this shape.
+    """Whether the Rust kernel computes logits of this shape.
 
     Raises:
-        ValueError: If it was asked for, and does not serve.
+        ValueError: If the caller chose it and it cannot serve the call.
     """
     if backend == "rust" and refusal:
         raise ValueError(f"backend='rust' cannot serve {refusal}: leave backend out")
@@ -183,12 +183,12 @@ def takes_native(backend: Backend | None, refusal: str, shape: tuple[int, ...]) 
 
 
 def _native_is_faster(shape: tuple[int, ...]) -> bool:
-    """Whether the kernel is the choice for logits of this size where nobody chose, by what the trace can see.
+    """Whether the kernel is the default for logits of this size, from facts that are known when tracing.
 
-    The number of cores is left out, so that one program gives the same numbers, and compiles to the same
-    code, on every host. XLA does not split a custom call over devices: where there are more than one, sharded
-    logits would be gathered. From some hundred classes on the kernel takes 0.4 to 0.9 of jnp's time, with few
-    classes or small logits as long (`benches/jax_cross_entropy.py`, on two cores).
+    The number of cores does not matter, so that a program gives the same numbers, and compiles to the same
+    code, on every host. XLA does not split a custom call over devices: with more than one device, sharded
+    logits would be gathered. From about a hundred classes on, the kernel takes 0.4 to 0.9 of jnp's time. With
+    few classes or small logits it takes as long (`benches/jax_cross_entropy.py`, on two cores).
     """
     here = jax.default_backend() == "cpu" and jax.device_count() == 1
     return here and shape[-1] >= 100 and math.prod(shape) >= 1 << 13

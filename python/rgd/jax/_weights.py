@@ -1,8 +1,8 @@
 """The weights of a checked batch.
 
-Every weighting takes the same way: the losses become vectors, one for each batch; those of all mapped devices
-are gathered; the weighting computes; each device keeps its own part. Weights that depend on their own loss
-alone need no gathering.
+The steps are the same for every weighting. The losses become vectors, one for each batch. The losses of all
+mapped devices are gathered, the weighting computes all weights, and each device keeps its own part. Pointwise
+weights need no gathering.
 """
 
 # Some types of jax are partly unknown to pyright.
@@ -109,7 +109,7 @@ def _weights_of_batches(losses: Losses, weighting: Weighting, state: Any) -> tup
         vectors = array.transpose(order).reshape(*own_shape[: len(others)], -1)
         return gather(vectors, axis_name)
 
-    # Values are read for the sake of groups alone; all else is compiled, without a gain in being concrete.
+    # Only group numbers have to be read. Everything else is compiled: concrete values would gain nothing.
     concrete = groups is not None and not others and all(is_known(a) for a in (values, measure, groups))
     compute = _weigh if concrete else _weigh_compiled
     measure, groups, reference = (
@@ -121,7 +121,8 @@ def _weights_of_batches(losses: Losses, weighting: Weighting, state: Any) -> tup
     weights = own_part(weights, count, axis_name).reshape(own_shape)
     weights = weights.transpose(tuple(int(axis) for axis in np.argsort(order)))
     if after is not None:
-        # The gathered losses vary over the mapped axes, as JAX sees it; the state, equal on all, must not.
+        # JAX takes the gathered losses as varying over the mapped axes. The state is equal on all devices, so
+        # it must not vary.
         after = map_state(functools.partial(pmax, axis_name=axis_name), after)
     return weights, after
 
@@ -141,11 +142,11 @@ def _weigh(weighting: Weighting, vmapped: int, batches: Losses, state: Any) -> t
 
 
 def _weigh_compiled(weighting: Weighting, vmapped: int, batches: Losses, state: Any) -> tuple[jax.Array, Any]:
-    """`_weigh` under `jax.jit`. Python numbers of the weighting stay what they are; its arrays are traced."""
+    """`_weigh` under `jax.jit`. Python numbers of the weighting are static; its arrays are traced."""
     structure, arrays = split(weighting)
     try:
         hash(structure)
-    except TypeError:  # a setting of the user's that cannot be a key of jax.jit's cache
+    except TypeError:  # the user's weighting has a field that cannot be a key of jax.jit's cache
         return _weigh(weighting, vmapped, batches, state)
     return _compiled(structure, vmapped, arrays, (*batches[:3], batches.reference), state)
 

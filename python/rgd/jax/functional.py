@@ -53,7 +53,7 @@ def sample_weights(
 ) -> Any:
     """The weight of each sample of a batch, as a constant of the gradient.
 
-    `KL(tau)` gives `w_i = exp(min(l_i, tau) / (tau + 1))`; each weighting says its own.
+    `KL(tau)` gives `w_i = exp(min(l_i, tau) / (tau + 1))`; each weighting has its formula.
 
     Args:
         losses: Losses, any shape but (), floating.
@@ -132,18 +132,18 @@ def reweighted_mean(
     """The re-weighted objective, `sum_i p_i * sg(w_i) * l_i / sum_i p_i`; `mean(w * l)` without a `p`.
 
     Its gradient is the mean of the samples' gradients, each times its weight. A sample of weight 0 adds 0 to
-    both, an infinite loss too; a NaN loss stays NaN.
+    both, even if its loss is infinite; a NaN loss gives NaN.
 
     Args:
         losses: Losses, any shape but (), floating: of examples, tasks, domains or sequences.
         weighting: As for `sample_weights`.
         tau: Short for `weighting=rgd.KL(tau=tau)`.
         scale: Short for `weighting=rgd.KL(scale=scale)`; with `tau`, for `rgd.KL(tau, scale=scale)`.
-        where: Booleans that broadcast to the losses' shape: which losses take part. What the others hold, be
-            it NaN, reaches neither the objective nor its gradient.
+        where: Booleans that broadcast to the losses' shape: which losses take part. The others change neither
+            the objective nor its gradient, even if they are NaN.
         sample_weight: The base measure `p`, as for `sample_weights`; no gradient is taken of it.
         groups: As for `sample_weights`.
-        normalizer: What the sum is divided by in the place of that of `p_i`, as for `cross_entropy`.
+        normalizer: A number that the sum is divided by instead of the sum of `p_i`, as for `cross_entropy`.
         state: As for `sample_weights`.
         axis: The axes that a batch lies along; None for all. Each position of the other axes is a batch of
             its own.
@@ -222,9 +222,9 @@ def value_and_grad(
         A function of the same arguments that returns `(objective, gradient)`, or with `has_aux`
         `((objective, aux), gradient)`.
 
-        It takes six keywords more, `where`, `sample_weight`, `groups`, `normalizer`, `state` and
-        `reference`, which go to `reweighted_mean`; arguments of `fun` that have one of these names are given
-        by position. With `state` it returns a pair: what it returns without, and the new state.
+        It takes six more keywords for `reweighted_mean`: `where`, `sample_weight`, `groups`, `normalizer`,
+        `state` and `reference`. If an argument of `fun` has one of these names, give it by position. With
+        `state` it returns a pair: the result as above, and the new state.
 
     Raises:
         TypeError: When called, if `fun` does not return what `has_aux` says, or losses that are not floating.
@@ -295,18 +295,18 @@ def weight_stats(
     axis_name: AxisName = None,
     reference: ArrayLike | None = None,
 ) -> WeightStats:
-    """The statistics of a set of weights, as a pytree of arrays: call it under `jit`, return it, log it.
+    """The statistics of a set of weights, as a pytree of arrays, which functions under `jit` can return.
 
     Args:
         losses: Losses `l`, any shape but (), floating.
         weights: Weights `w`, of the same shape.
-        weighting: What the weights came from; None leaves `clipped_share` None.
+        weighting: The weighting that made the weights; with None, `clipped_share` is None.
         where: Booleans that broadcast to the losses' shape: which samples are counted.
         sample_weight: The base measure, as for `sample_weights`.
         groups: The group of each sample, integers >= 0 of the losses' shape or (N,): adds the statistics of
             each group.
         num_groups: How many groups there are; needed where `groups` are traced. By default the largest of
-            `groups`, plus one. A traced group that is not below it makes what groups have NaN.
+            `groups`, plus one. A traced group that is not below it makes the statistics of groups NaN.
         axis_name: Name or names of mapped axes over which the batch is spread.
         reference: The losses of a reference model, which `rgd.Excess` compared with.
 
@@ -360,7 +360,7 @@ def weight_stats(
         "worst_tenth": _worst_tenth(batch),
         "objective": total(weighted_losses(weight, batch)) / whole,
         "effective_sample_size": count * (weight_sum / whole) * (weight_sum / total(p * weight * weight)),
-        # Less the mean of `relative - 1`, which is 0: it cancels the rounding of a common factor.
+        # Subtract the mean of `relative - 1`, which is 0 but for the rounding of a common factor.
         "kl_to_uniform": total(p * (entropy - (relative - 1))) / whole,
         "max_weight": jnp.where(count > 0, largest, jnp.nan),
         "clipped_share": None,
@@ -379,7 +379,7 @@ def weight_stats(
 
 
 def _worst_tenth(batch: Losses) -> jax.Array:
-    """The mean loss of the worst tenth of the measure, over all devices; the sample at the edge in part."""
+    """The mean loss of the worst tenth of the measure; the sample at its edge counts in part."""
     losses, measure = (
         gather(array.reshape(-1), batch.axis_name) for array in (batch.values, batch.full_measure)
     )
@@ -392,12 +392,13 @@ def _worst_tenth(batch: Losses) -> jax.Array:
     taken = jnp.clip(tenth - (reached - measure), 0, measure)
     mean = jnp.sum(jnp.where(taken > 0, taken * losses, 0)) / tenth
     unknown = jnp.any(jnp.isnan(losses) & (measure != 0))
-    # The gathered losses vary over the mapped axes, as JAX sees it; their mean, equal on all, must not.
+    # JAX takes the gathered losses as varying over the mapped axes. Their mean is equal on all devices, so it
+    # must not vary.
     return pmax(jnp.where(unknown, jnp.nan, mean), batch.axis_name)
 
 
 def _number_of_groups(batch: Losses, num_groups: int | None) -> int:
-    """`num_groups`, or the largest group that takes part, plus one; a known group out of range raises."""
+    """`num_groups`, or one more than the largest group that takes part; a known group out of range raises."""
     if not is_known(batch.groups):
         if num_groups is None:
             raise ValueError(

@@ -1,9 +1,9 @@
 """The equations of the weightings as written, in float64 NumPy: the oracle of the tests.
 
-Nothing here is quick, and nothing is shared with `rgd.weightings` but its classes, as keys: each equation is
-one function, to be read beside its paper and checked by eye. With losses `l`, measure `p` (ones, or
-`sample_weight`), `total` for a sum over the samples that take part and `mean(x) = total(p * x) / total(p)`,
-the pointwise weights are
+This code is slow, and shares nothing with `rgd.weightings` but its classes, which are the keys of the
+equations. Each equation is one function, to be compared with its paper by reading. With losses `l`, measure
+`p` (ones, or `sample_weight`), `total` for a sum over the samples that take part and
+`mean(x) = total(p * x) / total(p)`, the pointwise weights are
 
     w = ones(n)                                  # ERM
     w = exp(scale * minimum(l, tau))             # KL
@@ -30,7 +30,7 @@ and those that depend on the batch, most of them the solution of a worst case, a
     w = n * q[g] / n_g[g]
 
 The objective is `total(p * w * l) / total(p)`, with the weights taken as constants. A weight of zero makes a
-product zero, whatever is infinite; NaN stays NaN.
+product zero, even if the loss is infinite; NaN stays NaN.
 
 A new member needs one more function, registered with `equation`, or with `step` if it has a state:
 

@@ -1,4 +1,4 @@
-"""What a caller gave, as arrays of NumPy: losses, masks, the measure; and the products made of them."""
+"""A caller's losses, masks and measure as NumPy arrays, and the products of them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Integers: TypeAlias = npt.NDArray[np.int_]
 
 
 def product(weights: Array, values: Array, losses: Array) -> Array:
-    """`weights * values`, and 0 where a weight is 0 and its loss is not NaN, whatever is infinite."""
+    """`weights * values`; 0 where a weight is 0 and its loss is not NaN, even if the loss is infinite."""
     return np.where((weights == 0) & ~np.isnan(losses), 0.0, weights * values)
 
 
 def array_of(name: str, given: npt.ArrayLike, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
-    """Any array of NumPy but a masked one, whose masked numbers would count."""
+    """An array of NumPy. A masked one is refused, since its masked numbers would count."""
     if isinstance(given, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, and its mask would be lost: leave numbers out by where=")
     return np.asarray(given, dtype=dtype)

@@ -122,32 +122,33 @@ def cross_entropy(
         target: Class indices, integers of the logits' shape without the class axis; or class probabilities,
             floats of the logits' shape.
         weight: Class weights (C,); None for ones.
-        ignore_index: The class index that counts for nothing.
+        ignore_index: The class index of targets that do not count.
         label_smoothing: Share of the target spread over all classes, in [0, 1].
-        z_loss: What multiplies the square of the logsumexp, a number >= 0.
+        z_loss: The factor of the square of the logsumexp, a number >= 0.
         reduction: "none", "mean" or "sum".
         weighting: Turns losses into weights. Ignored targets take no part.
         per: "element" weights each target by its own loss; "sample" weights all targets of a sample of the
             leading dimension by the mean of their losses, over targets not ignored. One that is all ignored
             has weight 0.
         logit_adjustment: Numbers (C,) that are added to the logits; None for zeros.
-        where: Booleans that broadcast to the losses' shape. A target where it is False is as one ignored.
+        where: Booleans that broadcast to the losses' shape. A target is ignored where it is False.
         sample_weight: The measure `p`, finite numbers >= 0, one a sample of the leading dimension or,
-            with `per="element"`, one a target. A target where it is 0 is as one ignored.
+            with `per="element"`, one a target. A target is ignored where it is 0.
         groups: The group of each sample or target, integers shaped as `sample_weight`.
-        normalizer: What "mean" divides by in the place of `total(p * c[y])`, a positive number.
+        normalizer: A positive number that "mean" divides by instead of `total(p * c[y])`.
         segments: With `per="sample"`, the number of the sequence in its row that a target belongs to,
-            integers of the targets' shape; -1 is as ignored. Targets of a row with one number share a weight,
-            that of their mean loss. `sample_weight` and `groups` then have this shape, or (rows, numbers).
-        num_segments: How many numbers a row has; None for the largest and one more.
+            integers of the targets' shape; targets with -1 are ignored. Targets of a row with the same number
+            share the weight of their mean loss. `sample_weight` and `groups` then have this shape, or (rows,
+            numbers).
+        num_segments: How many numbers a row has; None for one more than the largest.
         state: State of a weighting that remembers.
         reference: The losses of a reference model, for `Excess`, of the losses' shape. With `per="sample"`
             the means over targets not ignored are compared.
 
     Returns:
         The objective, float64: shape () or, for "none", the logits' shape without the class axis; with a
-        state, the objective and the state after it. With every target ignored, or
-        of class weight 0, "mean" is NaN.
+        state, the objective and the state after it. If every target is ignored or has
+        class weight 0, "mean" is NaN.
 
     Raises:
         ValueError: As `cross_entropy_losses`, and if `reduction` or `per` is none of the above.
@@ -224,16 +225,16 @@ def cross_entropy_grad(
 
         dl/dz_k = (1 - e) * c_y * (p_k - [k = y]) + (e / C) * (p_k * sum_j c_j - c_k)
 
-    with `p = softmax(logits)`, and class probabilities `t`, smoothed to `t'_k = (1 - e) * t_k + e / C`, give
-    it `dl/dz_k = p_k * sum_j c_j * t'_j - c_k * t'_k`; both times the target's weight and measure and,
-    for "mean", over its denominator. A factor `z_loss` adds `2 * z_loss * Z * p_k` times the measure, over
-    the same denominator.
+    with `p = softmax(logits)`. Class probabilities `t`, smoothed to `t'_k = (1 - e) * t_k + e / C`, give
+    `dl/dz_k = p_k * sum_j c_j * t'_j - c_k * t'_k`. Both are multiplied by the target's weight and measure
+    and, for "mean", divided by its denominator. A factor `z_loss` adds `2 * z_loss * Z * p_k` times the
+    measure, over the same denominator.
 
     Args:
         logits: (C,), (N, C) or (N, C, d1, ..., dk), any real dtype; computed with in float64.
         target: Class indices or class probabilities, as in `cross_entropy`.
         weight: Class weights (C,); None for ones.
-        ignore_index: The class index that counts for nothing.
+        ignore_index: The class index of targets that do not count.
         label_smoothing: Share of the target spread over all classes, in [0, 1].
         z_loss: As in `cross_entropy`.
         reduction: "none" (the gradient of the sum of the elements), "mean" or "sum".
@@ -243,7 +244,7 @@ def cross_entropy_grad(
         where: Which targets take part.
         sample_weight: The measure.
         groups: The group of each sample or target.
-        normalizer: What "mean" divides by.
+        normalizer: The number that "mean" divides by.
         segments: The sequence of each target.
         num_segments: How many a row has.
         state: State of a weighting that remembers.
@@ -418,7 +419,7 @@ def _soft_losses(log_p: Array, probabilities: Array, weight: Array, smoothing: f
 
 
 def _times(mass: Array, log_p: Array) -> Array:
-    """`mass * log_p`, where no mass times -inf is 0."""
+    """`mass * log_p`, where a mass of 0 times -inf is 0."""
     return mass * np.where((mass == 0) & np.isneginf(log_p), 0.0, log_p)
 
 
@@ -550,7 +551,7 @@ def _segment_weights(
 
 
 def _denominator(problem: _Problem, measure: Array, reduction: Reduction, normalizer: float | None) -> float:
-    """What a reduction divides by, for a measure that is 0 where a target takes no part."""
+    """The divisor of a reduction, for a measure that is 0 where a target takes no part."""
     if normalizer is not None and not (reduction == "mean" and 0 < normalizer < math.inf):
         raise ValueError(f"normalizer must be a positive number, for 'mean', got {normalizer}")
     if reduction == "mean" and normalizer is not None:

@@ -74,12 +74,12 @@ def sample_weights(
     state: State = None,
     reference: npt.ArrayLike | None = None,
 ) -> Any:
-    """The weight of each sample, by the equations at the head of this module.
+    """The weight of each sample, by the equations of this package.
 
     A NaN loss makes its own pointwise weight NaN, and all weights of a batch where they depend on the batch.
-    An infinite loss counts as the limit of ever larger ones: those of infinite loss share all the weight, as
-    far as nothing clips or bounds it, or weigh 0 where the weight falls with the loss. `scale=0` and
-    `radius=0` give exactly 1 for every loss that is not NaN.
+    For an infinite loss the weights are their limits as the loss grows: samples of infinite loss share all
+    the weight, unless a clip or a bound limits it, or have weight 0 if the weight falls with the loss.
+    `scale=0` and `radius=0` give exactly 1 for every loss that is not NaN.
 
     Args:
         losses: Losses, any shape but (), any real dtype; computed with in float64.
@@ -94,11 +94,12 @@ def sample_weights(
 
     Returns:
         Weights, float64, of the losses' shape; with a state, the weights and the state after this batch. A
-        batch of which nothing takes part, or in which a loss is not finite, leaves the state as it was.
+        batch in which no sample takes part, or in which a loss is not finite, does not change the state.
 
     Raises:
-        ValueError: If `losses` is a scalar, a shape does not fit, `sample_weight` holds what it must not, the
-            weighting needs a state or groups that are not given, or a group is out of range.
+        ValueError: If `losses` is a scalar, a shape does not fit, `sample_weight` holds a number that is
+            negative or not finite, the weighting needs a state or groups that are not given, or a group is
+            out of range.
         TypeError: If no equation is registered for the weighting's class.
 
     Example:
@@ -149,7 +150,7 @@ def reweighted_mean(
         where: Booleans that broadcast to the losses' shape: which losses take part.
         sample_weight: The measure `p`, as in `sample_weights`.
         groups: The group of each loss, as in `sample_weights`.
-        normalizer: What takes the place of `total(p)`, a positive number.
+        normalizer: A positive number that replaces `total(p)`.
         state: State of a weighting that remembers.
         reference: The losses of a reference model, as in `sample_weights`.
 
@@ -233,7 +234,7 @@ def step(weighting: Weighting, batch: Batch, state: State) -> tuple[Array, State
 
 @functools.singledispatch
 def log_equation(weighting: Weighting, batch: Batch) -> Array:
-    """The logarithms of the weights; registered where they are simpler than the weights, and cannot overflow.
+    """The logarithms of the weights; registered for weights that may overflow.
 
     Args:
         weighting: A pointwise weighting; its class picks the function.
@@ -293,12 +294,12 @@ def _midrange_kl(weighting: MidrangeKL, batch: Batch) -> Array:
     if math.isinf(best := high if scale > 0 else low):
         return np.where(losses == best, 1 / batch.mean(losses == best), 0.0)
     if math.isinf(low if scale > 0 else high):
-        # The middle is infinite too: it clips all finite losses or none, and they are equal in half ranges.
+        # The middle is infinite too. It clips all finite losses or none, and in half ranges they are equal.
         clipped = weighting.relative or scale > 0
         measured = np.where(np.isfinite(losses), 0.0 if clipped else losses, losses)
         return _normalised_kl(batch._replace(losses=measured), math.inf, scale)
     if weighting.relative:
-        # From the smallest loss, in half ranges, or from the largest: what counts must not cancel.
+        # Measured from the smallest or the largest loss, so that the differences that matter do not cancel.
         unit = high / 2 - low / 2
         measured = (losses / 2 - (high if scale > 0 else low) / 2) / (unit / 2)
         return _normalised_kl(batch._replace(losses=measured), -1.0 if scale > 0 else 1.0, scale)
@@ -309,8 +310,8 @@ def _midrange_kl(weighting: MidrangeKL, batch: Batch) -> Array:
 def _kl_ball(weighting: KLBall, batch: Batch) -> Array:
     """`w = exp(beta * l) / mean(exp(beta * l))`, solved for `beta = 1 / gamma` by bisection.
 
-    The divergence grows with `beta` from 0 to that of all weight on the largest losses: double or halve until
-    the root is enclosed, then bisect until no number lies between.
+    The divergence grows with `beta`, from 0 to that of all weight on the largest losses. The search doubles
+    or halves `beta` until the root is enclosed, then bisects until no float lies between.
     """
     losses, radius = batch.losses, weighting.radius
     if np.any(np.isnan(losses)):
@@ -344,7 +345,7 @@ def _kl_ball(weighting: KLBall, batch: Batch) -> Array:
 def _kl_divergence(batch: Batch, exponent: Array) -> float:
     """`mean(w * log(w))` of `w = exp(exponent) / mean(exp(exponent))`, where the largest exponent is 0.
 
-    Equal to `mean(w * log(w) - w + 1)`, where no term is negative and none cancels another. Near
+    It equals `mean(w * log(w) - w + 1)`, whose terms are never negative, so that they do not cancel. Near
     `u = log(w) = 0` the term is summed as its series, `total(u ** k * (k - 1) / k!)` from `k = 2`.
     """
     logarithm = exponent - math.log1p(batch.mean(np.expm1(exponent)))
@@ -360,7 +361,7 @@ def _kl_divergence(batch: Batch, exponent: Array) -> float:
 
 @equation.register(ChiSquare)
 def _chi_square(weighting: ChiSquare, batch: Batch) -> Array:
-    """`w = max(l - eta, 0) / gamma` with `mean(w) = 1`, in closed form once the positive ones are known."""
+    """`w = max(l - eta, 0) / gamma` with `mean(w) = 1`, solved once the losses above `eta` are known."""
     losses = batch.losses
     if np.any(np.isnan(losses)):
         return np.full(losses.shape, math.nan)
@@ -464,7 +465,7 @@ def _excess(weighting: Excess, batch: Batch, state: State) -> tuple[Array, State
 
 @log_equation.register(Excess)
 def _log_excess(weighting: Excess, batch: Batch) -> Array:
-    """Of `inner(l - reference)`."""
+    """`log w`, where `w = inner(l - reference)`."""
     if batch.reference is None:
         raise ValueError(f"{weighting} needs the losses of a reference model: give reference=")
     excess = batch.losses - batch.reference
@@ -473,13 +474,13 @@ def _log_excess(weighting: Excess, batch: Batch) -> Array:
 
 @equation.register(Pointwise)
 def _pointwise(weighting: Pointwise, batch: Batch) -> Array:
-    """What the user's function says."""
+    """`w = function(l)`."""
     return np.asarray(weighting.function(batch.losses), dtype=np.float64)
 
 
 @step.register(Trimmed)
 def _trimmed(weighting: Trimmed, batch: Batch, state: State) -> tuple[Array, State]:
-    """`w = kept * inner(l, p * kept)`; what is not kept at all takes no part in the inner weighting."""
+    """`w = kept * inner(l, p * kept)`; samples with `kept = 0` take no part in the inner weighting."""
     if np.any(np.isnan(batch.losses)):
         return np.full(batch.losses.shape, math.nan), state
     kept = 1 - _share_of_worst(batch, weighting.fraction)
@@ -497,8 +498,8 @@ def _trimmed(weighting: Trimmed, batch: Batch, state: State) -> tuple[Array, Sta
 def _moving_average(weighting: MovingAverage, batch: Batch, state: State) -> tuple[Array, State]:
     """`w = inner(l) / u`, in logarithms, after `u = decay * u + (1 - decay) * mean(inner(l))`.
 
-    Where `u` is 0, all weights are 0, and nothing is remembered; where a weight is infinite, it is divided by
-    its part of `u`, which is all of `u`.
+    If `u` is 0, all weights are 0, and the state does not change. An infinite weight is divided by its own
+    term of `u`, since that is all of `u`.
     """
     logarithm = log_equation(weighting.weighting, batch)
     part_of_mean = 1.0 if state["updates"] == 0 else 1 - weighting.decay
@@ -555,8 +556,8 @@ def _without_lowest(batch: Batch, weighting: Weighting, kept: float) -> Array:
 def _gaps(losses: Array, number: float = 0.0) -> tuple[Array, float]:
     """`(losses - max) / (max - min)`, from -1 to 0, and `number / (max - min)`; not for equal losses.
 
-    Worst cases do not depend on the losses' origin, and on their unit only together with other numbers. A
-    loss of -inf counts for nothing in `min`, and has a gap of -inf.
+    Worst cases do not change if a constant is added to the losses, or if losses and `number` are multiplied
+    by one factor. A loss of -inf is left out of `min`, and has a gap of -inf.
     """
     smallest = np.min(losses[losses > -math.inf])
     shrink = 1.0 if math.isfinite(np.max(losses) - smallest) else 0.5
@@ -572,13 +573,13 @@ def _on_largest(batch: Batch) -> Array:
 
 
 def _above_root(gaps: Array, lies_below: Callable[[float], bool]) -> Mask:
-    """Which gaps exceed a root below the largest; `lies_below(eta)` tells whether the root is below `eta`."""
+    """Which gaps exceed a root below the largest gap; `lies_below(eta)` says if the root is below `eta`."""
     levels = np.unique(gaps)
     return gaps >= levels[bisect.bisect_left(levels[:-1], True, key=lies_below)]
 
 
 def _share_of_worst(batch: Batch, fraction: float) -> Array:
-    """How much of each sample is in the `fraction` of the measure with the largest losses, ties alike."""
+    """The part of each sample in the `fraction` of the measure with the largest losses, equal for ties."""
     levels, place = np.unique(batch.losses, return_inverse=True)
     counts = np.bincount(place, weights=batch.measure, minlength=levels.size)
     above = np.concatenate([[0.0], np.cumsum(counts[::-1])[:-1]])[::-1]

@@ -36,7 +36,7 @@ def weight_stats(
     Args:
         losses: Losses `l`, any shape but (), any real dtype; computed with in float64.
         weights: Weights `w`, of the same shape.
-        weighting: What the weights came from; None leaves `clipped_share` unknown.
+        weighting: The weighting that made the weights; with None, `clipped_share` is None.
         where: Booleans that broadcast to the losses' shape: which samples take part.
         sample_weight: The measure `p`, as in `sample_weights`.
         groups: The group of each loss, as in `sample_weights`; None for no statistics of groups.
@@ -46,7 +46,8 @@ def weight_stats(
         The statistics.
 
     Raises:
-        ValueError: If `losses` is a scalar, the shapes differ, or `sample_weight` holds what it must not.
+        ValueError: If `losses` is a scalar, the shapes differ, or `sample_weight` holds a number that is
+            negative or not finite.
 
     Example:
         >>> import numpy as np
@@ -83,7 +84,9 @@ def weight_stats(
 
 
 def _worst_tenth(losses: Array, measure: Array) -> float:
-    """`eta + total(p * max(0, l - eta)) / (0.1 * total(p))`, least at an `eta` that has a tenth above it.
+    """The minimum over `eta` of `eta + total(p * max(0, l - eta)) / (0.1 * total(p))`.
+
+    It is attained where a tenth of the measure lies above `eta`.
 
     That is the mean of the worst tenth (Rockafellar and Uryasev, 2000, theorem 1).
     """
@@ -98,7 +101,7 @@ def _worst_tenth(losses: Array, measure: Array) -> float:
 
 
 def _group_stats(losses: Array, weights: Array, measure: Array, groups: Integers) -> GroupStats:
-    """`GroupStats` of the groups up to the largest; with numbers above a million, of those that are there."""
+    """`GroupStats` of the groups 0 to the largest; with numbers above a million, of groups that occur."""
     largest = int(np.max(groups, initial=-1))
     numbers = np.unique(groups).tolist() if largest >= MOST_GROUPS else range(largest + 1)
     members = [groups == group for group in numbers]

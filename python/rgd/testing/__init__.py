@@ -1,4 +1,4 @@
-"""The contract of a weighting as a function, for the members of `rgd` and for a user's own.
+"""A function that checks the contract of a weighting, for the members of `rgd` and for weightings of users.
 
 Example:
     >>> import rgd, rgd.testing
@@ -22,23 +22,24 @@ __all__ = ["check_weighting"]
 def check_weighting(
     weighting: Weighting, *, groups: int | None = None, fronts: Sequence[str] | None = None
 ) -> None:
-    """Check that a weighting keeps the contract of `rgd.Weighting`; return quietly if it does.
+    """Check that a weighting keeps the contract of `rgd.Weighting`; raise if it does not.
 
-    Checked on batches of losses >= 0:
+    It is checked on batches of losses >= 0:
 
     - the weighting is a frozen dataclass, and a copy or an unpickled one compares and hashes equal;
-    - one that remembers starts from one state, keeps its structure, and `step` does not write to it;
-    - its weights are finite numbers >= 0, one for each loss, and equal for equal losses;
-    - they follow the samples in whatever order these come; a masked sample is as good as left out; a sample
-      of integer `sample_weight` k is as good as k samples;
-    - with `mean_one` they average to one; with `pointwise` each is what it would be alone; from `clip` on
-      they no longer change; `log_weights` are their logarithms;
-    - a NaN loss, an infinite one, an empty batch and a batch of one raise nothing; a NaN loss leaves the
-      other weights of a `pointwise` member alone (the objective is NaN in any case);
-    - every front gives the same numbers: NumPy, through the kernel where there is one; torch eager, compiled
+    - a weighting that remembers always starts from the same state and keeps its structure, and `step` does
+      not write to the state it is given;
+    - the weights are finite numbers >= 0, one for each loss, and equal for equal losses;
+    - the weights are permuted with the samples; a masked sample has the same effect as no sample; a sample of
+      integer `sample_weight` k has the same effect as k samples;
+    - with `mean_one` the weights average to one; with `pointwise` each weight is the same in a batch of one;
+      above `clip` they no longer change; `log_weights` are their logarithms;
+    - a NaN loss, an infinite one, an empty batch and a batch of one raise nothing; a NaN loss does not change
+      the other weights of a `pointwise` member (the objective is NaN in any case);
+    - every front gives the same numbers: NumPy, through the kernel if there is one; torch eager, compiled
       with `fullgraph=True` and under `torch.func.vmap`; JAX under `jit`, with the weighting's numbers traced
-      too, and under `vmap`; in float64, float32 and half precision. A weighting that remembers is followed
-      over several batches: those of NaN, of infinity and of no sample leave its state as it was.
+      too, and under `vmap`; in float64, float32 and half precision. A weighting that remembers is tested on
+      several batches in turn; batches with NaN, with infinity or without samples do not change its state.
 
     Args:
         weighting: The weighting, its settings Python numbers.

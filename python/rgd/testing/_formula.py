@@ -1,4 +1,4 @@
-"""The checks of a weighting's formula, in NumPy: each is a function that fails with a sentence."""
+"""The checks of a weighting's formula, in NumPy. Each is a function that raises with a sentence."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _check_order(subject: Subject) -> None:
 
 
 def _check_mask(subject: Subject) -> None:
-    """A masked sample is as good as left out, whatever its loss is."""
+    """A masked sample has the same effect as no sample, for any loss."""
     kept = np.arange(SIZE) % 3 != 1
     without = subject.weights("a shorter batch", subject.losses[kept], members=np.flatnonzero(kept))
     for hidden in (1e6, math.inf, math.nan):
@@ -141,7 +141,7 @@ def _check_mask(subject: Subject) -> None:
 
 
 def _check_measure(subject: Subject) -> None:
-    """A sample of integer `sample_weight` k is as good as k samples."""
+    """A sample of integer `sample_weight` k has the same effect as k samples."""
     copies = np.repeat(np.arange(SIZE), subject.measure)
     weights = subject.weights("a batch with sample_weight", subject.losses, measure=subject.measure)
     repeated = subject.weights("a batch of repeated samples", subject.losses[copies], members=copies)
@@ -170,7 +170,7 @@ def _check_mean_one(subject: Subject) -> None:
 
 
 def _check_pointwise(subject: Subject) -> None:
-    """With `pointwise`, each weight is what it is alone."""
+    """With `pointwise`, each weight is the same in a batch of one."""
     if not subject.weighting.pointwise:
         return
     together = subject.weights("an ordinary batch", subject.losses)
@@ -182,7 +182,7 @@ def _check_pointwise(subject: Subject) -> None:
 
 
 def _check_clip(subject: Subject) -> None:
-    """From `clip` on a weight no longer changes."""
+    """Above `clip` a weight no longer changes."""
     clip = subject.weighting.clip
     if math.isnan(clip):
         subject.fail(
@@ -199,7 +199,7 @@ def _check_clip(subject: Subject) -> None:
 
 
 def _check_nan(subject: Subject) -> None:
-    """A NaN loss raises nothing, and does not reach the other weights of a pointwise member."""
+    """A NaN loss raises nothing, and does not change the other weights of a pointwise member."""
     losses = subject.spoiled(math.nan)
     weights = subject.weights("a batch with a NaN loss", losses)
     if subject.weighting.pointwise:
@@ -245,7 +245,7 @@ FORMULA_CHECKS: tuple[Callable[[Subject], None], ...] = (
 
 
 class _Pickler(pickle.Pickler):
-    """Keeps classes aside: where a class is defined, in a function perhaps, is not the weighting's matter."""
+    """Pickles without the classes, so that a weighting may be defined inside a function."""
 
     def __init__(self, file: Any) -> None:
         super().__init__(file)

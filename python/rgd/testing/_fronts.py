@@ -54,7 +54,7 @@ def _check_numpy(subject: Subject) -> None:
     weigh_with: Any = rgd.sample_weights
 
     def call(case: Case, state: Any) -> tuple[Any, Any]:
-        # A kernel has a way of its own for batches without a measure.
+        # A kernel has separate code for batches without a measure.
         plain = bool(case.where.all()) and bool((case.measure == 1).all())
         options: dict[str, Any] = {} if plain else {"where": case.where, "sample_weight": case.measure}
         options["reference"] = subject.reference
@@ -179,7 +179,7 @@ FRONT_CHECKS: dict[str, Callable[[Subject], None]] = {
 
 
 def _attempt(subject: Subject, where: str, function: Any, *arguments: Any, **options: Any) -> Any:
-    """The result, or a failure that says where an exception came from."""
+    """The result; an exception becomes a failure that says where it came from."""
     try:
         return function(*arguments, **options)
     except Exception as error:

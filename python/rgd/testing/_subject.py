@@ -21,7 +21,7 @@ Floats = npt.NDArray[Any]
 
 
 class Case(NamedTuple):
-    """A batch and what it is called in a message."""
+    """A batch and its name in messages."""
 
     situation: str
     losses: Floats
@@ -99,7 +99,7 @@ class Subject:
         losses: Any = None,
         dtype: Any = np.float64,
     ) -> None:
-        """Fail with `sentence` and the first number that differs: the weight of a loss, or a state's."""
+        """Fail with `sentence` and the first number that differs, in the weights or in the state."""
         actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
         if actual.shape != expected.shape:
             self.fail(f"{sentence}: an array of shape {actual.shape} in place of {expected.shape}")
@@ -119,7 +119,7 @@ class Subject:
         return losses
 
     def cases(self) -> list[Case]:
-        """Batches of one shape, for the fronts, in an order in which a state is carried along."""
+        """Batches of one shape, for the fronts, in the order in which a state is passed on."""
         everywhere, ones = np.ones(SIZE, np.bool_), np.ones(SIZE)
         some = np.arange(SIZE) % 4 != 1
         with_nan, with_infinity = self.spoiled(math.nan), self.spoiled(math.inf)

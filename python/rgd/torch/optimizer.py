@@ -67,7 +67,7 @@ class RGD(Dial, torch.optim.Optimizer):
     Args:
         optimizer: Any `torch.optim.Optimizer`, not wrapped before. Attributes that `RGD` does not have are
             looked up there.
-        weighting: What turns losses into weights, a member of `rgd` or a subclass of `rgd.Weighting`;
+        weighting: Turns losses into weights, a member of `rgd` or a subclass of `rgd.Weighting`;
             `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
         tau: Short for `weighting=KL(tau, scale=scale)`.
         scale: The dial; short for the same.
@@ -77,7 +77,7 @@ class RGD(Dial, torch.optim.Optimizer):
 
     Attributes:
         optimizer: The wrapped optimizer.
-        weighting: What turns losses into weights; another may be set between steps. One of the same class
+        weighting: Turns losses into weights; another may be set between steps. One of the same class
             keeps the state.
         weighting_state: What the weighting remembers.
 
