@@ -1,4 +1,4 @@
-"""Arguments that the torch front refuses one by one, and in which words."""
+"""Checks of single arguments of the torch front, with their error messages."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ENTRYWISE = (
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Refuse a setting that is none of `choices`."""
+    """Refuse a setting that is not one of `choices`."""
     if value not in choices:
         allowed = " or ".join([", ".join(repr(c) for c in choices[:-1]), repr(choices[-1])])
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
@@ -56,7 +56,7 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
-    """Refuse a tensor that does not hold its numbers in rows of one length: a nested or a sparse one."""
+    """Refuse a nested or sparse tensor."""
     if tensor.is_nested:
         raise DtypeError(
             f"{name} is a nested tensor, whose rows differ in length: call torch.cat on its .unbind(), or "
@@ -67,20 +67,20 @@ def check_dense(name: str, tensor: Tensor) -> None:
 
 
 def no_tensor(name: str, value: Any, wanted: str = "a torch.Tensor") -> str:
-    """What to say of an argument that is no tensor: an array or a list has only to be converted."""
+    """The message for an argument that is no tensor; for an array or a list it names the conversion."""
     kind = type(value).__name__
     there = isinstance(value, (list, tuple, numbers.Number)) or hasattr(value, "__array__")
     return f"{name} must be {wanted}, got {kind}" + (f": pass torch.as_tensor({name})" if there else "")
 
 
 def refuse_dtype(name: str, tensor: Tensor, expected: str) -> NoReturn:
-    """Refuse a dtype, with the conversion: `expected` completes "must"."""
+    """Refuse a dtype, and name the conversion. In the message `expected` follows "must"."""
     fix = ".real" if tensor.is_complex() else ".dequantize()" if tensor.is_quantized else ".float()"
     raise DtypeError(f"{name} must {expected}, got {tensor.dtype}: convert it by {fix}")
 
 
 def check_losses(losses: Any, name: str = "losses", hint: str = "") -> Tensor:
-    """Refuse what is no tensor of per-sample losses; `name` and `hint` are for the message."""
+    """Refuse anything but a tensor of per-sample losses; `name` and `hint` are for the message."""
     if not isinstance(losses, Tensor):
         raise TypeError(
             f"{name} must be a torch.Tensor, got {type(losses).__name__}{hint}"
@@ -99,14 +99,14 @@ def check_losses(losses: Any, name: str = "losses", hint: str = "") -> Tensor:
 
 
 def check_not_broadcast(base: Any, losses: Tensor, given: tuple[Any, ...]) -> None:
-    """Refuse the losses of all pairs of entries of tensors that were to be compared entry by entry.
+    """Refuse losses that were broadcast to all pairs of entries instead of compared entry by entry.
 
-    Torch's losses broadcast predictions (N, 1) against targets (N,), and make N x N losses of them.
+    Torch's losses broadcast predictions (N, 1) against targets (N,) to N x N losses.
 
     Args:
-        base: The loss. One of torch's that compares entries is known to have broadcast what it was given.
-        losses: What it made. Another loss is taken to have broadcast where these are more than it was given.
-        given: What it was given; only the tensors matter.
+        base: The loss. Those of torch that compare entries always broadcast their arguments.
+        losses: Its result. Another loss has broadcast if its result has more entries than the arguments.
+        given: Its arguments; only the tensors matter.
 
     Raises:
         ValueError: If the shapes of the tensors make more pairs than one of them has entries.
@@ -170,7 +170,7 @@ def check_class_weight(weight: Any) -> Tensor | None:
 
 
 def _of_classes(values: Any) -> Any:
-    """Numbers of the classes: an array of floats as a tensor on the CPU, anything else as it is."""
+    """One number a class: an array of floats becomes a tensor on the CPU, anything else stays."""
     is_array = type(values) is np.ndarray and values.dtype.kind == "f"
     return torch.tensor(values, dtype=torch.get_default_dtype(), device="cpu") if is_array else values
 

@@ -1,4 +1,4 @@
-"""`tau` and `scale` of what has a weighting: the dial of `rgd.KL`, read and turned in place."""
+"""`tau` and `scale` as attributes of objects that have a weighting; for `rgd.KL` they are the dial."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rgd.weightings import Weighting
 
 
 class NoNumberError(AttributeError, TypeError):
-    """A weighting without `tau` or `scale`: for `hasattr` an AttributeError, and a TypeError as before."""
+    """A weighting without `tau` or `scale`: an AttributeError for `hasattr`, and a TypeError as in 0.1.0."""
 
 
 class Dial:
@@ -45,7 +45,7 @@ class Dial:
 
 
 def number_of(weighting: Weighting, name: str) -> float:
-    """A number of a weighting; where it follows from others, what follows.
+    """A number of a weighting; if it was not given, the value that follows from the others.
 
     Raises:
         NoNumberError: If there is no such number.

@@ -1,13 +1,12 @@
-"""Who shares a batch, and what its processes tell each other.
+"""The processes that share a batch, and their communication.
 
-A pointwise weight depends on its own loss, and needs no one else. Weights that depend on the batch depend on
-every loss of it: the losses of all processes are gathered, in the order of their ranks, every process
-computes all weights, and keeps its own. Weights are constants to autograd, so nothing is communicated in the
-backward pass.
+A pointwise weight depends on its own loss and needs no other process. Other weights depend on every loss of
+the batch: the losses of all processes are gathered in the order of their ranks, every process computes all
+weights and keeps its own. Weights are constants to autograd, so the backward pass communicates nothing.
 
 Each process still averages over its own samples, and DistributedDataParallel averages the gradients of the
-processes. Where all local batches have the same size, that is the gradient of the global batch; where they
-differ, it is the average of local means, as for `nn.CrossEntropyLoss`.
+processes. If all local batches have the same size, that is the gradient of the global batch. If not, it is
+the average of local means, as for `nn.CrossEntropyLoss`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _gather_outside_of_graphs: Any = None
 
 @dataclasses.dataclass(frozen=True)
 class Sync:
-    """With whom a batch is shared.
+    """The settings that say which processes share a batch.
 
     Args:
         process_group: The group; None for the default one, once it is initialised.
@@ -67,7 +66,7 @@ class Sync:
         return group if dist.get_world_size(group) > 1 else None
 
     def __deepcopy__(self, memo: Any) -> Sync:
-        """The same: a group is a connection, and a copied loss talks over the same one."""
+        """The same object: a group is a connection, and a copied loss uses the same one."""
         return self
 
 
@@ -75,7 +74,7 @@ _DEFAULT = Sync()
 
 
 def sync_of(process_group: Any, sync: bool) -> Sync:
-    """With whom a function's arguments share a batch."""
+    """The `Sync` of a function's arguments."""
     return _DEFAULT if process_group is None and sync is True else Sync(process_group, sync)
 
 
@@ -90,7 +89,7 @@ def reduce_max(value: float, device: torch.device, group: Any) -> float:
 
 
 def all_of(value: Any, group: Any) -> list[Any]:
-    """A value of each process, in the order of their ranks; what can be pickled."""
+    """A value of each process, in the order of their ranks; it must be picklable."""
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, value, group=group)
     return found
@@ -106,18 +105,18 @@ def _reduce(values: list[float], operation: Any, device: torch.device, group: An
 
 
 def gather(own: list[Tensor], group: Any) -> tuple[list[Tensor], int]:
-    """Vectors of all processes, each concatenated in the order of ranks, and where this one's part begins.
+    """Vectors of all processes, concatenated in the order of ranks, and the start of this process's part.
 
-    Every process of the group has to call this, one without losses too.
+    Every process of the group has to call this, also one without losses.
 
     Args:
-        own: This process's vectors, all of one length, which may differ from that of other processes.
+        own: This process's vectors, all of the same length, which may differ between processes.
         group: The process group.
 
     Raises:
         ValueError: If the group cannot communicate from the vectors' device.
     """
-    # A compiled graph is left for the collectives, whose sizes are known only when it runs.
+    # The collectives interrupt a compiled graph, since their sizes are known only when it runs.
     global _gather_outside_of_graphs  # noqa: PLW0603
     if _gather_outside_of_graphs is None:
         _gather_outside_of_graphs = cast("Any", torch.compiler).disable(_gather)

@@ -1,4 +1,4 @@
-"""The dtypes of the torch front: what it takes, and what it computes in."""
+"""The dtypes that the torch front takes, and those that it computes in."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def wide(tensor: Tensor) -> torch.dtype:
-    """The dtype that weights are computed in, to be rounded once: float64, where the device has it."""
+    """The dtype that weights are computed in before they are rounded once: float64, if the device has it."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
@@ -36,7 +36,7 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the processor multiplies matrices of bfloat16; True where torch cannot tell."""
+    """Whether the processor multiplies matrices of bfloat16; True if torch does not know."""
     if platform.machine().lower() not in {"x86_64", "amd64"}:
         return True
     cpu: Any = torch.cpu

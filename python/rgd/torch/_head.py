@@ -1,4 +1,4 @@
-"""A linear head: its tensors, how it is worked through, and what of them is refused."""
+"""A linear head: its tensors, its settings, and their checks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rgd.torch._modes import autocasts
 
 
 class Chunking(NamedTuple):
-    """How a head is worked through.
+    """The settings of the computation of a head.
 
     Attributes:
         logit_softcap: Logits are `logit_softcap * tanh(z / logit_softcap)`; None for `z` itself.
@@ -34,7 +34,7 @@ class Chunking(NamedTuple):
     vocab_group: Any = None
 
     def checked(self) -> Chunking:
-        """The same with plain numbers.
+        """The same settings, checked, as plain numbers.
 
         Raises:
             TypeError, ValueError: If a setting is not allowed.
@@ -66,7 +66,7 @@ class Shard(NamedTuple):
         group: The processes that hold the slices.
         first: The class of this slice's first column.
         classes: The number of classes of all slices together.
-        widest: That of the largest slice.
+        widest: The number of classes of the largest slice.
         even: Whether all slices have the same size.
     """
 
@@ -93,11 +93,11 @@ class LinearHead(NamedTuple):
     shard: Shard | None = None
 
     def classes(self) -> int:
-        """C; that of all slices where the vocabulary is split."""
+        """C; for a split vocabulary, the number of classes of all slices."""
         return self.weight.shape[0] if self.shard is None else self.shard.classes
 
     def checked(self, input: Any) -> LinearHead:
-        """The same with its shard, fit for hidden states.
+        """The same head, checked to fit hidden states, with its shard.
 
         Args:
             input: Hidden states, (N, D) or (B, T, D).
@@ -164,7 +164,7 @@ def _check_shapes(shape: tuple[int, ...], weight: Tensor, bias: Tensor | None) -
 
 
 def _shard_of(group: Any, weight: Tensor) -> Shard:
-    Sync(group)  # refuses what is no group
+    Sync(group)  # raises if it is no group
     own = torch.tensor([weight.shape[0]], device=weight.device)
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, own, group=group)

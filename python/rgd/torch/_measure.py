@@ -1,6 +1,6 @@
 """The base measure `p` of a call, from `where=` and `sample_weight=`, and the groups, one for each unit.
 
-A unit is what shares a weight: a target, or with `per="sample"` a sample of the leading axis.
+A unit has one weight: it is a target, or with `per="sample"` a sample of the leading axis.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from rgd.torch._modes import values_can_be_read
 def measure_of(
     shape: torch.Size, like: Tensor, where: Any, sample_weight: Any, per: str = "element"
 ) -> Tensor | None:
-    """The base measure of losses of a shape, of the device and dtype of `like`: one number a unit.
+    """The base measure for losses of a shape, on the device and in the dtype of `like`: one number a unit.
 
-    It is 0 where `where` is False; None where both are left out.
+    It is 0 where `where` is False. It is None if neither `where` nor a sample weight is given.
     """
     measure = check_sample_weight(sample_weight, shape, like.device, per)
     if where is None:
@@ -31,7 +31,7 @@ def measure_of(
 
 
 def check_where(where: Any, shape: torch.Size, device: torch.device) -> None:
-    """Refuse what is no mask of losses of a shape, on a device."""
+    """Refuse anything but a mask for losses of this shape on this device."""
     if isinstance(where, Tensor):
         check_dense("where", where)
     if not isinstance(where, Tensor) or where.dtype is not torch.bool:
@@ -52,15 +52,15 @@ def check_sample_weight(
     """The base measure `p` of each unit, in a float dtype; None stays None.
 
     Args:
-        sample_weight: What the caller gave: numbers >= 0, of the losses' shape, or one for each sample of the
-            leading axis.
+        sample_weight: The caller's argument: numbers >= 0, of the losses' shape, or one for each sample of
+            the leading axis.
         losses_shape: The losses' shape.
         device: Where the losses are.
         per: "element" where a unit is a loss, "sample" where it is a sample.
 
     Returns:
-        A tensor of the units' shape, without grad. Where values cannot be read now, one that is negative or
-        not finite is NaN in it.
+        A tensor of the units' shape, without grad. If values cannot be read now, NaN replaces those that are
+        negative or not finite.
     """
     if sample_weight is None:
         return None
@@ -98,14 +98,14 @@ def check_reference(
     """The losses of a reference model, without grad; None stays None.
 
     Args:
-        reference: What the caller gave: floats of the losses' shape.
+        reference: The caller's argument: floats of the losses' shape.
         losses_shape: The losses' shape.
         device: Where the losses are.
-        takes_part: Which of the losses take part, a mask that broadcasts to their shape; None for all. What
-            the others are compared with does not matter.
+        takes_part: Which of the losses take part, a mask that broadcasts to their shape; None for all. The
+            reference losses of the others may be any number.
 
     Returns:
-        A tensor of the losses' shape. Where values cannot be read now, one that is not finite is NaN in it.
+        A tensor of the losses' shape. If values cannot be read now, NaN replaces those that are not finite.
     """
     if reference is None:
         return None
@@ -141,10 +141,10 @@ def check_reference(
 def within_range(measure: Tensor, dtype: torch.dtype, reduction: str) -> tuple[Tensor, float]:
     """A base measure divided by a power of two so that `dtype` can hold it, and that power.
 
-    "mean" and the weights do not depend on the power. Where values cannot be read now, it is 1.
+    "mean" and the weights do not depend on the power. It is 1 if values cannot be read now.
 
     Raises:
-        ValueError: If `dtype` cannot hold the measure, and `reduction` depends on its size.
+        ValueError: If `dtype` cannot hold the measure, and `reduction` depends on its scale.
     """
     if not measure.numel() or not values_can_be_read(measure):
         return measure, 1.0
@@ -162,14 +162,14 @@ def within_range(measure: Tensor, dtype: torch.dtype, reduction: str) -> tuple[T
 
 
 def spread(values: Tensor, losses: Tensor) -> Tensor:
-    """Values of targets as they are; those of samples in a shape that broadcasts along their targets."""
+    """Values of targets unchanged; values of samples in a shape that broadcasts along their targets."""
     return values.view(-1, *[1] * (losses.dim() - 1)) if losses.dim() > values.dim() else values
 
 
 def units_of(
     losses: Tensor, counted: Tensor | None, measure: Tensor | None, per: str
 ) -> tuple[Tensor, Tensor | None]:
-    """What a weight belongs to: the loss of each unit, without grad, and its base measure.
+    """The loss of each unit, without grad, and its base measure.
 
     Args:
         losses: One a target.
@@ -193,7 +193,7 @@ def units_of(
 
 
 def _by_unit(name: str, values: Tensor, losses_shape: torch.Size, device: torch.device, per: str) -> Tensor:
-    """Values of the units' shape, from ones of the losses' shape or of one entry a sample."""
+    """Values of the units' shape, from values of the losses' shape or with one entry a sample."""
     if values.device != device:
         raise ValueError(f"losses are on {device} and {name} on {values.device}: move both to one device")
     units = losses_shape[:1] if per == "sample" else losses_shape

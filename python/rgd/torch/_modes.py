@@ -1,4 +1,4 @@
-"""What torch is doing around a call: training, evaluating, compiling, transforming, or repeating a pass."""
+"""The mode of torch during a call: training, evaluating, compiling, transforming, or repeating a pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _dispatch_modes = _internals._len_torch_dispatch_stack
 _tracing_state = _internals._get_tracing_state
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
 """The types of tensors that have no behaviour of their own."""
-# Asked once, here: older torch cannot compile a call of is_autocast_available.
+# This is called once, here, since older torch cannot compile a call of is_autocast_available.
 _AUTOCASTING = frozenset(
     kind
     for kind in ("cpu", "cuda", "hpu", "mps", "mtia", "privateuseone", "xla", "xpu")
@@ -31,9 +31,9 @@ _AUTOCASTING = frozenset(
 
 
 def trains_plainly() -> bool:
-    """Whether gradients are on, and nothing asks for more than a plain eager call that is made once.
+    """Whether gradients are on, and this is a plain eager call that will not be repeated.
 
-    That is: no backward pass is running, no hook waits for saved tensors, and no mode or transform is active.
+    No backward pass is running, no hook on saved tensors is set, and no mode or transform is active.
     """
     return (
         torch.is_grad_enabled()
@@ -44,7 +44,7 @@ def trains_plainly() -> bool:
 
 
 def evaluates() -> bool:
-    """Whether gradients are off because nothing is trained: `torch.no_grad()` or inference mode.
+    """Whether the caller has turned gradients off by `torch.no_grad()` or inference mode.
 
     Gradients are also off inside an `autograd.Function.forward`, as in a reentrant checkpoint or a loss
     computed in chunks, under forward-mode differentiation in `no_grad`, and where `torch.jit.trace` checks
@@ -78,13 +78,13 @@ def is_exporting() -> bool:
     return _compiler._is_exporting_flag if _HAS_EXPORTING_FLAG else torch.compiler.is_exporting()
 
 
-# The flag itself where there is one: torch 2.8 traces `is_exporting` as True in any compiled graph.
+# Read the flag itself if it exists: torch 2.8 traces `is_exporting` as True in any compiled graph.
 _compiler: Any = torch.compiler
 _HAS_EXPORTING_FLAG = hasattr(_compiler, "_is_exporting_flag")
 
 
 def in_transform() -> bool:
-    """Whether a `torch.func` transform is active, whose tensors end with it."""
+    """Whether a `torch.func` transform is active. Its tensors must not be used after it."""
     return _transforms_active()
 
 
@@ -94,7 +94,7 @@ def must_forget() -> bool:
 
 
 def autocasts(device_type: str) -> bool:
-    """Whether autocast is on for a kind of device; never for one that knows no autocast, as "meta"."""
+    """Whether autocast is on for a kind of device; False for kinds without autocast, such as "meta"."""
     return device_type in _AUTOCASTING and torch.is_autocast_enabled(device_type)
 
 
@@ -102,7 +102,7 @@ def autocasts(device_type: str) -> bool:
 
 
 def on_the_cpu_and_eager(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether all tensors are plain ones on the CPU, and no mode asks for more than plain eager calls."""
+    """Whether all tensors are plain and on the CPU, and no mode that intercepts calls is active."""
     for tensor in tensors:
         if tensor is not None and not (type(tensor) in PLAIN and tensor.is_cpu):
             return False
@@ -110,7 +110,7 @@ def on_the_cpu_and_eager(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def plain_and_eager(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether all tensors are plain ones with memory, and no mode asks for more than plain eager calls."""
+    """Whether all tensors are plain and have memory, and no mode that intercepts calls is active."""
     for tensor in tensors:
         if tensor is not None and (type(tensor) not in PLAIN or tensor.is_meta):
             return False
@@ -127,5 +127,5 @@ def _mode_is_eager() -> bool:
 
 
 def values_can_be_read(tensor: Tensor) -> bool:
-    """Whether the values of a tensor may be looked at without waiting for a device or ending a trace."""
+    """Whether the values of a tensor can be read without waiting for a device or breaking a trace."""
     return not torch.compiler.is_compiling() and on_the_cpu_and_eager((tensor,))

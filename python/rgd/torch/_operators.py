@@ -1,7 +1,7 @@
 """A problem as the arguments of an operator of torch, which compiled graphs call.
 
-A weighting comes beside it as `(kind, numbers)`: the name of its kernel and a float64 tensor. So a schedule
-that changes a number compiles nothing again, and a new kernel changes no schema.
+The operator also takes the weighting as `(kind, numbers)`: the name of its kernel and a float64 tensor. So a
+schedule that changes a number compiles nothing again, and a new kernel changes no schema.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def define(schemas: Mapping[str, str]) -> None:
 
 
 def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register what an operator returns where it is only traced, which needs no memory.
+    """Register the function that an operator runs while it is traced, which allocates no memory.
 
-    A call that mixes tensors of the meta device with others ends there too, and would return memory that
-    nobody has written to.
+    torch also runs it if a call mixes tensors of the meta device with others. The result would then be
+    uninitialised memory, so such a call is refused.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,5 +91,5 @@ def numbers_of(tensor: Tensor) -> tuple[float, ...]:
 
 
 def or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
-    """A gradient, or an empty tensor in the place of one that was not asked for."""
+    """A gradient, or an empty tensor if no gradient is wanted."""
     return like.new_empty(0) if gradient is None else gradient

@@ -1,4 +1,4 @@
-"""A weighting made ready for torch: its kernel and its numbers as data; and its part in one call."""
+"""A weighting made ready for torch: its kernel and its numbers as data, and its use in one call."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from rgd.weightings._fields import fields, map_numbers, numbers_of
 
 
 class Plan:
-    """A weighting, and what a call needs of it, computed once.
+    """A weighting, and values computed once from it for all calls.
 
     A compiled graph must not be compiled again when a schedule changes a number. So it reads the numbers from
     tensors, `numbers` and those in `live`, which stay the same objects as long as only numbers change. They
-    are on the CPU whatever the default device is, with a copy on each device that was prepared.
+    are on the CPU for any default device, with a copy on each device that was prepared.
 
     Attributes:
         weighting: As given, its numbers Python floats.
-        kernel: Its Rust kernel and the numbers of that, or None.
+        kernel: The name of its Rust kernel and the kernel's numbers, or None.
         kind: The kernel's name, or None.
         numbers: The kernel's numbers, float64 on the CPU, or None.
         live: The weighting with each number a 0-d float64 tensor on the CPU.
         pointwise: `weighting.pointwise`.
         stateful: `weighting.stateful`.
-        step_kernel: The Rust kernel of a weighting that remembers and the numbers of that, or None.
-        repeated: What a backend keeps from one call to the next, by the dtype of the losses.
+        step_kernel: The same for a weighting that remembers, whose kernel computes a step; or None.
+        repeated: Objects that a backend keeps from call to call, by the dtype of the losses.
     """
 
     def __init__(self, weighting: Weighting, kernel: Kernel | None = None) -> None:
@@ -56,18 +56,18 @@ class Plan:
         self._numbers_on: dict[str, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but what backends keep."""
+        """Everything but the objects that backends keep."""
         return {**self.__dict__, "repeated": {}, "_numbers_on": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if "step_kernel" not in state:  # of a release before there were kernels of steps
+        if "step_kernel" not in state:  # pickled by a release without kernels of steps
             self.step_kernel, self.repeated = step_kernel_of(self.weighting), {}
         self._numbers_on = {}
 
     @classmethod
     def of_kernel(cls, kind: str, numbers: tuple[float, ...]) -> Plan:
-        """The plan of a kernel, known by its name and numbers alone, as an operator gets it."""
+        """The plan of a kernel, from its name and numbers, which are all that an operator gets."""
         return cls(weighting_of((kind, numbers)), (kind, numbers))
 
     @property
@@ -89,20 +89,20 @@ class Plan:
         return self._live_on.get(str(device), self._live)
 
     def numbers_on(self, device: torch.device) -> Tensor | None:
-        """`numbers` on a device: a copy that stays the same object, as they do. Nobody waits for it."""
+        """`numbers` on a device: a copy that stays the same object, as they do. Copying does not wait."""
         numbers = self.numbers
         if numbers is None or device.type == "cpu":
             return numbers
         found = self._numbers_on.get(str(device))
         if found is None:
             found = numbers.to(device, non_blocking=True)
-            # What a graph computes ends with it.
+            # A tensor that a graph computes must not be kept after the graph.
             if not torch.compiler.is_compiling():
                 self._numbers_on[str(device)] = found
         return found
 
     def prepare(self, device: torch.device | None = None) -> Plan:
-        """Make the tensors now, outside of any compiled graph; those on a device too."""
+        """Make the tensors now, outside of any compiled graph, also those on a device."""
         _ = self.numbers, self.live
         if device is not None and device.type not in ("cpu", "meta") and str(device) not in self._live_on:
             self._live_on[str(device)] = map_numbers(
@@ -139,7 +139,7 @@ _last = _Last()
 
 
 def plan_of(weighting: Any, tau: Any, scale: Any) -> Plan:
-    """The plan of a function's arguments; that of the last call, if it was given the very same objects."""
+    """The plan of a function's arguments; the last plan, if the arguments are the same objects."""
     if torch.compiler.is_compiling():
         return Plan(resolve_weighting(weighting, tau, scale))
     of_weighting, of_tau, of_scale, plan = _last.call
@@ -150,13 +150,13 @@ def plan_of(weighting: Any, tau: Any, scale: Any) -> Plan:
 
 
 class Weigher:
-    """What weights the losses of one call: a plan, the groups, the state, and who shares the batch.
+    """Weights the losses of one call. It holds the plan, the groups, the state and the process group.
 
     Attributes:
         plan: The weighting, made ready.
         groups: The group of each weight's unit, integers of the units' shape, or None.
         state: The state before the call and, once `weigh` has run, after it; or the `Memory` of a module,
-            which moves it; None for a weighting that keeps none.
+            which updates it; None for a weighting without state.
         group: The processes that share the batch, or None.
         power: The power of two that the base measure of the call was divided by.
         reference: The loss of a reference model for each weight's unit, of the units' shape, or None.
@@ -183,12 +183,12 @@ class Weigher:
         self.group = None if alone else sync.group()  # pyright: ignore[reportOptionalMemberAccess]
 
     def weigh(self, losses: Tensor, measure: Tensor | None, *, by_kernel: bool = False) -> Tensor:
-        """The weights of a batch by the weighting's formula; the state after it takes the place of `state`.
+        """The weights of a batch by the weighting's formula; `state` is replaced by the state after it.
 
         Args:
             losses: Any shape, floating.
             measure: The base measure, of the losses' shape, 0 where a loss takes no part; None for ones.
-            by_kernel: Whether a kernel that computes steps takes the place of the formula.
+            by_kernel: Whether a kernel that computes steps replaces the formula.
 
         Returns:
             Weights of the losses' shape, without grad; float64 for float64 losses, else float32.
@@ -197,13 +197,13 @@ class Weigher:
         flat = losses.detach().reshape(-1).to(dtype)
         p = None if measure is None else measure.detach().reshape(-1).to(dtype)
         if p is not None and self.group is None and power_of(self.power) == 1.0 != self.power:
-            p = p * self.power  # a formula may count by it: it sees the numbers that were given
+            p = p * self.power  # a formula may use the scale of the measure: it gets the caller's numbers
         groups = None if self.groups is None else self.groups.reshape(-1)
         reference = None if self.reference is None else self.reference.reshape(-1).to(dtype)
         given = tuple(one for one in (flat, p, groups, reference) if one is not None)
         own = slice(0, flat.shape[0])
         if self.group is not None:
-            # Other processes may have another power.
+            # Other processes may have divided by another power.
             vectors = [flat, torch.ones_like(flat) if p is None else p * self.power]
             vectors += [one for one in (groups, reference) if one is not None]
             (flat, p, *rest), first = gather(vectors, self.group)
@@ -235,13 +235,13 @@ class Weigher:
         return weights[own].reshape(losses.shape).to(accumulator(losses.dtype))
 
     def _steps_by_kernel(self, losses: Tensor) -> bool:
-        # In this order: the numbers of a kernel would be part of a compiled graph.
+        # This test comes first: otherwise the kernel's numbers would become part of a compiled graph.
         return values_can_be_read(losses) and self.plan.step_kernel is not None
 
     def _step(
         self, losses: Tensor, measure: Tensor | None, groups: Tensor | None, given: tuple[Tensor, ...]
     ) -> Tensor:
-        """The weights of float64 losses, (n,), by a kernel that moves the state of a module."""
+        """The weights of float64 losses, (n,), by a kernel that updates the state of a module."""
         kind, numbers = cast("Kernel", self.plan.step_kernel)
         if groups is not None and groups.dtype not in {torch.int32, torch.int64}:
             groups = groups.long()
@@ -275,7 +275,7 @@ def _copy_numbers(source: Weighting, live: Weighting) -> None:
 
 
 def same_but_for_numbers(one: Any, other: Any) -> bool:
-    """Whether two weightings, nested ones included, differ in the values of their numbers alone."""
+    """Whether two weightings, with nested ones, differ only in the values of their numbers."""
     if one.__class__ is not other.__class__:
         return False
     numbers = numbers_of(one.__class__)

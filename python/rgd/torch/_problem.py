@@ -1,4 +1,4 @@
-"""One call of the cross-entropy: its tensors and options, checked here once and then handed on whole."""
+"""One call of the cross-entropy: its tensors and options, checked once and then passed on as one object."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Options(NamedTuple):
         reduction: "none", "mean" or "sum".
         per: "element" where a target has a weight, "sample" where all targets of a sample share one.
         inplace: Whether the gradient overwrites the logits.
-        z_loss: What multiplies the square of the logsumexp of the logits in the objective.
+        z_loss: The factor of the square of the logsumexp of the logits in the objective.
     """
 
     ignore_index: int = -100
@@ -50,13 +50,13 @@ class Options(NamedTuple):
     z_loss: float = 0.0
 
     def by_element(self) -> Options:
-        """The same where each target is given a weight of its own."""
+        """The same options with `per="element"`, for targets that are given their weights."""
         return Options(
             self.ignore_index, self.label_smoothing, self.reduction, "element", self.inplace, self.z_loss
         )
 
     def checked(self) -> Options:
-        """The same with plain numbers.
+        """The same options, checked, as plain numbers.
 
         Raises:
             TypeError, ValueError: If an option is not allowed.
@@ -77,14 +77,14 @@ class Given(NamedTuple):
     Attributes:
         input: Logits, or the hidden states of a linear head.
         target: Class indices or probabilities.
-        class_weight: (C,); checked on its own before, as the adjustment.
-        adjustment: What is added to the logits, (C,).
+        class_weight: (C,); it was checked before, as the adjustment was.
+        adjustment: The numbers added to the logits, (C,).
         where: A mask.
         sample_weight: The base measure.
         groups: The group of each unit.
-        normalizer: What "mean" divides by.
-        segments: The sequence of each target, where several share a row.
-        num_segments: How many a row has at most.
+        normalizer: The number that "mean" divides by.
+        segments: The sequence of each target, if several sequences share a row.
+        num_segments: The largest number of sequences in a row.
         reference: The losses of a reference model.
     """
 
@@ -109,21 +109,21 @@ class Problem(NamedTuple):
         target: Class indices, int64 or int32, of the losses' shape, `ignore_index` where a target takes no
             part; or class probabilities.
         options: The settings.
-        dtype: That of the input as it was given, and of the objective.
+        dtype: The dtype of the caller's input, and of the objective.
         class_weight: (C,), or None.
-        adjustment: What is added to the logits, (C,) without grad, or None.
+        adjustment: The numbers added to the logits, (C,) without grad, or None.
         measure: The base measure of each unit, without grad, 0 where it takes no part; None for ones. With
-            segments that of each target.
+            segments, the base measure of each target.
         power: The power of two that `measure` was divided by.
-        given_measure: The base measure before that.
+        given_measure: The base measure before this division.
         groups: The group of each unit, int64, or None.
-        head: What makes logits of hidden states; None where `logits` are logits.
-        normalizer: What "mean" divides by in the place of `sum p c`, over `power`: a number where it could be
-            read, else a scalar on the device; None for that sum.
-        segments: Which unit each target belongs to, where the sequences of a row are units; `options.per` is
-            then "element", since the weight of each target is given to whatever sums over targets.
+        head: The linear head that makes logits of hidden states; None if `logits` are logits.
+        normalizer: The number that "mean" divides by instead of `sum p c`, over `power`: a float if it could
+            be read, else a scalar on the device; None to divide by `sum p c`.
+        segments: The unit of each target, if the sequences of a row are units. `options.per` is then
+            "element", since every sum over targets gets a weight for each target.
         reference: The losses of a reference model, of the losses' shape, without grad; or None.
-        returns: The place of the names of what else a call shall return.
+        returns: The names of further results of the call.
     """
 
     logits: Tensor
@@ -143,7 +143,7 @@ class Problem(NamedTuple):
     returns: tuple[str, ...] = ()
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """What a backend reads: logits, target, class weight, adjustment, measure, normalizer, head."""
+        """The tensors for a backend: logits, target, class weight, adjustment, measure, normalizer, head."""
         normalizer: Any = self.normalizer
         if normalizer.__class__ is float:
             normalizer = None
@@ -151,7 +151,7 @@ class Problem(NamedTuple):
         return dense if self.head is None else (*dense, self.head.weight, self.head.bias)
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> Problem:
-        """The same settings for other `tensors`, such as those that autograd has kept."""
+        """The same settings with other `tensors`, such as those that autograd has kept."""
         logits, target, class_weight, adjustment, measure, normalizer, *of_head = cast("Any", tensors)
         normalizer = self.normalizer if isinstance(self.normalizer, float) else normalizer
         head = self.head
@@ -164,7 +164,7 @@ class Problem(NamedTuple):
         )  # fmt: skip
 
     def without_tensors(self) -> Problem:
-        """The settings alone, for a graph of autograd to hold beside the tensors that it keeps itself."""
+        """The settings without tensors. Autograd keeps the tensors themselves."""
         return self.with_tensors((None,) * (6 if self.head is None else 8))
 
     def has_labels(self) -> bool:
@@ -178,13 +178,13 @@ class Problem(NamedTuple):
         return self.logits.shape[1 if self.logits.dim() > 1 else 0]
 
     def units(self, losses: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What a weight belongs to: the loss of each unit, without grad, and its base measure."""
+        """The loss of each unit, without grad, and its base measure."""
         if self.segments is None:
             return units_of(losses, self.counted(), self.measure, self.options.per)
         return self.segments.units(losses, cast("Tensor", self.counted()), self.measure)
 
     def spread(self, weights: Tensor) -> Tensor:
-        """Weights of units as those of targets, where segments are the units; else as they are."""
+        """The weights of targets, if segments are the units; otherwise the weights of units unchanged."""
         if self.segments is None:
             return weights
         return self.segments.spread(weights, cast("Tensor", self.counted()))
@@ -259,7 +259,7 @@ def problem_of(given: Given, options: Options, head: LinearHead | None = None) -
         where, sample_weight = segments.given("where", where), segments.given("sample_weight", sample_weight)
         groups = segments.groups(groups, logits.device)
     if not target.is_floating_point():
-        # An ignore_index that int32 cannot hold would be wrapped into one that it can.
+        # An ignore_index that int32 cannot hold would wrap to another class index.
         narrow = target.dtype is torch.int32 and -(2**31) <= options.ignore_index < 2**31
         target = target if narrow or target.dtype is torch.int64 else target.to(torch.int64)
     elif head is None and target.dtype != logits.dtype:
@@ -282,7 +282,7 @@ def problem_of(given: Given, options: Options, head: LinearHead | None = None) -
     if segments is None:
         groups = check_groups(groups, shape, logits.device, per)
     if measure is not None and not target.is_floating_point():
-        # What stands where the measure is 0 may be no class at all.
+        # Where the measure is 0, the label may be any number, also one that is no class.
         target = target.masked_fill(spread(measure, target) == 0, options.ignore_index)
     if measure is not None and sample_weight is not None:
         measure, power = within_range(measure, accumulator(logits.dtype), options.reduction)
@@ -296,7 +296,7 @@ def problem_of(given: Given, options: Options, head: LinearHead | None = None) -
 
 
 def _compared(problem: Problem, reference: Any) -> Problem:
-    """A problem with the losses of a reference model, checked."""
+    """The problem with the checked losses of a reference model."""
     shape, takes_part = problem.losses_shape(), problem.counted()
     if takes_part is None and problem.measure is not None:
         takes_part = spread(problem.measure, problem.measure.new_empty(shape)) != 0
@@ -414,7 +414,7 @@ def _check_by_class(name: str, numbers: Tensor, classes: int, target: Tensor) ->
 
 
 def _check_in_place(logits: Tensor, target: Tensor) -> None:
-    """Refuse logits whose memory the gradient cannot take."""
+    """Refuse logits that the gradient cannot overwrite."""
     if torch.compiler.is_compiling() or not plain_and_eager((logits, target)):
         raise RuntimeError(
             "inplace=True serves plain tensors in eager calls: leave it out in compiled graphs, which plan "
@@ -440,7 +440,7 @@ def _check_in_place(logits: Tensor, target: Tensor) -> None:
 
 
 def _shape_hint(target: torch.Size, shape: torch.Size) -> str:
-    """What class indices of a wrong shape were probably meant to be."""
+    """A hint about the probable mistake in class indices of a wrong shape."""
     if target == shape and len(shape) == 1:
         return (
             ". For one logit a sample, which says yes or no: "
@@ -461,7 +461,7 @@ def _shape_hint(target: torch.Size, shape: torch.Size) -> str:
 
 
 def _shifted(values: Any, places: torch.Size) -> Any:
-    """Entries of the targets that are used, of a tensor of the targets' shape; one entry a sample stays."""
+    """The entries of used targets, of a tensor of the targets' shape; one with an entry a sample stays."""
     if not isinstance(values, Tensor) or values.shape != places:
         return values
     return values[:, 1:]

@@ -1,4 +1,4 @@
-"""What a weighting remembers between batches: in the buffers of a module, or in the hands of the caller."""
+"""The state of a weighting between batches, in the buffers of a module or as an argument of a function."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def one_at_a_time() -> contextlib.AbstractContextManager[Any]:
-    """Within it, one thread at a time moves states and totals. A compiled graph takes no lock."""
+    """A context in which one thread at a time updates states and totals. A compiled graph takes no lock."""
     return contextlib.nullcontext() if torch.compiler.is_compiling() else _lock
 
 
 class _Past(NamedTuple):
-    """A call whose forward pass may be repeated in backward: what it was given, and the state before it."""
+    """A call whose forward pass may be repeated in backward: its arguments, and the state before it."""
 
     given: tuple[Tensor, ...]
     state: Any
@@ -50,13 +50,13 @@ class _Past(NamedTuple):
 class WeightingState(nn.Module):
     """The state of a weighting as buffers: in checkpoints, moved with the module, broadcast by DDP.
 
-    It begins on the CPU whatever the default device is, so a module built on the meta device has it too. It
-    stays as wide as it is under `.half()` and `.bfloat16()`, and `to_empty` keeps its values.
+    It begins on the CPU for any default device, so a module built on the meta device has it too. Its dtype
+    does not change under `.half()` and `.bfloat16()`, and `to_empty` keeps its values.
 
     Args:
         weighting: The weighting whose `init()` gives the first state.
-        shared: Whether all processes have the same state. Where each has its own, it is in checkpoints too,
-            but in no buffer: DistributedDataParallel would overwrite it by that of the first process.
+        shared: Whether all processes have the same state. If not, it is in checkpoints too, but in no buffer,
+            because DistributedDataParallel would overwrite it with the state of the first process.
     """
 
     def __init__(self, weighting: Weighting, *, shared: bool = True) -> None:
@@ -66,7 +66,7 @@ class WeightingState(nn.Module):
         self._kind = type(weighting).__name__
         self._shared = shared
         self._first: dict[str, Any] = {}
-        # The tensors that were written here or loaded; another one in their place holds no state.
+        # The tensors that were written here or loaded. If a buffer is another tensor, it holds no state.
         self._known: dict[str, Tensor] = {}
         self._past: deque[_Past] = deque(maxlen=64)
         self._token = _token_of(self)
@@ -84,17 +84,17 @@ class WeightingState(nn.Module):
         map_state(register, self._names, state)
 
     def _weigh(self, weighting: Any, batch: Batch, given: tuple[Tensor, ...], trains: bool) -> Tensor:
-        """The weights of a batch; where it trains, the state after it takes the place of the one before.
+        """The weights of a batch. A call that trains also replaces the state by the state after the batch.
 
         Args:
             weighting: The weighting.
-            batch: The losses, those of other processes included.
+            batch: The losses, with those of other processes.
             given: The vectors of this process that the weights depend on, by which a repeated forward pass
                 is recognised.
             trains: Whether the call trains.
 
         Raises:
-            RuntimeError: If a backward pass repeats a call of which the state before is not known.
+            RuntimeError: If a backward pass repeats a call, and the state before that call is not known.
         """
         with one_at_a_time():
             if trains and recomputes():
@@ -111,7 +111,7 @@ class WeightingState(nn.Module):
         """As `_weigh`, for a kernel on the CPU: it computes the weights and the state after the batch.
 
         Args:
-            fill: Takes the leaves of the state in float64, in the order of `init()`, and moves them.
+            fill: Takes the leaves of the state in float64, in the order of `init()`, and updates them.
             given: As for `_weigh`.
             trains: Whether the call trains.
         """
@@ -133,7 +133,7 @@ class WeightingState(nn.Module):
 
     @contextlib.contextmanager
     def moved(self) -> Generator[list[int]]:
-        """Where the leaves lie in float64, for a kernel that moves them meanwhile."""
+        """A context that gives the leaves in float64 to a kernel, which updates them in place."""
         with one_at_a_time(), torch.no_grad():
             self._settle()
             self._refuse_meta()
@@ -160,7 +160,7 @@ class WeightingState(nn.Module):
         if not is_exporting() and device.type != "meta":
             self._refuse_meta()
 
-        # Copies: autograd or a caller may keep them, and the buffers are written to.
+        # These are copies, since autograd or a caller may keep them, and the buffers change.
         def copied(name: str) -> Any:
             leaf = self._get(name)
             if torch.compiler.is_compiling() and not is_exporting():
@@ -171,7 +171,7 @@ class WeightingState(nn.Module):
 
     @torch.no_grad()
     def write(self, state: Any) -> None:
-        """Take over the state after a batch."""
+        """Store the state after a batch."""
 
         def put(name: str, value: Any) -> None:
             # Not copy_: compiled by torch 2.8, it leaves a 0-d buffer as it was.
@@ -225,7 +225,7 @@ class WeightingState(nn.Module):
             leaf = self._get(name)
             if leaf is known or leaf.is_meta:
                 continue
-            # A copy of what was here, or a tensor that transformers marks as loaded.
+            # Keep a copy of the former values, and a tensor that transformers marks as loaded.
             kept = known.shape == leaf.shape and not known.is_meta and _same((known,), (leaf,))
             if not kept and not getattr(leaf, "_is_hf_initialized", False):
                 if not getattr(self, "_is_hf_initialized", False):
@@ -244,11 +244,11 @@ class WeightingState(nn.Module):
             for name, before in list(self._known.items()):
                 try:
                     moved = fn(before)
-                except TypeError:  # a device without float64
+                except TypeError:  # the device has no float64
                     moved = fn(before.float())
                 if moved.dtype != before.dtype and moved.is_floating_point() and moved.dtype.itemsize < 4:
                     moved = before.to(moved.device)
-                # What `to_empty` returns holds no values.
+                # A tensor that `to_empty` returns is uninitialised.
                 if moved is not before and not before.is_meta and not moved.is_meta:
                     moved.copy_(before)
                 setattr(self, name, moved)
@@ -311,7 +311,7 @@ class Memory(NamedTuple):
     trains: bool
 
     def step(self, fill: Callable[[list[Tensor]], None], given: tuple[Tensor, ...]) -> None:
-        """Let a kernel compute the weights and move the state, whose leaves in float64 `fill` takes."""
+        """Let a kernel compute the weights and update the state; `fill` takes its leaves in float64."""
         self.state._step(fill, given, self.trains)  # pyright: ignore[reportPrivateUsage]
 
     def weigh(self, weighting: Any, batch: Batch, given: tuple[Tensor, ...]) -> Tensor:
@@ -324,13 +324,13 @@ def _is_wide(leaf: Tensor) -> bool:
 
 
 def functional_state(weighting: Weighting, state: Any, device: torch.device | None) -> Any:
-    """The state given to a function, checked, as tensors."""
+    """The state that was given to a function, checked, as tensors."""
     require_state(weighting, state, readable=not torch.compiler.is_compiling())
     if state is None:
         return None
 
     def as_tensor(leaf: Any) -> Tensor:
-        # A Python float is as wide here as in a buffer of `WeightingState`, on devices that have float64.
+        # A Python float becomes float64 if the device has it, as in a buffer of `WeightingState`.
         tensor = torch.as_tensor(leaf, dtype=torch.float64 if isinstance(leaf, float) else None)
         narrow = device is not None and device.type == "mps" and tensor.dtype is torch.float64
         return (tensor.float() if narrow else tensor).to(device)
@@ -338,7 +338,7 @@ def functional_state(weighting: Weighting, state: Any, device: torch.device | No
     return map_state(as_tensor, state)
 
 
-# A function that runs while a graph is compiled takes strings, and no modules.
+# The function below runs while a graph is compiled, and can take strings but no modules.
 _by_token: weakref.WeakValueDictionary[str, WeightingState] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
@@ -346,13 +346,13 @@ _numbers = itertools.count()
 def _token_of(state: WeightingState) -> str:
     token = f"state {next(_numbers)}"
     _by_token[token] = state
-    # Not a decorator, which would import the compiler, and take seconds, for those who compile nothing.
+    # A decorator would import the compiler, which takes seconds, also if nothing is compiled.
     cast("Any", torch.compiler).assume_constant_result(_settle_while_tracing)
     return token
 
 
 def _settle_while_tracing(token: str) -> bool:
-    """`_settle` when a graph is compiled: a graph would not see which tensor it is given."""
+    """`_settle` at the time a graph is compiled: the graph itself cannot compare the identity of tensors."""
     _by_token[token]._settle()  # pyright: ignore[reportPrivateUsage]
     return True
 
@@ -367,7 +367,7 @@ is_first_pass: Any = torch.ops.rgd.is_first_pass.default
 
 @_library.impl("rgd::remembered", "CompositeExplicitAutograd")
 def _(tensor: Tensor) -> Tensor:
-    # A compiled graph cannot ask while it is traced: a checkpoint around it runs it again in backward.
+    # This is asked when the graph runs, because a checkpoint around the graph runs it again in backward.
     if recomputes():
         raise RuntimeError(
             "a checkpoint repeats a compiled call of a weighting that remembers earlier batches, and the "
@@ -409,10 +409,10 @@ def _leaves(state: Any) -> tuple[Tensor, ...]:
 
 
 def _named(state: Any) -> Any:
-    """A state with a name for a buffer in the place of each leaf: its path, made fit for an attribute.
+    """The state with each leaf replaced by the name of its buffer: its path, as an attribute name.
 
     Raises:
-        ValueError: If two leaves would have one name.
+        ValueError: If two leaves would have the same name.
     """
     paths: list[str] = []
 
@@ -425,7 +425,7 @@ def _named(state: Any) -> Any:
             inner = [named(each, f"{path or 'state'}_{i}") for i, each in enumerate(sequence)]
             return type(sequence)(*inner) if hasattr(sequence, "_fields") else type(sequence)(inner)
         name = (path or "state").replace(".", "_")
-        # An attribute that every module has must stay what it is.
+        # The name must not replace an attribute that every module has.
         name = f"{name}_" if hasattr(WeightingState, name) or name in _ATTRIBUTES else name
         if name in paths:
             raise ValueError(f"two numbers of the state would be the buffer {name!r}: rename a key of init()")

@@ -1,9 +1,9 @@
-"""The mark of losses that are weighted already, so that to weight them again is an error.
+"""Marks losses that are weighted already, so that weighting them again is an error.
 
-The mark lies on the node that made them in the graph of autograd. There it is found behind a reshape, a
-selection or a change of dtype too; a result without a graph is known by its identity. What is computed
-otherwise from weighted losses, as the mean of each sequence, is no longer marked: to weight that may be
-meant. Compiled graphs mark nothing and ask for nothing.
+The mark is on the node of autograd's graph that made the losses. It is found there after a reshape, a
+selection or a change of dtype too. Losses without a graph are recognised by their identity. Results of other
+operations on weighted losses, such as the mean of each sequence, are not marked, since weighting these may be
+intended. Compiled graphs neither mark losses nor check for marks.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from rgd.weightings import Weighting
 
 _MARK = "rgd: weighted"
 _without_graph: Any = WeakIdKeyDictionary()
-# Operations whose results are numbers of their inputs: the names of their nodes, without the ending.
+# Operations that only copy or select numbers of their inputs: the names of their nodes, without the ending.
 _KEEPING = frozenset((
     "Alias", "AsStrided", "Cat", "Clone", "Expand", "Flip", "Gather", "Index", "IndexSelect", "MaskedSelect",
     "Permute", "Repeat", "ReshapeAlias", "Select", "Slice", "Split", "SplitWithSizes", "Squeeze", "Stack",
     "T", "ToCopy", "Transpose", "Unbind", "UnsafeView", "Unsqueeze", "View",
 ))  # fmt: skip
-# More nodes than a concatenation of some micro-batches has are not looked at.
+# The search visits at most this many nodes, enough for a concatenation of some micro-batches.
 _MOST_NODES = 256
 
 
@@ -32,8 +32,8 @@ def mark_weighted(losses: Tensor, weighting: Weighting) -> None:
     """Mark the losses of a call with `reduction="none"`, unless the weights are those of plain training.
 
     Args:
-        losses: What the call is about to return.
-        weighting: What weighted them.
+        losses: The result of the call.
+        weighting: The weighting of the call.
     """
     if torch.compiler.is_compiling() or weighting.is_plain:
         return
@@ -45,15 +45,15 @@ def mark_weighted(losses: Tensor, weighting: Weighting) -> None:
 
 
 def refuse_weighted(losses: Tensor, weighting: Weighting, name: str = "losses") -> None:
-    """Refuse losses that are weighted already where another weighting would weight them again.
+    """Refuse losses that are weighted already, unless the weighting of the call is plain.
 
     Args:
         losses: The losses of a call.
         weighting: The weighting of the call.
-        name: What the message calls them.
+        name: The name of the losses in the message.
 
     Raises:
-        ValueError: If they are.
+        ValueError: If they are weighted already.
     """
     if torch.compiler.is_compiling() or weighting.is_plain or not _is_marked(losses):
         return
