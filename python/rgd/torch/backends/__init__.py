@@ -1,4 +1,4 @@
-"""What computes a call of `rgd.torch`: each file or folder a backend, chosen by the registry."""
+"""The backends that compute calls of `rgd.torch`. Each is a file or a folder; the registry chooses one."""
 
 from rgd.torch.backends import (
     composite,
@@ -9,7 +9,7 @@ from rgd.torch.backends._registry import backend, register
 
 __all__ = ["backend", "composite", "register", "rust", "triton"]
 
-# The last one is asked first; Triton's programs only where they are asked for.
+# The last one is asked first. Triton serves only calls that name it.
 register(composite.Composite())
 register(rust.Rust())
 register(triton.Triton(), on_request=True)

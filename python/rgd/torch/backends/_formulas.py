@@ -1,7 +1,7 @@
 """The cross-entropy in torch operations: losses, the objective of given weights, and the gradient.
 
-Nothing here waits for a device: no value is read by the host, and no shape or branch depends on one. Only
-`check_labels` reads values, where it can.
+Nothing here waits for a device: the host reads no value, and no shape or branch depends on one. Only
+`check_labels` reads values, if it can without waiting.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from rgd.torch._problem import Problem
 
 
 def check_labels(problem: Problem) -> None:
-    """Refuse a class index that takes part and is no class, where values can be read.
+    """Refuse a class index that takes part and is no class, if values can be read.
 
-    The message names its place in the target that the caller gave, whatever rows a chunk holds.
+    The message names its position in the caller's target, also if the problem is a chunk of it.
 
     Raises:
         IndexError: If there is one.
@@ -41,7 +41,7 @@ def check_labels(problem: Problem) -> None:
 
 
 def losses_of(problem: Problem) -> Tensor:
-    """The loss of each target, 0 for an ignored one; of logits, not of a linear head."""
+    """The loss of each target, 0 for an ignored one. The problem has logits, and no linear head."""
     options, target, class_weight = problem.options, problem.target, problem.class_weight
     logits, smoothing = adjusted(problem.logits, problem.adjustment), options.label_smoothing
     if problem.has_labels() and class_weight is None and smoothing < 1:
@@ -52,7 +52,7 @@ def losses_of(problem: Problem) -> Tensor:
             reduction="none",
             label_smoothing=smoothing,
         )
-    # A class may be without mass here, and F.cross_entropy would multiply 0 by -inf.
+    # A class may have no mass here, and F.cross_entropy would multiply 0 by -inf.
     axis = min(logits.dim() - 1, 1)
     classes, log_p = logits.shape[axis], F.log_softmax(logits, axis)
     c = logits.new_ones(classes) if class_weight is None else class_weight.detach().to(logits.dtype)
@@ -75,7 +75,7 @@ def losses_of(problem: Problem) -> Tensor:
 
 
 def logsumexp_of(problem: Problem) -> Tensor:
-    """The logsumexp `Z` of each target's logits as adjusted, for a z-loss; 0 for an ignored target."""
+    """The logsumexp `Z` of each target's adjusted logits, for a z-loss; 0 for an ignored target."""
     logits = adjusted(problem.logits, problem.adjustment)
     found = torch.logsumexp(logits, min(logits.dim() - 1, 1))
     counted = problem.counted()
@@ -83,12 +83,12 @@ def logsumexp_of(problem: Problem) -> Tensor:
 
 
 def unless_massless(values: Tensor, mass: Tensor) -> Tensor:
-    """Logits or their logarithms, and 0 where -inf meets no mass of the target: 0 times -inf is 0."""
+    """Logits or log-probabilities, with 0 for -inf in classes without mass, so that 0 times -inf is 0."""
     return values.masked_fill((mass == 0) & values.isneginf(), 0)
 
 
 def adjusted(logits: Tensor, adjustment: Tensor | None) -> Tensor:
-    """The logits in the dtype losses are computed in, and the adjustment of each class added to them."""
+    """The logits in the dtype in which losses are computed, plus the adjustment of each class."""
     logits = logits.to(accumulator(logits.dtype))
     if adjustment is None:
         return logits
@@ -96,7 +96,7 @@ def adjusted(logits: Tensor, adjustment: Tensor | None) -> Tensor:
 
 
 def _along_classes(numbers: Tensor, logits: Tensor) -> Tensor:
-    """One number a class, along the class axis of logits."""
+    """One number a class, in a shape that broadcasts along the class axis of logits."""
     return numbers.view(-1, *[1] * max(logits.dim() - 2, 0))
 
 
@@ -151,7 +151,7 @@ def reduce_losses(
 
 
 def mean_of(total: Tensor, divisor: Tensor | float) -> Tensor:
-    """The quotient, NaN over nothing, whatever the total is, as in `nn.CrossEntropyLoss`."""
+    """The quotient; NaN if the divisor is 0, for any total, as in `nn.CrossEntropyLoss`."""
     if isinstance(divisor, Tensor):
         divisor = divisor.masked_fill(divisor == 0, float("nan")).to(total.dtype)
     return total / divisor
@@ -160,7 +160,7 @@ def mean_of(total: Tensor, divisor: Tensor | float) -> Tensor:
 def divisor_of(
     losses: Tensor, counted: Tensor | None, p: Tensor | None, shares: Tensor | None
 ) -> Tensor | float:
-    """What "mean" divides by: `sum p c` over the targets that count, with `c` the `shares`, or ones."""
+    """The divisor of "mean": `sum p c` over the targets that count, with `c` the `shares`, or ones."""
     if counted is None and p is None and shares is None:
         return float(losses.numel())
     total = torch.ones_like(losses) if shares is None else shares
@@ -169,7 +169,7 @@ def divisor_of(
 
 
 def shares_of(problem: Problem, dtype: torch.dtype) -> Tensor | None:
-    """The class weight of each target's class; None where "mean" counts every target alike."""
+    """The class weight of each target's class; None if "mean" counts every target as one."""
     class_weight, counted = problem.class_weight, problem.counted()
     if class_weight is None or counted is None:
         return None
@@ -183,9 +183,9 @@ def factors_of(
     measure: Tensor | None,
     divisor: Tensor | float | None = None,
 ) -> Tensor:
-    """What multiplies each loss in the objective, of the losses' shape; 0 where a target takes no part.
+    """The factor of each loss in the objective, of the losses' shape; 0 where a target takes no part.
 
-    Without a divisor it is what multiplies the losses in their weighted sum.
+    Without a divisor it is the factor in the weighted sum.
     """
     factors = spread(weights, losses).expand(losses.shape)
     left_out = torch.zeros_like(losses, dtype=torch.bool) if counted is None else ~counted
@@ -197,9 +197,9 @@ def factors_of(
 
 
 def z_factors_of(problem: Problem, like: Tensor, divisor: Tensor | float | None = None) -> Tensor | None:
-    """What multiplies the squared logsumexp of each target in the objective, of the shape of `like`.
+    """The factor of the squared logsumexp of each target in the objective, of the shape of `like`.
 
-    None without a z-loss. Without a divisor it is what multiplies it in the sum.
+    None without a z-loss. Without a divisor it is the factor in the sum.
     """
     z_loss = problem.options.z_loss
     if z_loss == 0.0:
@@ -216,7 +216,7 @@ def gradient_of(problem: Problem, factors: Tensor, z_factors: Tensor | None = No
 
     Args:
         problem: Logits (n, C), and class indices, (n,), or probabilities, (n, C).
-        factors: (n,), 0 for rows that take no part, whose gradient is 0 whatever they hold.
+        factors: (n,), 0 for rows that take no part. The gradient of these rows is 0, even if they hold NaN.
         z_factors: (n,), likewise; None for zeros.
 
     Returns:
@@ -249,12 +249,12 @@ def gradient_of(problem: Problem, factors: Tensor, z_factors: Tensor | None = No
 
 
 def product(weights: Tensor, losses: Tensor) -> Tensor:
-    """`w * l`, where a weight of 0 makes product and gradient 0, for an infinite loss too; NaN stays NaN."""
+    """`w * l`; a weight of 0 makes product and gradient 0, even if the loss is infinite; NaN stays NaN."""
     return weights * losses.masked_fill((weights == 0) & ~losses.isnan(), 0)
 
 
 def differentiable_gradient(problem: Problem, weights: Tensor, above: Tensor) -> Tensor:
-    """The gradient of the objective times `above`, to be differentiated again; the weights stay constant."""
+    """The gradient of the objective times `above`, itself differentiable; the weights stay constant."""
     with torch.enable_grad():
         logsumexp = logsumexp_of(problem) if problem.options.z_loss else None
         objective, _ = objective_of(problem, losses_of(problem), weights, logsumexp)

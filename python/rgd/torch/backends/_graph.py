@@ -25,7 +25,7 @@ from rgd.torch.stats import Filled
 
 
 class Computed(NamedTuple):
-    """What kernels compute for one call.
+    """The results of kernels for one call.
 
     Attributes:
         objective: The objective, reduced.
@@ -38,7 +38,7 @@ class Computed(NamedTuple):
     filled: Filled
 
     def weighted_by(self, weights: Tensor) -> Computed:
-        """The same with the weights of the units, where targets were given theirs."""
+        """The same results with the weights of the units, if the kernels got weights of targets."""
         filled = self.filled
         if filled.weights is weights:
             return self
@@ -47,15 +47,15 @@ class Computed(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """What a backend computes, without autograd.
+    """The functions of a backend, without autograd.
 
     Attributes:
-        one_pass: Of a problem, the name and numbers of a weighting's kernel, and whether the gradient is
-            wanted.
-        losses: The losses of a problem, and what `gradient` reads of its rows beside them.
-        gradient: Of a problem, its losses, their weights, the rows that `losses` gave, and whether the
-            gradient is wanted.
-        rows: An empty tensor like the rows of a problem and its losses.
+        one_pass: Takes a problem, the name and numbers of a weighting's kernel, and whether the gradient is
+            wanted. Returns all results.
+        losses: Takes a problem. Returns its losses, and a tensor of rows that `gradient` reads.
+        gradient: Takes a problem, its losses, their weights, the rows of `losses`, and whether the gradient
+            is wanted. Returns all results.
+        rows: Takes a problem and its losses. Returns an uninitialised tensor like the rows of `losses`.
     """
 
     one_pass: Callable[[Problem, str, Tensor, bool], Computed]
@@ -65,12 +65,12 @@ class Kernels(NamedTuple):
 
 
 class Operators:
-    """Three operators: one pass; and two, for weights that are known after all losses.
+    """Three operators: one for one pass, and two for weights that depend on all losses.
 
     Args:
         name: The first operator is `rgd::name`, the others are `rgd::name_losses` and `rgd::name_gradient`.
         keys: The dispatch keys of the devices that the kernels serve.
-        kernels: What they compute.
+        kernels: The functions that they call.
     """
 
     def __init__(self, name: str, keys: tuple[str, ...], kernels: Kernels) -> None:
@@ -105,7 +105,7 @@ class Operators:
         return Computed(objective, grad, Filled(losses, weights, divisor))
 
     def losses(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        """The loss of each target, and what `gradient` reads of its row; without grad."""
+        """The loss of each target, and the rows that `gradient` reads; without grad."""
         return self._losses(*flattened(problem.changed(logits=problem.logits.detach())))
 
     def gradient(
@@ -115,7 +115,7 @@ class Operators:
         objective, grad, divisor = self._gradient(*flattened(problem), with_grad, losses, weights, rows)
         return Computed(objective, grad, Filled(losses, weights, divisor))
 
-    # --- what an operator does, and what it returns where it is only traced ---
+    # --- the operators, and the shapes of their results for tracing ---
 
     def _run_one_pass(self, *given: Any) -> tuple[Tensor, ...]:
         problem, (with_grad, kind, numbers) = rebuilt(given), given[LENGTH:]
@@ -155,7 +155,7 @@ def gradient_dtype(logits: Tensor) -> torch.dtype:
 
 
 def scaled(grad: Tensor, above: Tensor) -> Tensor:
-    """The gradient of the sum of the objective's elements, times what comes from above."""
+    """The gradient of the sum of the objective's elements, times the incoming gradient."""
     if above.dim() or grad.dim() == 1:
         above = above.unsqueeze(1 if grad.dim() > 1 else 0)
     return grad * above.to(grad.dtype)
@@ -179,7 +179,7 @@ def _reduced(logits: Tensor, reduction: str) -> Tensor:
     return logits.new_empty(shape, dtype=accumulator(logits.dtype))
 
 
-# --- what autograd is told ---
+# --- autograd ---
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], weights: Tensor, grad: Tensor) -> None:
@@ -216,5 +216,5 @@ def is_constant(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor
 
 
 def no_gradient(ctx: Any, *_: Tensor) -> tuple[None, ...]:
-    """The gradient of what `is_constant` has marked."""
+    """The gradient of an output that `is_constant` has marked: none."""
     return (None,) * ctx.length

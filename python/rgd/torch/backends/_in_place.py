@@ -1,4 +1,4 @@
-"""The gradient in the place of the logits (`inplace=True`): no second tensor of their size."""
+"""The gradient overwrites the logits (`inplace=True`), which saves a second tensor of their size."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 class Overwritten(torch.autograd.Function):
-    """Hands the objective on; the logits hold its gradient already."""
+    """Returns the objective; the logits hold its gradient already."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, objective: Tensor) -> Tensor:
-        # What autograd saved of the logits before is gone; the version counter tells it.
+        # The logits are overwritten. This makes backward raise if autograd had saved them before.
         torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(logits.detach())
         return objective

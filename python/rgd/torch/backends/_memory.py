@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Below this size huge pages gain nothing; the number is NumPy's.
+# Below this size huge pages gain nothing. NumPy uses the same number.
 _LARGE = 1 << 22
 
 
@@ -32,15 +32,15 @@ def allocator(tensor: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _on_huge_pages(fresh: Tensor) -> Tensor:
-    """The tensor, for which the system is asked for huge pages if it is large.
+    """The tensor; if it is large, this asks the system for huge pages for it.
 
-    A fresh buffer costs a page fault for each page that is written to: with huge pages filling it takes
-    half the time. It is torch's own memory, which can be resized.
+    The first write to each page of a new buffer costs a page fault. With huge pages, filling the buffer takes
+    half the time. The memory is torch's own, so it can be resized.
     """
     size = fresh.numel() * fresh.element_size()
     if size >= _LARGE and _madvise is not None and fresh.is_cpu:
         skipped = -fresh.data_ptr() % mmap.PAGESIZE
-        # Advice: where the system refuses it, the memory is as good as before.
+        # This is advice: if the system refuses it, the memory works as before.
         _madvise(fresh.data_ptr() + skipped, size - skipped, mmap.MADV_HUGEPAGE)
     return fresh
 

@@ -1,4 +1,4 @@
-"""Objectives in the graph of autograd, with the gradients that the forward pass has left ready."""
+"""Objectives in the graph of autograd, with the gradients that the forward pass has computed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rgd.torch.backends._graph import scaled
 
 
 class OfLosses(torch.autograd.Function):
-    """Hands on the objective of any losses, `sum_i factors_i l_i` or its parts: the factors are constants."""
+    """Returns the objective of any losses, `sum_i factors_i l_i` or its parts; the factors are constants."""
 
     @staticmethod
     def forward(ctx: Any, losses: Tensor, objective: Tensor, factors: Tensor) -> Tensor:
@@ -24,13 +24,13 @@ class OfLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """The factors, times what comes from above."""
+        """The factors, times the incoming gradient."""
         (above,), (factors,) = grad_outputs, ctx.saved_tensors
         return above * factors, None, None
 
 
 class Objective(torch.autograd.Function):
-    """Hands the objective on, and keeps its gradient for the backward pass."""
+    """Returns the objective, and keeps its gradient for the backward pass."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 - the signature is torch's
@@ -47,12 +47,13 @@ class Objective(torch.autograd.Function):
             ctx: The context.
             logits: The logits.
             computed: The objective, and its gradient with respect to the logits.
-            read: What a second derivative reads: weights, logits, target, class weight, adjustment, measure.
+            read: The tensors of a second derivative: weights, logits, target, class weight, adjustment,
+                measure.
             options: The settings.
-            normalizer: What "mean" divides by; None for `sum p c`.
+            normalizer: The number that "mean" divides by; None for `sum p c`.
         """
-        # To read saved tensors is an error where one was changed in place since. The gradient is kept apart,
-        # so that only a second derivative reads them. Hooks offload or drop what is saved: they get it all.
+        # Reading a saved tensor that was changed in place is an error. So the gradient is no saved tensor, and
+        # only a second derivative reads the others. Hooks on saved tensors get all, to offload or drop it.
         objective, grad = computed
         if saved_tensors_hooks(False) is None:
             ctx.grad = grad
@@ -67,7 +68,7 @@ class Objective(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of the logits, times what comes from above."""
+        """The gradient of the logits, times the incoming gradient."""
         (above,) = grad_outputs
         grad, kept = ctx.grad, graph_is_kept()
         if not kept:
@@ -84,6 +85,6 @@ class Objective(torch.autograd.Function):
             if above.dim() or above.item() != 1.0:
                 gradient = scaled(grad, above)
             else:
-                # The caller may change what it gets in place, and a kept graph needs it once more.
+                # The caller may change the result in place, and a kept graph needs the gradient again.
                 gradient = grad.clone() if kept else grad
         return gradient, None, None, None, None

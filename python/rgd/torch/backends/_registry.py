@@ -1,7 +1,8 @@
 """Which backend computes a call: the Rust kernels, plain torch operations, or one that was registered.
 
-All backends give the same numbers, so the choice is made silently: the first one that serves the tensors of
-the call. `backend` overrides it, and shows it, for debugging. docs/add_a_backend.md adds one.
+All backends give the same numbers, so the choice is made without a message: the first backend that serves the
+tensors of the call. `backend` overrides the choice and shows it, for debugging. docs/add_a_backend.md adds a
+backend.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ ENVIRONMENT = "RGD_BACKEND"
 
 
 class Backend(Protocol):
-    """What computes weights and the re-weighted cross-entropy of torch tensors."""
+    """The parts of a backend, which computes weights and the re-weighted cross-entropy of torch tensors."""
 
     name: str
 
     def refusal(self, tensors: tuple[Tensor | None, ...], compiling: bool) -> str | None:
-        """Why a call on these tensors, eager or compiled, cannot be served; None where it can.
+        """The reason why a call on these tensors, eager or compiled, cannot be served; None if it can.
 
         Args:
             tensors: Losses and their measure; or `Problem.tensors()`, of which the second is the target.
@@ -37,18 +38,18 @@ class Backend(Protocol):
         ...
 
     def sample_weights(self, losses: Tensor, measure: Tensor | None, weigher: Weigher) -> Tensor:
-        """Weights of the losses' shape, without grad; the state after the call is left in `weigher`."""
+        """Weights of the losses' shape, without grad. `weigher` then holds the state after the call."""
         ...
 
     def cross_entropy(self, problem: Problem, weigher: Weigher) -> tuple[Tensor, Record | None]:
         """The re-weighted objective, in the dtype losses are computed in, and the record of its weights.
 
-        There is no record where its tensors must not outlive the call.
+        The record is None if tensors must not be kept after the call.
         """
         ...
 
     def step(self, problem: Problem) -> Step:
-        """What computes the chunks of a linear head.
+        """The object that computes the chunks of a linear head.
 
         The problem's class weight and adjustment are without grad, contiguous, in the accumulator's dtype.
         """
@@ -61,26 +62,26 @@ _on_request: list[Backend] = []
 
 
 class Registration:
-    """A backend that was registered; `remove()` takes it out again."""
+    """A registered backend; `remove()` unregisters it."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
     def remove(self) -> None:
-        """Ask the backend no more; once more does nothing."""
+        """Unregister the backend. A second call does nothing."""
         for registered in (_backends, _on_request):
             registered[:] = [one for one in registered if one is not self._backend]
 
 
 def register(backend: Backend, *, on_request: bool = False) -> Registration:
-    """Add a backend. It is asked before those there are.
+    """Add a backend. It is asked before those that are registered already.
 
     Args:
-        backend: What has the `name` and the methods of `Backend`.
-        on_request: Whether it serves only those who name it, in `backend("...")` or `RGD_BACKEND`.
+        backend: An object with the `name` and the methods of `Backend`.
+        on_request: Whether it serves only calls that name it, by `backend("...")` or `RGD_BACKEND`.
 
     Returns:
-        A handle whose `remove()` takes the backend out again.
+        A handle whose `remove()` unregisters the backend.
 
     Raises:
         TypeError: If a part of `Backend` is missing.
@@ -110,34 +111,34 @@ def _check(name: Any, source: str) -> str | None:
 
 
 class _State:
-    """An object, not a class of variables: torch 2.8 compiles those once and for all.
+    """The state of the switch. It is an object, because torch 2.8 compiles class variables as constants.
 
     Attributes:
         forced: The name of the backend that must be taken, or None.
-        ran: Where the names of the backends that ran are noted, or None.
+        ran: The list that gets the names of the backends that ran, or None.
     """
 
     def __init__(self) -> None:
         self._blocks: list[tuple[str | None, list[str]]] = []
-        # Looked at by `choose`: the backend that it names may be registered later than now.
+        # `choose` checks the name, since the backend may be registered later.
         self._environment = os.environ.get(ENVIRONMENT) or None
         self.forced = self._environment
         self.ran: list[str] | None = None
 
     def enter(self, block: tuple[str | None, list[str]]) -> None:
-        """Let a block hold; blocks of several threads may overlap."""
+        """Begin a block. Blocks of several threads may overlap."""
         with _lock:
             self._blocks.append(block)
             self._settle()
 
     def leave(self, block: tuple[str | None, list[str]]) -> None:
-        """End a block, wherever it stands among those that hold."""
+        """End a block, which need not be the last that began."""
         with _lock:
             self._blocks = [one for one in self._blocks if one is not block]
             self._settle()
 
     def _settle(self) -> None:
-        # A block without a name only watches: what an outer one or the environment asked for still holds.
+        # A block without a name only watches. The choice of an outer block or of the environment remains.
         named = [name for name, _ in self._blocks if name is not None]
         self.forced = named[-1] if named else self._environment
         self.ran = self._blocks[-1][1] if self._blocks else None
@@ -151,9 +152,9 @@ def choose(tensors: tuple[Tensor | None, ...]) -> Backend:
     """The backend of a call on these tensors.
 
     Raises:
-        RuntimeError: If a backend is asked for that cannot serve the call. (In a compiled graph one that can
-            takes its place.)
-        ValueError: If the environment asks for a backend that there is not.
+        RuntimeError: If the chosen backend cannot serve the call. (In a compiled graph another backend serves
+            the call instead.)
+        ValueError: If the environment names an unknown backend.
     """
     forced, compiling = _state.forced, torch.compiler.is_compiling()
     chosen, known = _backends[-1], forced is None
@@ -175,26 +176,26 @@ def choose(tensors: tuple[Tensor | None, ...]) -> Backend:
 
 
 def leads(name: str) -> bool:
-    """Whether the backend of a name is asked first, nobody asks for another, and nobody watches."""
+    """Whether the backend of this name is asked first, and no block or environment variable is active."""
     return _backends[0].name == name and _state.forced is None and _state.ran is None
 
 
 class backend:  # noqa: N801 - used as a function
     """Choose the backend within a `with` block, and see which one ran.
 
-    Left alone, `rgd.torch` runs its Rust kernels for plain CPU tensors, and the same computation in torch
+    By default `rgd.torch` runs its Rust kernels for plain CPU tensors, and the same computation in torch
     operations for everything else: other devices, tensor subclasses, `torch.func` transforms, forward-mode
     differentiation, double backward. The environment variable `RGD_BACKEND` sets the choice for a whole
-    process. The switch is for debugging: it holds for all threads, and `torch.compile` compiles again where
+    process. The switch is for debugging: it applies to all threads, and `torch.compile` compiles again when
     it changes.
 
     Args:
         name: "rust", "composite", "triton", the name of a backend that was registered, or None for the
-            default choice, which never is "triton".
+            default choice, which is never "triton".
 
     Returns:
-        A context manager that gives a list: the backend of each call within the block, in the
-        order of the calls. Compiled calls are left out of it.
+        A context manager that returns a list of the backends of the calls within the block, in the order of
+        the calls, without compiled calls.
 
     Raises:
         ValueError: If `name` is none of these.

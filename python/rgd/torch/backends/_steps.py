@@ -1,4 +1,4 @@
-"""What a backend computes from the logits of one chunk of a linear head."""
+"""The computation of a backend on the logits of one chunk of a linear head."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Rows(NamedTuple):
     Attributes:
         logits: (n, C); a step may overwrite them.
         target: Class indices, (n,), or probabilities, (n, C).
-        measure: The base measure of each row, (n,), 0 for one that takes no part; None for ones.
-        norm: What multiplies `w l` of each row in the objective, (n,), 0 for one that takes no part.
+        measure: The base measure of each row, (n,), 0 for a row that takes no part; None for ones.
+        norm: The factor of `w l` of each row in the objective, (n,), 0 for a row that takes no part.
     """
 
     logits: Tensor
@@ -27,7 +27,7 @@ class Rows(NamedTuple):
 
 
 class Step(Protocol):
-    """What is computed from the logits of one chunk, (n, C)."""
+    """Computes losses and gradients from the logits of one chunk, (n, C)."""
 
     def losses(self, logits: Tensor, target: Tensor, logsumexp: Tensor | None = None) -> Tensor:
         """The loss of each row, (n,), in the accumulator's dtype; `logsumexp`, if given, is filled."""
@@ -44,7 +44,7 @@ class Step(Protocol):
     ) -> None:
         """Fill losses and pointwise weights, (n,), and overwrite logits with the gradient.
 
-        It is that of `sum_i norm_i (w_i l_i + z_loss Z_i^2)`. With a z-loss `logsumexp` is given, and filled.
+        The gradient is that of `sum_i norm_i (w_i l_i + z_loss Z_i^2)`. With a z-loss, `logsumexp` is filled.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""The whole computation in plain torch operations, for whatever no other backend serves.
+"""The whole computation in plain torch operations, for calls that no other backend serves.
 
 Weights come from the weightings' own formulas. Nothing here waits for a device.
 """
@@ -35,7 +35,7 @@ class Composite:
     name = "composite"
 
     def refusal(self, tensors: tuple[Tensor | None, ...], compiling: bool) -> str | None:
-        """None: nothing is refused."""
+        """None: this backend refuses nothing."""
         return None
 
     def sample_weights(self, losses: Tensor, measure: Tensor | None, weigher: Weigher) -> Tensor:
@@ -91,7 +91,7 @@ class ComposedStep(FormulaStep):
 
 
 def _formula_for(logits: Tensor) -> Any:
-    """The formula of the gradient: as one kernel on a GPU, where torch can compile it."""
+    """The formula of the gradient; compiled to one kernel on a GPU, if torch can compile it."""
     return _compiled() if logits.is_cuda else gradient_of
 
 

@@ -1,12 +1,12 @@
-"""The Rust kernels for torch tensors on the CPU: outputs allocated, gradients kept, autograd told.
+"""The Rust kernels as a backend for torch tensors on the CPU.
 
-A pointwise weight depends on its own loss, and the loss on its row of logits, all of which the forward pass
-has in cache. So it leaves the gradient of the objective ready, and the backward pass multiplies it by what
-comes from above, or, where that is 1, hands it on as it is. Other weights take two passes over the logits:
-one for the losses, and, once the weights are known, one for the gradient.
+A pointwise weight depends on its own loss, and the loss on its row of logits, which the forward pass has in
+cache. So the forward pass also computes the gradient of the objective. The backward pass multiplies it by the
+incoming gradient, or returns it unchanged if that is 1. Other weights take two passes over the logits: one
+for the losses, and one for the gradient once the weights are known.
 
-Eager calls go through an `autograd.Function`, the cheapest way. A compiled graph calls the same kernels by
-operators, which `torch.compile` need not look into.
+Eager calls use an `autograd.Function`, which costs least. A compiled graph calls the same kernels as
+operators, which `torch.compile` does not trace into.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Rust:
     name = "rust"
 
     def refusal(self, tensors: tuple[Tensor | None, ...], compiling: bool) -> str | None:
-        """Why the kernels cannot serve a call; None where they can."""
+        """The reason why the kernels cannot serve a call; None if they can."""
         if compiling:
             if not _served_in_graphs(tensors):
                 return "the graph is exported, transformed, or not for the CPU"
@@ -65,10 +65,10 @@ class Rust:
         return None
 
     def sample_weights(self, losses: Tensor, measure: Tensor | None, weigher: Weigher) -> Tensor:
-        """The weights by the weighting's kernel where it has one, by its formula where not."""
+        """The weights by the weighting's kernel, or by its formula if it has no kernel."""
         plan: Any = weigher.plan
         compiling = torch.compiler.is_compiling()
-        # The operator of compiled graphs takes no measure.
+        # The operator for compiled graphs takes no measure.
         if not weigher.kernel_serves or (compiling and measure is not None and not plan.pointwise):
             return weigher.weigh(losses, measure, by_kernel=True)
         if not compiling:
@@ -112,14 +112,14 @@ class Rust:
         return RustStep(problem)
 
     def _in_two_passes(self, problem: Problem, weigher: Weigher, with_grad: bool) -> Computed:
-        """First the losses, then, with the weights they call for, the gradient."""
+        """The losses in a first pass; then their weights, and the gradient in a second pass."""
         losses, logsumexp = fill_losses(problem)
         of_units = self.sample_weights(*problem.units(losses), weigher).to(losses.dtype)
         computed = fill_gradient(problem, losses, problem.spread(of_units), logsumexp, with_grad)
         return computed.weighted_by(of_units)
 
     def _by_operators(self, problem: Problem, weigher: Weigher, with_grad: bool) -> Computed:
-        """The same by operators, for a compiled graph: their objective carries the gradient."""
+        """The same by operators, for a compiled graph; autograd knows the gradient of these operators."""
         class_weight = None if problem.class_weight is None else problem.class_weight.detach()
         problem = problem.changed(target=problem.target.detach(), class_weight=class_weight)
         operators, plan = _ops.cross_entropy, weigher.plan
@@ -134,9 +134,9 @@ class Rust:
 
 
 def _served_in_graphs(tensors: tuple[Tensor | None, ...]) -> bool:
-    """While compiling: whether the graph may call the kernels as operators.
+    """Whether a graph that is being compiled may call the kernels as operators.
 
-    An exported graph holds torch operations, so that it runs where `rgd` is not installed.
+    An exported graph uses torch operations instead, so that it also runs without `rgd`.
     """
     for tensor in tensors:
         if tensor is not None and tensor.device.type != "cpu":
@@ -145,7 +145,7 @@ def _served_in_graphs(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def _why_not(tensors: tuple[Tensor | None, ...]) -> str:
-    """What of the tensors or the mode keeps a call from the kernels."""
+    """The property of the tensors, or the mode, because of which the kernels cannot serve a call."""
     for tensor in tensors:
         if tensor is not None and tensor.device.type != "cpu":
             return f"a tensor is on {tensor.device}: the Rust kernels serve the CPU"

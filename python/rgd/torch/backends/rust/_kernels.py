@@ -1,4 +1,4 @@
-"""The kernels of Rust on torch's tensors: outputs allocated, and the steps over the chunks of a head."""
+"""Calls of the Rust kernels on torch's tensors, with new outputs, and the steps over the chunks of a head."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def fill_weights(losses: Tensor, kernel: Kernel, measure: Tensor | None = None) 
 
 
 def fill_plain_weights(losses: Tensor, plan: Plan) -> Tensor:
-    """The same without a measure, by what the plan has kept of the last call: a third of the time."""
+    """The same without a measure, with objects of the last call that the plan keeps: a third of the time."""
     if losses.is_neg() or not losses.is_contiguous():
         return fill_weights(losses, cast("Kernel", plan.kernel))
     weights = torch.empty_like(losses, dtype=accumulator(losses.dtype))
@@ -72,7 +72,7 @@ def fill(problem: Problem, kernel: Kernel, with_grad: bool) -> Computed:
 
 
 def fill_losses(problem: Problem) -> tuple[Tensor, Tensor | None]:
-    """The loss of each target and, where there is a z-loss, the logsumexp of its logits."""
+    """The loss of each target and, with a z-loss, the logsumexp of its logits."""
     logits, target = _plain(problem.logits.detach()), _plain(problem.target.detach())
     losses, options = _empty_losses(logits, target), problem.options
     logsumexp = torch.empty_like(losses) if options.z_loss else None
@@ -87,7 +87,7 @@ def fill_losses(problem: Problem) -> tuple[Tensor, Tensor | None]:
 def fill_gradient(
     problem: Problem, losses: Tensor, weights: Tensor, logsumexp: Tensor | None, with_grad: bool
 ) -> Computed:
-    """Objective and gradient of given losses and weights; `logsumexp` is what `fill_losses` gave."""
+    """Objective and gradient of given losses and weights; `logsumexp` comes from `fill_losses`."""
     logits, target = _plain(problem.logits.detach()), _plain(problem.target.detach())
     ignore_index, smoothing, reduction, per, inplace, z_loss = problem.options
     objective = torch.empty_like(losses) if reduction == "none" else losses.new_empty(())
@@ -102,7 +102,7 @@ def fill_gradient(
 
 
 class RustStep(FormulaStep):
-    """The kernels on a chunk, in place on its logits."""
+    """The step over a chunk by the kernels, in place on its logits."""
 
     def losses(self, logits: Tensor, target: Tensor, logsumexp: Tensor | None = None) -> Tensor:
         losses, found = fill_losses(self.problem.changed(logits=logits, target=target))
@@ -116,7 +116,7 @@ class RustStep(FormulaStep):
         problem, options = self.problem, self.problem.options
         weights, norms, z_loss = None, factors, 0.0
         if z_factors is not None:
-            # To the kernel, factors are `norm w` and z_factors are `norm z_loss`.
+            # The kernel takes factors as `norm w` and z_factors as `norm z_loss`.
             norms, z_loss = z_factors / options.z_loss, options.z_loss
             weights = torch.where(norms == 0, 0, factors / norms)
         _rgd.cross_entropy_rows_gradient(
@@ -152,5 +152,5 @@ def _empty_losses(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _by_class(numbers: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Numbers of the classes as the kernels read them."""
+    """One number a class, in the form that the kernels read."""
     return None if numbers is None else _plain(numbers.detach()).to(dtype).contiguous()

@@ -1,10 +1,10 @@
-"""Triton programs for torch tensors on a GPU that CUDA or ROCm drives.
+"""Triton programs for torch tensors on CUDA and ROCm GPUs.
 
 A pointwise weight depends on its own loss, so one program reads some rows of logits and writes their losses,
-their weights and their gradient. Other weights take two passes: one for the losses, and, once the weights are
-known, one for the gradient. Nothing waits for the device.
+their weights and their gradient. Other weights take two passes: one for the losses, and one for the gradient
+once the weights are known. Nothing waits for the device.
 
-Compiled graphs call the same functions as operators, which `torch.compile` need not look into.
+Compiled graphs call the same functions as operators, which `torch.compile` does not trace into.
 `TRITON_INTERPRET=1` in the environment runs the programs in Triton's interpreter, on tensors of the CPU.
 """
 
@@ -38,7 +38,7 @@ class Triton:
     name = "triton"
 
     def refusal(self, tensors: tuple[Tensor | None, ...], compiling: bool) -> str | None:
-        """Why the programs cannot serve a call; None where they can."""
+        """The reason why the programs cannot serve a call; None if they can."""
         if not _INSTALLED:
             return "the package triton is not installed: pip install triton"
         for tensor in tensors:
@@ -100,10 +100,10 @@ class Triton:
 
 
 def _refuse_the_unknown(problem: Problem) -> None:
-    """Refuse what the programs would leave out.
+    """Refuse a problem with parts that the programs would ignore.
 
     Raises:
-        RuntimeError: If the problem holds something that they do not know.
+        RuntimeError: If the problem has such a part.
     """
     for name in ("returns",):
         value: Any = getattr(problem, name)
@@ -111,7 +111,7 @@ def _refuse_the_unknown(problem: Problem) -> None:
             raise RuntimeError(f'the Triton programs do not serve {name}: leave backend("triton") out')
 
 
-# Triton is imported by the first call that it serves: that takes as long as to import the rest of rgd.
+# The first call that Triton serves imports it, since this takes as long as importing the rest of rgd.
 
 
 def _one_pass(problem: Problem, kind: str, numbers: Tensor, with_grad: bool) -> Computed:

@@ -1,15 +1,15 @@
 # pyright: basic
-# Triton's language has no types that a checker could follow.
-"""The cross-entropy as Triton programs: a program a few rows of logits, and no memory that programs share.
+# Triton's language has no types that a type checker understands.
+"""The cross-entropy as Triton programs. Each program computes a few rows of logits; they share no memory.
 
-With the mass `m_k` of a target over the classes, `M = sum_k m_k`, and `Z` the logsumexp of the logits `x` as
-adjusted, the loss of a row is `sum_k m_k (Z - x_k)`. The gradient of `f l + z Z^2` with respect to `x_k` is
+With the mass `m_k` of a target over the classes, `M = sum_k m_k`, and `Z` the logsumexp of the adjusted
+logits `x`, the loss of a row is `sum_k m_k (Z - x_k)`. The gradient of `f l + z Z^2` with respect to `x_k` is
 `f (M softmax(x)_k - m_k) + 2 z Z softmax(x)_k`.
 
-A row that fits the registers of its program is read once (`ONCE`). A longer one is read in blocks: for its
-sums, with a maximum that is corrected on the way, and again for its gradient. The element of a row and class
-`k` is at `(row // inner) outer + (row % inner) inner_stride + k class_stride`, in 64 bits. Arguments that a
-call has no use for are None, and their code is left out. Logits are widened right after they are read.
+A row that fits the registers of its program is read once (`ONCE`). A longer row is read in blocks: once for
+its sums, with a running maximum, and again for its gradient. The element of a row and class `k` is at
+`(row // inner) outer + (row % inner) inner_stride + k class_stride`, in 64 bits. Arguments that a call does
+not need are None, and their code is left out. Logits are converted to float32 right after they are read.
 """
 
 import triton
@@ -18,7 +18,7 @@ import triton.language as tl
 
 @triton.jit
 def _logits_tile(logits, at_row, class_stride, k, inside, adjustment, classes):
-    """Logits as adjusted, in float32; -inf outside."""
+    """Adjusted logits in float32; -inf outside of the row."""
     at = at_row[:, None] + (k.to(tl.int64) * class_stride)[None, :]
     x = tl.load(logits + at, mask=inside, other=float("-inf")).to(tl.float32)
     if adjustment is not None:
@@ -28,7 +28,7 @@ def _logits_tile(logits, at_row, class_stride, k, inside, adjustment, classes):
 
 @triton.jit
 def _soft_mass(target, at_row, class_stride, k, inside, class_weight, classes, keep, share, LABELS):
-    """The mass of probabilities and of smoothing on the classes, 0 outside; that of labels is left out."""
+    """The mass of probabilities and smoothing on the classes, without that of labels; 0 outside a row."""
     mass = tl.where(inside, share, 0.0)
     if not LABELS:
         at = at_row[:, None] + (k.to(tl.int64) * class_stride)[None, :]
@@ -40,7 +40,7 @@ def _soft_mass(target, at_row, class_stride, k, inside, class_weight, classes, k
 
 @triton.jit
 def _finite(top):
-    """The maximum of a row, or 0 where it is -inf, so that a difference with it is no NaN."""
+    """The maximum of a row, or 0 if it is -inf, so that a difference with it is not NaN."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
@@ -59,7 +59,7 @@ def _weight(loss, numbers, KIND):
     if KIND == "focal":
         gamma = tl.load(numbers)
         loss = tl.where(loss < 0.0, 0.0, loss)
-        # 1 - exp(-l) by its series where the difference would cancel.
+        # Compute 1 - exp(-l) by its series where the difference would cancel.
         series = loss * (1 - loss / 2 * (1 - loss / 3 * (1 - loss / 4 * (1 - loss / 5))))
         unlikely = tl.where(loss < 1e-3, series, 1 - tl.exp(-loss))
         weight = tl.where(gamma == 0.0, plain, tl.exp(gamma * tl.log(unlikely)))
@@ -74,10 +74,10 @@ def _weight(loss, numbers, KIND):
 
 @triton.jit
 def _gradient_tile(x, top, total, mass, soft_mass, label_mass, label, k, factor, z_factor):
-    """The gradient of a tile; 0 in rows whose factors are 0, whatever they hold.
+    """The gradient of a tile; 0 in rows whose factors are 0, even if they hold NaN.
 
     Args:
-        x: The logits as adjusted.
+        x: The adjusted logits.
         top: The maximum of each row.
         total: The sum of its `exp(x - top)`.
         mass: The sum of its mass.
@@ -117,7 +117,7 @@ def _label_of(target, row, exists, ignore_index, classes):
 
 @triton.jit
 def _label_mass(class_weight, label, is_class, keep):
-    """The mass on the label of each row; NaN where it is no class."""
+    """The mass on the label of each row; NaN if the label is no class."""
     mass = tl.where(is_class, keep, float("nan"))
     if class_weight is not None:
         mass *= tl.load(class_weight + label, mask=is_class, other=0.0)
@@ -134,23 +134,23 @@ def cross_entropy_rows(
     KIND: tl.constexpr, LABELS: tl.constexpr, SOFT: tl.constexpr, Z_LOSS: tl.constexpr,
     ONCE: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Losses of rows, and, where asked for, their weights and the gradient, over the logits or beside them.
+    """The losses of rows and, if wanted, their weights and the gradient, which may overwrite the logits.
 
     Args:
-        logits: Read; written too where `gradient` is the same memory.
+        logits: Read; overwritten if `gradient` is the same memory.
         target: Labels, one a row, or probabilities.
         class_weight: float32, one a class; as `adjustment`.
-        adjustment: What is added to the logits.
+        adjustment: The numbers added to the logits.
         measure: float32, one a row, 0 where it takes no part; the factor of its part of the objective.
-        divisor: What the factors of the gradient are divided by, one number.
-        numbers: Those of the kernel of the weighting, float64.
+        divisor: The divisor of the gradient's factors, one number.
+        numbers: The numbers of the weighting's kernel, float64.
         factors: With KIND "given", `f` of each row.
         z_factors: With KIND "given", `z` of each row.
         losses: float32, one a row, as the next ones.
         logsumexp: `Z`.
-        sums: The maximum of each row; behind them, the sums of `exp(x - maximum)`; behind those, the mass.
+        sums: The maxima of the rows, then their sums of `exp(x - maximum)`, then their masses.
         weights: The weights.
-        values: What each row adds to the sum of the objective, `p (w l + z_loss Z^2)`.
+        values: The term of each row in the sum of the objective, `p (w l + z_loss Z^2)`.
         gradient: With KIND "given" that of `sum_i f_i l_i + z_i Z_i^2`, else that of the objective.
         rows: How many rows; `classes` and `inner` likewise.
         classes: How many classes.
@@ -158,7 +158,7 @@ def cross_entropy_rows(
         ignore_index: The label of rows that take no part, which are not read.
         keep: `1 - label_smoothing`.
         share: `label_smoothing / classes`.
-        z_loss: What multiplies the squared logsumexp.
+        z_loss: The factor of the squared logsumexp.
         logits_outer: The strides of the logits; those of probabilities and gradient follow.
         logits_inner: As above.
         logits_class: As above.
@@ -170,10 +170,10 @@ def cross_entropy_rows(
         gradient_class: As above.
         KIND: "kl" or "focal": the kernel of the weighting; "none": losses only; "given": factors are given.
         LABELS: Whether targets are labels.
-        SOFT: Whether classes but the label have mass: of probabilities, or of smoothing.
+        SOFT: Whether other classes than the label have mass, by probabilities or smoothing.
         Z_LOSS: Whether there is a z-loss.
         ONCE: Whether a block holds all classes.
-        ALIGN: What divides the classes and the outer strides; 1 where Triton sees by itself what does.
+        ALIGN: A divisor of the classes and the outer strides; 1 if Triton finds the divisor by itself.
         ROWS: How many rows a program has.
         BLOCK: How many classes a block has.
     """
@@ -199,7 +199,7 @@ def cross_entropy_rows(
         if adjustment is not None:
             pivot += tl.load(adjustment)
     label_logit = pivot
-    # A number near the logits of the row: sums of differences with it keep their digits.
+    # Sums of differences with this number, which is near the logits of the row, lose no digits.
     pivot = tl.where((pivot - pivot) == 0.0, pivot, 0.0)
 
     mass = tl.zeros((ROWS,), tl.float32)
@@ -311,9 +311,10 @@ def gradient_blocks(
     gradient_outer, gradient_inner, gradient_class,
     LABELS: tl.constexpr, SOFT: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of `sum_i f_i l_i + z_i Z_i^2` from the sums of the rows: a program a block of it.
+    """The gradient of `sum_i f_i l_i + z_i Z_i^2` from the sums of the rows; each program computes a block.
 
-    Arguments as for `cross_entropy_rows`, which has left `sums`; `factors` are 0 for rows that take no part.
+    Arguments are as for `cross_entropy_rows`, which computed `sums`. `factors` are 0 for rows that take no
+    part.
     """
     if ALIGN > 1:  # The same numbers, as multiples that the compiler can see.
         classes = classes // ALIGN * ALIGN
@@ -355,7 +356,7 @@ def scale_blocks(
     gradient, above, rows, classes, inner, gradient_outer, gradient_inner, gradient_class, above_stride,
     ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Multiply rows of a gradient by numbers, in place; a row whose number is 1 is neither read nor written.
+    """Multiply rows of a gradient by numbers, in place. A row with the number 1 is neither read nor written.
 
     Args:
         gradient: Read and written.

@@ -1,4 +1,4 @@
-"""The programs on torch's tensors: how they lie in memory, how many rows and classes a program has."""
+"""Launches of the programs on torch's tensors: strides, and the rows and classes of a program."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ INTERPRETED = type(_module.cross_entropy_rows).__name__ == "InterpretedFunction"
 ONCE_CLASSES, ONCE_SOFT_CLASSES = 16384, 8192
 """Rows of at most so many classes are kept in registers, and read once; fewer where all classes have mass."""
 _BLOCK, _TILE = 4096, 2048
-# Where neighbours in memory are rows, a program takes many of them and few classes.
+# If neighbours in memory are rows, a program takes many rows and few classes.
 _ALONG_ROWS, _BLOCK_ALONG_ROWS = 64, 16
 _ELEMENTS_A_THREAD, _THREADS_A_WARP, _MOST_WARPS = 16, 32, 32
 
 
 class Tile(NamedTuple):
-    """What a program computes at a time.
+    """The part of the logits that a program computes at a time.
 
     Attributes:
         rows: How many rows, a power of two.
@@ -46,7 +46,7 @@ def tile_of(classes: int, along_rows: bool = False, soft: bool = False) -> Tile:
     Args:
         classes: How many classes.
         along_rows: Whether neighbours in memory are rows, as in images, and not classes.
-        soft: Whether all classes have mass, which takes registers too.
+        soft: Whether all classes have mass, which needs more registers.
     """
     needed = 1 << max(0, classes - 1).bit_length()
     once = needed <= (_ALONG_ROWS if along_rows else ONCE_SOFT_CLASSES if soft else ONCE_CLASSES)
@@ -71,7 +71,7 @@ class Rows(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """How many rows, classes, and rows in a run there are."""
+    """The number of rows, of classes, and of rows in a run."""
 
     rows: int
     classes: int
@@ -89,7 +89,7 @@ def shape_of(logits: Tensor) -> Shape:
 
 
 def as_runs(tensor: Tensor) -> Tensor:
-    """A tensor (C,), (N, C) or (N, C, d1, ..., dk) as (N, C, D): a view, where its strides allow one."""
+    """A tensor (C,), (N, C) or (N, C, d1, ..., dk) as (N, C, D): a view, if its strides allow one."""
     if tensor.dim() == 1:
         return tensor.view(1, -1, 1)
     return tensor.unsqueeze(2) if tensor.dim() == 2 else tensor.flatten(2)
@@ -102,14 +102,14 @@ def rows_of(runs: Tensor) -> Rows:
 
 
 class Passed(NamedTuple):
-    """What one pass over the logits gives, vectors of one number a row in float32, without grad.
+    """The results of one pass over the logits: vectors of one number a row in float32, without grad.
 
     Attributes:
         losses: The losses.
-        logsumexp: The logsumexp of the logits as adjusted, or None.
-        sums: What `run_gradient` reads of a row: (3, rows), or None.
+        logsumexp: The logsumexp of the adjusted logits, or None.
+        sums: The sums of each row that `run_gradient` reads, (3, rows), or None.
         weights: The weights, or None.
-        values: What each row adds to the sum of the objective, or None.
+        values: The term of each row in the sum of the objective, or None.
     """
 
     losses: Tensor
@@ -120,7 +120,7 @@ class Passed(NamedTuple):
 
 
 def run_losses(problem: Problem, *, losses: Tensor | None = None, logsumexp: Tensor | None = None) -> Passed:
-    """The losses of rows and their sums, by one read of the logits; into vectors that may be given."""
+    """The losses of rows and their sums, by one read of the logits, into given or new vectors."""
     call = _Call(problem)
     losses = call.vector() if losses is None else losses
     if logsumexp is None and problem.options.z_loss:
@@ -147,7 +147,7 @@ def run_weighted(
         gradient: Filled; the logits themselves, another tensor of their shape, or None.
         measure: One number a row, contiguous, float32, the factor of its part of the objective; None
             for ones.
-        divisor: What the gradient is divided by, one number; None for 1.
+        divisor: The divisor of the gradient, one number; None for 1.
         given: Vectors to fill, or None.
     """
     call = _Call(problem)
@@ -179,9 +179,9 @@ def run_factors(
 
 
 def scale(gradient: Tensor, above: Tensor) -> None:
-    """Multiply a gradient in place by one number, or by one a row; nothing is moved where that is 1.
+    """Multiply a gradient in place by one number, or by one a row. If a number is 1, no memory is moved.
 
-    Nobody waits for the device to know.
+    The device decides this, so nothing waits for it.
     """
     shape, runs = shape_of(gradient), as_runs(gradient)
     if not shape.rows * shape.classes:
@@ -221,7 +221,7 @@ class _Call:
         self.soft = smoothing > 0 or not self.labels
 
     def vector(self, rows: int | None = None) -> Tensor:
-        """Uninitialised numbers, one a row, or some."""
+        """A vector of one uninitialised number a row, or `rows` such vectors."""
         shape = (self.shape.rows,) if rows is None else (rows, self.shape.rows)
         return self.logits.new_empty(shape, dtype=torch.float32)
 
@@ -287,7 +287,7 @@ def _grid_of_blocks(shape: Shape, tile: Tile) -> tuple[int, int]:
 def _alignment(shape: Shape, *strides: Rows) -> int:
     """8 or 4 if it divides the classes and the strides between rows, so that loads may be wide; else 1.
 
-    Triton sees by itself what 16 divides.
+    Triton finds divisibility by 16 by itself.
     """
     numbers = (shape.classes, *(one.outer for one in strides))
     if all(number % 16 == 0 for number in numbers):
@@ -301,7 +301,7 @@ def _divided(number: int, by: int) -> int:
 
 
 def _write_back(runs: Tensor | None, gradient: Tensor | None) -> None:
-    """Copy a gradient whose strides allow no view as runs to where it belongs."""
+    """Copy a gradient back to its tensor, if the strides of that allow no view as runs."""
     if runs is not None and gradient is not None and runs.data_ptr() != gradient.data_ptr():
         gradient.copy_(runs.view(gradient.shape))
 
@@ -311,7 +311,7 @@ def _launch(
 ) -> None:
     """Start a program on the device of a tensor."""
     if INTERPRETED:
-        # The interpreter computes in NumPy, which warns where a device does not.
+        # The interpreter computes in NumPy, which warns of overflows and the like. A device does not.
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             kernel[grid](*arguments, **constants)

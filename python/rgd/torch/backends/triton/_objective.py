@@ -1,7 +1,7 @@
-"""The objective in the graph of autograd: its gradient is multiplied where it lies, without a wait.
+"""The objective in the graph of autograd; its gradient is multiplied in place, without waiting.
 
-What comes from above lies on the device, and is mostly 1. To read it would wait for the device, so the
-program that multiplies by it looks, and then moves nothing.
+The incoming gradient is on the device, and is mostly 1. Reading it would wait for the device. So the program
+that multiplies by it checks whether it is 1, and then moves no memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rgd.torch.backends.triton._launch import scale
 
 
 class ObjectiveOnDevice(Objective):
-    """Hands the objective on, and keeps its gradient for the backward pass."""
+    """Returns the objective, and keeps its gradient for the backward pass."""
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -28,14 +28,14 @@ class ObjectiveOnDevice(Objective):
         if not kept:
             ctx.grad = None
         grad = ctx.saved_tensors[0] if grad is None else grad
-        # A kept graph needs it once more.
+        # A kept graph needs the gradient again.
         grad = grad.clone() if kept else grad
         scale(grad, grad_outputs[0])
         return grad, None, None, None
 
 
 class OverwrittenOnDevice(Overwritten):
-    """Hands the objective on; the logits hold its gradient already."""
+    """Returns the objective; the logits hold its gradient already."""
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

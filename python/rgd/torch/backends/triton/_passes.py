@@ -1,4 +1,4 @@
-"""A problem by the programs: objective and gradient of one pass over the logits, or of two."""
+"""Computes a problem by the programs: objective and gradient, in one pass over the logits or in two."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KINDS = frozenset(("focal", "kl", "threshold"))
 
 
 def one_pass(problem: Problem, kind: str, numbers: Tensor, with_grad: bool) -> Computed:
-    """Losses, pointwise weights, objective and gradient, with the numbers on the device of the logits."""
+    """Losses, pointwise weights, objective and gradient; the numbers are on the device of the logits."""
     target, reduction = problem.target, problem.options.reduction
     shape, measure = problem.losses_shape(), problem.measure
     measure = None if measure is None else measure.detach().to(torch.float32).contiguous()
@@ -59,7 +59,7 @@ def losses_of_rows(problem: Problem) -> tuple[Tensor, Tensor]:
 def gradient_of_rows(
     problem: Problem, losses: Tensor, weights: Tensor, sums: Tensor | None, with_grad: bool
 ) -> Computed:
-    """Objective and gradient of given losses and weights; `sums` is what `losses_of_rows` gave."""
+    """Objective and gradient of given losses and weights; `sums` comes from `losses_of_rows`."""
     sums, options = cast("Tensor", sums), problem.options
     logsumexp = None
     if options.z_loss:
@@ -80,7 +80,7 @@ def gradient_of_rows(
 
 
 class TritonStep(FormulaStep):
-    """The programs on a chunk of a linear head, in place on its logits."""
+    """The step over a chunk of a linear head by the programs, in place on its logits."""
 
     def losses(self, logits: Tensor, target: Tensor, logsumexp: Tensor | None = None) -> Tensor:
         return run_losses(self.problem.changed(logits=logits, target=target), logsumexp=logsumexp).losses
