@@ -1,4 +1,4 @@
-"""The losses of each sample of a data set over a training, to find wrong labels by."""
+"""The losses of each sample of a data set over a training, to find wrong labels."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ class LossHistory:
 
         Args:
             index: The places of the samples in the data set, integers, shape (n,). A sample may come twice.
-            losses: Their plain losses, floating, shape (n,), as `criterion.last_losses`; (n, ...) for several
-                targets a sample, of which the mean is taken. A target that takes no part has a loss of 0, and
-                counts with it.
+            losses: Their plain losses, floating, shape (n,), as `criterion.last_losses`. With shape (n, ...)
+                a sample has several targets, and their mean is taken. A target that takes no part counts as
+                loss 0.
 
         Raises:
             IndexError: If a place is out of range.
@@ -98,10 +98,11 @@ class LossHistory:
         self._seen.zero_()
 
     def gather(self, group: Any = None) -> LossHistory:
-        """The history of all processes together, a new one; each process has to ask.
+        """A new history of all processes together. Each process must call this.
 
         Args:
-            group: The processes; None for all. Without `torch.distributed` started it is a copy.
+            group: The processes; None for all. If `torch.distributed` is not initialised, the result is a
+                copy.
         """
         merged = LossHistory(len(self), self._sums.device)
         merged._sums.copy_(self._sums)
@@ -116,7 +117,7 @@ class LossHistory:
         return {"sums": self._sums.clone(), "seen": self._seen.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` returned.
+        """Load the result of `state_dict`.
 
         Raises:
             ValueError: If it is of another number of samples.

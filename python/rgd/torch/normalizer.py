@@ -1,4 +1,4 @@
-"""One denominator for the micro-batches and processes of a step: `normalizer=`, and what counts it."""
+"""One denominator for the micro-batches and processes of a step: `normalizer=`, and its computation."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ def count_targets(
     weight: Tensor | None = None,
     process_group: Any = None,
 ) -> Tensor:
-    """What "mean" divides by, `sum p c`, of all micro-batches of a step: the `normalizer=` of each of them.
+    """The divisor of "mean", `sum p c`, over all micro-batches of a step: the `normalizer=` of each of them.
 
-    With it, gradients that are added up over the micro-batches are those of one big batch, however unequal
-    their numbers of targets are. Over several processes it is the sum over the ranks divided by their
-    number, because DistributedDataParallel and FSDP average gradients. Weights are still those of each call:
-    the equality holds for pointwise weightings, whose weights need no other sample.
+    With it, the sum of the gradients of the micro-batches is the gradient of one big batch, also if their
+    numbers of targets differ. Over several processes it is the sum over the ranks divided by their number,
+    because DistributedDataParallel and FSDP average gradients. Each call still computes its own weights, so
+    this is exact for pointwise weightings.
 
     Args:
         batches: The micro-batches of this process, each one a target, a pair of inputs and a target, or a
             mapping with the target under "target" or "labels" and, if they are given to the loss, `where`,
             `sample_weight`, `segments` and `num_segments` under these names. A target holds class indices or,
             in floats, class probabilities of shape (N, C, ...).
-        ignore_index: Class index of targets that count for nothing.
-        shift: True where position t predicts target t + 1: the first target of each row is not counted.
+        ignore_index: Class index of targets that do not count.
+        shift: True if position t predicts target t + 1: the first target of each row is not counted.
         weight: Class weights, shape (C,).
         process_group: The processes of a step; None for the default group, once it is initialised. Every one
             of them has to call this.
 
     Returns:
-        A float64 scalar (float32 on a device without) where the targets are; nothing waits for the device.
+        A float64 scalar (float32 on a device without float64) on the targets' device, without waiting for it.
 
     Raises:
         TypeError: If a batch holds no target, or a tensor of the wrong type.
@@ -84,18 +84,18 @@ def check_normalizer(
     """A normalizer, checked and divided by the power of two that the measure was divided by.
 
     Args:
-        normalizer: What the caller gave: a positive number, or a tensor of shape ().
-        reduction: That of the call.
+        normalizer: The caller's argument: a positive number, or a tensor of shape ().
+        reduction: The reduction of the call.
         device: Where the losses are.
         power: The power.
 
     Returns:
-        A number where the value can be read; else a scalar on the device, float64 where it has that, NaN for
-        a number that is not allowed. None stays None.
+        A float if the value can be read; else a scalar on the device, float64 if it has that, and NaN for a
+        number that is not allowed. None stays None.
 
     Raises:
         TypeError: If it is no number.
-        ValueError: If it is not positive, or `reduction` divides by nothing.
+        ValueError: If it is not positive, or `reduction` does not divide.
     """
     if normalizer is None:
         return None

@@ -1,8 +1,8 @@
-"""`RGD`: any torch optimizer, descending the re-weighted objective of per-sample losses.
+"""`RGD`: any torch optimizer, for the re-weighted objective of per-sample losses.
 
-An optimizer sees gradients, in which the samples are already summed up. So the wrapper stands before the
-backward pass: it takes the losses, one a sample, weighs them, and calls backward on their weighted mean. The
-step is the wrapped optimizer's own, and so are its parameter groups, its state and its hooks.
+An optimizer gets gradients in which the samples are already summed. So the wrapper works before the backward
+pass: it takes the losses, one a sample, weights them, and calls backward on their weighted mean. The wrapped
+optimizer makes the step, and has the parameter groups, the state and the hooks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rgd.weightings._call import resolve_weighting
 
 
 class _Shared:
-    """An attribute that lives in the wrapped optimizer alone, whoever reads, sets or deletes it."""
+    """An attribute of the wrapper that is read, set and deleted on the wrapped optimizer."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -48,7 +48,7 @@ class _Shared:
 
 @dataclasses.dataclass
 class _Now:
-    """What changes between steps. One object, which Lightning's shallow copy of a wrapper shares with it."""
+    """The values that change between steps, in one object, so that Lightning's shallow copies share them."""
 
     plan: Plan
     state: WeightingState | None
@@ -59,9 +59,9 @@ class _Now:
 class RGD(Dial, torch.optim.Optimizer):
     """Re-weighted gradient descent with any torch optimizer: it descends `mean(w * losses)`, `w` constant.
 
-    The gradient of Algorithm 1, `1/n sum_i w_i grad(l_i)` with `w_i = exp(min(l_i, tau) / (tau + 1))`, is
-    handed to the wrapped optimizer. Its `param_groups`, `state`, `defaults` and hooks are the wrapper's own,
-    so that either may be given to a learning rate scheduler, to `torch.amp.GradScaler` or to gradient
+    The wrapped optimizer gets the gradient of Algorithm 1, `1/n sum_i w_i grad(l_i)` with
+    `w_i = exp(min(l_i, tau) / (tau + 1))`. The wrapper has the same `param_groups`, `state`, `defaults` and
+    hooks, so that you may give either to a learning rate scheduler, to `torch.amp.GradScaler` or to gradient
     clipping. A checkpoint of one loads into the other; it does not hold the weighting.
 
     Args:
@@ -71,20 +71,20 @@ class RGD(Dial, torch.optim.Optimizer):
             `KL(tau=1.0)` if neither it nor `tau` nor `scale` is given.
         tau: Short for `weighting=KL(tau, scale=scale)`.
         scale: The dial; short for the same.
-        warn: As in `RGDLoss`: whether to warn, once, where re-weighting cannot matter.
-        process_group: As in `reweighted_mean`: for a weighting that depends on the batch, who shares it.
+        warn: As in `RGDLoss`: whether to warn once if re-weighting has no effect.
+        process_group: As in `reweighted_mean`: the processes that share a batch.
         sync: As in `reweighted_mean`.
 
     Attributes:
         optimizer: The wrapped optimizer.
         weighting: Turns losses into weights; another may be set between steps. One of the same class
             keeps the state.
-        weighting_state: What the weighting remembers.
+        weighting_state: The state of a weighting that remembers.
 
     Raises:
         TypeError: If `optimizer` is no `torch.optim.Optimizer`, `weighting` no weighting, or `tau` not a
             number.
-        ValueError: If `optimizer` is wrapped in `RGD` already, which would weigh every loss twice, if both
+        ValueError: If `optimizer` is wrapped in `RGD` already, which would weight every loss twice, if both
             `tau` and `weighting` are given, or if `tau` is not positive.
 
     Example:
@@ -117,12 +117,12 @@ class RGD(Dial, torch.optim.Optimizer):
     _optimizer_load_state_dict_pre_hooks = cast("Any", _Shared())
     _optimizer_load_state_dict_post_hooks = cast("Any", _Shared())
     __signature__ = InitSignature()
-    # GradScaler leaves these on the optimizer it is given, and a fused step looks for them on its own.
+    # GradScaler sets these on the wrapper, and the fused step of the wrapped optimizer reads them.
     grad_scale = cast("Any", _Shared())
     found_inf = cast("Any", _Shared())
 
     def __new__(cls, *args: Any, **kwargs: Any) -> RGD:
-        """Refuse what is no optimizer before Python refuses the settings that belong to one."""
+        """Refuse an argument that is no optimizer, before Python complains of the other arguments."""
         if args or "optimizer" in kwargs:
             _check_optimizer(args[0] if args else kwargs["optimizer"])
         return super().__new__(cls)
@@ -153,7 +153,7 @@ class RGD(Dial, torch.optim.Optimizer):
 
     @property
     def weighting(self) -> Weighting:
-        """What turns losses into weights."""
+        """The weighting, which turns losses into weights."""
         return self._now.plan.weighting
 
     @weighting.setter
@@ -165,7 +165,7 @@ class RGD(Dial, torch.optim.Optimizer):
 
     @property
     def weighting_state(self) -> WeightingState | None:
-        """What the weighting remembers, a module of buffers; None for one that remembers nothing."""
+        """The state of the weighting, a module of buffers; None for a weighting without state."""
         return self._now.state
 
     def objective(
@@ -177,9 +177,9 @@ class RGD(Dial, torch.optim.Optimizer):
         groups: Tensor | None = None,
         reference: Tensor | None = None,
     ) -> Tensor:
-        """The objective `sum p w l / sum p`, to call `backward()` on: `mean(w * losses)` without more.
+        """The objective `sum p w l / sum p`, or `mean(w * losses)` without `p`, to call `backward()` on.
 
-        Use it where `backward` does too much: under `GradScaler`,
+        Use it if you have to call backward yourself: under `GradScaler`,
         `scaler.scale(optimizer.objective(losses)).backward()`; to accumulate the gradients of `k` equal
         micro-batches, `(optimizer.objective(losses) / k).backward()`.
 
@@ -243,7 +243,7 @@ class RGD(Dial, torch.optim.Optimizer):
             reference: As for `objective`.
 
         Returns:
-            The objective, a scalar without grad: what to log.
+            The objective, a scalar without grad, to log.
 
         Raises:
             RuntimeError: If `losses` does not require grad.
@@ -267,7 +267,7 @@ class RGD(Dial, torch.optim.Optimizer):
             )
             torch.autograd.backward(objective, retain_graph=retain_graph, create_graph=create_graph)
         except BaseException:
-            # A batch whose gradient failed has not been seen.
+            # If the backward pass failed, the state is that before the batch.
             if state is not None:
                 state.write(before)
             now.awaits_gradient, now.was_asked = awaited, asked
@@ -278,20 +278,20 @@ class RGD(Dial, torch.optim.Optimizer):
         """Let the wrapped optimizer make its step.
 
         Args:
-            closure: A function that evaluates the model and returns the losses, one a sample. It is called as
-                often as the wrapped optimizer asks (`torch.optim.LBFGS`: many times); after each call the
-                gradients are cleared, and `backward` is called on the objective. So it need do neither. One
-                that returns None, such as Lightning passes in manual optimization, is called, and the step
-                then uses the gradients of the `backward(losses)` before it.
+            closure: A function that evaluates the model and returns the losses, one a sample. The wrapped
+                optimizer may call it many times (`torch.optim.LBFGS`). After each call the gradients are
+                cleared, and `backward` is called on the objective, so the closure need not do this. A closure
+                may return None, as Lightning's does in manual optimization. The step then uses the gradients
+                of the last `backward(losses)`.
 
         Returns:
             What the wrapped optimizer returns: with a closure the objective of its first evaluation, else
             None.
 
         Raises:
-            RuntimeError: If an objective has been computed since the last step and yet no parameter has a
-                gradient: backward was not called, or the losses do not depend on these parameters. Or if what
-                the closure returns does not require grad.
+            RuntimeError: If an objective has been computed since the last step and no parameter has a
+                gradient: backward was not called, or the losses do not depend on these parameters. Or if the
+                losses of the closure do not require grad.
             TypeError: If the closure returns neither a float tensor nor None, or None and no objective has
                 been computed since the last step.
             ValueError: If the closure returns a scalar.
@@ -313,7 +313,7 @@ class RGD(Dial, torch.optim.Optimizer):
         return result
 
     def _warn_of_plain_training(self) -> None:
-        """Warn, once, of a step with gradients that no objective of this wrapper has made."""
+        """Warn once of a step whose gradients come from no objective of this wrapper."""
         if self._now.was_asked:
             return
         grads = (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
@@ -353,7 +353,7 @@ class RGD(Dial, torch.optim.Optimizer):
         return objective
 
     def _check_gradient(self) -> None:
-        """Refuse a step that would be lost. Parameters of no elements, as a shard may hold, prove nothing."""
+        """Refuse a step that would be lost. Empty parameters, such as those of a shard, are skipped."""
         if not self._now.awaits_gradient:
             return
         parameters = (p for group in self.param_groups for p in group["params"] if p.numel())
@@ -394,10 +394,10 @@ class RGD(Dial, torch.optim.Optimizer):
             state.load_state_dict(remembered)
 
     def __getattr__(self, name: str) -> Any:
-        # Reached only for what is not found here. `optimizer` itself is missing while a copy is being made.
+        # Python calls this for missing attributes only. While a copy is made, `optimizer` is missing too.
         if name in ("optimizer", "_now"):
             raise AttributeError(name)
-        if name in ("tau", "scale"):  # a property that raises AttributeError ends here
+        if name in ("tau", "scale"):  # these properties raised AttributeError
             return number_of(self.weighting, name)
         return getattr(self.optimizer, name)
 
@@ -417,7 +417,7 @@ class RGD(Dial, torch.optim.Optimizer):
         self._now = _Now(Plan(weighting), state_for(weighting, weighting, remembered))
 
     def _patch_step_function(self) -> None:
-        """Nothing: the wrapped optimizer's step calls the hooks, and calls them once."""
+        """Does nothing, so that hooks run once: the wrapped optimizer's step calls them."""
 
     def __repr__(self) -> str:
         return f"RGD (weighting={self.weighting})\n{self.optimizer}"

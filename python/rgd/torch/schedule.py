@@ -12,10 +12,10 @@ class WeightingSchedule:
     """Sets the weighting of a loss or an optimizer at each step, as a scheduler sets the learning rate.
 
     Args:
-        target: What has the weighting: an `RGDLoss`, an `RGD` optimizer, or the loss function of
+        target: The object with the weighting: an `RGDLoss`, an `RGD` optimizer, or a loss function of
             `rgd.integrations`.
-        function: From the number of steps made, 0 at first, to a weighting. Where only its numbers change, a
-            compiled graph is not compiled again, and a weighting of the same class keeps its state.
+        function: Maps the number of steps made, 0 at first, to a weighting. If only its numbers change, a
+            compiled graph is not compiled again. A weighting of the same class keeps its state.
 
     Attributes:
         count: The number of steps made.
@@ -52,11 +52,11 @@ class WeightingSchedule:
         self._set()
 
     def state_dict(self) -> dict[str, int]:
-        """What a checkpoint needs: the number of steps made."""
+        """The number of steps made, for a checkpoint."""
         return {"count": self.count}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from a checkpoint: the weighting of that step is set."""
+        """Load the number of steps from a checkpoint, and set the weighting of that step."""
         self.count = int(state_dict["count"])
         self._set()
 

@@ -1,4 +1,4 @@
-"""Sequences that share a row: `segments=` says which target belongs to which, and each is a unit."""
+"""Sequences that share a row: `segments=` says which one a target belongs to, and each is a unit."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from rgd.torch._modes import values_can_be_read
 def segments_of(
     *, position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None, length: int | None = None
 ) -> Tensor:
-    """The `segments=` of packed rows, from what attention is told of them.
+    """The `segments=` of packed rows, from the arguments that attention functions take.
 
     Args:
         position_ids: Positions of the tokens, integers (T,), (B, T) or, with several positions a token,
-            (3, B, T). A sequence begins where a row does, where the position is 0, and where it falls.
-        cu_seqlens: The first token of each sequence and the end of the last one, rising integers (K + 1,), of
-            rows that are laid one after the other. Give this or `position_ids`.
-        length: With `cu_seqlens`, how many tokens there are; None for the last of `cu_seqlens`, for which
-            the device is waited for.
+            (3, B, T). A sequence begins at the start of a row, where the position is 0, and where it falls.
+        cu_seqlens: The first token of each sequence and the end of the last one, rising integers (K + 1,),
+            with the rows one after the other. Give this or `position_ids`.
+        length: With `cu_seqlens`, how many tokens there are. None for the last number of `cu_seqlens`, which
+            waits for the device.
 
     Returns:
         The number of each token's sequence in its row, int64: of the shape (T,) or (B, T) of the positions,
         or (length,). Tokens after the last sequence of `cu_seqlens` have -1.
 
     Raises:
-        TypeError: If both or neither are given, or what is given holds no integers.
+        TypeError: If both or neither are given, or the argument holds no integers.
         ValueError: If a shape does not fit.
 
     Example:
@@ -70,7 +70,7 @@ def segments_of(
 
 
 def begins_after_the_first(positions: Tensor) -> Tensor:
-    """Where in a row but at its start a sequence begins: at a position of 0, and where positions fall."""
+    """Where a sequence begins after the start of a row: at a position of 0, and where positions fall."""
     return (positions[..., 1:] == 0) | (positions[..., 1:] < positions[..., :-1])
 
 
@@ -93,7 +93,7 @@ class Segments(NamedTuple):
         return torch.Size((self.rows, self.number))
 
     def inside(self) -> Tensor:
-        """Which targets belong to a unit, or to one that there is not, as -2."""
+        """Which targets have a segment other than -1; also one that is not allowed, such as -2."""
         return self.unit != self.rows * self.number
 
     def units(self, losses: Tensor, counted: Tensor, measure: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -109,35 +109,35 @@ class Segments(NamedTuple):
         return total / number.clamp(min=1), p
 
     def totals(self, losses: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of each unit's losses that count, and how many they are."""
+        """The sum of each unit's losses that count, and their number."""
         plain = losses.to(wide(losses)).masked_fill(~counted, 0)
         return self._sum(plain), self._sum(counted.to(plain.dtype))
 
     def measure(self, counted: Tensor, measure: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The base measure of each unit, 0 where nothing of it counts; None stands for ones."""
+        """The base measure of each unit, 0 if none of its targets count; None stands for ones."""
         p = counted.to(dtype) if measure is None else measure.to(dtype).masked_fill(~counted, 0)
         return self._largest(p, 0)
 
     def spread(self, weights: Tensor, counted: Tensor) -> Tensor:
-        """The weight of each target from those of the units: 0 for one that does not count."""
+        """The weight of each target, from the weights of the units; 0 for a target that does not count."""
         return self._of_units(weights, float("nan")).masked_fill(~counted, 0)
 
     def given(self, name: str, values: Any) -> Any:
-        """What a caller gave for units or targets, as one for each target."""
+        """An argument for units or targets, as one entry for each target."""
         return self.to_targets(name, values) if isinstance(values, Tensor) else values
 
     def groups(self, groups: Any, device: torch.device) -> Tensor | None:
-        """The group of each unit, int64, from one of the targets' or the units' shape; None stays None."""
+        """The group of each unit, int64, from groups of the targets' or the units' shape; None stays None."""
         if groups is None:
             return None
         groups = check_groups(self.given("groups", groups), self.unit.shape, device, "element")
         return self._largest(cast("Tensor", groups).masked_fill(~self.inside(), 0), 0)
 
     def to_targets(self, name: str, values: Tensor) -> Tensor:
-        """Values of the targets' shape from ones of that or of the units' shape.
+        """Values of the targets' shape, from values of that or of the units' shape.
 
         Raises:
-            ValueError: If they have another shape, or differ within a unit, where that can be read.
+            ValueError: If they have another shape; or, if they can be read, differ within a unit.
         """
         if values.shape == self.unit.shape:
             self._check_constant(name, values)
@@ -156,7 +156,7 @@ class Segments(NamedTuple):
         same = self._of_units(self._largest(values, low), 0) == values
         different = ~same & self.inside()
         if values.is_floating_point():
-            different = different & ~values.isnan()  # refused elsewhere
+            different = different & ~values.isnan()  # NaN is refused elsewhere
         if bool(different.any()):
             place = cast("list[int]", different.nonzero()[0].tolist())  # pyright: ignore[reportUnknownMemberType]
             raise ValueError(
@@ -182,7 +182,7 @@ class Segments(NamedTuple):
         return self.unit.reshape(-1)
 
     def _slots(self) -> int:
-        """One for each unit, and one for what belongs to none."""
+        """One slot for each unit, and one for targets that belong to no unit."""
         return self.rows * self.number + 1
 
     def _scattered(self, slots: Tensor) -> Tensor:
@@ -192,12 +192,12 @@ class Segments(NamedTuple):
 def check_segments(
     segments: Any, number: Any, per: str, shape: torch.Size, device: torch.device, *, shift: bool = False
 ) -> tuple[Segments, Tensor] | None:
-    """The units that a caller's segments make, and which targets belong to one or to a wrong one.
+    """The units of a caller's segments, and which targets have a segment other than -1.
 
     Args:
-        segments: What the caller gave: integers of the targets' shape, -1 for a target that takes no part.
+        segments: The caller's argument: integers of the targets' shape, -1 for a target that takes no part.
         number: `num_segments`, or None.
-        per: That of the call.
+        per: The argument of the call.
         shape: The targets' shape before they are shifted.
         device: Where the targets are.
         shift: Whether position t predicts target t + 1, which must be of the same segment.

@@ -1,7 +1,7 @@
-"""The weightings: what turns the losses of a batch into weights, a file a member.
+"""The weightings, which turn the losses of a batch into weights. Each member has its own file.
 
 Each is a small frozen dataclass that checks its own numbers and holds one formula. Every front (NumPy, torch,
-JAX) takes the same ones; they are to be had from `rgd` itself, as `rgd.KL`.
+JAX) takes them. Import them from `rgd`, as `rgd.KL`.
 """
 
 from rgd.weightings._base import Weighting, setting

@@ -1,4 +1,4 @@
-"""What worst cases within a ball share: the gaps to the largest loss, and the corners of the ball."""
+"""Shared code of the worst cases within a ball: gaps to the largest loss, and the extreme radii."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class Gaps(NamedTuple):
     """Losses up to a shift and a positive factor, which do not change the weights of a ball.
 
     Attributes:
-        batch: The batch without losses of -inf, which no member with a ball gives weight.
-        left: The share of the measure in it, 0-d.
+        batch: The batch without losses of -inf, whose weight is 0 in every ball.
+        left: The share of the measure in `batch`, 0-d.
         values: Gaps to the largest loss over the range of the losses, in [-1, 0], shape (n,).
         on_top: 1 for the samples of the largest loss, else 0, shape (n,).
-        share: The share of the measure left on those, 0-d.
+        share: The part of this measure on the samples of the largest loss, 0-d.
         infinite: Whether the largest loss is infinite, so that it gets all the weight, 0-d.
     """
 
@@ -28,9 +28,9 @@ class Gaps(NamedTuple):
     infinite: Any
 
     def mean(self, values: Any) -> Any:
-        """The mean of numbers that are finite where a sample takes no part, (n,) or (m, n).
+        """The mean of numbers, (n,) or (m, n), as `batch.mean` but with fewer operations.
 
-        It is `batch.mean` in fewer operations.
+        The numbers must be finite where a sample takes no part.
         """
         return _mean(self.batch, values)
 
@@ -49,21 +49,21 @@ def gaps_of(batch: Batch) -> Gaps:
 
 
 def with_corners(batch: Batch, gaps: Gaps, weights: Any, *, radius: Any, radius_left: Any, limit: Any) -> Any:
-    """Weights from within a ball, with those of its corners where a search does not reach.
+    """The weights of a ball, with the exact weights at radius 0 and from `limit` on, which no search reaches.
 
     Args:
         batch: The whole batch.
         gaps: Its gaps.
         weights: The weights of `gaps.batch` for a radius between 0 and the limit.
         radius: The radius, 0-d.
-        radius_left: What of it is left for `gaps.batch`, 0-d.
-        limit: The radius from which on all weight lies on the largest losses, 0-d.
+        radius_left: The part of the radius that is left for `gaps.batch`, 0-d.
+        limit: The radius from which on all weight is on the largest losses, 0-d.
     """
     xp = batch.xp
     weights = xp.where(radius_left == 0, 1.0, weights)
     weights = xp.where((radius_left >= limit) | gaps.infinite, gaps.on_top / gaps.share, weights)
     weights = gaps.batch.only(weights) / gaps.left
-    # No ball at all gives ones, infinite losses too, and so do losses that are all -inf.
+    # All weights are 1 if the radius is 0, also for infinite losses, and if all losses are -inf.
     weights = xp.where((radius == 0) | (gaps.left == 0), 1.0, weights)
     return xp.where(batch.any(xp.isnan(batch.losses)), float("nan"), weights)
 

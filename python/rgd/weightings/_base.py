@@ -17,7 +17,7 @@ Kernel = tuple[str, tuple[float, ...]]
 
 
 class Weighting:
-    """What turns the losses of a batch into weights.
+    """The base class of weightings, which turn the losses of a batch into weights.
 
     A weighting is a frozen dataclass that defines `weights(batch)`. The formula is written once, in the
     operations of the Python array API (`batch.xp`), and then works in NumPy, in torch on every device,
@@ -30,13 +30,13 @@ class Weighting:
     Attributes:
         pointwise: Whether each weight depends on its own loss alone. Then no batch is gathered from other
             processes, and micro-batches change nothing.
-        mean_one: Whether the weights average to one over the batch. A promise that
-            `rgd.testing.check_weighting` tests; nothing is normalised by it.
-        clip: The loss from which on a weight no longer changes; infinite where there is none. It is used by
-            the statistics.
+        mean_one: Whether the weights average to one over the batch. `rgd.testing.check_weighting` tests this;
+            it does not normalise the weights.
+        clip: The loss above which a weight no longer changes; infinite if there is none. Only the statistics
+            use it.
         is_plain: Whether every weight is 1, as in plain training.
-        needs: What the formula reads of a batch that not every call has, by the name of its attribute:
-            "reference". A call without it raises.
+        needs: The attributes of a batch that the formula reads and not every call has: "reference". A call
+            without them raises.
         kernel_name: The name of the Rust kernel whose numbers `of_kernel` reads.
         kernel_counts: Whether `kernel` is defined in the class that defines `weights`; set for each subclass.
         settings: The names of the numbers that are checked, and their ranges; set for each subclass.
@@ -66,11 +66,11 @@ class Weighting:
         """The weights of a batch.
 
         Args:
-            batch: The losses, shape (n,) with n > 0, and the sums that heed mask and measure.
+            batch: The losses, shape (n,) with n > 0, and sums over them that use mask and measure.
 
         Returns:
-            Weights, shape (n,), of the losses' kind of array. What stands where a sample takes no part does
-            not matter: fronts write 0 there.
+            Weights, shape (n,), of the losses' kind of array. For samples that take no part they may be any
+            number: fronts write 0 there.
         """
         name, steps = type(self).__name__, type(self).step is not Weighting.step
         if self.stateful is not steps:
@@ -83,24 +83,24 @@ class Weighting:
         raise NotImplementedError(f"{name} must define weights(self, batch)")
 
     def log_weights(self, batch: Batch) -> Any:
-        """The logarithms of the weights; a member whose weights may overflow gives them by a formula."""
+        """The logarithms of the weights. A member whose weights may overflow overrides it with a formula."""
         return batch.xp.log(self.weights(batch))
 
     def kernel(self) -> Kernel | None:
-        """The Rust kernel that computes the same weights, by name, and its numbers; None where there is none.
+        """The name of the Rust kernel that computes the same weights, and its numbers; None if there is none.
 
-        It counts only in the class that defines `weights` or `step`: a subclass that changes the formula must
-        not inherit the kernel of another.
+        It counts only in the class that defines `weights` or `step`, so that a subclass that changes the
+        formula does not use its parent's kernel.
         """
         return None
 
     @classmethod
     def of_kernel(cls, numbers: tuple[float, ...]) -> Weighting:
-        """The weighting whose `kernel` gives these numbers: for a compiled graph, which knows them alone."""
+        """The weighting whose `kernel` returns these numbers, for compiled graphs, which know only them."""
         raise NotImplementedError(f"{cls.__name__} must define of_kernel(cls, numbers) beside kernel_name")
 
     def numbers_fit(self) -> Any:
-        """Whether traced numbers fit each other: True, or a traced bool. Others are checked when given."""
+        """Whether traced numbers fit each other: True, or a traced bool. Known ones are checked before."""
         return True
 
     def init(self) -> Any:
@@ -112,7 +112,7 @@ class Weighting:
 
         Args:
             batch: As for `weights`.
-            state: What `init` or the last `step` returned, as arrays of the losses' kind.
+            state: The state from `init` or from the last `step`, as arrays of the losses' kind.
 
         Returns:
             Weights, shape (n,), and the new state, of the same structure and shapes.
@@ -139,8 +139,8 @@ class Weighting:
         cls.kernel_counts = next(kind for kind in cls.__mro__ if "kernel" in vars(kind)) is formula
         if "kernel_name" in vars(cls):
             by_kernel[cls.kernel_name] = cls
-        # The fields of a dataclass are still class attributes here. Their metadata is read now, and not when
-        # a weighting is made: that may be within a compiled graph.
+        # The fields of a dataclass are still class attributes here. Their metadata is read now, since a
+        # weighting may be made within a compiled graph.
         for name, field in list(vars(cls).items()):
             if isinstance(field, dataclasses.Field):
                 check = cast("Setting | None", field.metadata.get("setting"))
@@ -150,13 +150,13 @@ class Weighting:
 
 
 class Setting(NamedTuple):
-    """What a number of a weighting may be: kept in the metadata of its dataclass field.
+    """The allowed range of a number of a weighting, kept in the metadata of its dataclass field.
 
     Attributes:
-        says: How a message names it, as "a positive number".
+        says: The words for the range in a message, such as "a positive number".
         holds: The test, in operations that work on a float and on a traced number.
         optional: Whether None is allowed.
-        alternative: What a message adds about other values.
+        alternative: A hint for other values that a message adds.
     """
 
     says: str
@@ -165,7 +165,7 @@ class Setting(NamedTuple):
     alternative: str = ""
 
     def read(self, name: str, value: Any) -> Any:
-        """The value as a float, checked where it can be read; a JAX array or traced value as it is."""
+        """The value as a float, checked if it can be read; a JAX array or traced value unchanged."""
         if value is None and self.optional:
             return None
         array: Any = value
@@ -198,18 +198,18 @@ def setting(
 
 
 def is_array(value: Any) -> bool:
-    """Whether a setting is an array of JAX or torch, traced perhaps, in place of a Python number."""
-    # torch is asked first: torch.compile can trace an isinstance of torch.Tensor, and not one of jax.Array.
+    """Whether a setting is an array of JAX or torch, possibly traced, and not a Python number."""
+    # Check for torch first: torch.compile can trace an isinstance of torch.Tensor, but not of jax.Array.
     return isinstance(value, getattr(sys.modules.get("torch"), "Tensor", ())) or _is_jax(value)
 
 
 def _is_jax(value: Any) -> bool:
-    # No JAX array exists before jax is imported, and this package must not import it.
+    # Without jax in sys.modules there is no JAX array, and this package must not import jax.
     return isinstance(value, getattr(sys.modules.get("jax"), "Array", ()))
 
 
 def readable(value: Any) -> list[float]:
-    """The numbers of a setting that can be read now; of a traced one, or of None, there is none."""
+    """The numbers of a setting that can be read now; none for a traced setting or for None."""
     if value is None:
         return []
     if not _is_jax(value):
@@ -220,7 +220,7 @@ def readable(value: Any) -> list[float]:
 
 
 def observe_subclasses(observe: Callable[[type[Weighting]], None]) -> None:
-    """Call `observe` with every subclass of `Weighting`, those that are defined later too."""
+    """Call `observe` with every subclass of `Weighting`, also with those that are defined later."""
     _observers.append(observe)
     pending = Weighting.__subclasses__()
     while pending:
@@ -235,5 +235,5 @@ by_kernel: dict[str, type[Weighting]] = {}
 
 
 def _reserved() -> set[str]:
-    """What a field of a weighting must not be called: the methods and what is set for each subclass."""
+    """The names that a field of a weighting must not have: methods, and attributes set for each subclass."""
     return {name for name in vars(Weighting) if not name.startswith("_")} - {"pointwise", "mean_one", "clip"}

@@ -1,4 +1,4 @@
-"""What a weighting is given: the losses of a batch, their measure, and the sums that heed it."""
+"""The input of a weighting: the losses of a batch, their measure, and sums with this measure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import array_api_compat
 
 
 class Batch:
-    """The losses of a batch, as a weighting sees them.
+    """The losses of a batch, as a weighting gets them.
 
     `p_i`, the measure, is the caller's `sample_weight`, and 1 for each sample where none was given. A
     sample that is masked out, or whose `p_i` is 0, takes no part.
@@ -20,10 +20,10 @@ class Batch:
         measure: The measure `p`, shape (n,), of the losses' dtype, >= 0, and 0 for a sample that takes no
             part; None for ones.
         groups: The group of each sample, integers of shape (n,), or None.
-        xp: The array namespace of the losses, as `array_api_compat` gives it; None to ask for it.
-        concrete: Whether values may be read now, without waiting for a device or a trace.
-        any_size: Whether the formula is recorded for batches of other sizes too, so that this one's must not
-            decide anything.
+        xp: The array namespace of the losses from `array_api_compat`; None to look it up.
+        concrete: Whether values can be read now, without waiting for a device or breaking a trace.
+        any_size: Whether the formula is traced for batches of any size, so that it must not depend on the
+            size of this batch.
         base: The old name of `measure`, for one more release.
         reference: The losses of a reference model, shape (n,), of the losses' dtype, or None.
 
@@ -61,7 +61,7 @@ class Batch:
             measure = base
         self.xp = array_api_compat.array_namespace(losses) if xp is None else xp
         if groups is not None and groups.dtype.itemsize < 4:
-            # A narrower dtype would wrap the number of a group that it is compared with.
+            # In a narrower dtype, the group number that they are compared with would wrap.
             groups = self.xp.astype(groups, self.xp.int32)
         self.groups = groups
         self.concrete = concrete
@@ -78,7 +78,7 @@ class Batch:
         return self.xp.ones_like(self.losses) if self._measure is None else self._measure
 
     def is_plain(self) -> bool:
-        """Whether every sample takes part with measure 1, known without a look at values."""
+        """Whether it is known, without reading values, that every sample has measure 1."""
         return self._measure is None
 
     @property
@@ -130,7 +130,7 @@ class Batch:
         return self._with(self.losses, measure, self.reference)
 
     def of_excess(self) -> Batch:
-        """The batch of the losses less those of the reference model, which it does not have itself."""
+        """The batch whose losses are the excess over the reference model; it has no `reference` itself."""
         return self._with(self.losses - self.reference, self._measure, None)
 
     def only(self, values: Any) -> Any:
@@ -148,7 +148,7 @@ class Batch:
 
     def cumulative_sum(self, values: Any) -> Any:
         """`x_1, x_1 + x_2, ...`, shape (n,), without the measure."""
-        # The method, which every library has: the compat function asks for the namespace, which
+        # Use the method, which every library has. The compat function looks up the namespace, which
         # torch.compile cannot trace without a warning.
         return values.cumsum(0)
 
@@ -163,5 +163,5 @@ class Batch:
 def _warn_of_base() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.compiler.is_compiling():
-        return  # a graph that may not break cannot warn
+        return  # a graph compiled with fullgraph=True cannot warn
     warnings.warn("base of rgd.Batch is now called measure", DeprecationWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""How the fronts call a weighting: which one is meant, its kernel, its weights, and its state."""
+"""How the fronts call a weighting: its arguments, its kernel, its weights and its state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rgd.weightings.kl import KL
 
 
 def resolve_weighting(weighting: Any, tau: Any = None, scale: Any = None) -> Weighting:
-    """The weighting a caller asked for by `weighting=`, or by its short form, `tau=` and `scale=`.
+    """The weighting that a caller gave by `weighting=`, or by the short form, `tau=` and `scale=`.
 
     Args:
         weighting: A weighting, or None.
@@ -64,16 +64,16 @@ def weighting_of(kernel: Kernel) -> Weighting:
 
 
 def weigh(weighting: Any, batch: Batch, state: Any = None) -> tuple[Any, Any]:
-    """The weights of a batch with losses, and the state after it: how every front calls a member.
+    """The weights of a batch with losses, and the state after it. Every front calls a member by this.
 
     Args:
-        weighting: The member; or what computes its step by a kernel, which checks and keeps as this does.
+        weighting: The member; or a `ByKernel`, which computes its step by the kernel.
         batch: Its losses, at least one.
         state: Its state, as arrays of the losses' kind; None for a member that keeps none.
 
     Returns:
-        Weights, shape (n,), 0 where a sample takes no part, and the state. The state is as it was where no
-        sample takes part, or a loss that takes part is not finite.
+        Weights, shape (n,), 0 where a sample takes no part, and the state. The state does not change if no
+        sample takes part, or if a loss that takes part is not finite.
 
     Raises:
         ValueError: If the member returns weights of another shape than the losses'.
@@ -106,7 +106,7 @@ def weigh(weighting: Any, batch: Batch, state: Any = None) -> tuple[Any, Any]:
 
 
 def check_reference_is_read(weighting: Weighting) -> None:
-    """Refuse a call with the losses of a reference model that no part of the weighting compares with."""
+    """Refuse the losses of a reference model if no part of the weighting uses them."""
     if "reference" not in needs_of(weighting):
         raise ValueError(
             f"reference holds the losses that rgd.Excess compares with, and {weighting} looks at none: give "
@@ -115,7 +115,7 @@ def check_reference_is_read(weighting: Weighting) -> None:
 
 
 def check_reference_is_given(weighting: Weighting, reference: Any) -> None:
-    """Refuse a call without the losses of a reference model that the weighting compares with."""
+    """Refuse a call without the losses of a reference model if the weighting needs them."""
     if reference is None and "reference" in needs_of(weighting):
         raise ValueError(
             f"{weighting} compares losses with those of a reference model: give reference= with the losses, "
@@ -141,7 +141,7 @@ def check_new_state(name: str, old: Any, new: Any) -> None:
 
 
 def _misfit(old: Any, new: Any, ranks_fit: Callable[[int, int], bool]) -> tuple[Any, Any] | None:
-    """The first part of a state whose place another cannot take, and that other; None where all fit."""
+    """The first part of the old state that the new one cannot replace, with the new part; None if all fit."""
     if isinstance(old, dict):
         keys = cast("dict[Any, Any]", old).keys()
         if not isinstance(new, dict) or cast("dict[Any, Any]", new).keys() != keys:
@@ -170,7 +170,7 @@ def _shape_of(leaf: Any) -> tuple[int, ...]:
 
 
 def _rank(leaf: Any) -> int:
-    """0 for a truth value, 1 for an integer, 2 for a real number: a leaf of a lower rank would cut it."""
+    """0 for a bool, 1 for an integer, 2 for a real number. A leaf of a lower rank would truncate a number."""
     return ("truth values", "an integer", "a real number").index(_kind_of(leaf))
 
 
@@ -188,12 +188,12 @@ def _brief(state: Any) -> str:
 
 
 def require_state(weighting: Weighting, state: Any, *, readable: bool = True) -> None:
-    """Refuse a call without the state that a weighting needs, with one that it does not, or with another's.
+    """Refuse a call without a state if the weighting needs one, and a state that does not fit the weighting.
 
     Args:
         weighting: The weighting.
-        state: What the caller gave.
-        readable: Whether shapes and kinds can be compared now, and not in a graph that is being compiled.
+        state: The caller's argument.
+        readable: Whether shapes and kinds can be compared; False in a graph that is being compiled.
     """
     name = type(weighting).__name__
     if weighting.stateful and state is None:

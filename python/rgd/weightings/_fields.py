@@ -1,4 +1,4 @@
-"""The fields of a weighting: which of them are numbers, and what is done with all of them at once."""
+"""The fields of a weighting: which of them are numbers, and functions on all of these numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rgd.weightings._base import Weighting, is_array
 
 
 def fields(weighting: Weighting | type) -> tuple[dataclasses.Field[Any], ...]:
-    """The dataclass fields of a weighting; none where its class is no dataclass."""
+    """The dataclass fields of a weighting; none if its class is no dataclass."""
     return dataclasses.fields(cast("Any", weighting)) if dataclasses.is_dataclass(weighting) else ()
 
 
@@ -29,7 +29,7 @@ def nested(weighting: Weighting) -> list[Weighting]:
 
 
 def needs_of(weighting: Weighting) -> list[str]:
-    """What a weighting, or one inside of it, needs of a batch that not every call has."""
+    """The `needs` of a weighting and of the weightings inside of it."""
     needs = list(weighting.needs)
     for inner in nested(weighting):
         needs += inner.needs
@@ -40,8 +40,8 @@ def needs_of(weighting: Weighting) -> list[str]:
 def numbers_of(kind: type) -> frozenset[str]:
     """The names of the fields of a weighting that hold a real number, or arrays of them.
 
-    They are those annotated with `float`; bool, int, str and the like are part of what a weighting is, and
-    not numbers that a schedule changes.
+    These are the fields annotated with `float`. A schedule may change them. Fields of other types, such as
+    bool, int and str, do not change.
     """
     found: set[str] = set()
     for field in fields(kind):
@@ -57,7 +57,7 @@ def _is_union(hint: Any) -> bool:
 
 
 def _hint(kind: type, annotation: Any) -> Any:
-    """What an annotation stands for, read on its own: a name that another one uses may not be known here."""
+    """The type of an annotation, read separately, since names in other annotations may be unknown here."""
     if not isinstance(annotation, str):
         return annotation
     try:
@@ -68,7 +68,7 @@ def _hint(kind: type, annotation: Any) -> Any:
 
 
 def map_numbers(weighting: Weighting, function: Callable[[Any], Any]) -> Weighting:
-    """The weighting with `function` of each of its numbers in their place; nothing is checked.
+    """The weighting with each of its numbers replaced by `function` of it; nothing is checked.
 
     Numbers are the fields that `numbers_of` names, of nested weightings too. None stays None.
     """
@@ -86,7 +86,7 @@ def map_numbers(weighting: Weighting, function: Callable[[Any], Any]) -> Weighti
 
 
 def refuse_more_than_fields(weighting: Weighting) -> None:
-    """Refuse a weighting that keeps a value beside its fields: a schedule or a trace would not change it."""
+    """Refuse a weighting that stores more than its fields: a schedule or a trace would not change that."""
     extra = set(getattr(weighting, "__dict__", ())) - {field.name for field in fields(weighting)}
     if extra:
         name = type(weighting).__name__

@@ -1,8 +1,8 @@
-"""The root of an increasing function, in a fixed number of operations: none of them waits for a value.
+"""The root of an increasing function, in a fixed number of operations, none of which waits for a value.
 
-A bracket `[low, low + width]` is cut into equal parts at several candidates at once, and the part that holds
-the root is kept, until it is 2^-18 of the first bracket. Newton's steps, kept near the bracket, then find the
-root to rounding.
+Several candidates at once cut a bracket `[low, low + width]` into equal parts, and the part that holds the
+root is kept. This is repeated until the part is 2^-18 of the first bracket. Newton's steps, kept near the
+bracket, then find the root to rounding.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def bracketed(batch: Batch, function: Callable[[Any], Any], low: Any, high: Any)
     """The ends of a part of `[low, high]` that holds the root of an increasing function.
 
     Args:
-        batch: The batch the function is about; its size decides how many candidates are evaluated at once.
+        batch: The batch of the function; its size decides how many candidates are evaluated at once.
         function: Maps candidates, shape (m, 1), to the function's values, shape (m,).
         low: Where the search starts, 0-d.
         high: Where it ends, 0-d.
@@ -52,7 +52,8 @@ def bracketed(batch: Batch, function: Callable[[Any], Any], low: Any, high: Any)
         width = width / parts
         return low + width * below, width
 
-    # The first round is apart: what JAX knows of an array (dtype, mapped axes) is then as it stays in a loop.
+    # The first round is outside of the loop, so that JAX's type of the carry (dtype, mapped axes) is that of
+    # the later rounds.
     low, width = _repeat(xp, rounds - 1, narrow, narrow((low, high - low)))
     return low, low + width
 
@@ -67,10 +68,10 @@ def polished(
     """The root of an increasing function near `x`, by Newton's steps within a bracket.
 
     Args:
-        batch: The batch the function is about.
+        batch: The batch of the function.
         function: Maps a number, 0-d, to the function's value and its derivative, 0-d.
         x: A number near the root, 0-d.
-        bracket: The ends, 0-d. A step that would reach them or go beyond is not taken.
+        bracket: The ends, 0-d. A step that would reach them or pass them is not taken.
         steps: How many steps.
     """
     xp, (low, high) = batch.xp, bracket
@@ -78,7 +79,7 @@ def polished(
     def polish(x: Any) -> Any:
         value, slope = function(x)
         step = x - value / slope
-        # Where the function is flat but for rounding, x is as good as any number near it.
+        # If the function is flat up to rounding, x is as good as any number near it.
         return xp.where((step > low) & (step < high), step, x)
 
     return _repeat(xp, steps, polish, x)

@@ -1,4 +1,4 @@
-"""A batch in order: sums over its largest or smallest values, and the first of its values that is enough."""
+"""A sorted batch: sums over its largest or smallest values, and the smallest value that passes a test."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def in_order(batch: Batch, values: Any, *, falling: bool) -> tuple[Any, Any]:
 
 
 def first_enough(batch: Batch, rising: Any, enough: Callable[[Any], Any]) -> Any:
-    """The smallest value that is enough, found in a fixed number of operations.
+    """The smallest value for which `enough` is True, found in a fixed number of operations.
 
     Args:
         batch: The batch.
-        rising: Values in rising order, shape (n,); the last one is taken to be enough.
-        enough: Maps candidates, shape (m, 1), to booleans of shape (m,): whether each of them is enough. Any
-            value above one that is enough must be so too.
+        rising: Values in rising order, shape (n,); for the last one `enough` is assumed to be True.
+        enough: Maps candidates, shape (m, 1), to booleans of shape (m,). If it is True for a value, it must
+            be True for every larger value.
 
     Returns:
         The value, 0-d.
@@ -48,7 +48,7 @@ def first_enough(batch: Batch, rising: Any, enough: Callable[[Any], Any]) -> Any
     first = xp.sum(xp.zeros_like(rising, dtype=xp.int32), dtype=xp.int32)
     ends = xp.astype(batch.arange(1, candidates + 1), xp.int32)
     while width > 1:
-        # What is first lies among `width` places from `first` on: in one of as many equal parts of them.
+        # The result is among the `width` places from `first` on. Cut them into equal parts, and keep one.
         part = -(-width // (candidates + 1))
         places = first + part * ends - 1
         places = xp.where(places < size, places, size - 1)

@@ -1,4 +1,4 @@
-"""The tail of a batch: its edge, and which part of each sample lies among the largest losses."""
+"""The tail of a batch: its edge, and the part of each sample that is among the largest losses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def edge_of_tail(batch: Batch, fraction: Any) -> Any:
     reached = measure >= fraction * batch.count - _rounding(batch)
     edge = xp.max(xp.where(reached, xp.take(batch.losses, order, axis=0), -float("inf")))
     smallest, largest = batch.min(batch.losses), batch.max(batch.losses)
-    # A fraction of 1 may be missed by a rounding, and one of 0 is reached by samples that take no part.
+    # Rounding may keep the sum below a fraction of 1, and samples that take no part reach a fraction of 0.
     edge = xp.where(edge < smallest, smallest, edge)
     return xp.where(edge > largest, largest, edge)
 
@@ -31,8 +31,8 @@ def edge_of_tail(batch: Batch, fraction: Any) -> Any:
 def share_in_tail(batch: Batch, fraction: Any) -> Any:
     """The part of each sample that belongs to the share `fraction` of the measure with the largest losses.
 
-    It is 1 above the edge of the tail and 0 below it. The samples at the edge, those of one loss, share what
-    is left in equal parts; a part that is 0 or 1 but for rounding is 0 or 1.
+    It is 1 above the edge of the tail and 0 below it. The samples at the edge, which have equal losses, share
+    the rest in equal parts. A part that is 0 or 1 up to rounding is exactly 0 or 1.
 
     Args:
         batch: The batch.
@@ -54,5 +54,5 @@ def share_in_tail(batch: Batch, fraction: Any) -> Any:
 
 
 def _rounding(batch: Batch) -> Any:
-    """How far a sum of the measure may be off."""
+    """A bound on the rounding error of a sum of the measure."""
     return 8.0 * batch.xp.finfo(batch.losses.dtype).eps * batch.count

@@ -50,8 +50,8 @@ class ChiSquare(Weighting):
         """`max(0, gap + u)` for gaps to the largest loss in units of gamma, `u` the root of `mean(w) = 1`."""
         xp, losses = batch.xp, batch.losses
         gaps = batch.only(difference(xp, losses, batch.max(losses)) / self.gamma)
-        # The mean over the k largest alone is 1 at u_k. It is largest where these are the ones above 0, so
-        # that the root for the whole batch is the smallest u_k.
+        # At u_k, the sum of gap + u over the k largest gaps gives a mean of 1. At a given u, this sum is
+        # largest if these k are the ones above 0. So the root for the whole batch is the smallest u_k.
         falling, measure = in_order(batch, gaps, falling=True)
         measured = batch.cumulative_sum(measure)
         roots = (batch.count - batch.cumulative_sum(measure * falling)) / measured
@@ -82,7 +82,7 @@ class ChiSquareBall(Weighting):
     `(mean(w^2) - 1) / 2 = radius`: the solution of `max_q <q, l>` subject to `mean((w - 1)^2) / 2 <= radius`
     with `w = q / p`. A radius of `(1 / m - 1) / 2` or more, where the samples of the largest loss have the
     share `m` of the measure, puts all weight on those; equal losses get equal weights. Infinite losses share
-    all the weight, whatever the radius.
+    all the weight, for any radius above 0.
 
     Args:
         radius: Radius of the ball, a number >= 0. 0 is plain empirical risk minimization.
@@ -114,7 +114,7 @@ class ChiSquareBall(Weighting):
         xp, losses, radius = batch.xp, batch.losses, batch.scalar(self.radius)
         ball = gaps_of(batch)
         gaps, mean_of = ball.values, ball.mean
-        # Losses of -inf, which weigh nothing, take their part of the divergence.
+        # Losses of -inf have weight 0, which uses a part of the divergence.
         left = radius * ball.left - (1.0 - ball.left) / 2.0
         left = xp.where(left < 0, 0.0, left)
         limit = (1.0 / ball.share - 1.0) / 2.0
@@ -122,7 +122,7 @@ class ChiSquareBall(Weighting):
         deviation = gaps - mean
         variance = mean_of(deviation**2)
         variance = xp.where(variance > 0, variance, 1.0)
-        # As long as no weight is 0, they are linear in the loss.
+        # If no weight is 0, the weights are linear in the loss.
         linear = 1.0 + deviation * (2.0 * left / variance) ** 0.5
         all_positive = ball.batch.min(linear) >= 0
         square = 1.0 + 2.0 * left
@@ -132,8 +132,8 @@ class ChiSquareBall(Weighting):
             above = xp.where(gaps + t > 0, gaps + t, 0.0)
             return mean_of((above / mean_of(above)[:, None]) ** 2) <= square
 
-        # The weights begin between this loss and the one above it. All above it are in play, and their share
-        # of the measure, mean and variance tell where: (1 + variance / (mean + t)^2) / share = square.
+        # The threshold lies between this loss and the one above it. The share of the measure, the mean and
+        # the variance of the losses above it give t: (1 + variance / (mean + t)^2) / share = square.
         in_play = gaps + first_enough(ball.batch, xp.sort(-gaps), enough) > 0
         extent = ball.batch.max(xp.where(in_play, -gaps, 0.0))
         scaled = gaps / xp.where(extent > 0, extent, 1.0)

@@ -18,8 +18,8 @@ from rgd.weightings._tail import edge_of_tail, share_in_tail
 class CVaR(Weighting):
     """Conditional value at risk: weight `1 / alpha` on the worst share `alpha` of the measure.
 
-    The sample at the edge of that share counts in part, and samples of equal loss count alike. The objective
-    `mean(w * l)` is the mean loss of the worst share, also known as the superquantile.
+    The sample at the edge of that share counts in part, and samples of equal loss have equal weights. The
+    objective `mean(w * l)` is the mean loss of the worst share, also known as the superquantile.
 
     With `smoothing = nu > 0` the weights are `min(1 / alpha, exp((l - eta) / nu))`, `eta` the root of
     `mean(w) = 1`: the solution of `max_q <q, l> - nu * KL(q || p)` subject to `q <= p / alpha`.
@@ -85,12 +85,12 @@ class CVaR(Weighting):
             free = exponent < ceiling
             weights = xp.exp(xp.where(free, exponent, ceiling))
             slope = batch.mean(xp.where(free, weights, 0.0))
-            # Where all are bound, u is what it must be.
+            # If all weights are at the bound, u is known.
             return batch.mean(weights) - 1.0, xp.where(slope > 0, slope, float("inf"))
 
-        # Where all above the k smallest weigh 1 / alpha, the mean is 1 at u_k. It is smallest where these are
-        # the ones that are bound, so that the root for the whole batch is the largest u_k; at the ceiling
-        # the whole tail is bound.
+        # If all losses above the k smallest have the weight 1 / alpha, the mean is 1 at u_k. At a given u,
+        # the mean is smallest if exactly these losses reach the bound. So the root for the whole batch is the
+        # largest u_k. At the ceiling the whole tail is at the bound.
         rising, measure = in_order(batch, gaps, falling=False)
         room = batch.count - (batch.count - batch.cumulative_sum(measure)) / self.alpha
         roots = xp.log(room / batch.cumulative_sum(measure * xp.exp(rising)))

@@ -12,7 +12,7 @@ from rgd.weightings._batch import Batch
 
 @dataclasses.dataclass(frozen=True)
 class ERM(Weighting):
-    """Empirical risk minimization: every weight is 1, whatever the loss. NaN stays NaN.
+    """Empirical risk minimization: every weight is 1. A NaN loss has a NaN weight.
 
     Example:
         >>> import numpy as np, rgd

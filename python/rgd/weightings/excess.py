@@ -17,23 +17,23 @@ from rgd.weightings.trimmed import require_weighting
 class Excess(Weighting):
     """Weights each sample by its excess loss, `w(l_i - r_i)`, with `r_i` the loss of a reference model.
 
-    A large excess says that the model can still learn the sample: the reference model, trained on clean or on
-    similar data, does better. What both find hard, as noise is, has a small excess. The reference losses come
-    with the call, as `reference=`: of the losses' shape, constants. The objective stays that of the losses,
-    `sum p w l / sum p`.
+    A large excess means that the model can still learn the sample: the reference model, trained on clean or
+    on similar data, has a smaller loss. Noise is hard for both models and has a small excess. Give the
+    reference losses in the call, as `reference=`: constants of the losses' shape. The objective is still that
+    of the losses, `sum p w l / sum p`.
 
     `rgd.Excess(rgd.CVaR(fraction))` is the selective language modeling of Rho-1: weight `1 / fraction` on the
-    share `fraction` of largest excess, 0 elsewhere. With n tokens the paper divides the sum over the
-    `n * fraction` that it selects by `n * fraction`, and this objective divides it by `n` and multiplies by
-    `1 / fraction`: the same. Where `n * fraction` is no integer, or excess losses are equal, the token at the
-    edge counts in part here.
+    share `fraction` of largest excess, 0 elsewhere. With n tokens the paper divides the sum over the selected
+    `n * fraction` tokens by `n * fraction`. This objective divides it by `n` and multiplies by
+    `1 / fraction`, which is the same. If `n * fraction` is no integer, or excess losses are equal, the token
+    at the edge counts in part here.
 
     With `per="sample"` the mean loss of a sample is compared with its mean reference loss. Settings of the
     inner weighting are in units of the excess: `tau` of `KL` clips the excess, and `clipped_share` of the
     statistics is the share that it clips.
 
     Args:
-        weighting: What weights by the excess, such as `rgd.CVaR(0.6)` or `rgd.KL(math.inf, scale=1.0)`.
+        weighting: Turns excesses into weights, such as `rgd.CVaR(0.6)` or `rgd.KL(math.inf, scale=1.0)`.
 
     Raises:
         TypeError: If `weighting` is no weighting.
@@ -95,7 +95,7 @@ class Excess(Weighting):
         return self.weighting.init()
 
     def log_weights(self, batch: Batch) -> Any:
-        """Those of the inner weighting, by the excess."""
+        """The logarithms of the inner weights of the excess."""
         return self.weighting.log_weights(_of_excess(batch))
 
     def weights(self, batch: Batch) -> Any:
@@ -103,7 +103,7 @@ class Excess(Weighting):
         return self.step(batch, None)[0]
 
     def step(self, batch: Batch, state: Any) -> tuple[Any, Any]:
-        """The same, with the state of the inner weighting."""
+        """The inner weights of the excess, and the state of the inner weighting."""
         return weigh(self.weighting, _of_excess(batch), state)
 
 

@@ -1,4 +1,4 @@
-"""The factor of focal loss as a constant weight: a baseline that people know."""
+"""The factor of focal loss as a constant weight, a known baseline."""
 
 from __future__ import annotations
 

@@ -16,14 +16,14 @@ from rgd.weightings._limits import difference, times
 
 @dataclasses.dataclass(frozen=True)
 class GroupDRO(Weighting):
-    """Group distributionally robust optimization: the groups of large loss gain weight, step by step.
+    """Group distributionally robust optimization: groups with a large loss get more weight, step by step.
 
     Each group `g` has a share `q_g`, uniform at the start. At each batch `q_g <- q_g exp(step_size * mean
-    loss of g)`, and the shares are divided by their sum; a group that is absent counts as loss 0. A sample of
-    group `g` then weighs `n q_g / n_g`, with `n_g` of the batch's `n` samples in its group, so that the
-    objective is `sum_g q_g * mean loss of g`. The groups come with the call, as `groups=`.
+    loss of g)`, and the shares are divided by their sum. A group that is absent counts as loss 0. A sample of
+    group `g` then has the weight `n q_g / n_g`, with `n_g` of the batch's `n` samples in its group, so that
+    the objective is `sum_g q_g * mean loss of g`. Give the groups in the call, as `groups=`.
 
-    The state is `{"shares": q}`. A batch with a loss that is not finite leaves it as it was.
+    The state is `{"shares": q}`. A batch with a loss that is not finite does not change it.
 
     Args:
         groups: The number of groups, a positive integer; a sample's group is a number in 0..groups-1.
@@ -81,10 +81,10 @@ class GroupDRO(Weighting):
         sizes = batch.sum(member)
         present = sizes > 0
         sizes = xp.where(present, sizes, 1.0)
-        # Where a loss is 0 by belonging to another group, an infinite one must not spoil it.
+        # The losses of other groups are replaced by 0; an infinite one times 0 would be NaN.
         mean_losses = batch.sum(xp.where(member > 0, losses, 0.0)) / sizes
         rise = times(xp, self.step_size, xp.where(present, mean_losses, 0.0))
-        # Groups of infinite loss share all the weight, also where a share has come down to 0.
+        # Groups of infinite loss share all the weight, also if their shares had become 0.
         logarithm = xp.where(rise == float("inf"), rise, xp.log(state["shares"]) + rise)
         shares = xp.exp(difference(xp, logarithm, xp.max(logarithm)))
         shares = shares / xp.sum(shares)

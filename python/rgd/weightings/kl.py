@@ -16,19 +16,20 @@ from rgd.weightings._limits import difference, times
 
 @dataclasses.dataclass(frozen=True)
 class KL(Weighting):
-    """Exponential weights, `w_i = exp(s * min(l_i, tau))`: the dial from wrong labels to the tail.
+    """Exponential weights, `w_i = exp(s * min(l_i, tau))`, with the dial `s`.
 
-    With `s > 0` hard samples weigh more: this is Re-weighted Gradient Descent, distributionally robust
-    optimization with a Kullback-Leibler penalty. `s = 0` is plain training. With `s < 0` samples of large
-    loss weigh less, which resists wrong labels: for `l = -log p` and `s = -q` the gradient is that of
-    generalized cross-entropy, `(1 - p^q) / q`, and for `s = -1` the weight is the label's probability.
+    With `s > 0` hard samples get larger weights: this is Re-weighted Gradient Descent, distributionally
+    robust optimization with a Kullback-Leibler penalty. `s = 0` is plain training. With `s < 0` samples of
+    large loss get smaller weights, which resists wrong labels. For `l = -log p` and `s = -q` the gradient is
+    that of generalized cross-entropy, `(1 - p^q) / q`, and for `s = -1` the weight is the label's
+    probability.
 
     With `normalize=True` the weights are divided by their mean over the batch, so that they average to one.
 
     Args:
-        tau: Clipping factor, a positive number in units of the loss: a loss above `tau` weighs as one at
-            `tau`. `math.inf` clips nothing, and then `scale` must be given. None stands for 1, or for
-            infinity where `scale` is negative.
+        tau: Clipping factor, a positive number in units of the loss: a loss above `tau` has the weight of a
+            loss of `tau`. `math.inf` clips nothing, and then `scale` must be given. None stands for 1, or for
+            infinity if `scale` is negative.
         scale: Scaling factor `s`, a finite number in units of 1/loss; None stands for the paper's
             `1 / (tau + 1)`.
         normalize: Whether the weights of a batch are divided by their mean. With `tau=math.inf` and
@@ -86,7 +87,7 @@ class KL(Weighting):
         super().__post_init__()
         scale: Any = self.scale
         if self.tau is None:  # pyright: ignore[reportUnnecessaryComparison]
-            if is_array(scale):  # traced, perhaps: its sign decides, where it is known
+            if is_array(scale):  # it may be traced; its sign decides, if it is known
                 tau = array_api_compat.array_namespace(scale).where(scale < 0, math.inf, 1.0)
             else:
                 tau = 1.0 if scale is None or scale >= 0 else math.inf
@@ -101,35 +102,35 @@ class KL(Weighting):
 
     @property
     def pointwise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether each weight depends on its own loss alone: unless they are normalised."""
+        """Whether each weight depends on its own loss alone, which is so if they are not normalised."""
         return not self.normalize
 
     @property
     def mean_one(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether the weights average to one: if they are normalised."""
+        """Whether the weights average to one, which is so if they are normalised."""
         return self.normalize
 
     @property
     def clip(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The loss from which on the weight no longer changes: `tau`."""
+        """The loss above which the weight no longer changes: `tau`."""
         return self.tau
 
     @property
     def effective_scale(self) -> float:
-        """The factor that multiplies the clipped loss: `scale`, or `1 / (tau + 1)` where none was given."""
+        """The factor that multiplies the clipped loss: `scale`, or `1 / (tau + 1)` if none was given."""
         return 1.0 / (self.tau + 1.0) if self.scale is None else self.scale
 
     def with_scale(self, scale: float | None) -> KL:
-        """The same with another scale.
+        """The same weighting with another scale.
 
-        Where its sign changes, and `tau` is the one chosen for the old sign, it is chosen for the new one.
+        If the sign changes while `tau` is the default of the old sign, `tau` becomes that of the new sign.
         """
         new = dataclasses.replace(self, tau=None, scale=scale)
         tau = self.tau if self.tau != KL(scale=self.scale).tau else new.tau
         return dataclasses.replace(new, tau=tau)
 
     def numbers_fit(self) -> Any:
-        """A traced `tau` may be infinite only where a scale was given, as at construction."""
+        """A traced `tau` may be infinite only if a scale was given, as at construction."""
         return True if self.scale is not None or not is_array(self.tau) else self.tau < math.inf
 
     def log_weights(self, batch: Batch) -> Any:
@@ -154,7 +155,7 @@ class KL(Weighting):
 
     @property
     def is_plain(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether every weight is 1: at scale 0."""
+        """Whether every weight is 1, which is so at scale 0."""
         return self.effective_scale == 0.0
 
     def _exponent(self, batch: Batch) -> Any:
@@ -162,7 +163,7 @@ class KL(Weighting):
         xp, losses, scale = batch.xp, batch.losses, self.effective_scale
         clipped = xp.where(losses > self.tau, self.tau, losses)
         if self.normalize:
-            # From the clipped loss of the largest weight, so that nothing overflows.
+            # Subtract the clipped loss of the largest weight, so that nothing overflows.
             heaviest = xp.where(batch.scalar(scale) < 0, batch.min(clipped), batch.max(clipped))
             clipped = difference(xp, clipped, heaviest)
         return times(xp, scale, clipped)

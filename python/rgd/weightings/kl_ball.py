@@ -18,8 +18,8 @@ class KLBall(Weighting):
     The weights are `q / p` with `q` the solution of `max_q <q, l>` subject to `KL(q || p) <= radius`:
     `w = softmax(l / gamma) / p`, with `gamma` the root of `KL = radius`. They average to one. A radius of
     `-log(m)` or more, where the samples of the largest loss have the share `m` of the measure, puts all
-    weight on those; equal losses get equal weights. Infinite losses share all the weight, whatever the
-    radius.
+    weight on those; equal losses get equal weights. Infinite losses share all the weight, for any radius
+    above 0.
 
     Args:
         radius: Radius of the ball in nats, a number >= 0. 0 is plain empirical risk minimization.
@@ -48,7 +48,7 @@ class KLBall(Weighting):
         xp, losses, radius = batch.xp, batch.losses, batch.scalar(self.radius)
         ball = gaps_of(batch)
         gaps, mean = ball.values, ball.mean
-        # Losses of -inf, which weigh nothing, take their part of the divergence.
+        # Losses of -inf have weight 0, which uses a part of the divergence.
         left = radius + xp.log(ball.left)
         left = xp.where(left < 0, 0.0, left)
         limit = -xp.log(ball.share)
@@ -70,14 +70,14 @@ class KLBall(Weighting):
             value, weights, logarithm = divergence(log_b)
             return value - target, mean(weights * (logarithm - value) ** 2)
 
-        # With gaps in [-1, 0], KL(b) <= b^2 / 8; at 1000 / nearest all weight lies on the largest losses.
+        # With gaps in [-1, 0], KL(b) <= b^2 / 8. At 1000 / nearest all weight is on the largest losses.
         largest = xp.finfo(losses.dtype).max / 8
         high = 1000.0 / nearest
         high = xp.log(xp.where(high < largest, high, largest))
         low, high = bracketed(
             batch, lambda log_b: divergence(log_b)[0] - target, xp.log(8.0 * target) / 2, high
         )
-        # A root on the bracket's end may lie beyond it by a rounding.
+        # Rounding may put a root at the bracket's end just beyond it.
         width = high - low
         log_b = polished(batch, excess, (low + high) / 2, (low - width, high + width))
         weights = xp.exp(xp.exp(log_b) * gaps)

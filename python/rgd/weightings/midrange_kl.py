@@ -15,12 +15,12 @@ from rgd.weightings._limits import difference, small, times
 class MidrangeKL(Weighting):
     """Exponential weights clipped at the middle between the smallest and the largest loss of the batch.
 
-    `w_i = exp(s * min(l_i, (min l + max l) / 2))`, divided by their mean. No clip has to be chosen, which
-    suits a language model, whose losses begin far above any fixed `tau`. In the paper the scale grows from 0
-    after a warm-up: `rgd.torch.WeightingSchedule` or an optax schedule does that.
+    `w_i = exp(s * min(l_i, (min l + max l) / 2))`, divided by their mean. You need not choose a clip, which
+    helps with language models, whose losses begin far above any fixed `tau`. In the paper the scale grows
+    from 0 after a warm-up: use `rgd.torch.WeightingSchedule` or an optax schedule for this.
 
-    Infinite losses are the limit of ever larger ones: with `s > 0` they share all the weight, with `s < 0`
-    they weigh 0.
+    For infinite losses the weights are their limits as the loss grows: with `s > 0` these losses share all
+    the weight, with `s < 0` their weight is 0.
 
     Args:
         scale: Scaling factor `s`, a finite number, in units of 1/loss, or with `relative` without a unit.
@@ -61,8 +61,8 @@ class MidrangeKL(Weighting):
         losses = small(batch.losses)
         top, bottom = batch.max(losses), batch.min(losses)
         half_range = xp.where(top > bottom, (top - bottom) / 2, 0.0)
-        # From the end where weights are largest. Beyond the middle, seen from the bottom, and up to it, seen
-        # from the top, the weight does not change.
+        # Losses are measured from the end with the largest weights. Above the middle the weight does not
+        # change.
         distance = xp.abs(difference(xp, losses, xp.where(falling, bottom, top)))
         clipped = xp.where(
             falling,

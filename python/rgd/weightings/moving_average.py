@@ -14,14 +14,14 @@ from rgd.weightings.trimmed import require_weighting
 
 @dataclasses.dataclass(frozen=True)
 class MovingAverage(Weighting):
-    """The weights of a pointwise weighting over a running mean of them: about one on average, batch by batch.
+    """The weights of a pointwise weighting, divided by their running mean: about one on average.
 
-    First `u <- decay * u + (1 - decay) * mean(w)`, then the weights are `w / u`. `u` starts as the first
-    batch's mean. Division by the mean of a small batch is biased; the running mean, which looks back over
-    about `1 / (1 - decay)` batches, is less so. All of it is computed in logarithms.
+    First `u <- decay * u + (1 - decay) * mean(w)`, then the weights are `w / u`. `u` starts as the mean of
+    the first batch. Division by the mean of a small batch is biased. The running mean covers about
+    `1 / (1 - decay)` batches and is less biased. The computation uses logarithms.
 
     The state is `{"log_mean": log(u), "updates": number of batches}`. A batch with a loss that is not finite
-    leaves it as it was, and so do the first batches as long as all their weights are 0. Those stay 0.
+    does not change it, nor do first batches whose weights are all 0; their weights stay 0.
 
     Args:
         weighting: A pointwise weighting, such as `rgd.KL(math.inf, scale=1.0)`.
@@ -61,11 +61,11 @@ class MovingAverage(Weighting):
 
     @property
     def clip(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """That of the inner weighting."""
+        """The clip of the inner weighting."""
         return self.weighting.clip
 
     def init(self) -> dict[str, float | int]:
-        """No batch yet."""
+        """The state before the first batch: no mean, and no batches."""
         return {"log_mean": 0.0, "updates": 0}
 
     def step(self, batch: Batch, state: Any) -> tuple[Any, Any]:
@@ -73,7 +73,7 @@ class MovingAverage(Weighting):
         xp, decay = batch.xp, batch.scalar(self.decay)
         logarithm = self.weighting.log_weights(batch)
         old, updates = state["log_mean"], state["updates"]
-        # All is measured from the largest weight; where there are only zeros, from 1.
+        # Logarithms are relative to the largest weight, or to 1 if all weights are 0.
         top = batch.max(logarithm)
         top = xp.where(top == -float("inf"), 0.0, top)
         logarithm = difference(xp, logarithm, top)
@@ -81,7 +81,7 @@ class MovingAverage(Weighting):
         mixed = xp.logaddexp(xp.log(decay) + difference(xp, old, top), xp.log1p(-decay) + mean)
         mean = xp.where(updates == 0, mean, mixed)
         new = mean + top
-        # No mean to divide by: all weights so far were 0, and stay so.
+        # If all weights so far were 0, there is no mean to divide by, and the weights stay 0.
         weights = xp.exp(logarithm - xp.where(mean == -float("inf"), 0.0, mean))
         known = xp.isfinite(new)
         after = {"log_mean": xp.where(known, new, old), "updates": xp.where(known, updates + 1, updates)}

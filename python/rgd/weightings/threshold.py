@@ -14,7 +14,7 @@ from rgd.weightings._batch import Batch
 class Threshold(Weighting):
     """Drops large losses: `w_i = 1` where `l_i <= max_loss`, else 0.
 
-    A sample is kept or left out by its own loss alone. The objective still divides by all samples, so the
+    Each sample is kept or left out by its own loss alone. The objective still divides by all samples, so the
     weights do not average to one. `Trimmed(ERM(), fraction)` leaves out a share of each batch instead.
 
     Args:

@@ -15,11 +15,12 @@ from rgd.weightings._tail import share_in_tail
 class Trimmed(Weighting):
     """Leaves out the share `fraction` of the measure with the largest losses, and weights the rest.
 
-    The sample at the edge of that share is left out in part, and samples of equal loss alike. The weighting
-    sees what is left. The objective still divides by all, so the weights do not average to one.
+    The sample at the edge of that share is left out in part, and of samples with equal losses equal parts are
+    left out. The weighting gets the rest. The objective still divides by all samples, so the weights do not
+    average to one.
 
     Args:
-        weighting: What weights the rest.
+        weighting: Weights the rest.
         fraction: The share that is left out, in [0, 1).
 
     Raises:
@@ -60,7 +61,7 @@ class Trimmed(Weighting):
         return self.step(batch, None)[0]
 
     def step(self, batch: Batch, state: Any) -> tuple[Any, Any]:
-        """The same, with the state of the inner weighting."""
+        """The same weights, and the state of the inner weighting."""
         xp = batch.xp
         kept = 1.0 - share_in_tail(batch, self.fraction)
         weights, state = weigh(self.weighting, batch.reweighed(batch.measure * kept), state)
@@ -76,11 +77,11 @@ class Trimmed(Weighting):
 
     @classmethod
     def of_kernel(cls, numbers: tuple[float, ...], inner: str = "") -> Trimmed:
-        """The weighting of a kernel's numbers and of the name of its inner kernel."""
+        """The weighting of a kernel's numbers and the name of its inner kernel."""
         return cls(weighting_of((inner, numbers[1:])), numbers[0])
 
 
 def require_weighting(weighting: Any) -> None:
-    """Refuse an inner weighting that is none."""
+    """Refuse an inner weighting that is no weighting."""
     if not isinstance(weighting, Weighting):
         raise TypeError(f"weighting must be an rgd.Weighting, such as rgd.KL(tau=1.0), got {weighting!r}")

@@ -52,7 +52,7 @@ class Objective(torch.autograd.Function):
             options: The settings.
             normalizer: The number that "mean" divides by; None for `sum p c`.
         """
-        # Reading a saved tensor that was changed in place is an error. So the gradient is no saved tensor, and
+        # Reading a saved tensor that was changed in place is an error. So the gradient is kept otherwise;
         # only a second derivative reads the others. Hooks on saved tensors get all, to offload or drop it.
         objective, grad = computed
         if saved_tensors_hooks(False) is None:

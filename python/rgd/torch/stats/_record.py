@@ -1,4 +1,4 @@
-"""What a call of a loss leaves behind, and the statistics computed from it when somebody asks."""
+"""The record of a call of a loss, and the statistics that are computed from it on request."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from rgd.weightings import Weighting
 
 
 class Filled(NamedTuple):
-    """What a backend computes for a problem.
+    """The results of a backend for a problem.
 
     Attributes:
         losses: One a target, detached.
-        weights: One a unit; with segments one a target.
+        weights: One a unit; with segments, one a target.
         divisor: `sum p c` of the targets, by which "mean" divides without a normalizer.
         all_count: Whether it is known that no target is ignored.
-        of_units: With segments the weights of the units.
+        of_units: With segments, the weights of the units.
     """
 
     losses: Tensor
@@ -48,19 +48,19 @@ class Filled(NamedTuple):
 
 
 class Record(NamedTuple):
-    """The plain losses of a call and their weights, detached, and what was left out.
+    """The plain losses of a call and their weights, detached, with masks, measure and groups.
 
     Attributes:
         losses: One a target, 0 where the target is ignored.
-        weights: One a target, one a sample of the leading axis, or one a segment; 0 where all is ignored.
-        divisor: `sum p c` of the targets; a tensor where it lies on a device that nobody has waited for.
-        measure: The base measure of each weight, with segments of each target; None for ones.
+        weights: One a target, one a sample of the leading axis, or one a segment; 0 if all is ignored.
+        divisor: `sum p c` of the targets; a tensor if it is on a device that has not been waited for.
+        measure: The base measure of each weight; with segments, of each target; None for ones.
         counted: Which losses count, bool; None for all that `measure` counts.
-        groups: The group of each weight, where they were given.
-        backend: What computed it.
-        version: How often `losses` had been changed in place, where they are the caller's; else None.
-        normalizer: What the objective was divided by in the place of the divisor; None for that.
-        segments: Which unit each target belongs to, where segments are the units.
+        groups: The group of each weight, or None.
+        backend: The name of the backend.
+        version: The version counter of `losses` at the call, if they are the caller's tensor; else None.
+        normalizer: The number that the objective was divided by instead of the divisor, or None.
+        segments: The unit of each target, if segments are the units.
         reference: The losses of a reference model that these were compared with; or None.
     """
 
@@ -78,7 +78,7 @@ class Record(NamedTuple):
 
     @classmethod
     def of(cls, problem: Problem, filled: Filled, backend: str) -> Record:
-        """The record of a problem, with the measure that was given, whatever it was divided by since."""
+        """The record of a problem, with the caller's measure, which is not divided by a power of two."""
         measure, divisor, normalizer = problem.measure, filled.divisor, problem.normalizer
         if problem.power != 1.0:
             measure, divisor = problem.given_measure, times_power(divisor, problem.power)
@@ -103,7 +103,7 @@ class Record(NamedTuple):
         return self.changed(**copies)
 
     def guarded(self) -> Record:
-        """The record of losses and a mask of the caller: a copy of that, and word of changes of those."""
+        """The record for losses and a mask of the caller: copies the mask, and notes the losses' version."""
         if self.version is not None:
             return self
         record = self.changed(counted=_copy(self.counted))
@@ -120,7 +120,7 @@ class Record(NamedTuple):
             )
 
     def units(self) -> Units:
-        """What has a weight each: targets, or samples with their mean losses."""
+        """The units, which have one weight each: targets, or samples with their mean losses."""
         losses, measure, counted, reference = self.losses, self.measure, self.counted, self.reference
         number = of_targets = None
         segments = self.segments
@@ -146,7 +146,7 @@ class Record(NamedTuple):
         return Units(losses, self.weights, measure, of_targets, number, excess)
 
     def groups_of(self, groups: Tensor | None) -> Tensor | None:
-        """The group of each unit, checked, from what a caller gave."""
+        """The group of each unit, checked, from the caller's groups."""
         if self.segments is not None:
             return self.segments.groups(groups, self.losses.device)
         per = "sample" if self.weights.dim() < self.losses.dim() else "element"
@@ -167,9 +167,9 @@ class Record(NamedTuple):
     def stats(
         self, weighting: Weighting | None, groups: Tensor | None = None, group: Any = None
     ) -> WeightStats:
-        """The statistics of the weights, which `weighting` gave; waits for the device they lie on.
+        """The statistics of the weights, which `weighting` made. This waits for the device.
 
-        With a process group: of the weights of all its processes.
+        With a process group they cover the weights of all its processes.
 
         Raises:
             RuntimeError: If the losses were changed in place since the call.
@@ -180,7 +180,7 @@ class Record(NamedTuple):
         losses, weights, measure = units.losses, units.weights, units.measure
         sums, divisor = units.sums(clip_of(weighting)), float(record.divisor)
         normalizer = divisor if record.normalizer is None else float(record.normalizer)
-        # The number of targets: what the divisor is without class weights, by which a loss is divided.
+        # The number of targets. Without class weights it is equal to the divisor.
         targets = sums.mass
         if units.number is not None:
             targets = float((units.number if measure is None else units.number * measure).sum())
@@ -208,10 +208,10 @@ class Units(NamedTuple):
     Attributes:
         losses: One a target or a sample.
         weights: The weight of each.
-        measure: The base measure of each, 0 for what takes no part; None for ones.
-        of_targets: Where they are samples, the sum of the losses of each one's targets; else None.
-        number: Where they are samples, how many targets each has; else None.
-        excess: What of each loss exceeds that of a reference model, where there is one.
+        measure: The base measure of each, 0 for a unit that takes no part; None for ones.
+        of_targets: If the units are samples, the sum of the losses of each one's targets; else None.
+        number: If the units are samples, the number of targets of each; else None.
+        excess: Each loss minus that of a reference model; None without one.
     """
 
     losses: Tensor
@@ -269,7 +269,7 @@ def tail_of(losses: Tensor, measure: Tensor | None) -> float:
 def _over_processes(
     sums: WeightSums, others: list[float], device: torch.device, group: Any
 ) -> tuple[WeightSums, list[float]]:
-    """Each number over all processes of a group."""
+    """Each number, summed (or maximised) over all processes of a group."""
     reduced = reduce_sums([*sums, *others], device, group)
     totals, others = reduced[: len(sums)], reduced[len(sums) :]
     largest = reduce_max(sums.largest, device, group)
@@ -280,7 +280,7 @@ _FIELDS = Record._fields
 
 
 def times_power(divisor: Tensor | float, power: float) -> Tensor | float:
-    """The divisor for the measure that was given, from the one for the measure divided by a power of two."""
+    """The divisor for the caller's measure, from the divisor for the measure over a power of two."""
     return (divisor.double() if isinstance(divisor, Tensor) else divisor) * power
 
 
@@ -291,7 +291,7 @@ def _copy(tensor: Tensor | None) -> Tensor | None:
 def sums_of(
     losses: Tensor, weights: Tensor, measure: Tensor | None, clip: float, excess: Tensor | None = None
 ) -> WeightSums:
-    """The sums of the statistics, over tensors of one shape; `excess` is what the clip is for, if given."""
+    """The sums of the statistics, over tensors of one shape. If `excess` is given, the clip applies to it."""
     if excess is not None:
         clipped = sums_of(excess, weights, measure, clip).clipped
         return sums_of(losses, weights, measure, clip)._replace(clipped=clipped)
@@ -317,7 +317,7 @@ def stats_by_group(
 
 
 def _sums(losses: Tensor, weights: Tensor, measure: Tensor | None, clip: float) -> WeightSums:
-    """The sums that `_rgd.weight_sums` takes, by torch operations and one wait for the device."""
+    """The sums of `_rgd.weight_sums`, computed by torch operations, with one wait for the device."""
     numbers = cast("list[float]", _sum_tensor(losses, weights, measure, clip).tolist())  # pyright: ignore[reportUnknownMemberType]
     return WeightSums(int(numbers[0]), *numbers[1:])
 

@@ -1,4 +1,4 @@
-"""What an `RGDLoss` gathers over many calls: the sums behind its statistics, and whether weights matter."""
+"""The totals of an `RGDLoss` over many calls: the sums of its statistics, and a warning about weights."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from rgd.torch._state import is_first_pass, one_at_a_time
 from rgd.torch.stats._record import Record, Units
 from rgd.weightings import Weighting
 
-# Where a sum is a maximum; the last number is the divisor.
+# The position of the maximum among the sums. The last number is the divisor.
 _LARGEST = WeightSums._fields.index("largest")
 _ZERO = [0.0] * (len(WeightSums._fields) + 1)
 
 
 class Totals:
-    """The sums of the statistics over the calls since they were set to zero, and those of the divisors.
+    """The sums of the statistics and of the divisors, over the calls since the last reset.
 
-    Plain numbers for eager calls on the CPU. Otherwise a tensor on the device of the losses: nothing waits
-    for it, and a compiled graph adds to it.
+    They are plain numbers for eager calls on the CPU. Otherwise they are a tensor on the device of the
+    losses: nothing waits for it, and a compiled graph adds to it.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Totals:
     def reset(self) -> None:
         """Set all sums to zero."""
         self._numbers, self._groups = _ZERO, {}
-        # Not to None: a compiled graph is compiled again where a tensor takes the place of None.
+        # Do not set None: a graph is compiled again if a tensor replaces None.
         self._sums = None if self._sums is None else torch.zeros_like(self._sums)
 
     def stats(self, weighting: Weighting, group: Any = None) -> WeightStats:
@@ -95,7 +95,7 @@ def _merged(one: list[float], other: list[float]) -> list[float]:
 
 
 def remark_on(logits: Tensor | None) -> str | None:
-    """What is wrong with logits that are probabilities, in a sentence; waits for their device."""
+    """A sentence if the logits are probabilities, else None. This waits for their device."""
     if logits is None or not logits.numel() or not logits.is_floating_point():
         return None
     rows = logits.detach().movedim(1 if logits.dim() > 1 else 0, -1).float()
@@ -109,14 +109,14 @@ def remark_on(logits: Tensor | None) -> str | None:
 
 
 class Advisor:
-    """Warns once where re-weighting cannot matter. It looks at the calls 1, 2, 4, 8 and so on."""
+    """Warns once if re-weighting has no effect. It checks the calls 1, 2, 4, 8 and so on."""
 
     def __init__(self) -> None:
         self.calls = 0
         self.has_warned = False
 
     def look(self, record: Record, weighting: Weighting, logits: Tensor | None = None) -> None:
-        """Count a call, and look at its statistics, and at its logits, if it is one of those."""
+        """Count a call, and check its statistics and its logits if it is one of these calls."""
         with one_at_a_time():
             self._look(record, weighting, logits)
 
