@@ -42,7 +42,7 @@ impl<const K: usize> Positions<K> {
         merged
     }
 
-    /// How many positions there are.
+    /// The number of positions.
     #[must_use]
     pub fn len(&self) -> usize {
         self.len
@@ -75,7 +75,7 @@ pub struct Run<const K: usize> {
     pub position: usize,
     /// How many there are.
     pub length: usize,
-    /// Where the first lies in each tensor, in elements.
+    /// The offset of the first position in each tensor, in elements.
     pub offsets: [isize; K],
 }
 
@@ -170,7 +170,7 @@ impl<'a, T: Element> Vector<'a, T> {
     }
 }
 
-/// A vector of a float type that the caller need not know.
+/// A vector of any float type.
 pub trait Values: Sync {
     /// How many there are.
     fn count(&self) -> usize;
@@ -202,7 +202,7 @@ impl<T: Element> Values for Vector<'_, T> {
     }
 }
 
-/// A slice whose elements have all been written, as numbers.
+/// A slice whose elements have all been written, as a slice of numbers.
 ///
 /// # Safety
 /// They have all been written.
@@ -211,7 +211,7 @@ pub(crate) unsafe fn written<T: Copy>(slice: &[MaybeUninit<T>]) -> &[T] {
     unsafe { std::slice::from_raw_parts(slice.as_ptr().cast(), slice.len()) }
 }
 
-/// A tensor's memory, shared by the threads of one kernel call that each touch their own part.
+/// A tensor's memory, shared by the threads of one kernel call. Each thread uses its own part.
 #[derive(Debug)]
 pub(crate) struct Shared<T>(pub *mut T);
 

@@ -2,13 +2,12 @@
 //!
 //! Kernels know neither Python nor `DLPack`: [`weightings`] turns losses into sample weights, one file a member of the
 //! family; [`cross_entropy`] turns logits into losses, weights and the gradient of the re-weighted objective;
-//! [`reduce`] sums; [`boosting`] fills the derivatives that boosted trees ask for. They stand on [`numeric`] (float
-//! types, `exp` and `ln`, the choice of instruction set), [`layout`] (strided tensors) and [`parallel`] (the thread
-//! pool).
+//! [`reduce`] sums; [`boosting`] fills the derivatives for boosted trees. They use [`numeric`] (float types, `exp` and
+//! `ln`, the choice of instruction set), [`layout`] (strided tensors) and [`parallel`] (the thread pool).
 //!
-//! With the feature `python`, `bindings` holds the edges: `tensor` reads `NumPy` arrays and `DLPack` tensors as typed
-//! views, `call` reads arguments and releases the interpreter, `weights`, `cross_entropy` and `boosting`
-//! are the functions, `xla` is the custom call that JAX makes.
+//! With the feature `python`, `bindings` holds the Python module: `tensor` reads `NumPy` arrays and `DLPack` tensors as
+//! typed views, `call` reads arguments and releases the interpreter, `weights`, `cross_entropy` and `boosting` hold the
+//! functions, and `xla` holds the custom call for JAX.
 //!
 //! Source of the mathematics: Kumar, Majmundar, Nagaraj, Suggala, "Stochastic Re-weighted Gradient Descent via
 //! Distributionally Robust Optimization", TMLR 2024, arXiv 2306.09222.

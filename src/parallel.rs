@@ -1,8 +1,7 @@
 //! The thread pool of the kernels. It is built at the first large call, and built again in a forked child.
 //!
-//! Work is cut into blocks whose bounds depend on the sizes alone, never on the number of threads. A sum `sum_b s_b` is
-//! taken of the blocks' sums `s_b` in the order of the blocks, so that results are the same, bit for bit, for any
-//! number of threads.
+//! Work is cut into blocks whose bounds depend only on the sizes, and not on the number of threads. The sums `s_b` of
+//! the blocks are added in the order of the blocks. So results are the same, bit for bit, for any number of threads.
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::cell::Cell;
@@ -43,30 +42,30 @@ fn pool() -> Option<&'static ThreadPool> {
     }
 }
 
-/// Why a kernel was given up. It leaves by unwinding, with this as its payload; its outputs may be partly written.
+/// Why a kernel was stopped. The kernel unwinds with this as its payload; its outputs may be partly written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Stop {
-    /// So many bytes could not be allocated.
+    /// This number of bytes could not be allocated.
     OutOfMemory(usize),
-    /// The function given to [`watch`] said so.
+    /// The function given to [`watch`] returned true.
     Interrupted,
 }
 
 impl Stop {
-    /// Gives up the kernel that is running.
+    /// Stops the kernel that is running.
     pub fn raise(self) -> ! {
         resume_unwind(Box::new(self))
     }
 }
 
-/// `count` copies of a value; gives up the kernel if they do not fit into memory.
+/// `count` copies of a value; stops the kernel if they do not fit into memory.
 pub fn filled<T: Clone>(count: usize, value: T) -> Vec<T> {
     let mut vector = with_capacity(count);
     vector.resize(count, value);
     vector
 }
 
-/// An empty vector with room for `count` elements; gives up the kernel if they do not fit into memory.
+/// An empty vector with room for `count` elements; stops the kernel if they do not fit into memory.
 #[must_use]
 pub fn with_capacity<T>(count: usize) -> Vec<T> {
     let mut vector = Vec::new();
@@ -76,10 +75,10 @@ pub fn with_capacity<T>(count: usize) -> Vec<T> {
     vector
 }
 
-/// How long a kernel runs before it looks for an interrupt.
+/// How long a kernel runs before it checks for an interrupt.
 const PATIENCE: Duration = Duration::from_millis(200);
 
-/// The function that says whether this thread was interrupted, and when it was last asked, or the kernel began.
+/// The function that says whether this thread was interrupted, and the time of its last call, or of the kernel's start.
 #[derive(Clone, Copy)]
 struct Watch {
     interrupted: fn() -> bool,
@@ -90,8 +89,8 @@ thread_local! {
     static WATCH: Cell<Option<Watch>> = const { Cell::new(None) };
 }
 
-/// Runs `kernel`, which is given up with [`Stop::Interrupted`] soon after `interrupted` has come true. It is asked on
-/// this thread, between blocks, at most once in 0.2 s.
+/// Runs `kernel`, and stops it with [`Stop::Interrupted`] soon after `interrupted` returns true. `interrupted` is
+/// called on this thread, between blocks, at most once in 0.2 s.
 pub fn watch<R>(interrupted: fn() -> bool, kernel: impl FnOnce() -> R) -> R {
     struct Restore(Option<Watch>);
     impl Drop for Restore {
@@ -103,7 +102,7 @@ pub fn watch<R>(interrupted: fn() -> bool, kernel: impl FnOnce() -> R) -> R {
     kernel()
 }
 
-/// Whether it is time to ask for an interrupt, and there is one.
+/// Whether it is time to check for an interrupt, and there is one.
 fn is_interrupted() -> bool {
     let Some(watch) = WATCH.get() else { return false };
     let now = Instant::now();
@@ -114,15 +113,15 @@ fn is_interrupted() -> bool {
     due && (watch.interrupted)()
 }
 
-/// Gives up the kernel that is running if it is time to ask for an interrupt, and there is one. [`for_each_block`] does
-/// so itself; this is for long loops on one thread.
+/// Stops the running kernel if it is time to check for an interrupt, and there is one. [`for_each_block`] does this
+/// itself; other long loops on one thread must call it.
 pub fn stop_if_interrupted() {
     if is_interrupted() {
         Stop::Interrupted.raise();
     }
 }
 
-/// Elements that a loop on one thread works through in far less than [`PATIENCE`].
+/// A number of elements for which a loop on one thread takes much less time than [`PATIENCE`].
 pub const STRETCH: usize = 1 << 22;
 
 /// Calls `block(i)` once for every `i` below `blocks`, on at most `threads` threads, the calling one among them.

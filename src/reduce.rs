@@ -1,8 +1,8 @@
-//! Weighted sums, the sums that the statistics of a batch of weights are made of, and widening to `f64`.
+//! Weighted sums, the sums for the statistics of a batch of weights, and conversion to `f64`.
 //!
-//! With base measure `p` (1 where none is given): `sum_i p_i w_i l_i`, `sum_i p_i w_i^2` and so on, in `f64`, summed
-//! per block of a fixed size and then over the blocks in order. A sample with `p_i = 0` takes no part. A weight of zero
-//! gives a product of zero, also with an infinite loss; a NaN loss stays NaN.
+//! With base measure `p` (1 if none is given) these are `sum_i p_i w_i l_i`, `sum_i p_i w_i^2` and so on. They are
+//! summed in `f64`, per block of a fixed size and then over the blocks in order. A sample with `p_i = 0` takes no part.
+//! A weight of zero gives a product of zero, also with an infinite loss; a NaN loss stays NaN.
 
 use crate::layout::{Shared, Values};
 use crate::numeric::{Isa, Kernel, MulAdd, Real, dispatch};
@@ -15,7 +15,7 @@ const BLOCK: usize = 2048;
 /// Elements of a block that are read at a time.
 const CHUNK: usize = 256;
 
-/// How many partial sums are kept, so that adding a row of as many products to them is vector code.
+/// The number of partial sums. Adding a row of this many products to them compiles to vector code.
 const ROW: usize = 64;
 
 /// Elements below which waking a thread costs more than it saves.
@@ -25,7 +25,7 @@ const PARALLEL: usize = 32 * BLOCK;
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 #[cfg_attr(feature = "python", derive(pyo3::IntoPyObject))]
 pub struct WeightSums {
-    /// How many have `p > 0`.
+    /// The number of samples with `p > 0`.
     pub count: usize,
     /// `sum p`.
     pub mass: f64,
@@ -53,7 +53,7 @@ pub fn product<A: Real>(weight: A, value: A) -> A {
     if weight == zero && !value.to_f64().is_nan() { zero } else { weight * value }
 }
 
-/// Adds the products of a chunk to `lanes`, of which the base measure is already part of `weights`.
+/// Adds the products of a chunk to `lanes`. The weights have been multiplied by the base measure already.
 struct Products<'a> {
     values: &'a [f64],
     weights: &'a [f64],
@@ -109,7 +109,7 @@ pub fn weighted_sum(
     total(map_blocks(n.div_ceil(BLOCK), threads, sum))
 }
 
-/// The sum of numbers in order. That of none is 0, where that of an iterator is -0.
+/// The sum of numbers in order. Without numbers it is 0; `Iterator::sum` would return -0.
 pub fn total(numbers: impl IntoIterator<Item = f64>) -> f64 {
     numbers.into_iter().fold(0.0, |sum, x| sum + x)
 }

@@ -2,17 +2,17 @@
 
 Every tensor argument is a NumPy array, a CPU object that supports DLPack, or a `Borrowed`; none is copied.
 Outputs are allocated by the caller, may be uninitialised, and are filled in place; they must not share memory
-with another argument, except that a gradient may take the place of the logits. The accumulator's dtype is
+with another argument, except that a gradient may overwrite the logits. The accumulator's dtype is
 float64 for float64 tensors, else float32. `threads` is the largest number of threads to use; a result does
 not depend on it.
 
 A weighting is given as the name of its kernel and its numbers:
 
 - `"kl"`: tau, scale, and 1.0 for weights that are divided by their mean, else 0.0.
-  `exp(scale * min(l, tau))`; the scale may be negative and tau infinite. Pointwise where not divided.
+  `exp(scale * min(l, tau))`; the scale may be negative and tau infinite. Pointwise if not divided.
 - `"kl_ball"`: radius. The worst distribution within a Kullback-Leibler ball.
 
-Another name, or another number of numbers, is a ValueError that lists the names known.
+An unknown name, or a wrong number of numbers, is a ValueError that lists the known names.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ from typing import Any, SupportsFloat
 class Borrowed:
     """A DLPack tensor that was imported once, for any number of kernels to read.
 
-    A capsule can be imported only once. What the tensor says of itself is checked: it lies in the CPU's
+    A capsule can be imported only once. The description of the tensor is checked: the tensor is in the CPU's
     memory, its numbers do not contradict each other, and every element has an address. Its deleter is called
-    when this object ends.
+    when this object is destroyed.
 
     Args:
         name: The argument's name, for the messages.
@@ -31,8 +31,8 @@ class Borrowed:
 
     Raises:
         BufferError: If the tensor's description contradicts itself.
-        TypeError: If it is nothing of the kind, is of a later major version, or its producer refuses.
-        ValueError: If it lies on another device, has no data, is not aligned, or is a capsule already
+        TypeError: If `given` is no such object, has a later major version, or its producer refuses.
+        ValueError: If it is on another device, has no data, is not aligned, or is a capsule already
             consumed.
     """
 
@@ -45,7 +45,7 @@ class Borrowed:
         """The name of the dtype, which need not be one that the kernels serve."""
 
 class RepeatedCrossEntropy:
-    """`cross_entropy` for calls whose tensors are alike but for where they lie.
+    """`cross_entropy` for calls whose tensors differ only in their addresses.
 
     Args:
         dtype: Of the logits: "float64", "float32", "float16" or "bfloat16".
@@ -94,17 +94,17 @@ class RepeatedCrossEntropy:
     ) -> tuple[float, int] | None:
         """Fill `losses`, `weights`, `objective` and `grad`; returns and raises as `cross_entropy`.
 
-        The first six are the addresses of tensors that the caller vouches for: they are in the CPU's memory,
-        contiguous, of the dtypes and shapes of this call, and no output shares memory with another tensor.
-        So are those of the measure, in the losses' dtype, of the groups, int64, and of the leaves of the
-        state, float64, which are moved.
+        The first six are addresses of tensors. The caller guarantees that these are in the CPU's memory,
+        contiguous, of the dtypes and shapes of this call, and that no output shares memory with another
+        tensor. The same is true of the measure, in the losses' dtype, of the groups, int64, and of the leaves
+        of the state, float64, which are updated.
 
         Returns None and fills nothing if a number of the measure is negative, not finite or above 1e18, or if
         the largest is below 1e-18 and not 0.
         """
 
 class RepeatedWeights:
-    """`sample_weights` without a measure, groups and state, for tensors that only lie elsewhere each time.
+    """`sample_weights` without measure, groups and state, for calls that differ only in their addresses.
 
     Args:
         dtype: Of the losses: "float64", "float32", "float16" or "bfloat16".
@@ -154,9 +154,9 @@ def sample_weights(
     groups: Any | None = None,
     state: Sequence[Any] | None = None,
 ) -> None:
-    """Fill `weights` from `losses`, and move `state`.
+    """Fill `weights` from `losses`, and update `state`.
 
-    A kernel over another one spells it in its name, as `moving_average(kl)` does; its numbers come first, and
+    A kernel over another one has it in its name, as `moving_average(kl)`. Its own numbers come first, and
     then those of the inner kernel.
 
     Args:
@@ -169,13 +169,13 @@ def sample_weights(
             ones. Where it is 0, a loss takes no part, and its weight is 0.
         groups: The group of each loss, int64 or int32, of the losses' shape; for a kernel that asks for them.
         state: The leaves of the weighting's state in the order of `init()`, float64 and contiguous, of one
-            entry where a leaf is a number; for a kernel that remembers. They are left as they are where no
-            loss takes part, or one that does is not finite.
+            entry if a leaf is a number; for a kernel that remembers. They do not change if no loss takes
+            part, or if a loss that takes part is not finite.
 
     Raises:
         ValueError: If a shape does not fit, the kernel or its number of numbers is not known, the measure
-            holds what it must not, groups or a state are missing, or a group is out of range. Nothing was
-            written.
+            holds a number that is negative or not finite, groups or a state are missing, or a group is out of
+            range. Nothing was written.
     """
 
 def widen(values: Any, out: Any, threads: int) -> None:
@@ -185,7 +185,7 @@ def weighted_sum(values: Any, weights: Any, measure: Any | None, threads: int) -
     """The sum of `measure * weights * values`, accumulated in float64.
 
     A product with a weight of zero is zero, unless the value is NaN. Where `measure` is zero the sample takes
-    no part: it adds zero whatever its value and weight.
+    no part: it adds zero for any value and weight.
 
     Args:
         values: Of any shape, strides and float dtype, as are the others.
@@ -231,14 +231,14 @@ def cross_entropy(
     z_loss: float = 0.0,
     normalizer: SupportsFloat | None = None,
 ) -> tuple[float, int]:
-    """Re-weighted cross-entropy, and its gradient where `grad` is given.
+    """Re-weighted cross-entropy, and its gradient if `grad` is given.
 
     A weight of zero gives a product and a gradient of zero, also for an infinite loss; a NaN loss stays NaN.
 
-    With a z-loss `z` the objective has `p * w * l + p * z * Z^2` in the place of `p * w * l`, `Z` the
-    logsumexp of the target's logits as adjusted. Neither the weight nor the class weight multiplies it,
-    "mean" divides it like the rest, and a target that takes no part adds nothing. Losses and weights do not
-    see it.
+    With a z-loss `z`, `p * w * l` in the objective becomes `p * w * l + p * z * Z^2`, with `Z` the logsumexp
+    of the target's adjusted logits. Neither the weight nor the class weight multiplies this term, "mean"
+    divides it like the rest, and a target that takes no part adds nothing. It does not change losses and
+    weights.
 
     Args:
         logits: (C,), (N, C) or (N, C, d1, ..., dk); float32, float64, float16 or bfloat16.
@@ -247,7 +247,7 @@ def cross_entropy(
         class_weight: (C,), contiguous, in the accumulator's dtype.
         measure: Base measure `p`, contiguous, in the accumulator's dtype: one a target or, with
             `per_sample`, one a sample. A target with `p = 0` takes no part, as if it were ignored, and its
-            index is not looked at.
+            index is not read.
         kind: Name of the weighting's kernel.
         numbers: The weighting's numbers.
         ignore_index: The index of a target that takes no part.
@@ -267,7 +267,7 @@ def cross_entropy(
         logit_adjustment: (C,), contiguous, in the accumulator's dtype: added to the logits of each class as
             they are read. The gradient is that with respect to the logits; this is a constant.
         z_loss: The factor `z`, a finite number >= 0.
-        normalizer: What "mean" divides by, a positive number; None for the denominator of this call.
+        normalizer: A positive number that "mean" divides by; None for the denominator of this call.
 
     Returns:
         The denominator of "mean" (the sum of `p` times the target's class weight; for class probabilities,
@@ -302,8 +302,8 @@ def cross_entropy_losses(
         losses: Output, as there.
         threads: As there.
         logit_adjustment: As there.
-        logsumexp: Output like `losses`, if it is wanted: the logsumexp `Z` of each target's logits as
-            adjusted, of which a z-loss is made; 0 for an ignored target.
+        logsumexp: Output like `losses`, if it is wanted: the logsumexp `Z` of each target's adjusted logits,
+            for a z-loss; 0 for an ignored target.
 
     Returns:
         The number of targets that are not ignored.
@@ -328,10 +328,10 @@ def cross_entropy_gradient(
     logsumexp: Any | None = None,
     normalizer: SupportsFloat | None = None,
 ) -> tuple[float, int]:
-    """The objective of given losses and weights, and its gradient where `grad` is given.
+    """The objective of given losses and weights, and its gradient if `grad` is given.
 
-    With the losses of `cross_entropy_losses` and pointwise weights of these this is the second half of
-    `cross_entropy`, to the last bit; the weights may be any, and count as constants of the gradient.
+    With the losses of `cross_entropy_losses` and their pointwise weights, this is the second half of
+    `cross_entropy`, to the last bit. The weights may be any numbers, and are constants of the gradient.
 
     Args:
         logits: As for `cross_entropy`, like all that is not named here.
@@ -344,13 +344,13 @@ def cross_entropy_gradient(
         reduction: As there.
         losses: Input: one loss a target, accumulator's dtype, contiguous, 0 for an ignored target.
         weights: Input: one weight a target or, with `per_sample`, one a sample; accumulator's dtype,
-            contiguous. Finite where nothing takes part.
+            contiguous. It must be finite also where no target takes part.
         objective: Output, as there.
         grad: Output, as there.
         threads: As there.
         logit_adjustment: As there.
         z_loss: As there.
-        logsumexp: Input, needed where `z_loss` is not 0: as `cross_entropy_losses` fills it.
+        logsumexp: Input, needed if `z_loss` is not 0: the output of `cross_entropy_losses`.
         normalizer: As there.
 
     Returns:
@@ -379,15 +379,15 @@ def cross_entropy_rows(
 ) -> int:
     """Losses, pointwise weights, and the gradient of `sum_i norm_i * (w_i * l_i + z * Z_i^2)`.
 
-    A caller who makes the logits some rows at a time knows by what each row's part of the objective is
-    multiplied: its base measure over the divisor of all rows.
+    It is for callers that compute the logits of some rows at a time. The norm of a row is the factor of its
+    part of the objective: its base measure over the divisor of all rows.
 
     Args:
         logits: As for `cross_entropy`, like all that is not named here.
         target: As there.
         class_weight: As there.
-        norms: One a target, contiguous, in the accumulator's dtype. Where it is 0 the gradient is 0, whatever
-            the weight; loss and weight are as for any other.
+        norms: One a target, contiguous, in the accumulator's dtype. Where it is 0 the gradient is 0, for any
+            weight; loss and weight are computed as for other targets.
         kind: As there, of a pointwise weighting.
         numbers: As there.
         ignore_index: As there.
@@ -445,7 +445,7 @@ def boosting_losses(loss: str, margins: Any, labels: Any, losses: Any, threads: 
     """Fill `losses` for boosted trees; arguments as for `boosting_derivatives`.
 
     Returns:
-        The first sample whose label is not allowed, if there is one; then nothing of use was filled.
+        The first sample whose label is not allowed, if there is one; the output is then undefined.
     """
 
 def boosting_derivatives(
@@ -468,27 +468,27 @@ def boosting_derivatives(
         margins: (n, k), float32 or float64, any strides; k is 1 unless for "softmax".
         labels: (n,), any float dtype and strides: in [0, 1], or classes, or any finite numbers.
         measure: Base measure, (n,), finite numbers >= 0; None: all ones.
-        weights: (n,), in the place of a weighting.
-        kind: Name of the kernel of a pointwise weighting, in the place of weights.
+        weights: (n,), instead of a weighting.
+        kind: Name of the kernel of a pointwise weighting, instead of weights.
         numbers: The weighting's numbers.
-        curvature: A factor of the Hessian; None for the gradient's absolute value in the Hessian's place.
+        curvature: A factor of the Hessian; None for the gradient's absolute value instead of the Hessian.
         gradient: Output, float64, of the margins' shape, any strides.
         hessian: Output, as the gradient.
         threads: The largest number of threads to use.
 
     Returns:
-        What is wrong, "label", "measure" or "overflow" (a derivative that does not fit into float32, or a
-        negative weight), and the first sample where it is; None where nothing is wrong. Then the largest
-        weight of the samples whose measure is not 0. If something is wrong, nothing of use was filled.
+        The fault, "label", "measure" or "overflow" (a derivative that does not fit into float32, or a
+        negative weight), and the first sample that has it; None if there is no fault. Then the largest
+        weight of the samples whose measure is not 0. If there is a fault, the output is undefined.
     """
 
 def label_out_of_range(label: int, position: Sequence[int], classes: int) -> str:
-    """What is wrong with a label that is no class, in the words of the kernels.
+    """The message of the kernels for a label that is no class.
 
     Args:
         label: The label.
-        position: Where it stands in the target.
-        classes: How many classes there are.
+        position: Its position in the target.
+        classes: The number of classes.
 
     Returns:
         The message of an IndexError.
@@ -511,12 +511,12 @@ def xla_handler() -> object:
     """The XLA FFI handler of the fused cross-entropy for the CPU, for `jax.ffi.register_ffi_target`.
 
     Its operands are logits (..., C), labels (...), int32, -1 for one that takes no part, settings
-    (..., 3 + K): norm (what multiplies the row's part of the objective, a sample weight included), label
+    (..., 3 + K): norm (the factor of the row's part of the objective, with its sample weight), label
     smoothing, z-loss and the K numbers of the weighting of each row, and a logit adjustment, (C,), or (0,)
-    for none, behind any number of the rows' leading axes. Its string attribute `kind` names the weighting's
-    kernel, which must be pointwise; another name is an error of XLA's that lists the names known. Its results
+    for none, after any number of the rows' leading axes. Its string attribute `kind` names the weighting's
+    kernel, which must be pointwise; an unknown name is an XLA error that lists the known names. Its results
     are losses (...) and weights (...), in the settings' dtype (float64 for float64 logits, else float32), the
     gradient of `norm * (w * l + z * Z^2)`, of the logits' shape and dtype, and `Z`, the logsumexp of each
-    row's logits as adjusted, (...), or (0,) where it is not wanted. A label out of range makes its row of
-    every result NaN.
+    row's adjusted logits, (...), or (0,) if it is not wanted. A label out of range makes its row of every
+    result NaN.
     """

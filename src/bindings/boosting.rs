@@ -9,7 +9,7 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use std::mem::MaybeUninit;
 
-/// What is wrong, and the first sample where it is.
+/// The fault, and the first sample that has it.
 type Wrong = (&'static str, usize);
 
 fn read_wrong(error: Error) -> Wrong {

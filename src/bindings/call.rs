@@ -1,4 +1,4 @@
-//! What every function of `rgd._rgd` does: read arguments, release the interpreter, turn a panic into an error.
+//! Steps that all functions of `rgd._rgd` share: read arguments, release the interpreter, turn a panic into an error.
 
 use super::tensor::Tensor;
 use crate::layout::{Values, Vector};
@@ -10,14 +10,14 @@ use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 thread_local! {
-    /// What a signal's handler has raised while this thread was in a kernel.
+    /// The error that a signal's handler raised while this thread was in a kernel.
     static RAISED: Cell<Option<PyErr>> = const { Cell::new(None) };
 }
 
-/// Runs the handlers of signals that have come in; whether one has raised an error, as that of Ctrl-C does.
+/// Runs the handlers of pending signals. True if one has raised an error, as that of Ctrl-C does.
 fn interrupted() -> bool {
-    // On any other thread than the main one this finds nothing. A daemon thread's kernel may outlive the interpreter,
-    // to which nothing can be attached then.
+    // Python runs signal handlers on the main thread only. The kernel of a daemon thread may run longer than the
+    // interpreter; attaching fails then.
     #[expect(clippy::redundant_closure_for_method_calls, reason = "the method is of one lifetime only")]
     let raised = Python::try_attach(|py| py.check_signals()).and_then(Result::err);
     let found = raised.is_some();
@@ -25,8 +25,8 @@ fn interrupted() -> bool {
     found
 }
 
-/// Runs a kernel without holding the interpreter. One that ran out of memory becomes a `MemoryError`, one that was
-/// interrupted what the signal's handler raised; a panic, which would be a bug of ours, becomes a `RuntimeError`.
+/// Runs a kernel without holding the interpreter. If the kernel runs out of memory, this is a `MemoryError`; if it is
+/// interrupted, the error of the signal's handler. A panic, which would be a bug of ours, becomes a `RuntimeError`.
 pub(super) fn released<R: Send>(py: Python, kernel: impl FnOnce() -> R + Send) -> PyResult<R> {
     py.detach(|| catch_unwind(AssertUnwindSafe(|| watch(interrupted, kernel)))).map_err(|panic| {
         match panic.downcast_ref::<Stop>() {
@@ -97,7 +97,7 @@ pub(super) fn same_shape(names: [&str; 2], a: &Tensor, b: &Tensor) -> PyResult<(
     )))
 }
 
-/// The elements of a float tensor, whatever its dtype.
+/// The elements of a float tensor of any dtype.
 pub(super) fn values<'a>(name: &'static str, tensor: &'a Tensor) -> PyResult<Box<dyn Values + Send + 'a>> {
     for_float!(tensor.dtype(), name, T => Ok(Box::new(Vector::new(tensor.view::<T>()?))))
 }

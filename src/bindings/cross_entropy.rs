@@ -85,7 +85,7 @@ impl<'py> Read<'py> {
     }
 }
 
-/// Outputs, and one more where there is one.
+/// Outputs, and an optional one.
 fn outputs<'a, 'py>(outputs: &[&'a Tensor<'py>], optional: Option<&'a Tensor<'py>>) -> Vec<&'a Tensor<'py>> {
     outputs.iter().copied().chain(optional).collect()
 }
@@ -112,7 +112,7 @@ pub(super) fn read_settings(
 /// The settings of a mean that is divided by a number of the caller.
 fn with_normalizer(settings: Settings, normalizer: Option<f64>) -> PyResult<Settings> {
     let Some(number) = normalizer else { return Ok(settings) };
-    // NaN stands for a number that could not be checked where it was given.
+    // NaN stands for a number that could not be checked in Python.
     if number <= 0.0 || number == f64::INFINITY || settings.reduction != Reduction::Mean {
         return Err(PyValueError::new_err(format!(
             "normalizer must be a positive number, for the reduction 'mean', got {number}"
@@ -365,7 +365,7 @@ pub(super) fn cross_entropy_rows_gradient(
     Ok(counted)
 }
 
-/// What is wrong with a label, in the words of the kernels, for those who find it elsewhere.
+/// The message of the kernels for a wrong label, for fronts that find it themselves.
 #[pyfunction]
 pub(super) fn label_out_of_range(label: i64, position: Vec<usize>, classes: usize) -> String {
     ce::Error::OutOfRange { index: label, position, classes }.to_string()

@@ -1,4 +1,4 @@
-//! The edges of the crate: the only rooms that know Python, `DLPack` and XLA. They check and translate; kernels
+//! The bindings: the only modules that know Python, `DLPack` and XLA. They check and translate; the kernels
 //! compute.
 //!
 //! `rgd._rgd` has one function for each kernel. They are private to the Python package, whose fronts allocate the

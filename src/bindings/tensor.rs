@@ -1,9 +1,9 @@
-//! Reads `NumPy` arrays and `DLPack` tensors as typed `ndarray` views; the only room that knows dtypes and devices.
+//! Reads `NumPy` arrays and `DLPack` tensors as typed `ndarray` views; the only module that knows dtypes and devices.
 //! An element with index `(i_1, ..., i_d)` lies at `data + itemsize sum_k i_k stride_k`.
 //!
-//! Nothing is copied and nothing is exported: Python allocates, kernels fill. What a `DLPack` tensor says of itself is
-//! checked: its numbers must not contradict each other, and every element must have an address. Only its producer knows
-//! whether that memory is its own.
+//! Nothing is copied and nothing is exported: Python allocates, kernels fill. The description of a `DLPack` tensor is
+//! checked: its numbers must not contradict each other, and every element must have an address. It cannot be checked
+//! whether the producer owns that memory.
 //!
 //! A [`Tensor`] keeps its producer's memory alive, so a view may be used for as long as the tensor it borrows from
 //! exists. Rust cannot see Python's other references to that memory: as with every `NumPy` function, the caller
@@ -110,7 +110,7 @@ impl Borrowed {
     }
 }
 
-/// Where a tensor says that its elements lie: the first one's address, shape and strides in elements.
+/// The layout of a tensor by its description: address of the first element, shape, and strides in elements.
 struct Described<D> {
     data: *mut u8,
     shape: Vec<usize>,
@@ -136,7 +136,7 @@ impl<D> Described<D> {
     /// Checks that each element has an address, and sets what producers may leave undefined: the strides of axes with
     /// fewer than two elements, and the address of a tensor without elements.
     ///
-    /// Returns the lowest address and the one past the highest too; zeros without elements.
+    /// Also returns the lowest address and the one past the highest; zeros without elements.
     fn checked(mut self, name: &str, itemsize: usize) -> PyResult<(Self, (usize, usize))> {
         let empty = self.shape.contains(&0);
         for (stride, &size) in self.strides.iter_mut().zip(&self.shape) {
@@ -162,8 +162,8 @@ impl<D> Described<D> {
         }
     }
 
-    /// The lowest address and the one past the highest of a tensor with elements; `None` if they are no addresses, or
-    /// if there are more elements or bytes than can be counted.
+    /// The lowest address and the one past the highest of a tensor with elements; `None` if they are no valid
+    /// addresses, or if the number of elements or bytes overflows.
     fn span(&self, itemsize: usize) -> Option<(usize, usize)> {
         let (mut count, mut low, mut high) = (1isize, 0isize, 0isize);
         for (&stride, &size) in self.strides.iter().zip(&self.shape) {
@@ -202,7 +202,7 @@ fn import(name: &str, object: &Bound<PyAny>) -> PyResult<ImportedDlpack> {
         on_host(name, device)?;
     }
     match request.import(None, None) {
-        // A producer from before DLPack 1.0 does not know the arguments of version negotiation.
+        // A producer older than DLPack 1.0 does not take the arguments of version negotiation.
         Err(error) if error.is_instance_of::<PyTypeError>(object.py()) && object.hasattr("__dlpack__")? => {
             let capsule = object.call_method0("__dlpack__");
             capsule.and_then(|capsule| ImportRequest::new(capsule.as_borrowed())?.import(None, None))
@@ -433,7 +433,7 @@ fn is_read_only(imported: &ImportedDlpack) -> bool {
 fn address(name: &str, tensor: &TensorRef) -> PyResult<*mut u8> {
     let data = tensor.data_ptr().cast_mut().cast::<u8>();
     let offset = usize::try_from(tensor.byte_offset()).ok().filter(|&offset| {
-        // The address of nothing stays null, whatever its offset.
+        // A null address stays null, for any offset.
         data.is_null() || data.addr().checked_add(offset).is_some()
     });
     match offset {

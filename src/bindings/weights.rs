@@ -39,7 +39,7 @@ pub(super) fn sample_weights(
     let groups = groups.as_ref().map(read_groups).transpose()?;
     let mut state =
         leaves.iter().map(|leaf| Ok(leaf.slice::<f64>()?.to_vec())).collect::<PyResult<Vec<_>>>()?;
-    // Also a leaf that cannot be written is refused before anything is.
+    // A leaf that cannot be written is refused before anything is written.
     for leaf in &mut leaves {
         leaf.slice_mut::<f64>()?;
     }

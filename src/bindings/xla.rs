@@ -1,16 +1,16 @@
 //! The fused cross-entropy as a custom call of XLA on the CPU, through its foreign function interface (FFI).
 //!
-//! Of a row of logits `x`, its label `y` and its settings `(norm, smoothing, z,
-//! numbers...)` the call writes the loss `l`, its weight `w`, the gradient of `norm (w l + z Z^2)`, which may take the
-//! place of the logits, and `Z`, the logsumexp of the row, where the fourth result has elements. The attribute `kind`
-//! names the weighting that has these numbers, which must be pointwise. A fourth operand is added to the logits of each
-//! class: of shape `(..., C)` for rows of shape `(..., n)`, or `(..., 0)` for nothing.
+//! A row has logits `x`, a label `y` and settings `(norm, smoothing, z, numbers...)`. For each row the call writes the
+//! loss `l`, its weight `w` and the gradient of `norm (w l + z Z^2)`, which may overwrite the logits. It also writes
+//! `Z`, the logsumexp of the row, if the fourth result has elements. The attribute `kind` names the weighting of these
+//! numbers, which must be pointwise. The fourth operand is added to the logits of each class: its shape is `(..., C)`
+//! for rows of shape `(..., n)`, or `(..., 0)` for no adjustment.
 //!
-//! XLA promises: buffers are dense, row-major and aligned, live as long as the call, and an output shares memory with
-//! an input only where the caller of `jax.ffi.ffi_call` allowed it, and then exactly. Outputs are uninitialised, and a
-//! buffer of no elements may be null. This module promises: nothing is written but outputs and, of structures of XLA's,
-//! fields within their stated size; no panic crosses the boundary; no thread is started: blocks of rows are shared with
-//! the threads of XLA's own pool.
+//! XLA guarantees that buffers are dense, row-major and aligned, and live as long as the call. An output shares memory
+//! with an input only if the caller of `jax.ffi.ffi_call` allowed it, and is then the same buffer. Outputs are
+//! uninitialised, and a buffer without elements may be null. This module writes only to outputs and, in XLA's
+//! structures, to fields within their stated size. No panic crosses the boundary. It starts no thread: it runs blocks
+//! of rows on the threads of XLA's own pool.
 
 use super::xla_api::{
     Api, Attributes, BF16, Buffers, ByteSpan, CallFrame, ErrorCreateArgs, Extension, F16, F32, F64, INTERNAL,
@@ -124,15 +124,14 @@ impl Memory<'_> {
         self.dims.iter().map(|&d| d as usize).product()
     }
 
-    /// The elements of a result, which nothing has written yet; an empty slice where there are none, whatever the
-    /// address.
+    /// The uninitialised elements of a result; without elements an empty slice, for any address.
     unsafe fn uninit<'b, T>(&self) -> &'b mut [MaybeUninit<T>] {
         let (data, count) = (self.data.cast::<MaybeUninit<T>>(), self.elements());
         // SAFETY: the buffer holds as many elements of the dtype, which the caller checked, and is this call's alone.
         if count == 0 { &mut [] } else { unsafe { std::slice::from_raw_parts_mut(data, count) } }
     }
 
-    /// The elements; an empty slice where there are none, whatever the address.
+    /// The elements; without elements an empty slice, for any address.
     unsafe fn slice<T>(&self) -> &[T] {
         let (data, count) = (self.data.cast::<T>().cast_const(), self.elements());
         // SAFETY: the buffer holds as many elements of the dtype, which the caller checked, and no one writes them.
@@ -225,7 +224,7 @@ struct Call<'a> {
     logits: &'a Memory<'a>,
     labels: &'a Memory<'a>,
     settings: &'a Memory<'a>,
-    /// What is added to the logits of each class, the same for all rows of a part, or nothing.
+    /// The adjustment of the logits of each class, the same for all rows of a part, or empty.
     adjustment: &'a Memory<'a>,
     outputs: &'a [Memory<'a>; 4],
     classes: usize,
@@ -238,7 +237,7 @@ struct Call<'a> {
 unsafe fn fill<T: Element>(call: &Call) -> Result<(), String> {
     let Call { classes, width, kind, .. } = *call;
     let rows = call.labels.elements();
-    // A member that does not exist or is not pointwise is refused also where there are no rows.
+    // An unknown member, or one that is not pointwise, is refused also if there are no rows.
     let read = |numbers: &[f64]| -> Result<Weighting, String> {
         let weighting = Weighting::new(kind, numbers).map_err(|error| error.to_string())?;
         if weighting.is_pointwise() {
@@ -265,7 +264,7 @@ unsafe fn fill<T: Element>(call: &Call) -> Result<(), String> {
     let block = (BLOCK / classes).max(1);
     let settings_of = |row: usize| settings[width * row..width * (row + 1)].split_at(1);
 
-    // Parts of one weighting, smoothing, z-loss and adjustment each; their bounds do not depend on the threads.
+    // Each part has one weighting, smoothing, z-loss and adjustment. The parts do not depend on the threads.
     let mut parts = Vec::new();
     let mut start = 0;
     while start < rows {
@@ -331,7 +330,7 @@ unsafe fn fill<T: Element>(call: &Call) -> Result<(), String> {
                 }
             }
             if outside(&label) || label == IGNORED {
-                // Masked logits may hold anything, and 0 * NaN is NaN.
+                // Masked logits may be NaN, and 0 * NaN is NaN.
                 let g = T::narrow(if label == IGNORED { T::Real::default() } else { nan });
                 for k in i * classes..(i + 1) * classes {
                     // SAFETY: an element of this part's rows of the gradient.

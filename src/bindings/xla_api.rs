@@ -1,5 +1,5 @@
-//! The part of `xla/ffi/api/c_api.h` (shipped with jaxlib) that a handler needs, version 0.1, which every later version
-//! of the interface serves.
+//! The part of `xla/ffi/api/c_api.h` (shipped with jaxlib) that a handler needs, in version 0.1, which all later
+//! versions of the interface support.
 
 use std::ffi::{c_char, c_int, c_void};
 use std::mem::{offset_of, size_of};
@@ -36,7 +36,7 @@ pub(super) struct MetadataExtension {
     pub(super) metadata: *mut Metadata,
 }
 
-/// An error of XLA's own making.
+/// An error that XLA creates and owns.
 pub(super) enum XlaError {}
 
 #[repr(C)]
@@ -75,7 +75,7 @@ pub(super) struct ErrorDestroyArgs {
     pub(super) error: *mut XlaError,
 }
 
-/// The head of `XLA_FFI_Api`, which has grown since at its end only.
+/// The first fields of `XLA_FFI_Api`. Later versions add fields at its end only.
 #[repr(C)]
 pub(super) struct Api {
     pub(super) struct_size: usize,

@@ -1,9 +1,9 @@
 //! XLA's own thread pool, through its foreign function interface.
 //!
-//! The thread that calls works through the parts of a job by itself; tasks that XLA runs beside it take parts from the
-//! same counter. The caller waits only for parts that a task has begun, never for a task that has not started, so that
-//! a busy pool, or one of a single thread, delays nothing. A task that starts after the job's end finds no part left,
-//! and touches nothing of the caller's.
+//! The calling thread works through the parts of a job. Tasks in XLA's pool take parts from the same counter. The
+//! caller waits only for parts that a task has begun, and never for a task that has not started, so that a busy pool,
+//! or a pool of one thread, does not delay it. A task that starts after the end of the job finds no part left, and
+//! does not use the caller's memory.
 
 use super::xla_api::{Api, ErrorDestroyArgs, NumThreadsArgs, ScheduleArgs, XlaError};
 use std::any::Any;
@@ -25,7 +25,7 @@ struct Job {
     next: AtomicUsize,
     finished: AtomicUsize,
     parts: usize,
-    /// The caller's, which it keeps alive until every part that was begun is finished.
+    /// A closure of the caller, which keeps it alive until every part that was begun is finished.
     part: *const (dyn Fn(usize) + Sync),
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
@@ -72,7 +72,7 @@ impl Pool<'_> {
         Self { api: if whole { unsafe { api.as_ref() } } else { None }, context }
     }
 
-    /// How many threads the pool has, 1 where there is none.
+    /// The number of threads of the pool; 1 if there is no pool.
     fn threads(self) -> usize {
         let Some(num_threads) = self.api.and_then(|api| api.num_threads) else { return 1 };
         let mut count = 1;
@@ -90,7 +90,7 @@ impl Pool<'_> {
         }
     }
 
-    /// Whether there is no error; one that there is, is freed.
+    /// Whether there is no error. An error is freed.
     unsafe fn succeeded(self, error: *mut XlaError) -> bool {
         if error.is_null() {
             return true;

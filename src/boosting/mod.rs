@@ -7,9 +7,9 @@
 //! - softmax: `l = log(sum_j exp(f_j)) - f_y`;
 //! - squared error: `l = (f - y)^2 / 2`.
 //!
-//! All of it is computed in `f64`. The libraries keep derivatives in `f32`, so one that does not fit there is an error.
-//! Samples are worked through in blocks that fit the first-level cache, so that losses, their weights, where these are
-//! pointwise, and the derivatives take one pass over the margins.
+//! Everything is computed in `f64`. The libraries keep derivatives in `f32`, so one that does not fit is an error.
+//! Blocks of samples fit the first-level cache, so that losses, pointwise weights and derivatives take one pass over
+//! the margins.
 
 #[cfg(test)]
 mod tests;
@@ -76,15 +76,15 @@ pub struct Inputs<'a, T> {
 /// The weights of the losses.
 #[derive(Clone, Copy)]
 pub enum Weights<'a> {
-    /// Those of a pointwise weighting.
+    /// The weights of a pointwise weighting.
     Pointwise(Weighting),
-    /// Given ones.
+    /// Given weights.
     Given(&'a dyn Values),
 }
 
-/// The derivatives to be filled, and what multiplies them.
+/// The derivatives to be filled, and their factors.
 pub struct Outputs<'a> {
-    /// The base measure; ones where there is none.
+    /// The base measure; `None` for ones.
     pub measure: Option<&'a dyn Values>,
     /// The weights.
     pub weights: Weights<'a>,
@@ -96,10 +96,10 @@ pub struct Outputs<'a> {
     pub hessian: ArrayViewMut2<'a, MaybeUninit<f64>>,
 }
 
-/// The first sample whose numbers are not allowed. What was filled is of no use then.
+/// The first sample whose numbers are not allowed. The outputs are then undefined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Error {
-    /// Its label is none of the loss's.
+    /// The loss does not allow its label.
     Label(usize),
     /// Its base measure is negative or not finite.
     Measure(usize),
@@ -125,8 +125,8 @@ pub fn losses<T: Element>(inputs: &Inputs<T>, losses: &mut [MaybeUninit<f64>]) -
     })
 }
 
-/// Fills gradient and Hessian, and gives the largest weight of the samples whose base measure is not 0; 0 where there
-/// are none.
+/// Fills gradient and Hessian, and returns the largest weight of the samples whose base measure is not 0; 0 without
+/// such samples.
 ///
 /// # Errors
 /// If a label or a base measure is not allowed, a weight is negative, or a derivative does not fit into `f32`.
@@ -144,7 +144,7 @@ pub fn derivatives<T: Element>(inputs: &Inputs<T>, mut outputs: Outputs) -> Resu
     }
     let to = [Rows::of(&mut outputs.gradient), Rows::of(&mut outputs.hessian)];
     let outputs = &outputs;
-    // Floats >= 0 are in the order of their bits.
+    // Floats >= 0 have the same order as their bits.
     let largest = AtomicU64::new(0);
     inputs.for_each_block(|block| {
         let work = Work::new(inputs, block.end - block.start);
@@ -162,7 +162,7 @@ pub fn derivatives<T: Element>(inputs: &Inputs<T>, mut outputs: Outputs) -> Resu
     Ok(f64::from_bits(largest.into_inner()))
 }
 
-/// Samples of a block, and where a wrong one is noted.
+/// The samples of a block, and the place to note a wrong one.
 struct Block<'a> {
     start: usize,
     end: usize,
@@ -198,15 +198,15 @@ impl<T: Element> Inputs<'_, T> {
     }
 }
 
-/// What is known of a block's samples.
+/// The numbers that are computed for a block's samples.
 struct Work {
     labels: Vec<f64>,
-    /// Sample after sample of one class after the other: margins, which become `exp(f_j - max f)`, or for the logistic
-    /// loss `exp(-|f|)`.
+    /// Class after class, the margins of all samples, which become `exp(f_j - max f)`, or for the logistic loss
+    /// `exp(-|f|)`.
     tile: Vec<f64>,
-    /// Of softmax the largest margin, otherwise the margin.
+    /// For softmax the largest margin, otherwise the margin.
     margin: Vec<f64>,
-    /// Of softmax the sum of the tile's exponentials.
+    /// For softmax the sum of the exponentials.
     sum: Vec<f64>,
     /// Losses, which become weights, which become `p w`.
     values: Vec<f64>,
@@ -272,7 +272,7 @@ impl Work {
         for ((l, x), &y) in self.values.iter_mut().zip(&mut self.tile).zip(&self.labels) {
             let f = *x;
             let e = Real::exp_nonpositive::<I>(-f.abs());
-            // log(1 + e), with the rounding error of the sum made good.
+            // log(1 + e), corrected by the rounding error of the sum.
             let u = 1.0 + e;
             let log = ln::<I>(u) + (e - (u - 1.0)) / u;
             let positive = if f < 0.0 { log - f } else { log };
@@ -393,8 +393,7 @@ impl<T: Element> Kernel for DerivativesOf<'_, '_, T> {
         };
         let mut largest_weight = 0.0f64;
         if let Some(measure) = self.measure {
-            // The sums of softmax are needed still, and its margins are not; those of the others are the other way
-            // around.
+            // Softmax still needs its sums but not its margins. The other losses need their margins but not the sums.
             let p = if self.inputs.loss == Loss::Softmax { &mut *margin } else { &mut *sum };
             measure.read(start, p);
             for (i, (w, &p)) in values.iter_mut().zip(&*p).enumerate() {

@@ -1,7 +1,7 @@
-//! The floats that tensors hold and the floats that kernels compute in.
+//! The float types of tensors, and the float types that kernels compute in.
 //!
-//! `f32` and `f64` are computed in as they are; `bf16` and `f16` are widened to `f32` when they are read, exactly, and
-//! rounded to the nearest value when they are written. All conversions are free of branches.
+//! Kernels compute `f32` and `f64` in their own type. `bf16` and `f16` are converted to `f32` when they are read, which
+//! is exact, and rounded to the nearest value when they are written. No conversion has a branch.
 
 use super::exp_ln::{exp_nonpositive_f32, exp_nonpositive_f64};
 use super::isa::{Isa, MulAdd};
@@ -31,7 +31,7 @@ pub trait Real:
     fn exp_nonpositive<I: Isa>(self) -> Self;
 }
 
-/// A float as it lies in memory, with the float it is computed in.
+/// A float type of tensors, with the float type that kernels compute in.
 pub trait Element: Copy + Send + Sync + 'static {
     /// The type of sums and intermediate results.
     type Real: Real;
@@ -108,8 +108,8 @@ impl Element for f16 {
     type Real = f32;
     #[inline(always)]
     fn widen(self) -> f32 {
-        // Shifting exponent and mantissa into place leaves the exponent 112 too small; multiplying by 2^112 mends that
-        // for normal and subnormal numbers alike.
+        // Shifting exponent and mantissa into place leaves the exponent 112 too small. Multiplying by 2^112 corrects
+        // this, for subnormal numbers too.
         const BIAS: f32 = f32::from_bits((127 + 112) << 23);
         let magnitude = u32::from(self.to_bits() & 0x7fff) << 13;
         let finite = (f32::from_bits(magnitude) * BIAS).to_bits();

@@ -70,7 +70,7 @@ pub fn exp<I: Isa>(hi: f64, lo: f64, factor: f64) -> f64 {
         q = MulAdd::mul_add::<I>(q, r, TAYLOR[k]);
     }
     let p = MulAdd::mul_add::<I>(r * r, q, r) + 1.0;
-    // 2^n in two factors, for n reaches past the exponents of normal numbers; only the last product can be subnormal.
+    // 2^n is two factors, since n may exceed the exponents of normal numbers. Only the last product can be subnormal.
     let half = MulAdd::mul_add::<I>(n, 0.5, ROUND) - ROUND;
     let y = p * factor * power(half) * power(n - half);
     if hi > 709.79 {
@@ -134,8 +134,8 @@ pub fn two_product<I: Isa>(a: f64, b: f64) -> (f64, f64) {
             let hi = t - (t - x);
             (hi, x - hi)
         };
-        // The split of a factor near the largest numbers overflows. The error of the product of a smaller factor is as
-        // much smaller, exactly.
+        // The split of a factor near the largest numbers overflows. So it is multiplied by a power of two, which
+        // multiplies the error of the product by the same power, exactly.
         let smaller = |x: f64| if x.abs() > HUGE { x * DOWN } else { x };
         let by = if a.abs() > HUGE || b.abs() > HUGE { DOWN } else { 1.0 };
         let ((a1, a2), (b1, b2)) = (split(smaller(a)), split(smaller(b)));
@@ -233,7 +233,7 @@ mod tests {
         for (i, factors) in factors.iter().enumerate() {
             let (p, error) = fused[i];
             assert!(error.abs() <= p.abs() * f64::EPSILON || p.is_nan(), "{factors:?}");
-            // Errors of products near the smallest numbers cannot be represented without FMA.
+            // Without FMA, errors of products near the smallest numbers cannot be represented.
             if p.abs() > 1e-280 || p == 0.0 {
                 assert_eq!([plain[i], chosen[i]], [(p, error); 2], "{factors:?}");
             }

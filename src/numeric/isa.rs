@@ -2,10 +2,10 @@
 //!
 //! A kernel is ordinary Rust over short arrays of lanes. [`dispatch`] compiles it once per instruction set, inside a
 //! function with that set's `#[target_feature]`s, so that the compiler turns the lane loops into vector instructions,
-//! and picks the widest that the processor has. AVX2 and AVX-512 have the same lanes and both fuse multiplication and
-//! addition, so they give the same bits.
+//! and picks the widest set that the processor has. AVX2 and AVX-512 have the same lanes and both fuse multiplication
+//! and addition, so they give the same bits.
 //!
-//! The environment variable `RGD_ISA` names another one, for a test of what other processors run.
+//! The environment variable `RGD_ISA` chooses another set, to test the code of other processors.
 
 use std::sync::OnceLock;
 
@@ -15,7 +15,7 @@ pub const ENVIRONMENT: &str = "RGD_ISA";
 /// Lanes of one step of a kernel, for every element type.
 pub const LANES: usize = 16;
 
-/// An instruction set, as far as arithmetic depends on it.
+/// The properties of an instruction set that arithmetic depends on.
 pub trait Isa: Copy {
     /// Whether `a * b + c` is one instruction.
     const FMA: bool;
@@ -23,7 +23,7 @@ pub trait Isa: Copy {
 
 /// A float that can be multiplied and added in one instruction.
 pub trait MulAdd: Sized {
-    /// `self * a + b`, rounded once where the instruction set can.
+    /// `self * a + b`, rounded once if the instruction set can.
     #[must_use]
     fn mul_add<I: Isa>(self, a: Self, b: Self) -> Self;
 }
@@ -82,7 +82,7 @@ enum Name {
 }
 
 impl InstructionSet {
-    /// Those of this processor, the widest first.
+    /// The instruction sets of this processor, the widest first.
     #[must_use]
     pub fn available() -> Vec<Self> {
         let mut found = Vec::new();
@@ -122,11 +122,11 @@ impl InstructionSet {
         }
     }
 
-    /// The one that this process uses: the widest, or the one that `RGD_ISA` names. It is read once.
+    /// The instruction set of this process: the widest, or the one that `RGD_ISA` names. The variable is read once.
     ///
     /// # Errors
     ///
-    /// Where `RGD_ISA` names none of this processor.
+    /// If `RGD_ISA` names no instruction set of this processor.
     pub fn chosen() -> Result<Self, &'static str> {
         static CHOSEN: OnceLock<Result<InstructionSet, String>> = OnceLock::new();
         CHOSEN
@@ -153,7 +153,7 @@ impl InstructionSet {
 ///
 /// # Panics
 ///
-/// If `RGD_ISA` names none of this processor. The Python module refuses to be imported then.
+/// If `RGD_ISA` names no instruction set of this processor. The Python module then raises when it is imported.
 #[inline]
 pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
     match InstructionSet::chosen() {

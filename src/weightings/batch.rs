@@ -1,4 +1,4 @@
-//! What a member is given: the losses of a batch, their measure and their groups.
+//! The input of a member: the losses of a batch, their measure and their groups.
 
 use super::compensated::Compensated;
 use crate::layout::Values;
@@ -11,7 +11,7 @@ pub struct Batch<'a> {
     pub(super) losses: &'a dyn Values,
     pub(super) measure: Option<&'a [f64]>,
     pub(super) groups: Option<&'a [i64]>,
-    /// The sum of the measure: how many samples there are where none is given.
+    /// The sum of the measure; without a measure, the number of samples.
     pub(super) total: f64,
     pub(super) threads: usize,
 }

@@ -1,8 +1,8 @@
 //! Functions of a batch of losses and sums over it, block by block.
 //!
-//! A batch is worked through in blocks of a fixed size that fit the first-level cache, and sums are joined in the order
-//! of the blocks, so that a result does not depend on the number of threads. Where the batch has a measure `p`, sums
-//! are `sum_i p_i x_i`, and a sample with `p_i = 0` takes no part, whatever its loss is.
+//! A batch is cut into blocks of a fixed size that fit the first-level cache. The sums of blocks are joined in the
+//! order of the blocks, so that a result does not depend on the number of threads. If the batch has a measure `p`, sums
+//! are `sum_i p_i x_i`, and a sample with `p_i = 0` takes no part, for any loss.
 
 use super::batch::Batch;
 use super::compensated::{Compensated, ROW};
@@ -56,7 +56,7 @@ pub(super) fn write<W: Real>(batch: &Batch, weights: &mut [MaybeUninit<W>], map:
     });
 }
 
-/// One number, whatever the loss is.
+/// The same number for every loss.
 #[derive(Clone, Copy)]
 struct Constant(f64);
 
@@ -108,7 +108,7 @@ pub(super) fn sum<F: BlockSum>(batch: &Batch, of: F) -> F::Sum {
     blocks.into_iter().reduce(F::join).unwrap_or_default()
 }
 
-/// All weight, in equal parts, on the samples of one loss.
+/// Equal weights on the samples of one loss, and 0 on the others.
 #[derive(Clone, Copy)]
 struct OnLoss {
     loss: f64,
@@ -124,7 +124,7 @@ impl BlockMap for OnLoss {
     }
 }
 
-/// The measure of the losses that are one number.
+/// The measure of the losses that are equal to a number.
 #[derive(Clone, Copy)]
 struct MeasureOf(f64);
 
@@ -141,7 +141,7 @@ impl BlockSum for MeasureOf {
     }
 }
 
-/// The measure of the losses of a block for which `holds`; without a measure, how many they are. It overwrites the
+/// The measure of the losses of a block for which `holds` is true; without a measure, their number. It overwrites the
 /// block.
 #[inline(always)]
 pub(super) fn measure_where(
@@ -205,7 +205,7 @@ impl BlockSum for ExtentOf {
     fn sum<I: Isa>(&self, block: &mut [f64], measure: Option<&[f64]>) -> Option<Extent> {
         let (mut mins, mut maxs, mut nans) = ([f64::INFINITY; ROW], [f64::NEG_INFINITY; ROW], [0.0; ROW]);
         if let Some(measure) = measure {
-            // What takes no part takes the place of one that does.
+            // Samples that take no part are replaced by one that does.
             let one = measure.iter().position(|&p| p != 0.0).map(|i| block[i])?;
             for (l, &p) in block.iter_mut().zip(measure) {
                 *l = if p == 0.0 { one } else { *l };

@@ -1,9 +1,9 @@
-//! Worst cases with a chi-square divergence, penalised and within a ball, exactly: by one sort and running sums.
+//! Worst cases with a chi-square divergence, penalised and within a ball, solved exactly by one sort and running sums.
 //!
 //! Penalised: `w_i = max(0, (l_i - eta) / gamma)` with `eta` such that `mean(w) = 1`. Within a ball, with
-//! `g_i = max(0, l_i - eta)`: `w_i = g_i / mean(g)` with `eta` such that `mean((w - 1)^2) / 2 = radius`. Either gives
-//! weight to the largest losses alone, and once it is known how many these are, `eta` is a formula of their measure,
-//! mean and variance.
+//! `g_i = max(0, l_i - eta)`: `w_i = g_i / mean(g)` with `eta` such that `mean((w - 1)^2) / 2 = radius`. In both cases
+//! only the largest losses get weight. Once the number of these losses is known, `eta` follows from their measure, mean
+//! and variance.
 //!
 //! Sources: Namkoong, Duchi, `NeurIPS` 2016 and 2017; Duchi, Namkoong, Annals of Statistics 2021, section 2.
 
@@ -74,7 +74,7 @@ impl Member for ChiSquareBall {
         let Some(mut samples) = falling(batch).filter(|_| !self.radius.is_nan()) else {
             return fill(batch, weights, f64::NAN);
         };
-        // Losses of -inf, which weigh nothing, take their part of the divergence.
+        // Losses of -inf have weight 0, which uses a part of the divergence.
         samples.truncate(samples.partition_point(|s| s.0 > f64::NEG_INFINITY));
         if self.radius == 0.0 || samples.is_empty() {
             return fill(batch, weights, 1.0);
@@ -91,7 +91,7 @@ impl Member for ChiSquareBall {
         let mut origin = Origin { top: top / 16.0, size: 1.0 / 16.0, range: 1.0 };
         origin.range = -origin.gap(bottom);
         if left == 0.0 || origin.range == 0.0 {
-            // Equal weights on what is above -inf.
+            // Equal weights on the losses above -inf.
             let (width, height) = (f64::INFINITY, batch.total / measure);
             return write(batch, weights, Line { origin, offset: 1.0, center: 0.0, width, height });
         }
@@ -121,7 +121,7 @@ fn falling(batch: &Batch) -> Option<Vec<(f64, f64)>> {
     Some(samples)
 }
 
-/// What gaps are measured from, and in: `(size l - top) / range`.
+/// The origin and the unit of gaps: a gap is `(size l - top) / range`.
 #[derive(Clone, Copy)]
 struct Origin {
     top: f64,
@@ -174,7 +174,7 @@ impl BlockMap for Line {
     fn apply<I: Isa>(&self, block: &mut [f64]) {
         for l in block {
             let part = self.offset + (self.origin.gap(*l) - self.center) / self.width;
-            // An infinite gap over an infinite width is NaN, and stands for no weight.
+            // An infinite gap over an infinite width is NaN; its weight is 0.
             *l = if part > 0.0 { part * self.height } else { 0.0 };
         }
     }

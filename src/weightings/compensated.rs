@@ -1,6 +1,6 @@
 //! Sums that carry their rounding errors along.
 
-/// How many partial sums are kept, so that adding a row of as many numbers to them is vector code.
+/// The number of partial sums. Adding a row of this many numbers to them compiles to vector code.
 pub(super) const ROW: usize = 64;
 
 /// A sum and its rounding error so far.
@@ -33,7 +33,7 @@ impl Compensated {
         total
     }
 
-    /// Adds each row of numbers to `sums` and the rounding errors of that to `errors`.
+    /// Adds each row of numbers to `sums`, and the rounding errors of these additions to `errors`.
     #[inline(always)]
     fn add_rows(numbers: &[f64], sums: &mut [f64], errors: &mut [f64]) {
         for row in numbers.chunks(ROW) {

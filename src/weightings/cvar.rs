@@ -1,8 +1,8 @@
 //! Conditional value at risk: weight `1 / alpha` on the worst share `alpha` of the measure.
 //!
 //! Smoothed by `nu > 0`, the weights are `min(1 / alpha, exp((l - eta) / nu))` with `eta` such that their mean is 1
-//! (Laguel et al., "Superquantiles at Work", 2021). Where all above the `k` smallest losses weigh `1 / alpha`, `eta` is
-//! a formula of sums over these; the right `k` is the one whose weights have the smallest mean.
+//! (Laguel et al., "Superquantiles at Work", 2021). If all losses above the `k` smallest have the weight `1 / alpha`,
+//! `eta` follows from sums over the `k` smallest. The right `k` is the one whose weights have the smallest mean.
 
 use super::batch::Batch;
 use super::blocks::{BlockMap, fill, write};
@@ -66,7 +66,7 @@ impl Cvar {
                 smooth.shift = smooth.shift.max((room / free.value()).ln());
             }
         }
-        // There the whole tail is bound.
+        // There the whole tail has the weight `1 / alpha`.
         smooth.shift = smooth.shift.min(bound.ln());
         Some(smooth)
     }

@@ -26,7 +26,7 @@ impl Member for Focal {
     fn pointwise<I: Isa>(&self, losses: &mut [f64]) {
         for l in losses {
             let unlikely = -(-l.max(0.0)).exp_m1();
-            // NaN to the power of 0 would be 1, and so would 1 to the power of NaN.
+            // Without this, NaN to the power of 0 would be 1, and 1 to the power of NaN too.
             *l = if l.is_nan() || self.gamma.is_nan() { f64::NAN } else { unlikely.powf(self.gamma) };
         }
     }

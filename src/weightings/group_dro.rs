@@ -1,8 +1,8 @@
 //! Group distributionally robust optimization (Sagawa et al., ICLR 2020, Algorithm 1).
 //!
-//! Each group `g` has a share `q_g`. A batch moves them, `q_g <- q_g exp(step_size mean loss of g)`, divided by their
-//! sum; a group that is absent counts as loss 0. Then `w_i = n q_g / n_g` in group `g`, with `n` the measure of the
-//! batch and `n_g` that of the group.
+//! Each group `g` has a share `q_g`. A batch updates the shares, `q_g <- q_g exp(step_size mean loss of g)`, and
+//! divides them by their sum. A group that is absent counts as loss 0. Then `w_i = n q_g / n_g` in group `g`, with `n`
+//! the measure of the batch and `n_g` that of the group.
 
 use super::batch::Batch;
 use super::compensated::Compensated;
@@ -13,7 +13,7 @@ use std::mem::MaybeUninit;
 /// The settings of group DRO. Its state is the shares.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GroupDro {
-    /// How many groups there are.
+    /// The number of groups.
     pub groups: usize,
     /// Step size of the shares; >= 0.
     pub step_size: f64,
@@ -52,9 +52,9 @@ impl Member for GroupDro {
         let shares = &mut state[0];
         for (share, (size, sum)) in shares.iter_mut().zip(sizes.iter().zip(&sums)) {
             let mean = if size.value() > 0.0 { sum.value() / size.value() } else { 0.0 };
-            // A step of 0 takes no notice of an infinite loss.
+            // With a step of 0 an infinite loss has no effect.
             let rise = if self.step_size == 0.0 && !mean.is_nan() { 0.0 } else { self.step_size * mean };
-            // Groups of infinite loss share all the weight, also where a share has come down to 0.
+            // Groups of infinite loss share all the weight, also if their shares had become 0.
             *share = if rise == f64::INFINITY { rise } else { share.ln() + rise };
         }
         let top = shares

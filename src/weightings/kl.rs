@@ -14,7 +14,7 @@ use std::mem::MaybeUninit;
 /// The settings of exponential weights.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Kl {
-    /// Clipping factor: losses above it count as it; > 0, may be infinite.
+    /// Clipping factor, > 0, may be infinite. A larger loss counts as this one.
     pub tau: f64,
     /// Scaling factor, of either sign.
     pub scale: f64,
@@ -39,7 +39,7 @@ impl Member for Kl {
         for l in losses {
             let (hi, lo) = exponent.at::<I>(*l);
             let w = exp::<I>(hi, lo, 1.0);
-            // A scale of zero means a weight of 1, also where 0 * inf is NaN.
+            // With a scale of zero the weight is 1, also for an infinite loss, for which 0 * inf is NaN.
             *l = if self.scale == 0.0 && !l.is_nan() { 1.0 } else { w };
         }
     }
@@ -114,8 +114,8 @@ impl BlockSum for ExpSum {
     }
 }
 
-/// `w_i = exp(exponent_i) / mean_j exp(exponent_j)`; the origin of the exponent is the loss that makes it largest.
-/// Where that is infinite, all weight lies on such losses.
+/// `w_i = exp(exponent_i) / mean_j exp(exponent_j)`. The loss with the largest exponent is the origin of exponents. If
+/// it is infinite, all weight is on such losses.
 pub(super) fn softmax<W: Real>(batch: &Batch, weights: &mut [MaybeUninit<W>], exponent: Exponent) {
     if exponent.scale == 0.0 && !exponent.origin.is_nan() {
         return fill(batch, weights, 1.0);

@@ -1,7 +1,7 @@
 //! The worst distribution within a Kullback-Leibler ball (the constrained form of arXiv 2306.09222, Proposition 3.1).
 //!
-//! `w_i = n softmax(l / gamma)_i` with `gamma` the root of `KL(softmax(l / gamma) || uniform) = radius`. Where the ball
-//! is larger than any such distribution, all weight lies on the largest losses.
+//! `w_i = n softmax(l / gamma)_i` with `gamma` the root of `KL(softmax(l / gamma) || uniform) = radius`. If the radius
+//! is larger than the divergence of every such distribution, all weight is on the largest losses.
 
 use super::batch::Batch;
 use super::blocks::{BlockSum, Extent, measure_where, put_on, sum};
@@ -38,7 +38,7 @@ impl Member for KlBall {
     }
 }
 
-/// The smallest loss above `-inf`, and the measure of the losses there.
+/// The smallest loss above `-inf`, and the measure of the losses above `-inf`.
 #[derive(Clone, Copy)]
 struct Above;
 
@@ -128,17 +128,17 @@ fn power_of_two_for(extent: Extent) -> f64 {
 }
 
 /// The exponent `beta (l - max l)` with the inverse temperature `beta = 1 / gamma` at which the divergence of `q_i =
-/// p_i exp(beta l_i) / sum_j p_j exp(beta l_j)` from `p` is the radius; `None` if the ball reaches the distribution on
-/// the largest losses alone, or these are infinite. `beta` is NaN where a loss is. Losses of `-inf` weigh nothing at
-/// any `beta > 0`, which takes `log(n / k)` of the radius where `k` of the measure `n` is left. If no radius remains,
-/// `beta` is next to 0, and what is left has equal weights.
+/// p_i exp(beta l_i) / sum_j p_j exp(beta l_j)` from `p` is the radius; `None` if the ball contains the distribution on
+/// the largest losses alone, or if these are infinite. `beta` is NaN if a loss is NaN. Losses of `-inf` have weight 0
+/// at any `beta > 0`. This uses `log(n / k)` of the radius, if the other losses have the measure `k` of `n`. If no
+/// radius remains, `beta` is next to 0, and the other losses have equal weights.
 ///
 /// `KL` grows with `beta`, from 0 to `log(n / m)`, where `m` is the measure of the largest losses. Newton's iteration
-/// solves `sqrt(KL) = sqrt(radius)`, nearly linear in `beta` as long as `KL` is small, or
-/// `log(limit - KL) = log(limit - radius)`, nearly linear where it saturates; a bracket that every evaluation tightens
-/// keeps it safe. `KL` is flat, and Newton's step too long, between the `beta` that tells a far outlier from the rest
-/// and the one that tells the rest apart: such a step goes up by a factor that is squared each time, and a wide bracket
-/// is halved in the logarithm.
+/// solves `sqrt(KL) = sqrt(radius)`, which is nearly linear in `beta` if `KL` is small, or
+/// `log(limit - KL) = log(limit - radius)`, which is nearly linear near the limit. Every evaluation tightens a bracket
+/// of the root, and steps stay within it. With a far outlier `KL` has a flat part: there `beta` is large enough to
+/// separate the outlier from the other losses, and too small to separate these. Newton's step is too long there. So a
+/// step upwards is limited to a factor, which is squared each time, and a wide bracket is halved in the logarithm.
 fn temperature(batch: &Batch, mut radius: f64, mut extent: Extent) -> Option<Exponent> {
     let mut n = batch.total;
     let constant = |scale| Exponent { tau: f64::INFINITY, scale, origin: 0.0, power_of_two: 1.0 };
@@ -169,7 +169,7 @@ fn temperature(batch: &Batch, mut radius: f64, mut extent: Extent) -> Option<Exp
     }
     let range = power_of_two * extent.max - power_of_two * extent.min;
     let (mut low, mut high) = (0.0, f64::INFINITY);
-    // The radius at which a two-point distribution of this range would be reached.
+    // The `beta` at which a two-point distribution of this range would have the radius.
     let mut beta = (8.0 * radius).sqrt() / range;
     let mut growth: f64 = 16.0;
     for _ in 0..200 {
@@ -203,11 +203,11 @@ fn temperature(batch: &Batch, mut radius: f64, mut extent: Extent) -> Option<Exp
             growth *= growth;
         }
         if (kl - radius).abs() <= 1e-15 * radius || (next - beta).abs() <= 2e-16 * beta {
-            // A last step of some units in the last place removes what the test above allows.
+            // A last step of some units in the last place removes the error that the test above allows.
             let close = (next - beta).abs() <= 4e-15 * beta;
             return Some(if close { Exponent { scale: next, ..exponent } } else { exponent });
         }
-        // Every loss but the largest has weight zero already: the root lies in the last bit below the limit.
+        // All losses but the largest have weight zero already: the root is within the last bit below the limit.
         if beta.is_infinite() || (low > 0.0 && high <= low * (1.0 + 4e-16)) {
             break;
         }

@@ -1,4 +1,4 @@
-//! What a member of the family implements.
+//! The trait that a member of the family implements.
 
 use super::batch::Batch;
 use super::blocks::{BlockMap, write};
@@ -16,12 +16,12 @@ pub trait Member: Copy + Sync {
     /// Whether each weight depends on its own loss alone.
     fn is_pointwise(&self) -> bool;
 
-    /// How many numbers each leaf of its state has, in the order of the leaves; none where it remembers nothing.
+    /// The length of each leaf of its state, in the order of the leaves; empty for a member without state.
     fn state_lengths(&self) -> Vec<usize> {
         Vec::new()
     }
 
-    /// How many groups it is about; `None` where it needs no groups.
+    /// The number of its groups; `None` if it needs no groups.
     fn groups(&self) -> Option<usize> {
         None
     }
@@ -33,8 +33,8 @@ pub trait Member: Copy + Sync {
         unreachable!("these weights depend on the whole batch");
     }
 
-    /// Fills `weights` with the weights of a batch in which at least one sample takes part, and moves the state, which
-    /// has the lengths of [`Member::state_lengths`].
+    /// Fills `weights` with the weights of a batch in which at least one sample takes part, and updates the state,
+    /// which has the lengths of [`Member::state_lengths`].
     fn weigh<W: Real>(&self, batch: &Batch, state: &mut [Vec<f64>], weights: &mut [MaybeUninit<W>]) {
         let _ = state;
         write(batch, weights, Pointwise(*self));

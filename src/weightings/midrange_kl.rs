@@ -1,7 +1,7 @@
 //! Exponential weights clipped at the middle between the smallest and the largest loss (arXiv 2502.06733).
 //!
-//! `w_i = exp(s min(l_i, (min l + max l) / 2))` over their mean. It is measured from the end where weights are largest,
-//! in sixteenths of losses, so that no difference of finite ones overflows.
+//! `w_i = exp(s min(l_i, (min l + max l) / 2))` over their mean. Losses are divided by 16, so that no difference of
+//! finite ones overflows, and are measured from the end where weights are largest.
 
 use super::batch::Batch;
 use super::blocks::{BlockMap, BlockSum, Extent, fill, sum, write};
@@ -63,7 +63,7 @@ impl BlockMap for Clipped {
         for l in block {
             let loss = *l / 16.0;
             let distance = if loss == self.end { 0.0 } else { (loss - self.end).abs() };
-            // Beyond the middle, seen from the bottom, and up to it, seen from the top, the weight does not change.
+            // Above the middle the weight does not change.
             let clipped = if self.falling {
                 if distance > self.half_range { self.half_range } else { distance }
             } else if distance <= self.half_range {

@@ -1,12 +1,12 @@
 //! Losses to sample weights: the members of the family that have a kernel, in one table by name.
 //!
 //! A member is a function from the losses `l_1, ..., l_n` of a batch to their weights `w_1, ..., w_n`; a pointwise one
-//! has `w_i = f(l_i)`. A sample whose measure is 0 takes no part and weighs 0. Some members ask for groups, and some
-//! remember earlier batches in a state of a few vectors. All of it is computed in `f64`, with the rounding errors of
+//! has `w_i = f(l_i)`. A sample whose measure is 0 takes no part and has weight 0. Some members need groups, and some
+//! remember earlier batches in a state of a few vectors. Weights are computed in `f64`, with the rounding errors of
 //! differences and products carried along, and rounded once at the end.
 //!
-//! `member` says what a member implements, `batch` what it is given, `blocks` has the loops over a batch. To add a
-//! member, write its file in this folder, declare the module, and add its line to the table below.
+//! `member` has the trait of a member, `batch` its input, and `blocks` the loops over a batch. To add a member, write
+//! its file in this folder, declare the module, and add its line to the table below.
 
 mod batch;
 mod blocks;
@@ -66,7 +66,7 @@ macro_rules! table {
             /// The member named `kind`, with its numbers.
             ///
             /// # Errors
-            /// If there is no such member, or if it has another number of numbers.
+            /// If there is no such member, or if the number of `numbers` is wrong.
             pub fn new(kind: &str, numbers: &[f64]) -> Result<Self, Error> {
                 match kind {
                     $($kind => read($kind, numbers).map(Self::$Member),)*
@@ -90,7 +90,7 @@ macro_rules! table {
                 }
             }
 
-            /// How many numbers each leaf of its state has; none where it remembers nothing.
+            /// The length of each leaf of its state; empty for a member without state.
             #[must_use]
             pub fn state_lengths(&self) -> Vec<usize> {
                 match self {
@@ -142,12 +142,12 @@ table! {
     "trimmed(kl)": TrimmedKl,
 }
 
-/// Why no weighting was made, or none could weigh.
+/// Why a weighting could not be made, or could not compute weights.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Error {
     /// No member has this name.
     UnknownKind(String),
-    /// A member was given another number of numbers than it has.
+    /// A member was given a wrong number of numbers.
     Numbers {
         /// The member's name.
         kind: &'static str,
@@ -156,9 +156,9 @@ pub enum Error {
         /// How many were given.
         got: usize,
     },
-    /// A member that asks for groups was given none.
+    /// A member that needs groups was given none.
     NoGroups,
-    /// The groups of some samples that take part are none of the member's.
+    /// The groups of some samples that take part are out of range.
     GroupOutOfRange {
         /// How many groups the member has.
         groups: usize,
@@ -167,7 +167,7 @@ pub enum Error {
         /// The largest.
         largest: i64,
     },
-    /// The leaves of the state do not have the lengths that the member's have.
+    /// The leaves of the state do not have the member's lengths.
     State {
         /// The member's name.
         kind: &'static str,
@@ -218,11 +218,11 @@ fn read<M: Member>(kind: &'static str, numbers: &[f64]) -> Result<M, Error> {
     }
 }
 
-/// Fills `weights` with the weights of a batch, in row-major order, and moves `state`, the leaves of the member's
+/// Fills `weights` with the weights of a batch, in row-major order, and updates `state`, the leaves of the member's
 /// state.
 ///
-/// A NaN loss makes its own weight NaN, and every weight where weights depend on the batch. The state stays as it was
-/// where no sample takes part, or a loss that takes part is not finite.
+/// A NaN loss makes its own weight NaN, and every weight if weights depend on the batch. The state does not change if
+/// no sample takes part, or if a loss that takes part is not finite.
 ///
 /// # Errors
 /// [`Error::State`], [`Error::NoGroups`] or [`Error::GroupOutOfRange`], before anything is written.

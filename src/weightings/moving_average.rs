@@ -1,7 +1,7 @@
 //! Exponential weights over their running mean (SOX, ABSGD; Qi et al., TMLR 2023, Algorithm 1).
 //!
-//! First `u <- decay u + (1 - decay) mean(w)`, then the weights are `w / u`; `u` starts as the first batch's mean. All
-//! of it is computed in logarithms, and measured from the largest weight.
+//! First `u <- decay u + (1 - decay) mean(w)`, then the weights are `w / u`. `u` starts as the mean of the first batch.
+//! The computation uses logarithms relative to the largest weight.
 
 use super::batch::Batch;
 use super::blocks::{BlockMap, BlockSum, sum, write};
@@ -39,14 +39,14 @@ impl Member for MovingAverageOfKl {
         assert!(self.inner.is_pointwise(), "a running mean divides pointwise weights");
         let (old, updates) = (state[0][0], state[1][0]);
         let top = sum(batch, Largest(self.inner)).unwrap_or(f64::NEG_INFINITY);
-        // Where there are only zeros, all is measured from 1.
+        // If all weights are 0, logarithms are relative to 1.
         let top = if top == f64::NEG_INFINITY { 0.0 } else { top };
         let gaps = Gaps { inner: self.inner, top, less: 0.0 };
         let mut mean = (sum(batch, Sum(gaps)).value() / batch.total).ln();
         if updates != 0.0 {
             mean = log_add_exp(self.decay.ln() + gap(old, top), (-self.decay).ln_1p() + mean);
         }
-        // No mean to divide by: all weights so far were 0, and stay so.
+        // If all weights so far were 0, there is no mean to divide by, and the weights stay 0.
         let less = if mean == f64::NEG_INFINITY { 0.0 } else { mean };
         write(batch, weights, Gaps { less, ..gaps });
         let new = mean + top;
@@ -57,7 +57,7 @@ impl Member for MovingAverageOfKl {
     }
 }
 
-/// `value - end`, and 0 where they are equal, which two infinities are too.
+/// `value - end`, and 0 if they are equal, also if both are the same infinity.
 #[inline(always)]
 fn gap(value: f64, end: f64) -> f64 {
     if value == end { 0.0 } else { value - end }
@@ -76,7 +76,7 @@ fn log_weight<I: Isa>(kl: &Kl, loss: f64) -> f64 {
         return if loss.is_nan() { loss } else { 0.0 };
     }
     let (hi, lo) = Exponent { tau: kl.tau, scale: kl.scale, origin: 0.0, power_of_two: 1.0 }.at::<I>(loss);
-    // Of an infinite exponent there is no rounding error.
+    // An infinite exponent has no rounding error.
     if hi.is_finite() { hi + lo } else { hi }
 }
 
@@ -115,7 +115,7 @@ impl BlockSum for Sum {
     }
 }
 
-/// The largest logarithm of a weight; NaN where one is.
+/// The largest logarithm of a weight; NaN if one is NaN.
 #[derive(Clone, Copy)]
 struct Largest(Kl);
 

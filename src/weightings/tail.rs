@@ -1,26 +1,26 @@
-//! The tail of a batch: which part of each sample lies among the share of the measure with the largest losses.
+//! The tail of a batch: the part of each sample that is in the share of the measure with the largest losses.
 
 use super::batch::Batch;
 use super::blocks::{BlockSum, measure_where, sum};
 use super::compensated::Compensated;
 use crate::numeric::Isa;
 
-/// The edge of a tail. Samples above it are in the tail, samples below it are not, and those at it are in part.
+/// The edge of a tail. Samples above it are in the tail, samples below it are not, and samples at it are in it in part.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Tail {
     /// The loss at the edge.
     pub edge: f64,
-    /// Which part of each sample at the edge is in the tail, in `[0, 1]`.
+    /// The part of each sample at the edge that is in the tail, in `[0, 1]`.
     pub part: f64,
 }
 
 impl Tail {
-    /// The tail that has the share `fraction` of the measure; `None` where a loss that takes part is NaN.
+    /// The tail that has the share `fraction` of the measure; `None` if a loss that takes part is NaN.
     ///
-    /// A part that is 0 or 1 but for rounding is 0 or 1. The edge is selected; nothing is sorted.
+    /// A part that is 0 or 1 up to rounding is exactly 0 or 1. The edge is found by selection, without sorting.
     pub fn of(batch: &Batch, fraction: f64) -> Option<Self> {
         let mut samples = samples(batch)?;
-        // How far a sum of the measure may be off.
+        // A bound on the rounding error of a sum of the measure.
         let rounding = 8.0 * f64::EPSILON * batch.total;
         let edge = edge(&mut samples, fraction * batch.total - rounding);
         let [above, there] = sum(batch, AboveAndAt(edge)).map(Compensated::value);
@@ -35,7 +35,7 @@ impl Tail {
         Some(Self { edge, part })
     }
 
-    /// Which part of a sample is in the tail.
+    /// The part of a sample that is in the tail.
     #[inline(always)]
     pub fn part_of(&self, loss: f64) -> f64 {
         if loss > self.edge {

@@ -1,7 +1,7 @@
 //! A weighting without the largest losses (DORO; Zhai et al., ICML 2021, Algorithm 1).
 //!
-//! The share `fraction` of the measure with the largest losses weighs 0, in part at its edge; the inner member weighs
-//! what is left, times what is kept of each sample.
+//! The share `fraction` of the measure with the largest losses has weight 0; a sample at the edge is in it in part. The
+//! inner member weights the rest, and its weights are multiplied by the kept part of each sample.
 
 use super::batch::Batch;
 use super::blocks::fill;
@@ -15,11 +15,11 @@ use std::mem::MaybeUninit;
 pub struct Trimmed<M> {
     /// The share that is left out, in `[0, 1)`.
     pub fraction: f64,
-    /// What weighs the rest.
+    /// The member that weights the rest.
     pub inner: M,
 }
 
-/// Gives a member trimmed its names, which a generic constant cannot be made of.
+/// Implements `Member` for `Trimmed` of each inner member, with the names of its numbers, which must be listed.
 macro_rules! trimmed {
     ($($Inner:ty: $numbers:expr),* $(,)?) => {
         $(impl Member for Trimmed<$Inner> {
