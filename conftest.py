@@ -24,7 +24,7 @@ collect_ignore = [path for path, client in NEEDS.items() if importlib.util.find_
 settings.register_profile("rgd", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("rgd")
 
-# Workers, programs that tests start and the next run share what JAX has compiled: most of its tests' time.
+# Workers, programs that tests start and the next run share JAX's compiled code, since compiling takes long.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent / ".pytest_cache" / "jax")
 )
@@ -37,13 +37,13 @@ if importlib.util.find_spec("jaxlib") is not None and (0, 7) < tuple(
 ) < (0, 11):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Several processes share the cores; tests that are about threads set their number themselves. This stands
-    # before torch is imported, which reads it then.
+    # Several processes share the cores. Tests of threads set their number themselves. This must come before
+    # the import of torch, which reads it.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_finish():
-    """What the imports made stays: trainers collect garbage often, and need not look through all of it."""
+    """Freeze the objects of imports: trainers collect garbage often, and would scan all of them."""
     gc.collect()
     gc.freeze()
 
@@ -53,7 +53,7 @@ def pytest_unconfigure():
 
 
 def pytest_runtest_setup():
-    """A test draws the same numbers alone, after others and in any worker."""
+    """Seed the random numbers, so that a test draws the same ones alone, after others and in any worker."""
     random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].default_generator.manual_seed(0)
@@ -61,7 +61,7 @@ def pytest_runtest_setup():
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_what_was_compiled():
-    """A process that keeps the programs of all files has gigabytes of objects, and its tests are slow."""
+    """Drop compiled programs after each file: those of all files take gigabytes and make tests slow."""
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
@@ -102,7 +102,7 @@ def run(workers, tmp_path):
     def run(size, function, *arguments):
         if not workers.processes[0].is_alive():
             workers.__init__()
-        # A store for each group: in one used again, a rank may find where the last group listened.
+        # Each group gets a new store. In a reused one, a rank may find the address of the last group.
         return workers.run(size, str(tmp_path / f"store-{next(number)}"), function, *arguments)
 
     return run

@@ -1,7 +1,7 @@
-"""The Triton programs compiled ahead of time, for GPUs that are not there, as a call would start them.
+"""Compiles the Triton programs of a call ahead of time, for GPUs that this machine does not have.
 
-A call runs on tensors of the CPU up to its launches. What they were given is what Triton specialises on:
-dtypes, integers that are 1 or divisible by 16, and what is None.
+A call runs on CPU tensors up to its launches. Triton specialises a program on the arguments of its launch:
+dtypes, integers that are 1 or divisible by 16, and arguments that are None.
 """
 
 import os
@@ -40,7 +40,7 @@ TYPES = {
 
 
 class Launch(NamedTuple):
-    """One launch of a call: the program, what it was given, and how many warps it has."""
+    """One launch of a call: the program, its arguments, and its number of warps."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -79,8 +79,8 @@ def launches(classes, dtype, *, soft=False, rows=64, grad=True, shape=None, **op
         dtype: Of the logits.
         soft: Whether targets are class probabilities.
         rows: How many rows.
-        grad: Whether the gradient is asked for.
-        shape: That of the logits, if they are no matrix.
+        grad: Whether the gradient is wanted.
+        shape: The shape of the logits, if they are no matrix.
         options: Of `rgd.torch.cross_entropy`.
     """
     found = []

@@ -1,4 +1,4 @@
-"""Random calls of the cross-entropy: every option in every company, for the parity of a backend."""
+"""Random calls of the cross-entropy with all combinations of options, to test the parity of a backend."""
 
 import math
 import random
@@ -80,7 +80,7 @@ def case_of(seed, shapes=SHAPES):
 
 
 def cast(case, dtype, device="cpu"):
-    """The case with floats of a dtype; masks, labels and what the losses' dtype rules stay as they are."""
+    """The case with floats of a dtype; masks, labels, and tensors in the losses' dtype do not change."""
     wide = torch.float64 if dtype is torch.float64 else torch.float32
 
     def moved(one, to=wide):
@@ -120,7 +120,7 @@ def linear_value_and_grads(case, name, **options):
 
 
 def distance(found, expected):
-    """The distance from what was expected, as a part of its norm; infinite if they are finite elsewhere."""
+    """The distance from the expected tensor over its norm; infinite if other entries are finite."""
     finite = expected.isfinite()
     same = torch.equal(finite, found.isfinite()) and torch.equal(expected.isnan(), found.isnan())
     if not same:

@@ -1,7 +1,7 @@
-"""Watches what Triton's interpreter reads and writes: nothing but the elements of tensors, and no races.
+"""Watches the reads and writes of Triton's interpreter: only elements of tensors are allowed, and no races.
 
-The interpreter runs programs one after the other, in memory that Python's process owns. So it sees neither a
-read beyond a tensor nor two programs that write to one place. This does.
+The interpreter runs programs one after the other, in memory of the Python process. So it notices neither a
+read outside of a tensor nor two programs that write to the same address. This module notices both.
 """
 
 import collections

@@ -1,4 +1,4 @@
-"""What the programs share: the machine, their figures as JSON, and their tables in the pages."""
+"""Shared code of the programs: the machine, their figures as JSON, and their tables in the pages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESULTS = ROOT / "benches" / "results"
 
 
 def processor() -> str:
-    """The processor's name, where the system tells it."""
+    """The processor's name, if the system gives it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -25,7 +25,7 @@ def processor() -> str:
 
 
 def machine() -> dict[str, object]:
-    """What the figures were measured with."""
+    """The machine and the versions with which the figures were measured."""
     return {
         "processor": processor(),
         "cores": os.cpu_count(),

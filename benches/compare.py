@@ -1,7 +1,7 @@
 """Times training steps of this tree against those of an older commit, in turn.
 
 Run `make bench-compare REV=...`. The older commit is checked out and built under `target/compare`. Each tree
-runs in a process of its own, and one waits while the other is timed, A B B A ...: what slows the machine then
+runs in a process of its own, and one waits while the other is timed, A B B A ..., so that a slower machine
 slows both. The table gives the median of the pairwise ratios and its quartiles. Above 1, this tree is slower.
 """
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 TREES = ROOT / "target" / "compare"
-# A case is what a worker builds; older trees lack what came later, and then have no figure.
+# A worker builds these cases. An older tree may lack a feature, and then has no figure for its case.
 CASES = [
     "(128, 10) float32",
     "(128, 10) bfloat16",
@@ -37,7 +37,7 @@ CASES = [
 
 
 def work(case: str) -> Callable[[], Any]:
-    """What a worker times."""
+    """The function that a worker times."""
     import rgd  # noqa: PLC0415 - of the tree that the worker stands for
     import torch  # noqa: PLC0415
     from rgd.torch import LinearRGDLoss, RGDLoss, sample_weights  # noqa: PLC0415
@@ -84,7 +84,7 @@ def serve(threads: int) -> None:
         if case not in steps:
             try:
                 steps[case] = work(case)
-            except (AttributeError, TypeError):  # a tree from before there was such a call
+            except (AttributeError, TypeError):  # the tree is older than this call
                 print("nan", flush=True)
                 continue
             for _ in range(50):

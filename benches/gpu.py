@@ -1,14 +1,14 @@
-"""The Triton backend on a GPU: parity first, then time, memory and bandwidth beside what else there is.
+"""The Triton backend on a GPU: first parity, then time, memory and bandwidth, compared with other losses.
 
     python benches/gpu.py --json FILE           # all of it, in less than 8 minutes
     python benches/gpu.py --parity-only         # the parity alone
     TRITON_INTERPRET=1 python benches/gpu.py --dry-run       # the whole program where there is no GPU
 
 Parity: random calls of every option, dense and with a linear head, in float32 and bfloat16 against float64.
-If one is off, nothing is timed. Checks: whether a step waits for the device, and has the same bits again, on
-another stream and in a CUDA graph. Time: a training step, forward and backward from logits, the median of
-repeated steps on the device's clock, all peers in turn. Share: the time that a copy of the logits takes, as a
-part of the step's. What does not fit into the minutes is left out, and named.
+If one fails, nothing is timed. Checks: whether a step waits for the device, and whether it gives the same
+bits again, on another stream and in a CUDA graph. Time: a training step, forward and backward from logits,
+the median of repeated steps on the device's clock, all peers in turn. Share: the time of a copy of the logits
+as a part of the step's time. The program leaves out steps for which there is no time, and names them.
 """
 
 import argparse
@@ -54,7 +54,7 @@ MATRICES = [(12, 4), (9, 33), (1, 5), (5, 130)]
 
 
 def parity_of(seeds, device):
-    """As `parity`, of some cases."""
+    """As `parity`, for some of the cases."""
     failed, worst = [], {"float32": 0.0, "bfloat16": 0.0}
     for seed in seeds:
         linear = seed % 4 == 3
@@ -73,7 +73,7 @@ def parity_of(seeds, device):
 
 
 def parity(device, cases, jobs):
-    """The cases that are off, and by how much the others are at most.
+    """The cases that fail, and the largest distance of the others.
 
     Each case is a program of its own for Triton to compile, so several processes share them.
     """
@@ -147,7 +147,7 @@ def runs_in_a_graph(step):
 
 
 def checks(device):
-    """What else only a device can show: for each check and step None, or what went wrong."""
+    """Further checks that need a device: for each check and step None, or the error."""
     found, only_a_gpu = {}, (waits_for_nothing, runs_on_a_stream, runs_in_a_graph)
     for name, step in steps_of(device).items():
         step()  # compiles
@@ -212,7 +212,7 @@ def peers(device):
 
 
 class Device:
-    """Where the steps run, with its clock and its memory; on the CPU, only to try the program.
+    """The device of the steps, with its clock and its memory; the CPU is only for trying the program.
 
     Args:
         name: "cuda" or "cpu".
@@ -302,7 +302,7 @@ def linear_figures(device, rows, width, classes):
 
 
 def parts_of(device, dry_run):
-    """What is measured, most important first: a name, and the figures as they come."""
+    """The measurements, the most important first: a name, and an iterator of figures."""
     sizes, heads = (DRY_SIZES, DRY_HEADS) if dry_run else (SIZES, HEADS)
     dense = [
         (f"{rows} x {classes}, {str(dtype)[6:]}", dense_figures(device, rows, classes, dtype))

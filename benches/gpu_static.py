@@ -1,11 +1,11 @@
-"""What the Triton programs cost on GPUs that are not there: registers, occupancy, bytes a logit, time.
+"""The cost of the Triton programs, computed without a GPU: registers, occupancy, bytes a logit, least time.
 
     python benches/gpu_static.py                # print the tables
     python benches/gpu_static.py --json FILE    # and write them
 
-Registers and instructions are the compiler's, for five targets. Reads and writes are counted in Triton's
-interpreter, in a process of its own. The time is the least that the memory of a GPU allows for them: nothing
-here is measured.
+Registers and instructions come from the compiler, for five targets. Reads and writes are counted in Triton's
+interpreter, in a process of its own. The time is the least time that the memory of a GPU allows for them.
+Nothing here is measured.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def counted():
 
 
 def compiled(targets):
-    """What the compilers say of each program, by its name and target."""
+    """The compilers' output for each program, by its name and target."""
     import _gpu_ahead  # noqa: PLC0415
 
     return {
@@ -82,7 +82,7 @@ def compiled(targets):
 
 
 def least_times(traffic):
-    """What the bandwidth of each GPU allows for dense logits, in ms."""
+    """The least times that the bandwidth of each GPU allows for dense logits, in ms."""
     moved = sum(traffic["training, 32,000 classes"])
     ways = {
         "rgd": moved,
@@ -96,7 +96,7 @@ def least_times(traffic):
 
 
 def least_times_of_head(traffic):
-    """What peak and bandwidth of each GPU allow for the parts of a linear head's step, in ms."""
+    """The least times, by each GPU's peak rate and bandwidth, of the parts of a linear head's step, in ms."""
     from rgd._chunk_rows import chunk_rows  # noqa: PLC0415
 
     rows, width, classes = HEAD

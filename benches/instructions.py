@@ -1,9 +1,9 @@
-"""Counts what Python does in one call of each front of rgd.torch, and holds it against a committed budget.
+"""Counts the steps of Python in one call of each front of rgd.torch, and compares them with a budget.
 
-Run `make bench-instructions`. At the sizes of a notebook a call costs what the interpreter does in it, and a
-stopwatch does not see 8% of that for its own noise. So this counts the steps of the interpreter (bytecode
-instructions) in the files of rgd. The count is the same on every machine with the same Python. A call that
-takes more than its budget fails; `--write` takes the counts as the new budget, for a change that is worth it.
+Run `make bench-instructions`. For small tensors the interpreter takes most of the time of a call, and the
+noise of a timing hides a change of 8%. So this counts the steps of the interpreter (bytecode instructions) in
+the files of rgd. The count is the same on every machine with the same Python. A call that takes more than its
+budget fails; `--write` makes the counts the new budget, for a change that is worth its cost.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def count(call: Callable[[], Any]) -> int:
 
 
 def main() -> None:
-    """Print the counts beside their budget, and fail where one is exceeded."""
+    """Print the counts beside their budget, and fail if one is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--write", action="store_true", help="take the counts as the new budget")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The bytes that a step in JAX moves, as XLA counts them for what it compiled, over those of its logits.
+"""The bytes that a compiled step in JAX reads and writes, by XLA's count, over the bytes of its logits.
 
     python benches/jax_bytes.py                 # compiled for the CPU
     python benches/jax_bytes.py --json FILE     # and written
@@ -6,8 +6,9 @@
 With the packages jax-cuda12-plugin and jax-cuda12-pjrt of JAX's version, and nvidia-cuda-nvcc-cu12, XLA
 compiles for an H100 too. No GPU is needed for that.
 
-XLA adds up what each kernel reads and writes (`compiled.cost_analysis()`, "bytes accessed"). Losses need one
-read of the logits, and a training step one more and a write, unless a row is kept on the chip in between.
+XLA adds up the reads and writes of each kernel (`compiled.cost_analysis()`, "bytes accessed"). Losses need
+one read of the logits. A training step needs one more read and a write, unless a row is kept on the chip
+between them.
 """
 
 import argparse
@@ -88,7 +89,7 @@ def compiled(step, dtype, sharding=None):
 def accessed(program):
     """The bytes that a program accesses, as XLA counts them."""
     found = program.cost_analysis()
-    if found is None:  # A program for a device that is not there does not say; XLA counts its text.
+    if found is None:  # a program for an absent device has no count of its own, so XLA counts its text
         from jax._src.lib import _jax  # noqa: PLC0415
 
         (module,) = program.runtime_executable().hlo_modules()
@@ -110,7 +111,7 @@ def figures(sharding=None):
 
 
 def h100():
-    """The sharding of an H100 that need not be there; None without the packages that compile for it."""
+    """The sharding for compiling for an H100, without having one; None without the packages for this."""
     folder = importlib.util.find_spec("nvidia.cuda_nvcc") if importlib.util.find_spec("nvidia") else None
     if importlib.util.find_spec("jax_cuda12_plugin") is None or folder is None:
         return None

@@ -6,8 +6,9 @@ Each contender is one jitted `value_and_grad` with respect to the inputs (N, D) 
 Contenders take turns; a figure is the median over the rounds of (time of rgd.jax / time of the contender in
 the same round), with the smallest and largest, of the wall clock and of the processor time of all threads.
 
-Memory is what XLA plans beyond arguments and results ("temp"), and the growth of the peak (VmHWM) of a
-process of its own as the contender runs once: results count there, arguments do not.
+There are two figures for memory: the memory that XLA plans besides arguments and results ("temp"), and the
+growth of the peak (VmHWM) of a new process in which the contender runs once. The growth includes results, but
+not arguments.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def formula(inputs, kernel, labels):
 
 
 def weights_outside(inputs, kernel, labels, chunk_bytes):
-    """Losses first, then their weighted mean: what a loss does that cannot weight."""
+    """Losses first, then their weighted mean, as with a loss that cannot weight."""
     losses = functools.partial(
         rgd.jax.linear_cross_entropy, weighting=rgd.ERM(), reduction="none", chunk_bytes=chunk_bytes
     )
@@ -84,7 +85,7 @@ def compiled(function, arguments):
 
 
 def peak_bytes(*, reset=False):
-    """The largest resident size of this process, since the last reset; None where /proc does not tell."""
+    """The largest resident size of this process since the last reset; None if /proc does not give it."""
     try:
         if reset:
             with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
@@ -96,7 +97,7 @@ def peak_bytes(*, reset=False):
 
 
 def print_growth(name, size, dtype, chunk_bytes):
-    """What a process of its own does: run a contender once and print by how much the peak grew."""
+    """Run a contender once, in a new process, and print the growth of the peak."""
     arguments = problem(size, dtype)
     step = compiled(contenders(chunk_bytes)[name], arguments)
     before = peak_bytes(reset=True)

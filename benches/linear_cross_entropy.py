@@ -34,7 +34,7 @@ Head = Callable[[Tensor, Tensor, Tensor], Any]
 
 
 class Result(NamedTuple):
-    """Of one way at one size and dtype: seconds, rgd's time over its time (quartiles), and megabytes."""
+    """The result of one way at a size and dtype: seconds, rgd's time over its time (quartiles), megabytes."""
 
     seconds: float
     median: float
@@ -44,7 +44,7 @@ class Result(NamedTuple):
 
 
 def cross_entropy(hidden: Tensor, head: Tensor, target: Tensor) -> None:
-    """What most training code has: unweighted."""
+    """The unweighted loss that most training code has."""
     nn.CrossEntropyLoss()(F.linear(hidden, head), target).backward()
 
 
@@ -61,7 +61,7 @@ def rgd_loss(hidden: Tensor, head: Tensor, target: Tensor) -> None:
 
 
 def rgd_loss_in_place(hidden: Tensor, head: Tensor, target: Tensor) -> None:
-    """RGDLoss of all logits, whose gradient takes their place."""
+    """RGDLoss of all logits, which the gradient overwrites."""
     RGDLoss(inplace=True)(F.linear(hidden, head), target).backward()
 
 
@@ -72,7 +72,7 @@ def chunked(hidden: Tensor, head: Tensor, target: Tensor) -> None:
 
 
 def chunked_outside(hidden: Tensor, head: Tensor, target: Tensor) -> None:
-    """torch's chunks with weights from outside, which are known only after all losses."""
+    """torch's chunks with weights that are computed outside of them, after all losses are known."""
     options = nn.LinearCrossEntropyOptions()
     losses = F.linear_cross_entropy(hidden, head, target, reduction="none", options=options)
     weights = (losses.detach().clamp(max=1.0) / 2.0).exp()
@@ -85,7 +85,7 @@ def one_pass(hidden: Tensor, head: Tensor, target: Tensor) -> None:
 
 
 def products(hidden: Tensor, head: Tensor, target: Tensor) -> None:
-    """The three matrix products alone, each whole, into memory that is already there: the limit."""
+    """The three matrix products alone, each whole, into existing memory: the lower limit of the time."""
     n, classes = hidden.shape[0], head.shape[0]
     key = (n, hidden.shape[1], classes, hidden.dtype)
     if key not in _BUFFERS:

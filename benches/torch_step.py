@@ -63,7 +63,7 @@ def step(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tenso
 
 
 def copy(buffer: Tensor, logits: Tensor) -> Callable[[], None]:
-    """The limit: every logit read once, every gradient written once, into memory that is already there."""
+    """The lower limit: every logit read once, every gradient written once, into existing memory."""
 
     def run() -> None:
         buffer.copy_(logits.detach())
@@ -102,7 +102,7 @@ def ratios(
     buffer = torch.zeros_like(logits)
     ours, plain = step(RGDLoss(), logits, target), step(nn.CrossEntropyLoss(), logits, target)
     peers = [plain, step(plain_rgd, logits, target), step(compiled, logits, target), copy(buffer, logits)]
-    peers[2]()  # code for this size, before the clock runs
+    peers[2]()  # compiles for this size before the clock runs
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     alone = compare(ours, plain, budget)
@@ -116,7 +116,7 @@ def cell(figure: dict[str, Any]) -> str:
 
 
 def full_table(figures: list[dict[str, Any]], found: dict[str, Any]) -> str:
-    """What docs/speed.md says: every size, dtype and peer.
+    """The table of docs/speed.md: every size, dtype and peer.
 
     Args:
         figures: One ratio each, a row's in the order of `PEERS`.
@@ -140,7 +140,7 @@ def full_table(figures: list[dict[str, Any]], found: dict[str, Any]) -> str:
 
 
 def front_table(figures: list[dict[str, Any]], found: dict[str, Any]) -> str:
-    """What README.md says: three sizes, against two peers."""
+    """The table of README.md: three sizes, against two peers."""
     by_key = {(tuple(figure["size"]), figure["dtype"], figure["peer"]): figure for figure in figures}
     lines = [
         f"One step of loss, forward and backward from float32 logits, on {described(found)}, "

@@ -45,7 +45,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def peers() -> dict[str, Loss]:
-    """What one would use without rgd; those that are installed."""
+    """The losses of other packages that one would use without rgd, if they are installed."""
     found: dict[str, Loss] = {"KL(tau=1) in plain torch": plain_rgd}
     sqwash, absgd = _imported("sqwash"), _imported("absgd.losses.ABLosses")
     if sqwash is not None:

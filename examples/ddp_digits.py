@@ -6,7 +6,7 @@ Each process trains on its own part of every batch, and DDP averages the gradien
 nothing more. With `--normalize` the weights are divided by their mean over the whole batch, of all processes:
 `RGDLoss` gathers the losses by itself, because `torch.distributed` is initialised.
 
-With the same `--batch`, any number of processes that divides it ends with the same parameters but for
+With the same `--batch`, any number of processes that divides it ends with the same parameters, up to
 rounding.
 """
 
@@ -46,7 +46,7 @@ def train(epochs: int, batch: int, weighting: rgd.KL) -> tuple[nn.Module, RGDLos
             optimizer.zero_grad()
             criterion(model(images[own]), labels[own]).backward()
             optimizer.step()
-        stats = criterion.stats(sync=True)  # of the batch of all processes: every process has to ask
+        stats = criterion.stats(sync=True)  # of the batch of all processes: every process must call it
         if rank == 0:
             print(f"epoch {epoch + 1}: {stats}", flush=True)
     return model.module, criterion
@@ -68,7 +68,7 @@ def main() -> None:
         with torch.no_grad():
             accuracy = (model(images).argmax(1) == labels).double().mean().item()
         print(f"{dist.get_world_size()} processes: test accuracy {accuracy:.1%}")
-    # DDP ended with train(): where it outlives the group, torch 2.8 may hang in letting go of both.
+    # DDP was freed when train() returned. If it outlived the group, torch 2.8 might hang when it frees both.
     dist.destroy_process_group()
 
 

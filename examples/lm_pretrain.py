@@ -4,24 +4,24 @@ The text is Python's standard library, sources with their docstrings, which ever
 takes another. Its head and its loss are one `LinearRGDLoss` over the tied embedding: logits of a whole batch
 are never made in training.
 
-What is compared, and how:
+How the arms are compared:
 
-- Every arm sees the same sequences in the same order, once each, from the same initial model. Only the
-  weights differ: none (ERM), KL, MidrangeKL, or KL with scale -1, which favours what is predicted well
-  already; each for tokens by their own loss and for sequences by their mean loss.
+- Every arm trains on the same sequences in the same order, once each, from the same initial model. Only the
+  weights differ: none (ERM), KL, MidrangeKL, or KL with scale -1, which favours tokens that are predicted
+  well; each for tokens by their own loss and for sequences by their mean loss.
 - Each arm gets its own learning rate: the one of the grid with the best plain validation loss.
 - The reported loss and accuracy are unweighted, on held-out texts that were not used for tuning, and so is
   the mean loss of the tenth of the sequences that are predicted worst.
 
-With `--resume FOLDER`, a run that was killed and is started again goes on from its last checkpoint and ends
+With `--resume FOLDER`, a run that was killed and is started again continues from its last checkpoint and ends
 with the same numbers. On several processes, each takes its part of every batch:
 
     torchrun --standalone --nproc-per-node 2 examples/lm_pretrain.py
 
 With `--reference FILE` the weights compare with a reference model. It is trained first, on clean texts of its
-own; then it scores the training sequences once, into FILE, and the arms choose by the excess over these
+own. Then it scores the training sequences once, into FILE, and the arms select by the excess over these
 losses. `--polluted 0.5` shuffles the characters of half of the training sequences, so that there is something
-to leave out. A FILE that is there already is read, and one that was begun is gone on with.
+to leave out. A complete FILE is read, and an incomplete one is continued.
 
 Run `python examples/lm_pretrain.py --help` for the settings.
 """
@@ -97,7 +97,7 @@ def pieces_of(path: pathlib.Path, size: int = 1 << 16) -> list[bytes]:
 
 
 class Tokenizer:
-    """A token for each of the commonest words, marks and indentations; what is rarer goes by bytes."""
+    """A token for each of the commonest words, marks and indentations; other text becomes bytes."""
 
     _WORD = re.compile(rb" ?\w+| ?[^\w\s]+|\s+")
 
@@ -174,7 +174,7 @@ def shuffled(sequences: Tensor, tokenizer: Tokenizer, share: float) -> Tensor:
     for row in torch.randperm(len(sequences), generator=generator)[: round(share * len(sequences))].tolist():
         text = tokenizer.decode(sequences[row].tolist())
         text = bytes(text[i] for i in torch.randperm(len(text), generator=generator).tolist())
-        # Where it takes fewer tokens than before, characters fill it up.
+        # If the shuffled text has fewer tokens than before, more characters are added.
         ids = [*tokenizer.encode(text), *text][: sequences.shape[1]]
         sequences[row] = torch.tensor(ids)
     return sequences
@@ -184,7 +184,7 @@ def shuffled(sequences: Tensor, tokenizer: Tokenizer, share: float) -> Tensor:
 
 
 class Block(nn.Module):
-    """Causal attention and a feed-forward layer, each added to what it reads."""
+    """Causal attention and a feed-forward layer, each with a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -388,7 +388,7 @@ def train_all(  # noqa: PLR0917
                 name, result = json.loads(line)
                 results[Run(*name)] = result
         if dist.is_initialized():
-            dist.barrier()  # so that all know the same results, and none starts with what another adds
+            dist.barrier()  # so that all read the same results before one of them adds to these
     steps = len(data.train) // size.batch
     with tqdm(total=steps * len(runs), unit="step", desc="training", smoothing=0.05, disable=rank > 0) as bar:
         for number, run in enumerate(runs):
@@ -397,7 +397,7 @@ def train_all(  # noqa: PLR0917
             checkpoint = None if folder is None else folder / f"{name}.pt"
             if run in results:
                 if rank == 0 and checkpoint is not None:
-                    # It is still there if the program was killed right after it had written the result.
+                    # The checkpoint still exists if the program was killed right after writing the result.
                     checkpoint.unlink(missing_ok=True)
                 bar.update(steps)
                 continue
@@ -417,9 +417,8 @@ def reference_losses(  # noqa: PLR0917
 ) -> Tensor:
     """The losses of a reference model for the training sequences, from a file or into it.
 
-    A file that is there is read. Else the model is trained on `data.clean`, and scores the sequences into the
-    file with the ending `.part`, which takes the file's name when it is whole. Both go on where they were
-    stopped.
+    An existing file is read. Otherwise the model is trained on `data.clean`, and scores the sequences into a
+    file with the ending `.part`, which is renamed when it is complete. Both continue where they were stopped.
     """
     clean, shape = cast("Tensor", data.clean), (len(data.train), data.train.shape[1] - 1)
     settings = json.dumps([size, learning_rate, clean.sum().item(), hash_of(data.train)])
@@ -459,7 +458,7 @@ def hash_of(sequences: Tensor) -> str:
 
 @torch.no_grad()
 def score(model: GPT, sequences: Tensor, part: pathlib.Path, batch: int) -> None:
-    """Append the losses of the sequences, float32, to what the file has of them already."""
+    """Append the losses of the sequences, float32, that the file does not have yet."""
     size = 4 * (sequences.shape[1] - 1)
     done = part.stat().st_size // size if part.exists() else 0
     with (
@@ -503,7 +502,7 @@ def rows_of(results: dict[Run, dict[str, Any]]) -> list[Row]:
         curve = torch.tensor([r["curve"] for r in same], dtype=torch.float64).mean(0).tolist()
         row = Row(run.arm, run.learning_rate, *mean, curve)
         best = chosen.get(run.arm)
-        # A validation loss that is not finite loses, whatever it is compared with.
+        # A validation loss that is not finite is worse than every other.
         if best is None or row.validation < best.validation or math.isnan(best.validation):
             chosen[run.arm] = row
     return list(chosen.values())

@@ -4,22 +4,22 @@ scikit-learn's handwritten digits are cut so that digit k keeps `100 * imbalance
 100 zeros and, at an imbalance of 100, one nine. A small network is trained on them, and tested on 50 images
 of every digit.
 
-What is compared, and how:
+How the losses are compared:
 
-- The test images are the same for every run and choose nothing. The validation images, 24 a digit, and the
-  training images are drawn anew from the others for each seed.
+- The test images are the same for every run and are not used for tuning. The validation images, 24 a digit,
+  and the training images are drawn again from the others for each seed.
 - Each loss gets its own learning rate: the one of `LEARNING_RATES` with the best validation accuracy,
   averaged over the seeds. The grid, the number of runs and of epochs are the same for all. tau stays at its
   default, 1.
 - With one seed all losses get the same images, the same initial network and the same order of minibatches,
   so the difference between two losses is taken seed by seed.
-- "Normalised" is RGD with weights that average to one over the minibatch. It tells re-weighting from what a
-  mean weight above one does by itself, which is to raise the learning rate and to weaken the weight decay.
-- Three weight decays, because they decide the outcome: without any, the network fits every training image,
-  all losses go to zero and all weights to one.
+- "Normalised" is RGD with weights that average to one over the minibatch. It separates re-weighting from the
+  effect of a mean weight above one, which acts like a larger learning rate and a weaker weight decay.
+- There are three weight decays, because they decide the outcome. Without weight decay, the network fits every
+  training image, all losses go to zero and all weights to one.
 
-Weight decay is fixed here, not tuned, and there it gains; tuned for each loss alike, re-weighting does not
-(`examples/evidence/imbalance.py`).
+Weight decay is fixed here and not tuned, and re-weighting gains. If it is tuned for each loss, re-weighting
+does not gain (`examples/evidence/imbalance.py`).
 
 Run `python examples/longtail_digits.py --help`.
 """
@@ -52,7 +52,7 @@ LOSSES = ("CrossEntropyLoss", "RGDLoss", "RGDLoss, normalised")
 
 
 class Setting(NamedTuple):
-    """What is trained, but for the loss, its learning rate and the seed."""
+    """The settings of a training, without the loss, its learning rate and the seed."""
 
     imbalance: float
     weight_decay: float

@@ -1,4 +1,4 @@
-"""What the weights do over a training, as pictures: those of docs/torch.md.
+"""Draws the pictures of docs/torch.md: the weights over a training.
 
 A small network learns long-tailed digits with RGDLoss: 100 zeros, 60 ones, and so on down to a single nine.
 Five of the zeros are given a wrong label. Each epoch the weights of all training images are kept; at the end
@@ -31,7 +31,7 @@ WRONG = 5
 
 
 def training_images() -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Images (n, 8, 8) with values from 0 to 1, labels (n,), and what to call each image."""
+    """Images (n, 8, 8) with values from 0 to 1, labels (n,), and a name for each image."""
     images, digits = load_digits(return_X_y=True)
     chosen = np.concatenate(
         [np.flatnonzero(digits == k)[:size] for k, size in enumerate(class_sizes(IMBALANCE))]

@@ -1,4 +1,4 @@
-"""Make a release of what is committed: write its version and date, commit, tag.
+"""Make a release of the committed tree: write its version and date, commit, tag.
 
     python tools/release.py 0.2.0 [--dry-run]
 
@@ -24,7 +24,7 @@ UNRELEASED = re.compile(r"^## Unreleased\n(.*?)(?=^## |\Z)", re.MULTILINE | re.D
 
 
 def git(root: Path, *arguments: str) -> str:
-    """What git prints.
+    """The output of git.
 
     Raises:
         subprocess.CalledProcessError: If git fails; its own words are on stderr.
@@ -38,7 +38,7 @@ def as_numbers(version: str) -> tuple[int, ...]:
 
 
 def problems(root: Path, version: str) -> list[str]:
-    """Why this version cannot be released from a checkout; empty where it can."""
+    """The reasons why this version cannot be released from a checkout; empty if it can."""
     if not VERSION.fullmatch(version):
         return [f"VERSION must be three numbers, such as 0.2.0, got {version!r}: make release VERSION=0.2.0"]
     found: list[str] = []
@@ -89,7 +89,7 @@ def released(root: Path, version: str, date: datetime.date) -> dict[str, str]:
 
 
 def difference(root: Path, texts: dict[str, str]) -> str:
-    """What the texts change, as a patch."""
+    """The changes of the texts, as a patch."""
     lines: list[str] = []
     for name, text in texts.items():
         old = (root / name).read_text(encoding="utf-8")

@@ -2,7 +2,7 @@
 
     python docs/site/build.py
 
-`make docs` runs it. The pages lie in the site as they lie in the repository, so their links work in both.
+`make docs` runs it. The site has the folders of the repository, so the links of the pages work in both.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ CONTENTS = {
 
 
 def toctree(pages: list[str] | tuple[str, ...], caption: str = "") -> str:
-    """A list of pages that is seen at the side only."""
+    """A list of pages that is shown only in the sidebar."""
     options = [":hidden:", *([f":caption: {caption}"] if caption else [])]
     return "\n".join(["```{toctree}", *options, "", *(f"/{page}" for page in pages), "```", ""])
 
@@ -149,7 +149,7 @@ def lay_out_static(static: Path) -> None:
 
 
 def main() -> int:
-    """Build the site; the exit code of Sphinx, which takes a warning for an error."""
+    """Build the site; returns the exit code of Sphinx, which treats warnings as errors."""
     begin = time.perf_counter()
     shutil.rmtree(BUILT, ignore_errors=True)
     source, static = BUILT / "source", BUILT / "static"

@@ -67,7 +67,7 @@ def public_names(module: str) -> list[str]:
 
 
 def kind_of(module: str, name: str) -> str:
-    """What Sphinx calls it: a class, a function, data."""
+    """Sphinx's word for the kind of a name: class, function or data."""
     found = getattr(imported(module), name)
     if inspect.isclass(found):
         return "exception" if issubclass(found, BaseException) else "class"
@@ -75,7 +75,7 @@ def kind_of(module: str, name: str) -> str:
 
 
 def targets() -> dict[str, str]:
-    """What a page may write, and the name in the reference, but for short names of several modules."""
+    """The spellings that a page may use, with the name in the reference, without ambiguous short names."""
     found: dict[str, str] = {}
     short: dict[str, list[str]] = {}
     for module in MODULES:
@@ -97,7 +97,7 @@ class LinkNames(SphinxTransform):
         if self.env.docname.startswith("reference/"):
             return
         for link in self.document.findall(addnodes.pending_xref):
-            # `[torch.md](torch.md)` names the file, as the repository has it: here it is the page's title.
+            # `[torch.md](torch.md)` shows the file's name in the repository. The site shows the page's title.
             if link.get("refdomain") == "doc" and re.fullmatch(r"[\w/]+\.md", link.astext()):
                 link["refexplicit"] = False
         names = self.env.rgd_names
@@ -168,7 +168,7 @@ def start(app: Sphinx) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """What Sphinx calls."""
+    """The entry point that Sphinx calls."""
     app.connect("builder-inited", start)
     app.connect("autodoc-process-docstring", show_code, priority=400)  # before the sections are read
     app.connect("autodoc-skip-member", skip_generated)

@@ -414,7 +414,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuses options that cannot be meant."""
+    """Refuses options that make no sense."""
     if options.labels is not None and options.imbalance is not None:
         raise ValueError("--labels and --imbalance are two experiments: give one of them")
     if options.label_set is not None and options.labels is None:
@@ -459,7 +459,7 @@ def prepared(options: argparse.Namespace, precision: str) -> CifarProblem:
 
 
 def compared(options: argparse.Namespace, problem: CifarProblem, trainer: Trainer) -> list[Result]:
-    """Trains every arm, and says what each is compared with."""
+    """Trains every arm, and returns the arm that each is compared with."""
     names = options.arms or (FOR_ALL + FOR_RARE_CLASSES if options.imbalance is not None else FOR_ALL)
     if options.only:
         names = options.arms or ()

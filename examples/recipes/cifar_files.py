@@ -60,7 +60,7 @@ class Cifar(NamedTuple):
     names: tuple[str, ...]
 
 
-# What a pickle of numpy arrays needs. Any other name in a file is refused, so that no file can run code.
+# The names that a pickle of numpy arrays needs. Other names are refused, so that no file can run code.
 PLAIN = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
@@ -100,7 +100,7 @@ def unpickled(path: pathlib.Path) -> dict[bytes, Any]:
 
 
 def entry(content: dict[bytes, Any], key: bytes, path: pathlib.Path) -> Any:
-    """What a file says of a key."""
+    """The entry of a key in a file."""
     if key not in content:
         keys = ", ".join(repr(k) for k in content)
         raise ValueError(f"{path} has no {key!r}, it has {keys}: is it the file of another data set?")
@@ -209,12 +209,12 @@ def long_tail(largest: int, factor: float, classes: int) -> list[int]:
 def split(
     labels: Labels, seed: int, validation: float, sizes: Sequence[int] | None
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Rows to train and rows to choose by.
+    """Rows for training and rows for validation.
 
     Args:
-        labels: Of the training set.
-        seed: Which rows: the same for every arm.
-        validation: The share of each class that is held out to choose by.
+        labels: The labels of the training set.
+        seed: Decides which rows; it is the same for every arm.
+        validation: The share of each class that is held out for validation.
         sizes: How many rows of each class to train on; None for all that are left.
     """
     random = np.random.default_rng([61, seed])

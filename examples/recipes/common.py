@@ -1,4 +1,4 @@
-"""What the recipes share: options with their defaults, the precision of a device, files written whole."""
+"""Shared code of the recipes: options with defaults, the precision of a device, atomic writing of files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose `add` shows the default of an option, where it has one."""
+    """A parser whose `add` shows the default of an option, if it has one."""
 
     def add(self, name: str, *, help: str, **settings: Any) -> None:
         """Adds an option."""
@@ -19,13 +19,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def found_precision(device: torch.device) -> str:
-    """bfloat16 where a GPU computes in it."""
+    """bfloat16 if there is a GPU that computes in it."""
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bfloat16" if fast else "float32"
 
 
 def write(content: dict[str, Any], path: pathlib.Path) -> None:
-    """Saves so that a program that is stopped meanwhile leaves the older file."""
+    """Saves a file; if the program is stopped meanwhile, the older file remains."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     torch.save(content, temporary)

@@ -62,7 +62,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 SMALLEST_CROP = 0.05
-# What decides the result of a run beside its weighting; a run goes on only where all of it is as it was.
+# The options that decide the result of a run beside its weighting. A run is resumed only if none has changed.
 SETTINGS = (
     "model", "image_size", "epochs", "batch", "optimizer", "lr", "weight_decay", "warm_up", "mixup", "cutmix",
     "smoothing", "auto_augment", "drop_path", "clip_gradients", "hold_out", "seed",
@@ -296,7 +296,7 @@ def train(
         ended = (step + 1) % per_epoch == 0
         if ended:
             line: dict[str, Any] = {"epoch": (step + 1) // per_epoch, "step": step + 1, "rate": rate}
-            # Of the last batch; every process has to ask.
+            # The statistics of the last batch. Every process must call this.
             line |= criterion.stats(sync=process.size > 1).to_dict("train_")
             if len(data.held_out):
                 held_out = measure(model, data.plain, data.held_out, options, process)
@@ -346,7 +346,7 @@ def resume(
 
 
 def weightings(options: argparse.Namespace) -> dict[str, rgd.Weighting]:
-    """What to train with, by the name of its folder."""
+    """The weightings to train with, by the name of their folders."""
     found: dict[str, rgd.Weighting] = {}
     if "none" in options.weighting:
         found["none"] = rgd.ERM()
@@ -407,7 +407,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(options: argparse.Namespace, process: Process) -> None:
-    """Refuses options that cannot be meant."""
+    """Refuses options that make no sense."""
     if options.batch < 1 or options.batch % (2 * process.size):
         raise ValueError(
             f"--batch must be a multiple of {2 * process.size}, an even number for each process, got "
@@ -420,7 +420,7 @@ def check(options: argparse.Namespace, process: Process) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Trains with each weighting and prints what came out."""
+    """Trains with each weighting and prints the results."""
     options = parser().parse_args(arguments)
     process = started(options.device)
     check(options, process)

@@ -31,7 +31,7 @@ def losses_of(shape=(N, T), seed=0):
 
 
 def run(function, inputs, weighting):
-    """What a function of a leaf returns, its gradient, and the state after it."""
+    """The result of a function of a leaf tensor, its gradient, and the state after it."""
     leaf = inputs.clone().requires_grad_()
     result = function(leaf)
     value, state = result if weighting.stateful else (result, None)

@@ -1,4 +1,4 @@
-"""Checks that need several devices of JAX: they run in one process, and each has its outcome."""
+"""Runs checks that need several devices of JAX in one process, and reports the outcome of each."""
 
 import json
 import os
@@ -19,10 +19,10 @@ print(json.dumps(OUTCOMES))
 
 
 def outcomes_on_four_devices(program):
-    """Of each of the program's `CHECKS`, functions by name: "equal", or the traceback of its error."""
-    # Not those of this process, which compiles in another way than users do.
+    """The outcome of each function in the program's `CHECKS`: "equal", or the traceback of its error."""
+    # Do not pass on the flags of this process, which compiles in another way than users do.
     flags = "--xla_force_host_platform_device_count=4"
-    # What is asked is which numbers come out, and what moves between devices: compiled in a hurry.
+    # The checks look at numbers and at transfers between devices, so fast compilation is enough.
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", program + RUN_ALL],

@@ -42,7 +42,7 @@ def function_of(nodeid):
 
 
 def chosen(items, number):
-    """Of each test function a number of items, evenly apart, from a place that depends on its name alone."""
+    """A number of evenly spaced items of each test function; the first depends only on its name."""
     variants = collections.defaultdict(list)
     for item in items:
         variants[item.nodeid.partition("[")[0]].append(item)

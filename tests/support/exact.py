@@ -15,9 +15,9 @@ BALL_TOLERANCE = 1e-10
 
 
 def weights(losses, weighting, base=None):
-    """The weights of finite losses, and how far each may be off in addition to its own rounding.
+    """The weights of finite losses, and the allowed error of each in addition to its own rounding.
 
-    That is what a root's tolerance allows, and what the rounding of sums over the batch moves.
+    It comes from the tolerance of a root, and from the rounding of sums over the batch.
     """
     with mpmath.workdps(DIGITS + orders_of_magnitude(losses)):
         losses = [mpmath.mpf(float(loss)) for loss in losses]
@@ -28,7 +28,7 @@ def weights(losses, weighting, base=None):
 
 
 def orders_of_magnitude(losses):
-    """How many digits lie between the largest and the smallest loss that is not 0."""
+    """The number of digits between the largest and the smallest loss that is not 0."""
     sizes = [abs(float(loss)) for loss in losses if loss != 0]
     return math.ceil(math.log10(max(sizes)) - math.log10(min(sizes))) if sizes else 0
 
@@ -212,7 +212,7 @@ def exactly(values):
 
 
 def rounded(values):
-    """Weights that are differences or shares of sums over the batch: off by the rounding of the largest."""
+    """The allowed error of weights that are differences or shares of sums over the batch."""
     return values, [(len(values) + 8) * EPS * max(values)] * len(values)
 
 
@@ -226,7 +226,7 @@ def over_mean(values, base):
 
 
 def shares_of_worst(losses, base, fraction):
-    """How much of each sample is in the worst `fraction` of the mass, ties alike, from the largest down."""
+    """The part of each sample in the worst `fraction` of the mass, from the largest down, equal for ties."""
     left, shares = fraction * mpmath.fsum(base), {}
     for level in sorted(set(losses), reverse=True):
         mass = mpmath.fsum(p for p, loss in zip(base, losses, strict=True) if loss == level)

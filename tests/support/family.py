@@ -70,7 +70,7 @@ def front(losses, weighting, **options):
 
 
 def formula(losses, weighting, *, where=None, sample_weight=None):
-    """The member's own formula, also where the front has a kernel for it."""
+    """The member's own formula, also if the front has a kernel for it."""
     losses = np.asarray(losses, dtype=np.float64)
     measure = np.ones(losses.shape) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
     measure = measure if where is None else np.where(where, measure, 0.0)
@@ -80,7 +80,7 @@ def formula(losses, weighting, *, where=None, sample_weight=None):
 
 
 def same(actual, expected, losses, weighting):
-    """Two computations of the same weights differ by rounding and by what the search for a root allows."""
+    """Assert that two computations of weights differ only by rounding and by the tolerance of a root."""
     actual, expected = np.asarray(actual), np.asarray(expected)
     largest = np.max(expected, initial=0.0)
     # Sums over the batch, and an exponent x, which moves exp(x) by |x| eps.
@@ -93,7 +93,7 @@ def same(actual, expected, losses, weighting):
 
 
 def root_allowance(weights, weighting):
-    """How far weights of a ball move with its tolerance: d log w_i / d radius = (log w_i - m) / v under q."""
+    """The change of a ball's weights by its tolerance: d log w_i / d radius = (log w_i - m) / v under q."""
     inner = getattr(weighting, "weighting", weighting)
     if not isinstance(inner, KLBall):
         return np.zeros(weights.shape)

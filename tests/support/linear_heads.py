@@ -47,9 +47,9 @@ class Case:
         return cross_entropy(logits, target, weight, **options)
 
     def results(self, way, *arguments, order=1, **options):
-        """The objective, and what its elements, unequally wanted, do to the trained tensors.
+        """The objective, and the gradients of a weighted sum of its elements in the trained tensors.
 
-        By `order` 2: and what the squares of these gradients do to them.
+        With `order` 2, also the gradients of the sum of the squares of these gradients.
         """
         for one in self.trained:
             one.grad = None
@@ -65,7 +65,7 @@ class Case:
 
 
 def distance(actual, expected):
-    """The largest of the differences, each over the norm of what it should be."""
+    """The largest of the differences, each over the norm of the expected tensor."""
     pairs = zip(actual, expected, strict=True)
     return max(((a - e).norm() / max(float(e.norm()), 1e-300)).item() for a, e in pairs)
 

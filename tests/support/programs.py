@@ -8,7 +8,7 @@ from unittest import mock
 
 
 def run_script(path, *arguments):
-    """What the script prints. An error is raised, and so is a warning, as anywhere in the tests."""
+    """The output of the script. Errors are raised, and warnings too, as in all tests."""
     imported = set(sys.modules)
     printed = io.StringIO()
     with (
@@ -17,7 +17,7 @@ def run_script(path, *arguments):
         contextlib.redirect_stdout(printed),
     ):
         runpy.run_path(str(path), run_name="__main__")
-    # What lies beside the script is not to be found by the tests that follow.
+    # Modules beside the script must not be importable in later tests.
     for name in set(sys.modules) - imported:
         file = getattr(sys.modules[name], "__file__", None)
         if file is not None and file.startswith(str(path.parent)):

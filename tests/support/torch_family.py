@@ -1,4 +1,4 @@
-"""The problems that the tests of the torch front solve, and how far a right answer may be off."""
+"""The problems that the tests of the torch front solve, and the allowed error of an answer."""
 
 import dataclasses
 
@@ -56,7 +56,7 @@ def groups_of(per, seed=0):
 
 
 def extras(weighting, per, seed=0):
-    """What a call needs for some members alone: groups, and a state."""
+    """The arguments that only some members need: groups, and a state."""
     given = {}
     if isinstance(weighting, GroupDRO):
         given["groups"] = groups_of(per, seed)
@@ -76,11 +76,11 @@ def first(result, weighting):
 
 
 def sensitivity(losses, weights, weighting):
-    """How fast the weights move with the losses: they are a function of the loss, so its steepest slope.
+    """The largest slope of the weights as a function of the loss.
 
-    Errors of single losses reach the other weights through the batch's sums, by at most as much again.
+    Errors of single losses change the other weights through sums over the batch, by at most the same amount.
     """
-    if isinstance(weighting, GroupDRO):  # by its group's share, a weight moves step_size times itself
+    if isinstance(weighting, GroupDRO):  # through its group's share, the slope is step_size times the weight
         return weighting.step_size * np.max(weights, initial=0.0)
     order = np.argsort(losses)
     steps, gaps = np.abs(np.diff(weights[order])), np.diff(losses[order])
@@ -88,7 +88,7 @@ def sensitivity(losses, weights, weighting):
 
 
 def weight_allowance(losses, weights, weighting, loss_error, eps):
-    """The error of weights: roundings of sums over the batch, and what the errors of losses make of it."""
+    """The allowed error of weights, from roundings of sums over the batch and from errors of losses."""
     losses, weights = losses.reshape(-1), weights.reshape(-1)
     largest = np.max(weights, initial=0.0)
     roundings = (2 * losses.size + 32) * eps * largest
@@ -135,7 +135,7 @@ calls = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
 
 def assert_same_stats(stats, expected, n):
-    """Sums of `n` terms in another order, and logarithms of them."""
+    """Assert equal statistics up to the rounding of sums of `n` terms in another order and of logarithms."""
     tolerance = (2 * n + 16) * np.finfo(np.float64).eps
     groups, wanted = stats.groups, expected.groups
     assert (groups is None) == (wanted is None)

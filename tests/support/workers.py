@@ -21,7 +21,7 @@ def work(inbox, outbox):
             try:
                 outcome = function(rank, size, *arguments)
             finally:
-                # Older torch may hang where a group is destroyed while its thread lets go of its last tensor.
+                # Older torch may hang if a group is destroyed while its thread frees its last tensor.
                 time.sleep(0.05)
                 dist.destroy_process_group()
             outbox.put((rank, outcome, None))
@@ -31,7 +31,7 @@ def work(inbox, outbox):
 
 class Workers:
     def __init__(self):
-        # Forked from a process that has imported torch and done nothing with it.
+        # Workers are forked from a process that has imported torch and has not used it.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["rgd.torch", "torch.distributed.fsdp", "torch._dynamo"])
         self.outbox = context.Queue()
