@@ -34,7 +34,7 @@ class Source(NamedTuple):
     """An input that has passed every check: floating, one value a sample, on the CPU, no gradient lost."""
 
     values: Any
-    """What a kernel reads: a NumPy array, or a tensor imported through DLPack."""
+    """The object that a kernel reads: a NumPy array, or a tensor imported through DLPack."""
     shape: tuple[int, ...]
     dtype: npt.DTypeLike
     """Dtype of the weights: float64 for float64 losses, else float32."""

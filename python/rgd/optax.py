@@ -43,7 +43,7 @@ Schedule: TypeAlias = Callable[[ArrayLike], ArrayLike]
 """An optax schedule: from the step count to a number."""
 
 WeightingSchedule: TypeAlias = Callable[[ArrayLike], Weighting]
-"""From the step count to a weighting, always of one class."""
+"""A function from the step count to weightings, which are all of one class."""
 
 
 class ReweightState(NamedTuple):

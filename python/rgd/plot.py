@@ -36,7 +36,7 @@ _POINTS = 401
 """Losses at which a curve is computed."""
 
 _PROBE_MASS = 2.0**-50
-"""The base measure of a probe, against 1 for a sample: all probes together change no weight visibly."""
+"""The base measure of a probe; a sample has 1. All probes together do not change a weight visibly."""
 
 
 def weight_curve(

@@ -90,8 +90,8 @@ class Reweighted(_base.MetaEstimatorMixin, _base.BaseEstimator):
         n_rounds_: The number of fits after the first.
         settled_: Whether the weights had settled.
         classes_: The classes of a classifier.
-        n_features_in_: The number of features, if the estimator tells it.
-        feature_names_in_: Their names, if the estimator tells them.
+        n_features_in_: The number of features, if the estimator has it.
+        feature_names_in_: Their names, if the estimator has them.
 
     Example:
         >>> import numpy as np
@@ -131,7 +131,7 @@ class Reweighted(_base.MetaEstimatorMixin, _base.BaseEstimator):
         """Fit until the weights settle.
 
         Args:
-            X: Samples, whatever the estimator takes.
+            X: Samples, in any form that the estimator takes.
             y: Classes or values, shape (n,), for regressors also (n, outputs).
             sample_weight: The base measure `p`, numbers >= 0, shape (n,); None for ones. An integer counts as
                 that many equal samples.
@@ -238,12 +238,12 @@ class Reweighted(_base.MetaEstimatorMixin, _base.BaseEstimator):
 
     @property
     def n_features_in_(self) -> int:
-        """The number of features, if the estimator tells it."""
+        """The number of features, if the estimator has it."""
         return self._told("n_features_in_")
 
     @property
     def feature_names_in_(self) -> Any:
-        """The names of the features, if the estimator tells them."""
+        """The names of the features, if the estimator has them."""
         return self._told("feature_names_in_")
 
     def __sklearn_tags__(self) -> Any:

@@ -85,7 +85,7 @@ class WeightStats:
     mean_weight: float | None = None
 
     def keys(self) -> list[str]:
-        """The names of the statistics, so that `dict(stats)` is all of them."""
+        """The names of the statistics. With this method `dict(stats)` gives all statistics by name."""
         return [field.name for field in dataclasses.fields(self)]
 
     def remarked(self, sentence: str) -> WeightStats:

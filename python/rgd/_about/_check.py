@@ -67,7 +67,7 @@ def check() -> list[Result]:
 
 
 Pair = tuple[str, Any, Any]
-"""What is compared: its name, the result, and the oracle's."""
+"""A comparison: its name, the result, and the oracle's result."""
 
 
 def _compared(what: str, dtype: Any, length: int, computed: Callable[[], Iterator[Pair]]) -> Result:

@@ -20,7 +20,7 @@ from rgd import _rgd
 from rgd._arrays import available_cores
 
 IMPORTED = ("torch", "jax")
-"""Libraries that a front of `rgd` stands on: each is imported, since an installed one may still be broken."""
+"""Libraries that a front of `rgd` needs. Each is imported, since an installed one may still be broken."""
 
 NAMED = (
     "numpy",

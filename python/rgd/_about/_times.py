@@ -15,10 +15,10 @@ from rgd._about._installed import usable
 
 SIZES = ((128, 10), (4096, 10), (256, 1000), (1024, 32_000))
 SECONDS = 20.0
-"""For each size, less than half of what two minutes allow: the last pair may be a slow one."""
+"""Seconds for each size, less than half of its share of two minutes, since the last pair may be slow."""
 PAIRS = 300
 BLOCK = 2e-3
-"""How long the calls between two looks at the clock take together, at least."""
+"""The least time that the calls between two readings of the clock take together."""
 
 
 def steps(sizes: Sequence[tuple[int, int]] = SIZES, seconds: float = SECONDS) -> dict[str, Any]:

@@ -236,7 +236,7 @@ class Objective(abc.ABC):
         return gradient, hessian
 
     _scale_hint = ""
-    """What to do about large losses before the weighting is changed."""
+    """A hint for messages: what to do about large losses, before the hint to change the weighting."""
 
     def _refuse_overflow(
         self, sample: int, labels: Numbers, margins: Numbers, weights: Floats | None

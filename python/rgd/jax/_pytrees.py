@@ -22,7 +22,7 @@ from rgd.weightings._base import observe_subclasses
 from rgd.weightings._fields import fields, numbers_of, refuse_more_than_fields
 
 _Rest = tuple[tuple[str, ...], tuple[tuple[str, Any], ...]] | Weighting
-"""Names of the children, and the other fields with their values; of no dataclass, the weighting itself."""
+"""Names of the children, and the other fields with their values; or the weighting, if it is no dataclass."""
 
 
 class Structure(NamedTuple):

@@ -19,7 +19,7 @@ from jax import lax
 from rgd.jax._inputs import comparable
 
 IGNORED, OUT_OF_RANGE = -1, -2
-"""Codes in the place of a class index, as the kernel reads them."""
+"""Codes that replace a class index, as the kernel reads them."""
 
 
 def encode(

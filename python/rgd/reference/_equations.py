@@ -41,7 +41,7 @@ from rgd.weightings import (
 )
 
 State: TypeAlias = Any
-"""What `weighting.init()` or an earlier call returned."""
+"""The state from `weighting.init()` or from an earlier call."""
 
 
 class Batch(NamedTuple):
@@ -455,7 +455,7 @@ def _threshold(weighting: Threshold, batch: Batch) -> Array:
 
 @step.register(Excess)
 def _excess(weighting: Excess, batch: Batch, state: State) -> tuple[Array, State]:
-    """`w = inner(l - reference)`; a state stays as it was where an excess is not finite."""
+    """`w = inner(l - reference)`; a state does not change if an excess is not finite."""
     if batch.reference is None:
         raise ValueError(f"{weighting} needs the losses of a reference model: give reference=")
     excess = batch.losses - batch.reference

@@ -15,7 +15,7 @@ from rgd.weightings._fields import needs_of
 SIZE = 12
 
 SLACK = 256
-"""How much a formula may amplify the rounding of a sum: weights are compared to `SLACK * n * eps`."""
+"""How much a formula may amplify the rounding of a sum. Weights must agree to `SLACK * n * eps`."""
 
 Floats = npt.NDArray[Any]
 

@@ -13,7 +13,7 @@ _forward_ad: Any = forward_ad
 graph_is_kept: Any = _internals._autograd._get_current_graph_task_keep_graph
 """Whether the backward pass that is running keeps its graph for another one."""
 saved_tensors_hooks: Any = _internals._autograd._top_saved_tensors_default_hooks
-"""The hooks on saved tensors that hold now, or None; its argument: whether they must not be traced."""
+"""The active hooks on saved tensors, or None; its argument says whether they must not be traced."""
 _transforms_active = _internals._are_functorch_transforms_active
 _dispatch_modes = _internals._len_torch_dispatch_stack
 _tracing_state = _internals._get_tracing_state

@@ -174,7 +174,7 @@ class WeightingState(nn.Module):
         """Store the state after a batch."""
 
         def put(name: str, value: Any) -> None:
-            # Not copy_: compiled by torch 2.8, it leaves a 0-d buffer as it was.
+            # Do not use copy_: if torch 2.8 compiles it, it does not change a 0-d buffer.
             self._get(name)[...] = value
 
         map_state(put, self._names, state)

@@ -17,10 +17,10 @@ BITS = 18
 """The bracket shrinks by this power of two before Newton's steps."""
 
 NEWTON_STEPS = 2
-"""As many find a root to rounding from anywhere within that."""
+"""This many of Newton's steps find a root to rounding from any point of the remaining bracket."""
 
 ELEMENTS = 1 << 20
-"""Numbers that the candidates of one round may make together: fewer candidates for larger batches."""
+"""The largest size of all candidates of one round times the batch: a larger batch has fewer candidates."""
 
 _ROUNDS = [(2**bits - 1, BITS // bits) for bits in (6, 3, 2, 1)]
 

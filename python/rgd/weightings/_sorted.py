@@ -8,10 +8,10 @@ from typing import Any
 from rgd.weightings._batch import Batch
 
 MOST = 1 << 24
-"""The largest batch of a formula that is recorded for any size."""
+"""The largest batch of a formula that is traced for batches of any size."""
 
 ELEMENTS = 1 << 20
-"""Numbers that the candidates of one round may make together: fewer candidates for larger batches."""
+"""The largest size of all candidates of one round times the batch: a larger batch has fewer candidates."""
 
 
 def in_order(batch: Batch, values: Any, *, falling: bool) -> tuple[Any, Any]:

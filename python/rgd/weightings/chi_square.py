@@ -13,7 +13,7 @@ from rgd.weightings._limits import difference
 from rgd.weightings._sorted import first_enough, in_order
 
 _STEPS = 2
-"""Newton's steps after the exact solution, whose running sums have rounding errors of the whole batch."""
+"""The number of Newton's steps after the exact solution, since its running sums have rounding errors."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Backend(Protocol):
 
 _backends: list[Backend] = []
 _on_request: list[Backend] = []
-"""Those that serve only who names them."""
+"""The backends that serve only calls that name them."""
 
 
 class Registration:

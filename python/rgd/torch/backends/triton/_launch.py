@@ -17,7 +17,7 @@ _module = cast("Any", _kernels)
 INTERPRETED = type(_module.cross_entropy_rows).__name__ == "InterpretedFunction"
 """Whether Triton's interpreter runs the programs, on the CPU."""
 ONCE_CLASSES, ONCE_SOFT_CLASSES = 16384, 8192
-"""Rows of at most so many classes are kept in registers, and read once; fewer where all classes have mass."""
+"""Rows of at most this many classes are kept in registers and read once; fewer if all classes have mass."""
 _BLOCK, _TILE = 4096, 2048
 # If neighbours in memory are rows, a program takes many rows and few classes.
 _ALONG_ROWS, _BLOCK_ALONG_ROWS = 64, 16

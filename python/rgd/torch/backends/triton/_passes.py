@@ -24,7 +24,7 @@ from rgd.torch.backends.triton._launch import Passed, run_factors, run_losses, r
 from rgd.torch.stats import Filled
 
 KINDS = frozenset(("focal", "kl", "threshold"))
-"""The kernels of weightings that the programs know."""
+"""The kernels of weightings that the programs can compute."""
 
 
 def one_pass(problem: Problem, kind: str, numbers: Tensor, with_grad: bool) -> Computed:
