@@ -309,6 +309,30 @@ def cross_entropy_losses(
         The number of targets that are not ignored.
     """
 
+def cross_entropy_extras(
+    logits: Any,
+    target: Any,
+    ignore_index: int,
+    threads: int,
+    logit_adjustment: Any | None = None,
+    entropy: Any | None = None,
+    logsumexp: Any | None = None,
+    correct: Any | None = None,
+) -> None:
+    """What the logits of each target say beside its loss; arguments and errors as for `cross_entropy`.
+
+    Args:
+        logits: As for `cross_entropy`, like all that is not named here.
+        target: As there.
+        ignore_index: As there.
+        threads: As there.
+        logit_adjustment: As there.
+        entropy: Output like losses, if it is wanted: `-sum_k q_k log q_k` of `q = softmax(logits)`.
+        logsumexp: Likewise: the logsumexp of the logits.
+        correct: Likewise: 1 where the class of the target is the first of those with the largest logit (for
+            class probabilities: the first of the most probable), else 0.
+    """
+
 def cross_entropy_gradient(
     logits: Any,
     target: Any,

@@ -3,8 +3,8 @@
 use super::call::{for_float, read_weighting, released};
 use super::tensor::{Dtype, HasDtype, Tensor, distinct};
 use crate::cross_entropy::{
-    self as ce, Given, Gradient, Inputs, NormedOutputs, Outputs, Overwrite, Reduction, Settings, Target,
-    Totals,
+    self as ce, Extras, Given, Gradient, Inputs, NormedOutputs, Outputs, Overwrite, Reduction, Settings,
+    Target, Totals,
 };
 use crate::numeric::Element;
 use pyo3::exceptions::{PyIndexError, PyValueError};
@@ -135,8 +135,14 @@ pub(super) fn read_reduction(reduction: &str) -> PyResult<Reduction> {
 pub(super) fn read_totals(totals: Result<Totals, ce::Error>) -> PyResult<(f64, usize)> {
     match totals {
         Ok(totals) => Ok((totals.denominator, totals.counted)),
-        Err(error @ ce::Error::OutOfRange { .. }) => Err(PyIndexError::new_err(error.to_string())),
-        Err(error) => Err(PyValueError::new_err(error.to_string())),
+        Err(error) => Err(refused(&error)),
+    }
+}
+
+fn refused(error: &ce::Error) -> PyErr {
+    match error {
+        ce::Error::OutOfRange { .. } => PyIndexError::new_err(error.to_string()),
+        _ => PyValueError::new_err(error.to_string()),
     }
 }
 
@@ -363,6 +369,43 @@ pub(super) fn cross_entropy_rows_gradient(
         read_totals(released(py, || ce::gradient_with_norms(&inputs, &settings, norms, weights, grad))?)
     })?;
     Ok(counted)
+}
+
+#[pyfunction]
+#[pyo3(signature = (
+    logits, target, ignore_index, threads, logit_adjustment=None, entropy=None, logsumexp=None, correct=None
+))]
+#[allow(clippy::too_many_arguments)] // as above
+pub(super) fn cross_entropy_extras(
+    py: Python,
+    logits: &Bound<PyAny>,
+    target: &Bound<PyAny>,
+    ignore_index: i64,
+    threads: usize,
+    logit_adjustment: Option<&Bound<PyAny>>,
+    entropy: Option<&Bound<PyAny>>,
+    logsumexp: Option<&Bound<PyAny>>,
+    correct: Option<&Bound<PyAny>>,
+) -> PyResult<()> {
+    let settings = read_settings(ignore_index, 0.0, false, Reduction::None, threads, 0.0)?;
+    let read = Read::import(logits, target, None, logit_adjustment, None)?;
+    let mut entropy = entropy.map(|h| Tensor::import("entropy", h)).transpose()?;
+    let mut logsumexp = logsumexp.map(|z| Tensor::import("logsumexp", z)).transpose()?;
+    let mut correct = correct.map(|c| Tensor::import("correct", c)).transpose()?;
+    let wanted: Vec<&Tensor> = entropy.iter().chain(&logsumexp).chain(&correct).collect();
+    read.distinct_from(&wanted, None, &[])?;
+    for_float!(read.logits.dtype(), "logits", T => {
+        let inputs = read.inputs::<T>()?;
+        let out = Extras {
+            entropy: entropy.as_mut().map(Tensor::slice_mut).transpose()?,
+            logsumexp: logsumexp.as_mut().map(Tensor::slice_mut).transpose()?,
+            correct: correct.as_mut().map(Tensor::slice_mut).transpose()?,
+        };
+        match released(py, || ce::extras(&inputs, &settings, out))? {
+            Ok(()) => Ok(()),
+            Err(error) => Err(refused(&error)),
+        }
+    })
 }
 
 /// The message of the kernels for a wrong label, for fronts that find it themselves.

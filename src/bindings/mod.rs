@@ -25,8 +25,8 @@ mod _rgd {
     use super::boosting::{boosting_derivatives, boosting_losses};
     #[pymodule_export]
     use super::cross_entropy::{
-        cross_entropy, cross_entropy_gradient, cross_entropy_losses, cross_entropy_rows,
-        cross_entropy_rows_gradient, label_out_of_range,
+        cross_entropy, cross_entropy_extras, cross_entropy_gradient, cross_entropy_losses,
+        cross_entropy_rows, cross_entropy_rows_gradient, label_out_of_range,
     };
     #[pymodule_export]
     use super::isa::{available_isas, isa};

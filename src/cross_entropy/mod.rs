@@ -11,9 +11,11 @@
 //!
 //! `arguments` is what a call is given, `shape` checks it, `labels` reads the targets, `mass` says how their mass lies
 //! on the classes. There are two loops over the logits: `rows` has the lanes along the classes, `tiles` across targets.
-//! `problem` has what they share, and `pass` chooses one of them.
+//! `problem` has what they share, and `pass` chooses one of them. `extras` is a pass of its own, for what else the logits
+//! say of a target.
 
 mod arguments;
+mod extras;
 mod labels;
 mod mass;
 mod pass;
@@ -29,6 +31,7 @@ pub use arguments::{
     Given, Gradient, Inputs, Memory, NormedOutputs, Outputs, Overwrite, PerTarget, Reduction, Settings,
     Target,
 };
+pub use extras::{Extras, extras};
 pub use labels::Totals;
 pub use shape::Error;
 

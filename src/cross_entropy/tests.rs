@@ -7,6 +7,7 @@ use ndarray::{Array, ArrayD, ArrayViewMutD, Axis, IxDyn, ShapeBuilder};
 use proptest::prelude::*;
 
 mod adjustment;
+mod extras;
 mod in_place;
 mod normalizer;
 mod norms;

@@ -261,3 +261,42 @@ def test_a_head_read_outside_of_its_unit_is_told_to_be_one(run):
     for message in run(2, read_outside_of_its_unit):
         assert "linear_weight is a DTensor" in message
         assert "fully_shard(criterion)" in message
+
+
+NAMES = ("entropy", "logsumexp", "correct")
+
+
+def extras_of_slices(rank, size, sizes, options):
+    input, weight, bias, target = with_equal_logits()
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    group = dist.group.WORLD if size > 1 else None
+    return linear_cross_entropy(
+        input,
+        weight[own],
+        target,
+        linear_bias=bias[own],
+        vocab_group=group,
+        sync=False,
+        returns=NAMES,
+        **options,
+    )[1]
+
+
+def with_equal_logits():
+    """Tensors of which the classes 3 and 8 have the same logits, for some targets the largest."""
+    input, weight, bias, target = tensors()
+    weight[3], bias[3] = weight[8], bias[8]
+    target[1] = torch.tensor([3, 8, 3])
+    return input, weight, bias, target
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reduction": "none", "logit_softcap": 3.0}, {"logit_adjustment": torch.linspace(0, 1, C).double()}],
+    ids=["one pass", "two passes", "adjusted"],
+)
+def test_slices_of_a_vocabulary_return_what_the_whole_has(run, options):
+    expected = extras_of_slices(0, 1, [C], options)
+    assert 0 < int(expected["correct"].sum()) < B * T
+    for extras in run(2, extras_of_slices, [7, 5], options):
+        torch.testing.assert_close(extras, expected, **CLOSE)

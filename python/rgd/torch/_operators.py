@@ -6,12 +6,13 @@ schedule that changes a number compiles nothing again, and a new kernel changes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from rgd._extras import EXTRAS
 from rgd.torch._head import Chunking, LinearHead
 from rgd.torch._problem import Options, Problem
 
@@ -19,7 +20,7 @@ PROBLEM = (
     "Tensor logits, Tensor target, Tensor? class_weight, Tensor? adjustment, Tensor? measure, "
     "Tensor? normalizer, Tensor? head_weight, Tensor? head_bias, int ignore_index, float label_smoothing, "
     "str reduction, str per, float z_loss, float? logit_softcap, bool shift, int? chunk_bytes, "
-    "str? accumulate_dtype"
+    "str? accumulate_dtype, str[] returns"
 )
 """The part of an operator's schema that a problem takes."""
 LENGTH = PROBLEM.count(",") + 1
@@ -36,7 +37,7 @@ def flattened(problem: Problem) -> tuple[Any, ...]:
         *problem.tensors(), *no_head,
         options.ignore_index, options.label_smoothing, options.reduction, options.per, options.z_loss,
         chunking.logit_softcap, chunking.shift, chunking.chunk_bytes,
-        None if dtype is None else str(dtype).removeprefix("torch."),
+        None if dtype is None else str(dtype).removeprefix("torch."), list(problem.returns),
     )  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def rebuilt(arguments: tuple[Any, ...]) -> Problem:
     """The problem of the first `LENGTH` arguments of an operator."""
     logits, target, class_weight, adjustment, measure, normalizer, *others = arguments[:LENGTH]
     weight, bias, *settings = others
-    ignore_index, smoothing, reduction, per, z_loss, softcap, shift, chunk_bytes, name = settings
+    ignore_index, smoothing, reduction, per, z_loss, softcap, shift, chunk_bytes, name, returns = settings
     options = Options(ignore_index, smoothing, reduction, per, z_loss=z_loss)
     head = None
     if weight is not None:
@@ -52,7 +53,7 @@ def rebuilt(arguments: tuple[Any, ...]) -> Problem:
         head = LinearHead(weight, bias, Chunking(softcap, shift, chunk_bytes, dtype))
     return Problem(
         logits, target, options, logits.dtype, class_weight, adjustment, measure,
-        head=head, normalizer=normalizer,
+        head=head, normalizer=normalizer, returns=tuple(returns),
     )  # fmt: skip
 
 
@@ -88,6 +89,17 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 def numbers_of(tensor: Tensor) -> tuple[float, ...]:
     """The numbers of a kernel, read from their tensor."""
     return tuple(cast("list[float]", tensor.tolist()))  # pyright: ignore[reportUnknownMemberType]
+
+
+def empty_extras(problem: Problem, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """An uninitialised tensor for each extra that a problem wants, and an empty one for each other."""
+    dtypes = {"correct": torch.bool}
+    return tuple(
+        problem.logits.new_empty(shape, dtype=dtypes.get(name, dtype))
+        if name in problem.returns
+        else problem.logits.new_empty(0)
+        for name in EXTRAS
+    )
 
 
 def or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:

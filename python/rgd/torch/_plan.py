@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import array_api_compat.torch as xp
 import numpy as np
@@ -20,7 +20,7 @@ from rgd.torch._state import Memory
 from rgd.weightings import Batch, Weighting
 from rgd.weightings._base import Kernel
 from rgd.weightings._call import kernel_of, resolve_weighting, step_kernel_of, weigh, weighting_of
-from rgd.weightings._fields import fields, map_numbers, numbers_of
+from rgd.weightings._fields import fields, map_numbers, needs_of, numbers_of
 
 
 class Plan:
@@ -38,6 +38,7 @@ class Plan:
         live: The weighting with each number a 0-d float64 tensor on the CPU.
         pointwise: `weighting.pointwise`.
         stateful: `weighting.stateful`.
+        needs_entropy: Whether the weighting reads the entropy of the logits.
         step_kernel: The same for a weighting that remembers, whose kernel computes a step; or None.
         repeated: Objects that a backend keeps from call to call, by the dtype of the losses.
     """
@@ -48,6 +49,7 @@ class Plan:
         self.kind = None if self.kernel is None else self.kernel[0]
         self.pointwise = weighting.pointwise
         self.stateful = weighting.stateful
+        self.needs_entropy = "entropy" in needs_of(weighting)
         self.step_kernel = step_kernel_of(weighting)
         self.repeated: dict[torch.dtype, Any] = {}
         self._numbers: Tensor | None = None
@@ -63,6 +65,8 @@ class Plan:
         self.__dict__.update(state)
         if "step_kernel" not in state:  # pickled by a release without kernels of steps
             self.step_kernel, self.repeated = step_kernel_of(self.weighting), {}
+        if "needs_entropy" not in state:  # of a release before there were extras
+            self.needs_entropy = False
         self._numbers_on = {}
 
     @classmethod
@@ -149,6 +153,20 @@ def plan_of(weighting: Any, tau: Any, scale: Any) -> Plan:
     return plan
 
 
+class OfLogits(NamedTuple):
+    """What a call wanted of its logits beside the losses.
+
+    Attributes:
+        found: By name, each of the losses' shape.
+        entropy: The mean entropy of each weight's unit, of the units' shape, where the weighting reads it.
+        classes: How many classes the logits have.
+    """
+
+    found: dict[str, Tensor]
+    entropy: Tensor | None
+    classes: int
+
+
 class Weigher:
     """Weights the losses of one call. It holds the plan, the groups, the state and the process group.
 
@@ -160,9 +178,10 @@ class Weigher:
         group: The processes that share the batch, or None.
         power: The power of two that the base measure of the call was divided by.
         reference: The loss of a reference model for each weight's unit, of the units' shape, or None.
+        extras: What the call wanted of the logits; None where it wanted nothing.
     """
 
-    __slots__ = ("group", "groups", "plan", "power", "reference", "state")
+    __slots__ = ("extras", "group", "groups", "plan", "power", "reference", "state")
 
     def __init__(
         self,
@@ -177,6 +196,7 @@ class Weigher:
         self.plan = plan
         self.groups = groups
         self.reference = reference
+        self.extras: OfLogits | None = None
         self.state = state
         self.power = power
         alone = sync is None or (plan.pointwise and not plan.stateful)
@@ -200,15 +220,18 @@ class Weigher:
             p = p * self.power  # a formula may use the scale of the measure: it gets the caller's numbers
         groups = None if self.groups is None else self.groups.reshape(-1)
         reference = None if self.reference is None else self.reference.reshape(-1).to(dtype)
-        given = tuple(one for one in (flat, p, groups, reference) if one is not None)
+        entropy = classes = None
+        if self.extras is not None and self.extras.entropy is not None:
+            entropy, classes = self.extras.entropy.reshape(-1).to(dtype), self.extras.classes
+        beside = groups, reference, entropy
+        given = tuple(one for one in (flat, p, *beside) if one is not None)
         own = slice(0, flat.shape[0])
         if self.group is not None:
             # Other processes may have divided by another power.
             vectors = [flat, torch.ones_like(flat) if p is None else p * self.power]
-            vectors += [one for one in (groups, reference) if one is not None]
+            vectors += [one for one in beside if one is not None]
             (flat, p, *rest), first = gather(vectors, self.group)
-            reference = None if reference is None else rest.pop()
-            groups = rest[0] if rest else None
+            groups, reference, entropy = (None if one is None else rest.pop(0) for one in beside)
             own = slice(first, first + own.stop)
         if flat.shape[0] == 0:
             return losses.detach().to(accumulator(losses.dtype))
@@ -222,7 +245,10 @@ class Weigher:
             return weights.reshape(losses.shape).to(accumulator(losses.dtype))
         exporting = torch.compiler.is_compiling() and is_exporting()
         concrete = values_can_be_read(flat)
-        batch = Batch(flat, p, groups, xp=xp, concrete=concrete, any_size=exporting, reference=reference)
+        batch = Batch(
+            flat, p, groups, xp=xp, concrete=concrete, any_size=exporting, reference=reference,
+            entropy=entropy, classes=classes,
+        )  # fmt: skip
         in_graph = torch.compiler.is_compiling() and not exporting
         weighting: Any = self.plan.in_graphs(flat.device) if in_graph else self.plan.weighting
         if by_kernel and self._steps_by_kernel(flat):

@@ -123,7 +123,7 @@ class Problem(NamedTuple):
         segments: The unit of each target, if the sequences of a row are units. `options.per` is then
             "element", since every sum over targets gets a weight for each target.
         reference: The losses of a reference model, of the losses' shape, without grad; or None.
-        returns: The names of further results of the call.
+        returns: The further results that the call computes from the logits, names of `rgd._extras`.
     """
 
     logits: Tensor

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from rgd._extras import check_returns, with_extras
 from rgd.stats import WeightStats, clip_of, stats_from_sums
 from rgd.torch._checks import (
     check_class_weight,
@@ -29,10 +30,11 @@ from rgd.torch._measure import (
     within_range,
 )
 from rgd.torch._modes import autocasts, must_forget, values_can_be_read
-from rgd.torch._plan import Plan, Weigher, plan_of
+from rgd.torch._plan import OfLogits, Plan, Weigher, plan_of
 from rgd.torch._problem import Given, Options, Problem, problem_of
 from rgd.torch._state import functional_state
 from rgd.torch._weighted import mark_weighted, refuse_weighted
+from rgd.torch.backends._extras import Extras, extras_of
 from rgd.torch.backends._formulas import reduce_losses
 from rgd.torch.backends._registry import choose
 from rgd.torch.backends.rust import Accepted, accepted, again, plain_objective, plain_weights
@@ -215,6 +217,7 @@ def cross_entropy(
     process_group: Any = None,
     sync: bool = True,
     reference: Tensor | None = None,
+    returns: tuple[str, ...] = (),
 ) -> Any:
     """Re-weighted cross-entropy: `F.cross_entropy` with each target's loss `l_i` weighted by its own `w_i`.
 
@@ -271,11 +274,18 @@ def cross_entropy(
         reference: The losses of a reference model, for `rgd.Excess`: of the targets' shape, as
             `reduction="none"` with `weighting=rgd.ERM()` gives them; else as for `sample_weights`. With
             `per="sample"` the means over the targets that count are compared.
+        returns: What else to return of the logits that the loss is of, with `logit_adjustment`, by name: a
+            tuple of "entropy", `-sum_k q_k log q_k` of `q = softmax(logits)`; "logsumexp", the `Z_i` of a
+            z-loss; and "correct", whether the class of the target is the first of those with the largest
+            logit. For class probabilities that is the first of the most probable. Class weights, label
+            smoothing and weights change none of them.
 
     Returns:
         A scalar, or for `reduction="none"` a tensor of the targets' shape. Its dtype is the logits', and
         float32 for half precision under autocast, as for `F.cross_entropy`. With `state`: that and the new
-        state.
+        state. With `returns`: that and a dict of tensors of the targets' shape, without gradient, 0 where a
+        target takes no part: "correct" is bool, the others are in the dtype that losses are computed in. With
+        both: `(loss, (extras, state))`.
 
     Raises:
         IndexError: If a class index is out of range.
@@ -295,7 +305,7 @@ def cross_entropy(
     plan, sharing = plan_of(weighting, tau, scale), sync_of(process_group, sync)
     repeatable = (
         normalizer is None and segments is None and num_segments is None and state is None
-        and reference is None and not torch.compiler.is_compiling()
+        and reference is None and returns == () and not torch.compiler.is_compiling()
     )  # fmt: skip
     known = _last.accepted if repeatable else None
     if known is not None:
@@ -326,8 +336,13 @@ def cross_entropy(
         reference,
     )
     problem = problem_of(given, options)
+    if returns != () or plan.needs_entropy:
+        returns = check_returns(returns)
+        problem = wanting(problem, returns, plan)
     weigher = weigher_of(problem, plan, memory, sharing)
     objective, record = compute(problem, weigher)
+    if returns:
+        return with_extras(objective, found_by(weigher), returns, state, weigher.state)
     if repeatable:
         if plan is _last.plan:
             _last.accepted = accepted(given, problem, plan, record)
@@ -416,10 +431,32 @@ def weight_stats(
 def compute(problem: Problem, weigher: Weigher) -> tuple[Tensor, Record | None]:
     """The objective of a problem of logits, and the record of its weights if it may be kept.
 
-    The state after the call is left in the weigher.
+    The state after the call and the extras are left in the weigher.
     """
+    if problem.returns:
+        # Before the gradient may overwrite the logits.
+        take_extras(weigher, problem, extras_of(problem))
     objective, record = choose(problem.tensors()).cross_entropy(problem, weigher)
     return finished(objective, problem, weigher), record
+
+
+def wanting(problem: Problem, returns: tuple[str, ...], plan: Plan) -> Problem:
+    """The same problem, which wants of its logits what the caller asks for and the weighting needs."""
+    needed = ("entropy",) if plan.needs_entropy and "entropy" not in returns else ()
+    return problem.changed(returns=(*returns, *needed))
+
+
+def take_extras(weigher: Weigher, problem: Problem, extras: Extras) -> None:
+    """Leave the extras of a problem in what weights its losses."""
+    entropy = None
+    if weigher.plan.needs_entropy:
+        entropy = _of_units(extras["entropy"], problem.counted(), problem.options.per, problem.segments)
+    weigher.extras = OfLogits(extras, entropy, problem.classes())
+
+
+def found_by(weigher: Weigher) -> Extras:
+    """The extras of a call that wanted some."""
+    return cast("OfLogits", weigher.extras).found
 
 
 def weigher_of(problem: Problem, plan: Plan, memory: Any, sync: Sync) -> Weigher:
@@ -435,11 +472,11 @@ def weigher_of(problem: Problem, plan: Plan, memory: Any, sync: Sync) -> Weigher
     return Weigher(plan, problem.groups, memory, sync, problem.power, reference=reference)
 
 
-def _of_units(reference: Tensor, counted: Tensor | None, per: str, segments: Segments | None) -> Tensor:
-    """The loss of a reference model for each unit."""
+def _of_units(of_targets: Tensor, counted: Tensor | None, per: str, segments: Segments | None) -> Tensor:
+    """The mean of numbers of the targets for each unit, such as the losses of a reference model."""
     if segments is not None and counted is not None:
-        return segments.units(reference, counted, None)[0]
-    return units_of(reference, counted, None, per)[0]
+        return segments.units(of_targets, counted, None)[0]
+    return units_of(of_targets, counted, None, per)[0]
 
 
 def _reference_of(

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rgd._extras import check_returns
 from rgd.stats import WeightStats
 from rgd.torch._checks import (
     EVALUATIONS,
@@ -26,8 +27,9 @@ from rgd.torch._modes import evaluates, in_transform, is_exporting, recomputes
 from rgd.torch._plan import Plan, Weigher
 from rgd.torch._problem import Given, Options, problem_of
 from rgd.torch._state import Memory, WeightingState
+from rgd.torch.backends._extras import Extras
 from rgd.torch.backends.rust import Accepted, accepted, again
-from rgd.torch.functional import compute, reweighted, weigher_of
+from rgd.torch.functional import compute, found_by, reweighted, wanting, weigher_of
 from rgd.torch.segments import check_segments
 from rgd.torch.stats import Advisor, Record, Totals, remark_on
 from rgd.weightings import ERM, Weighting
@@ -80,6 +82,8 @@ class RGDLoss(Dial, nn.Module):
             in evaluation; kept in the state dict. `rgd.log_prior` makes them of class counts, for a rare
             class. Predictions come from the logits without it.
         z_loss: As for `cross_entropy`: a number >= 0, for training alone.
+        returns: As for `cross_entropy`, but for `base`: names out of "entropy", "logsumexp" and "correct".
+            Each call, an evaluation too, then leaves these of its logits in `extras`.
         evaluate: "plain" for the unweighted loss where nothing is trained: under `torch.no_grad()` or
             inference mode, whatever the mode of the module, and in eval mode on losses that need no gradient.
             Such a call asks no other process, updates no state and leaves nothing for `stats`. Class weights,
@@ -119,11 +123,14 @@ class RGDLoss(Dial, nn.Module):
     """
 
     # TorchScript compiles properties, and reads annotations of a class but not those in its methods.
-    __jit_unused_properties__ = ("weighting", "tau", "scale", "backend", "last_losses", "last_weights")
+    __jit_unused_properties__ = (
+        "weighting", "tau", "scale", "backend", "returns", "extras", "last_losses", "last_weights",
+    )  # fmt: skip
     __jit_ignored_attributes__ = ("tau", "scale")  # they raise where the weighting has none
     __signature__ = InitSignature()
     z_loss = 0.0  # of a loss, too, that an earlier release has pickled
-    _accepted = None
+    _accepted = _extras = None
+    _returns = ()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> RGDLoss:
         """Without `base`, an instance of `nn.CrossEntropyLoss` too: some trainers ask for that class."""
@@ -144,6 +151,7 @@ class RGDLoss(Dial, nn.Module):
         per: str = "element",
         logit_adjustment: Tensor | None = None,
         z_loss: float = 0.0,
+        returns: tuple[str, ...] = (),
         evaluate: str = "plain",
         inplace: bool = False,
         warn: bool = False,
@@ -154,8 +162,13 @@ class RGDLoss(Dial, nn.Module):
         options = Options(ignore_index, label_smoothing, reduction, per, inplace, z_loss).checked()
         check_choice("evaluate", evaluate, EVALUATIONS)
         weight, logit_adjustment = check_class_weight(weight), check_logit_adjustment(logit_adjustment)
+        returns = check_returns(returns)
         if base is not None:
             _check_base_loss(base)
+            if returns:
+                raise ValueError(
+                    "returns are of the logits of the built-in cross-entropy: leave it out with base"
+                )
             if inplace:
                 raise ValueError("inplace is for the built-in cross-entropy: leave it out with base")
             if weight is not None or ignore_index != -100 or label_smoothing != 0.0:
@@ -180,6 +193,8 @@ class RGDLoss(Dial, nn.Module):
         self.base = base
         self.ignore_index, self.label_smoothing, self.reduction, self.per, self.inplace, self.z_loss = options
         self.evaluate = evaluate
+        self._returns = returns
+        self._extras: Extras | None = None
         self._plan: Plan
         self.weighting_state: WeightingState | None = None
         self._sync = Sync(process_group, sync)
@@ -298,8 +313,14 @@ class RGDLoss(Dial, nn.Module):
             more = normalizer, segments, num_segments, reference
             given = Given(losses, target, *by_class, where, sample_weight, groups, *more)
             problem = problem_of(given, options_of(self, plan is not _PLAIN))
+            returns = self._returns
+            if returns or plan.needs_entropy:
+                problem = wanting(problem, returns, plan)
+                repeatable = False
             weigher = weigher_of(problem, plan, memory, sync)
             objective, record = compute(problem, weigher)
+            if returns:
+                self._keep_extras(found_by(weigher))
             if repeatable:
                 object.__setattr__(self, "_accepted", accepted(given, problem, plan, record))
         else:
@@ -372,6 +393,12 @@ class RGDLoss(Dial, nn.Module):
         if logits is not None and not torch.compiler.is_compiling():
             object.__setattr__(self, "_logits", weakref.ref(logits))
 
+    def _keep_extras(self, found: Extras) -> None:
+        """Keep what a call returns of its logits; nothing of one whose tensors must not outlive it."""
+        if not (recomputes() or is_exporting()):
+            asked = None if in_transform() else {name: found[name] for name in self._returns}
+            object.__setattr__(self, "_extras", asked)
+
     def _trains(self) -> bool:
         """Whether a weighted call moves the state and counts in the totals."""
         return self.training and not evaluates()
@@ -384,6 +411,20 @@ class RGDLoss(Dial, nn.Module):
                 "with state="
             )
         return Memory(state, self._trains())
+
+    @property
+    def returns(self) -> tuple[str, ...]:
+        """The names of what each call leaves in `extras`."""
+        return self._returns
+
+    @property
+    def extras(self) -> dict[str, Tensor] | None:
+        """What the last call, in training or evaluation, was to return of its logits, by name, without grad.
+
+        Each tensor has the targets' shape, 0 for a target that takes no part. None before the first call,
+        after one under a `torch.func` transform, and where nothing is asked for.
+        """
+        return None if self._extras is None else dict(self._extras)
 
     @property
     def last_losses(self) -> Tensor | None:
@@ -483,6 +524,7 @@ class RGDLoss(Dial, nn.Module):
         settings += [f"reduction={self.reduction!r}", f"per={self.per!r}", f"evaluate={self.evaluate!r}"]
         settings += ["inplace=True"] if self.inplace else []
         settings += [f"z_loss={self.z_loss}"] if self.z_loss else []
+        settings += [f"returns={self._returns}"] if self._returns else []
         return ", ".join(settings)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -493,7 +535,7 @@ class RGDLoss(Dial, nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what calls have left behind."""
         advisor = None if self._advisor is None else Advisor()
-        left_behind = {"_accepted": None, "_record": None, "_logits": None, "_totals": None}
+        left_behind = {"_accepted": None, "_record": None, "_logits": None, "_totals": None, "_extras": None}
         return {**self.__dict__, **left_behind, "_advisor": advisor}
 
 

@@ -26,12 +26,16 @@ class Batch:
             size of this batch.
         base: The old name of `measure`, for one more release.
         reference: The losses of a reference model, shape (n,), of the losses' dtype, or None.
+        entropy: The entropy of the logits that each loss is of, shape (n,), of the losses' dtype, or None.
+        classes: How many classes these logits have, or None.
 
     Attributes:
         losses: One loss a sample, shape (n,), without gradient; 0 where a sample takes no part.
         xp: The losses' array namespace (Python array API standard): write formulas with it.
         groups: As given, in at least 32 bits.
         reference: As given; 0 where a sample takes no part.
+        entropy: As given; 0 where a sample takes no part.
+        classes: As given.
         concrete: As given.
         any_size: As given.
 
@@ -53,6 +57,8 @@ class Batch:
         any_size: bool = False,
         base: Any = None,
         reference: Any = None,
+        entropy: Any = None,
+        classes: int | None = None,
     ) -> None:
         if base is not None:
             if measure is not None:
@@ -71,6 +77,8 @@ class Batch:
         self._count = None if measure is None else self.xp.sum(measure)
         self.losses = self._or(losses, 0.0)
         self.reference = None if reference is None else self._or(reference, 0.0)
+        self.entropy = None if entropy is None else self._or(entropy, 0.0)
+        self.classes = classes
 
     @property
     def measure(self) -> Any:
@@ -154,6 +162,7 @@ class Batch:
 
     def _with(self, losses: Any, measure: Any, reference: Any) -> Batch:
         how: Any = {"xp": self.xp, "concrete": self.concrete, "any_size": self.any_size}
+        how |= {"entropy": self.entropy, "classes": self.classes}
         return Batch(losses, measure, self.groups, reference=reference, **how)
 
     def _or(self, values: Any, other: float) -> Any:

@@ -80,6 +80,11 @@ def weigh(weighting: Any, batch: Batch, state: Any = None) -> tuple[Any, Any]:
     """
     if not isinstance(weighting, Weighting):
         return weighting.step(batch, state)
+    if batch.entropy is None and "entropy" in weighting.needs:
+        raise ValueError(
+            f"{type(weighting).__name__} reads the entropy of the logits, which losses alone do not have: "
+            "call cross_entropy or linear_cross_entropy, or a loss module without base"
+        )
     xp = batch.xp
     if not weighting.stateful:
         weights = weighting.weights(batch)

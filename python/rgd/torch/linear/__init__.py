@@ -7,13 +7,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rgd._extras import check_returns, with_extras
 from rgd.torch._checks import check_class_weight, check_logit_adjustment
 from rgd.torch._distributed import sync_of
 from rgd.torch._head import Chunking, LinearHead
 from rgd.torch._plan import plan_of
 from rgd.torch._problem import Given, Options, problem_of
 from rgd.torch._state import functional_state
-from rgd.torch.functional import weigher_of
+from rgd.torch.functional import found_by, wanting, weigher_of
 from rgd.torch.linear._call import compute_linear
 from rgd.torch.loss import RGDLoss, options_of
 from rgd.weightings import Weighting
@@ -50,6 +51,7 @@ def linear_cross_entropy(
     process_group: Any = None,
     sync: bool = True,
     reference: Tensor | None = None,
+    returns: tuple[str, ...] = (),
 ) -> Any:
     """`cross_entropy(F.linear(input, linear_weight, linear_bias), target)` without its logits in memory.
 
@@ -103,10 +105,12 @@ def linear_cross_entropy(
         process_group: As for `reweighted_mean`.
         sync: As for `reweighted_mean`.
         reference: As for `cross_entropy`, of the shape of the losses: with `shift` it is (B, T - 1).
+        returns: As for `cross_entropy`, of the logits after a soft cap, read while a chunk is in memory. With
+            `shift` they are (B, T - 1), as the losses.
 
     Returns:
         As `cross_entropy`; with `reduction="none"` of the targets' shape, (B, T - 1) with `shift`. With
-        `state`: that and the new state.
+        `state`: that and the new state; with `returns` as `cross_entropy`.
 
     Raises:
         IndexError: If a class index is out of range.
@@ -149,9 +153,14 @@ def linear_cross_entropy(
         reference,
     )
     problem = problem_of(given, options, LinearHead(linear_weight, linear_bias, chunking))
+    if returns != () or plan.needs_entropy:
+        returns = check_returns(returns)
+        problem = wanting(problem, returns, plan)
     memory = functional_state(plan.weighting, state, problem.logits.device)
     weigher = weigher_of(problem, plan, memory, sharing)
     objective, _ = compute_linear(problem, weigher)
+    if returns:
+        return with_extras(objective, found_by(weigher), returns, state, weigher.state)
     return objective if state is None else (objective, weigher.state)
 
 
@@ -175,6 +184,7 @@ class LinearRGDLoss(RGDLoss):
         label_smoothing: In [0, 1].
         logit_adjustment: As for `cross_entropy`, shape (C,); added after a soft cap.
         z_loss: As for `cross_entropy`.
+        returns: As for `RGDLoss`, of the logits after a soft cap.
         tau: Short for `weighting=KL(tau, scale=scale)`.
         scale: The dial; short for the same.
         weighting: As for `RGDLoss`.
@@ -228,6 +238,7 @@ class LinearRGDLoss(RGDLoss):
         label_smoothing: float = 0.0,
         logit_adjustment: Tensor | None = None,
         z_loss: float = 0.0,
+        returns: tuple[str, ...] = (),
         tau: float | None = None,
         scale: float | None = None,
         weighting: Weighting | None = None,
@@ -244,8 +255,9 @@ class LinearRGDLoss(RGDLoss):
     ) -> None:
         super().__init__(
             weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
-            logit_adjustment=logit_adjustment, z_loss=z_loss, tau=tau, scale=scale, weighting=weighting,
-            per=per, evaluate=evaluate, warn=warn, process_group=process_group, sync=sync,
+            logit_adjustment=logit_adjustment, z_loss=z_loss, returns=returns, tau=tau, scale=scale,
+            weighting=weighting, per=per, evaluate=evaluate, warn=warn, process_group=process_group,
+            sync=sync,
         )  # fmt: skip
         self._chunking = Chunking(logit_softcap, shift, chunk_bytes, accumulate_dtype, vocab_group).checked()
         if linear_weight is None:
@@ -342,8 +354,13 @@ class LinearRGDLoss(RGDLoss):
         more = normalizer, segments, num_segments, reference
         given = Given(input, target, *by_class, where, sample_weight, groups, *more)
         problem = problem_of(given, options_of(self, not is_plain), LinearHead(weight, bias, self._chunking))
+        returns = self._returns
+        if returns or plan.needs_entropy:
+            problem = wanting(problem, returns, plan)
         weigher = weigher_of(problem, plan, memory, sync)
         objective, record = compute_linear(problem, weigher)
+        if returns:
+            self._keep_extras(found_by(weigher))
         if not is_plain:
             self._keep(record)
         return objective

@@ -14,6 +14,7 @@ from rgd.torch._head import LinearHead
 from rgd.torch._modes import autocasts, graph_is_kept, in_transform, is_exporting, plain_and_eager
 from rgd.torch._plan import Weigher
 from rgd.torch._problem import Problem
+from rgd.torch.backends._extras import Extras
 from rgd.torch.backends._formulas import (
     check_labels,
     divisor_of,
@@ -27,7 +28,7 @@ from rgd.torch.backends._formulas import (
     z_factors_of,
 )
 from rgd.torch.backends._registry import Backend, choose
-from rgd.torch.functional import compute, finished
+from rgd.torch.functional import compute, finished, take_extras
 from rgd.torch.linear import _ops
 from rgd.torch.linear._chunks import Gradients, Wanted, gradients_in_chunks, in_one_pass, losses_in_chunks
 from rgd.torch.linear._rows import as_losses, as_rows, chunked, measure_of_targets
@@ -37,7 +38,7 @@ from rgd.torch.stats import Filled, Record
 def compute_linear(problem: Problem, weigher: Weigher) -> tuple[Tensor, Record | None]:
     """The objective of a problem with a linear head, and the record of its weights if it may be kept.
 
-    The state after the call is left in the weigher.
+    The state after the call and the extras are left in the weigher.
     """
     if not _served(problem):
         if cast("LinearHead", problem.head).shard is not None:
@@ -90,8 +91,10 @@ class _Call(NamedTuple):
         problem, plan = self.problem, weigher.plan
         norm = as_rows(problem, self.norm(), 0)
         if torch.compiler.is_compiling():
-            objective, *vectors = _ops.one_pass(self._in_dtype(), self.wanted(), norm, plan)
+            objective, *vectors, extras = _ops.one_pass(self._in_dtype(), self.wanted(), norm, plan)
             losses, weights = (as_losses(problem, vector) for vector in vectors)
+            if problem.returns:
+                self._take_extras(weigher, extras)
             value, divisor = self._reduced(losses, weights)
             # The operator's sum is 0 for the mean of nothing, which is NaN.
             objective = objective.masked_fill(value.isnan() & ~objective.isnan(), float("nan"))
@@ -105,6 +108,8 @@ class _Call(NamedTuple):
         found = in_one_pass(self._chunked(), measure, norm, alone, self.wanted())
         losses, weights = as_losses(problem, found.losses), as_losses(problem, found.weights)
         logsumexp = None if found.logsumexp is None else as_losses(problem, found.logsumexp)
+        if problem.returns:
+            self._take_extras(weigher, found.extras)
         objective, divisor = self._reduced(losses, weights, logsumexp)
         kept = _Kept(objective, self._finished(found.gradients), weights)
         objective = cast("Tensor", _OnePass.apply(*self.parameters(), kept, self))
@@ -114,7 +119,9 @@ class _Call(NamedTuple):
         problem, compiling = self.problem, torch.compiler.is_compiling()
         with torch.no_grad():
             found = _ops.losses(self._in_dtype()) if compiling else losses_in_chunks(self._chunked())
-            losses, logsumexp = (None if one is None else as_losses(problem, one) for one in found)
+            losses, logsumexp = (None if one is None else as_losses(problem, one) for one in found[:2])
+            if problem.returns:
+                self._take_extras(weigher, found[2])
             losses = cast("Tensor", losses)
             counted = problem.counted()
             of_units = self.backend.sample_weights(*problem.units(losses), weigher).to(losses.dtype)
@@ -190,6 +197,10 @@ class _Call(NamedTuple):
         return tuple(
             next(found) if one is not None and one.requires_grad else None for one in self.parameters()
         )
+
+    def _take_extras(self, weigher: Weigher, of_rows: Extras) -> None:
+        found = {name: as_losses(self.problem, one) for name, one in of_rows.items()}
+        take_extras(weigher, self.problem, found)
 
     def _chunked(self) -> Any:
         return chunked(self.problem, self.dtype, self.backend)

@@ -11,14 +11,15 @@ more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rgd.torch._dtypes import accumulator
-from rgd.torch._plan import Weigher
+from rgd.torch._plan import OfLogits, Weigher
+from rgd.torch.backends._extras import Extras
 from rgd.torch.backends._memory import empty
 from rgd.torch.backends._steps import Rows, Step
 from rgd.torch.linear._products import Products
@@ -48,12 +49,28 @@ class OnePass(NamedTuple):
         weights: Its pointwise weight.
         logsumexp: With a z-loss, that of its logits; else None.
         gradients: The gradients of the objective.
+        extras: What else was wanted of the logits.
     """
 
     losses: Tensor
     weights: Tensor
     logsumexp: Tensor | None
     gradients: Gradients
+    extras: Extras
+
+
+class Wants(NamedTuple):
+    """What a call wants of its logits beside losses and gradients.
+
+    Attributes:
+        names: Of the extras.
+        compute: The extras of the logits of a chunk and its target.
+        classes: How many classes there are, of all slices of the vocabulary.
+    """
+
+    names: tuple[str, ...]
+    compute: Callable[[Tensor, Tensor], Extras]
+    classes: int
 
 
 class ChunkedHead(NamedTuple):
@@ -69,6 +86,7 @@ class ChunkedHead(NamedTuple):
         dtype: The dtype that the gradients of weight and bias are summed in.
         step: What computes a chunk.
         z_loss: What multiplies the squared logsumexp of each row.
+        wants: What else is wanted of the logits; None for nothing.
     """
 
     input: Tensor
@@ -80,6 +98,7 @@ class ChunkedHead(NamedTuple):
     dtype: torch.dtype
     step: Step
     z_loss: float = 0.0
+    wants: Wants | None = None
 
 
 class _Chunk(NamedTuple):
@@ -102,6 +121,31 @@ class _Chunk(NamedTuple):
         return values[self.own] if self.at is None else values.index_select(0, self.at)
 
 
+class _Extras:
+    """The extras of a pass, filled chunk by chunk."""
+
+    def __init__(self, run: _Run, wants: Wants) -> None:
+        self._run, self._wants, head = run, wants, run.head
+        dtypes = {"correct": torch.bool}
+        self._found: Extras = {
+            name: head.input.new_empty(run.count, dtype=dtypes.get(name, accumulator(head.input.dtype)))
+            for name in wants.names
+        }
+
+    def take(self, chunk: _Chunk, logits: Tensor) -> OfLogits:
+        """Those of a chunk, of its logits before the gradient overwrites them."""
+        found = self._wants.compute(logits, chunk.target)
+        for name, one in found.items():
+            self._found[name][chunk.own] = one
+        return OfLogits(found, found.get("entropy"), self._wants.classes)
+
+    def whole(self) -> Extras:
+        """Those of all rows, (N,), 0 where one takes no part."""
+        mask = self._run.mask
+        found = {name: self._run.spread(one) for name, one in self._found.items()}
+        return found if mask is None else {name: one.masked_fill(~mask, 0) for name, one in found.items()}
+
+
 class _Run:
     """One pass over the chunks: the buffers, and the gradients as they are summed."""
 
@@ -109,9 +153,9 @@ class _Run:
         self.head, takes_part = head, head.takes_part
         # Rows that take no part are left out on the CPU. Elsewhere, to find them would wait for the device.
         # They are set to 0 there, since 0 times NaN is NaN.
-        self._kept = self._mask = None
+        self._kept = self.mask = None
         if takes_part is not None and not takes_part.is_cpu:
-            self._mask = takes_part
+            self.mask = takes_part
         elif takes_part is not None and not bool(takes_part.all()):
             self._kept = takes_part.nonzero().view(-1)
         self.count = head.input.shape[0] if self._kept is None else self._kept.numel()
@@ -132,8 +176,8 @@ class _Run:
             own = slice(start, min(start + self._size, self.count))
             if self._kept is None:
                 rows = head.input[own]
-                if self._mask is not None:
-                    rows = rows.masked_fill(~self._mask[own].unsqueeze(1), 0)
+                if self.mask is not None:
+                    rows = rows.masked_fill(~self.mask[own].unsqueeze(1), 0)
                 chunk = _Chunk(own, rows, self._target(head.target[own]), None)
             else:
                 at = self._kept[own]
@@ -183,15 +227,25 @@ class _Run:
         return Gradients(self._input, self._weight, self._bias)
 
 
-def losses_in_chunks(head: ChunkedHead) -> tuple[Tensor, Tensor | None]:
-    """The loss of each row and, with a z-loss, the logsumexp of its logits; (N,), 0 for one left out."""
+def losses_in_chunks(head: ChunkedHead) -> tuple[Tensor, Tensor | None, Extras]:
+    """The loss of each row, with a z-loss the logsumexp of its logits, and the extras that are wanted.
+
+    Each is (N,), 0 for a row that is left out.
+    """
     run = _Run(head, Wanted(False, False, False))
     losses = head.input.new_empty(run.count, dtype=accumulator(head.input.dtype))
     logsumexp = torch.empty_like(losses) if head.z_loss else None
+    extras = None if head.wants is None else _Extras(run, head.wants)
     for chunk, logits in run:
+        if extras is not None:
+            extras.take(chunk, logits)
         own = None if logsumexp is None else logsumexp[chunk.own]
         losses[chunk.own] = head.step.losses(logits, chunk.target, own)
-    return run.spread(losses), None if logsumexp is None else run.spread(logsumexp)
+    return (
+        run.spread(losses),
+        None if logsumexp is None else run.spread(logsumexp),
+        {} if extras is None else extras.whole(),
+    )
 
 
 def in_one_pass(
@@ -210,18 +264,27 @@ def in_one_pass(
     losses = head.input.new_empty(run.count, dtype=accumulator(head.input.dtype))
     weights = torch.empty_like(losses)
     logsumexp = torch.empty_like(losses) if head.z_loss else None
+    extras = None if head.wants is None else _Extras(run, head.wants)
     for chunk, logits in run:
         p, groups, reference = (
             None if one is None else chunk.of(one) for one in (measure, weigher.groups, weigher.reference)
         )
         rows = Rows(logits, chunk.target, p, chunk.of(norm))
         alone = Weigher(weigher.plan, groups, reference=reference)
+        if extras is not None:
+            alone.extras = extras.take(chunk, logits)
         own = losses[chunk.own], weights[chunk.own]
         of_z = None if logsumexp is None else logsumexp[chunk.own]
         head.step.weigh_and_write_gradient(rows, alone, *own, of_z)
         run.collect(chunk, logits)
     of_z = None if logsumexp is None else run.spread(logsumexp)
-    return OnePass(run.spread(losses), run.spread(weights), of_z, run.gradients())
+    return OnePass(
+        run.spread(losses),
+        run.spread(weights),
+        of_z,
+        run.gradients(),
+        {} if extras is None else extras.whole(),
+    )
 
 
 def gradients_in_chunks(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from rgd._extras import EXTRAS
 from rgd.torch._dtypes import accumulator
 from rgd.torch._head import LinearHead
 from rgd.torch._operators import (
     LENGTH,
     PROBLEM,
     define,
+    empty_extras,
     flattened,
     library,
     numbers_of,
@@ -22,6 +25,7 @@ from rgd.torch._operators import (
 )
 from rgd.torch._plan import Plan, Weigher
 from rgd.torch._problem import Problem
+from rgd.torch.backends._extras import Extras
 from rgd.torch.backends._formulas import check_labels
 from rgd.torch.backends._registry import choose
 from rgd.torch.linear._chunks import (
@@ -37,8 +41,8 @@ from rgd.torch.linear._rows import as_rows, chunked, measure_of_targets
 _WANTED = "bool want_input, bool want_weight, bool want_bias"
 define({
     "linear_one_pass": f"({PROBLEM}, {_WANTED}, Tensor norm, str kind, Tensor numbers) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "linear_losses": f"({PROBLEM}) -> (Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "linear_losses": f"({PROBLEM}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "linear_products": f"({PROBLEM}, {_WANTED}, Tensor values, Tensor factors, Tensor? z_factors) -> Tensor",
     "linear_gradients": f"({PROBLEM}, {_WANTED}, Tensor factors, Tensor? z_factors) "
     "-> (Tensor, Tensor, Tensor)",
@@ -49,15 +53,25 @@ _products: Any = torch.ops.rgd.linear_products.default
 _gradients: Any = torch.ops.rgd.linear_gradients.default
 
 
-def one_pass(problem: Problem, wanted: Wanted, norm: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Objective, losses and weights, by one pass that leaves the gradients for backward."""
-    return _one_pass(*flattened(problem), *wanted, norm, plan.kind, plan.numbers)[:3]
+def one_pass(
+    problem: Problem, wanted: Wanted, norm: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor, Extras]:
+    """Objective, losses, weights and extras, by one pass that leaves the gradients for backward."""
+    objective, losses, weights, _, _, _, *extras = _one_pass(
+        *flattened(problem), *wanted, norm, plan.kind, plan.numbers
+    )
+    return objective, losses, weights, _named(problem, extras)
 
 
-def losses(problem: Problem) -> tuple[Tensor, Tensor | None]:
-    """The loss of each row and, with a z-loss, the logsumexp of its logits."""
-    losses, logsumexp = _losses(*flattened(problem))
-    return losses, logsumexp if problem.options.z_loss else None
+def losses(problem: Problem) -> tuple[Tensor, Tensor | None, Extras]:
+    """The loss of each row, with a z-loss the logsumexp of its logits, and the extras that are wanted."""
+    losses, logsumexp, *extras = _losses(*flattened(problem))
+    return losses, logsumexp if problem.options.z_loss else None, _named(problem, extras)
+
+
+def _named(problem: Problem, extras: Sequence[Tensor]) -> Extras:
+    found = dict(zip(EXTRAS, extras, strict=True))
+    return {name: found[name] for name in problem.returns}
 
 
 def products(
@@ -116,31 +130,34 @@ def _(*given: Any) -> tuple[Tensor, ...]:
     measure = measure_of_targets(problem, norm.dtype)
     measure = None if measure is None else as_rows(problem, measure, 0)
     weigher = Weigher(Plan.of_kernel(kind, numbers_of(numbers)))
-    losses, weights, logsumexp, found = in_one_pass(head, measure, norm, weigher, _wanted(given))
+    losses, weights, logsumexp, found, extras = in_one_pass(head, measure, norm, weigher, _wanted(given))
     objective = (norm.double() * weights.double() * losses.double()).masked_fill(norm * weights == 0, 0).sum()
     if logsumexp is not None:
         by_z = norm.double() * head.z_loss * logsumexp.double().square()
         objective = objective + by_z.masked_fill(norm == 0, 0).sum()
-    return objective.to(losses.dtype), losses, weights, *_filled(found, problem)
+    of_rows = (or_empty(extras.get(name), losses) for name in EXTRAS)
+    return objective.to(losses.dtype), losses, weights, *_filled(found, problem), *of_rows
 
 
 @register_fake("rgd::linear_one_pass")
 def _(*given: Any) -> tuple[Tensor, ...]:
     losses = _fake_losses(given)
-    return losses.new_empty(()), losses, torch.empty_like(losses), *_fake_gradients(given)
+    of_rows = empty_extras(rebuilt(given), losses.shape, losses.dtype)
+    return losses.new_empty(()), losses, torch.empty_like(losses), *_fake_gradients(given), *of_rows
 
 
 @library.impl("rgd::linear_losses", _KEY)
 @torch.no_grad()
-def _(*given: Any) -> tuple[Tensor, Tensor]:
-    losses, logsumexp = losses_in_chunks(_read(given)[1])
-    return losses, or_empty(logsumexp, losses)
+def _(*given: Any) -> tuple[Tensor, ...]:
+    losses, logsumexp, extras = losses_in_chunks(_read(given)[1])
+    return losses, or_empty(logsumexp, losses), *(or_empty(extras.get(name), losses) for name in EXTRAS)
 
 
 @register_fake("rgd::linear_losses")
-def _(*given: Any) -> tuple[Tensor, Tensor]:
-    losses = _fake_losses(given)
-    return losses, torch.empty_like(losses) if rebuilt(given).options.z_loss else losses.new_empty(0)
+def _(*given: Any) -> tuple[Tensor, ...]:
+    losses, problem = _fake_losses(given), rebuilt(given)
+    logsumexp = torch.empty_like(losses) if problem.options.z_loss else losses.new_empty(0)
+    return losses, logsumexp, *empty_extras(problem, losses.shape, losses.dtype)
 
 
 @library.impl("rgd::linear_products", _KEY)
@@ -179,10 +196,10 @@ def _in_places(found: Any, length: int) -> tuple[Tensor | None, ...]:
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, losses, weights, *found = output
-    ctx.save_for_backward(*found)
+    _, losses, weights, *others = output
+    ctx.save_for_backward(*others[:3])
     ctx.wanted, ctx.length = _wanted(inputs), len(inputs)
-    ctx.mark_non_differentiable(losses, weights, *found)
+    ctx.mark_non_differentiable(losses, weights, *others)
 
 
 def _scaled(ctx: Any, above: Tensor, *_: Any) -> tuple[Any, ...]:

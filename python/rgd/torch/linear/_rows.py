@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -13,8 +15,9 @@ from rgd.torch._dtypes import accumulator
 from rgd.torch._head import LinearHead
 from rgd.torch._measure import spread
 from rgd.torch._problem import Problem
+from rgd.torch.backends._extras import Extras, extras_by
 from rgd.torch.backends._registry import Backend
-from rgd.torch.linear._chunks import ChunkedHead
+from rgd.torch.linear._chunks import ChunkedHead, Wants
 from rgd.torch.linear._products import products_of
 from rgd.torch.linear._vocabulary import VocabStep
 
@@ -46,6 +49,13 @@ def measure_of_targets(problem: Problem, dtype: torch.dtype) -> Tensor | None:
     return measure.contiguous() if counted is None else measure.masked_fill(~counted, 0)
 
 
+def _extras_of_chunk(
+    of_rows: Callable[[Problem], Extras], problem: Problem, logits: Tensor, target: Tensor
+) -> Extras:
+    """The extras of a chunk of a problem, of its logits and targets."""
+    return of_rows(problem.changed(logits=logits, target=target))
+
+
 def chunked(problem: Problem, dtype: torch.dtype, backend: Backend) -> ChunkedHead:
     """The head of a problem, detached, made ready for its chunks.
 
@@ -64,6 +74,13 @@ def chunked(problem: Problem, dtype: torch.dtype, backend: Backend) -> ChunkedHe
     products = products_of(weight, None if bias is None else bias.detach().to(dtype).contiguous())
     classes = weight.shape[0] if shard is None else shard.widest
     accumulate = chunking.accumulate_dtype or accumulator(dtype)
+    step = backend.step(problem) if shard is None else VocabStep(problem, shard)
+    wants = None
+    if problem.returns:
+        of_rows = step.extras if isinstance(step, VocabStep) else extras_by(backend)
+        settings = problem.changed(measure=None, given_measure=None, segments=None, head=None)
+        compute = functools.partial(_extras_of_chunk, of_rows, settings)
+        wants = Wants(problem.returns, compute, problem.classes())
     return ChunkedHead(
         problem.logits.detach().to(dtype).flatten(0, -2),
         products,
@@ -76,6 +93,7 @@ def chunked(problem: Problem, dtype: torch.dtype, backend: Backend) -> ChunkedHe
             gradient_bytes=classes * weight.shape[1] * accumulate.itemsize,
         ),
         accumulate,
-        backend.step(problem) if shard is None else VocabStep(problem, shard),
+        step,
         problem.options.z_loss,
+        wants,
     )

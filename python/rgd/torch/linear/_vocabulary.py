@@ -9,6 +9,7 @@ from torch import Tensor
 from rgd.torch._dtypes import accumulator
 from rgd.torch._head import Shard
 from rgd.torch._problem import Problem
+from rgd.torch.backends._extras import Extras, where_counted
 from rgd.torch.backends._formulas import adjusted, unless_massless
 from rgd.torch.backends._steps import FormulaStep
 
@@ -74,6 +75,25 @@ class VocabStep(FormulaStep):
         if z_factors is not None and by_z is not None:
             rows += by_z.masked_fill_((z_factors == 0).unsqueeze(1), 0)
         logits.copy_(rows)
+
+    def extras(self, problem: Problem) -> Extras:
+        """What `problem` wants of all slices together, by one exchange of four numbers a row and process."""
+        logits = self._adjusted(problem.logits)
+        logits = logits.to(accumulator(logits.dtype))
+        own_sum = torch.logsumexp(logits, 1)
+        # The mean of the logits of this slice under their softmax; a class without mass adds nothing.
+        p = torch.softmax(logits, 1)
+        own_mean = (p * logits.masked_fill(p == 0, 0)).sum(1)
+        largest, first = logits.amax(1), logits.argmax(1) + self._shard.first
+        parts = self._exchange(torch.stack([own_sum, own_mean, largest, first.to(logits.dtype)]))
+        sums, means, largest, first = parts.unbind(1)
+        total = torch.logsumexp(sums, 0)
+        shares = (sums - total).exp()
+        entropy = (total - (shares * means.masked_fill(shares == 0, 0)).sum(0)).clamp(min=0)
+        best = largest.argmax(0, keepdim=True)
+        correct = (first.gather(0, best)[0] == problem.target) & ~largest.amax(0).isnan()
+        found = {"entropy": entropy, "logsumexp": total, "correct": correct}
+        return where_counted(problem, {name: found[name] for name in problem.returns})
 
     def _local(self, target: Tensor, columns: int) -> tuple[Tensor, Tensor]:
         """Which labels are classes of this slice, and their columns, 0 for the others."""

@@ -25,6 +25,7 @@ from rgd.torch._modes import (
 )
 from rgd.torch._plan import Weigher
 from rgd.torch._problem import Problem
+from rgd.torch.backends._extras import Extras
 from rgd.torch.backends._graph import Computed
 from rgd.torch.backends._in_place import Overwritten
 from rgd.torch.backends._objective import Objective
@@ -34,6 +35,7 @@ from rgd.torch.backends.rust._again import Accepted, accepted, again, plain_obje
 from rgd.torch.backends.rust._kernels import (
     RustStep,
     fill,
+    fill_extras,
     fill_gradient,
     fill_losses,
     fill_plain_weights,
@@ -106,6 +108,10 @@ class Rust:
             given = (objective, computed.grad), read, problem.options, problem.normalizer
             objective = Objective.apply(problem.logits, *given)
         return objective, Record.of(problem, computed.filled, self.name)
+
+    def extras(self, problem: Problem) -> Extras:
+        """What the problem wants of its logits beside the losses."""
+        return _ops.extras(problem) if torch.compiler.is_compiling() else fill_extras(problem)
 
     def step(self, problem: Problem) -> Step:
         """The step over a chunk of a linear head."""

@@ -11,6 +11,7 @@ from rgd import _rgd
 from rgd.torch._dtypes import accumulator
 from rgd.torch._plan import Plan, Weigher
 from rgd.torch._problem import Problem, targets_shape
+from rgd.torch.backends._extras import Extras, where_counted
 from rgd.torch.backends._graph import Computed
 from rgd.torch.backends._memory import empty_like
 from rgd.torch.backends._steps import FormulaStep, Rows
@@ -99,6 +100,20 @@ def fill_gradient(
         problem.normalizer,
     )  # fmt: skip
     return Computed(objective, grad, Filled(losses, weights, divisor, count == losses.numel()))
+
+
+def fill_extras(problem: Problem) -> Extras:
+    """What `problem.returns` names, each of the losses' shape, by one more pass over the logits."""
+    logits, target = _plain(problem.logits.detach()), _plain(problem.target.detach())
+    like = _empty_losses(logits, target)
+    found = {name: torch.empty_like(like) for name in problem.returns}
+    _rgd.cross_entropy_extras(
+        logits, target, problem.options.ignore_index, torch.get_num_threads(),
+        _by_class(problem.adjustment, like.dtype), **found,
+    )  # fmt: skip
+    if "correct" in found:
+        found["correct"] = found["correct"] != 0
+    return found if problem.has_labels() else where_counted(problem, found)
 
 
 class RustStep(FormulaStep):

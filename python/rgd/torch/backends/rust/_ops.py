@@ -7,13 +7,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rgd._extras import EXTRAS
 from rgd.torch._dtypes import accumulator
-from rgd.torch._operators import define, library, numbers_of, or_empty, register_fake
-from rgd.torch._problem import Problem
+from rgd.torch._operators import (
+    PROBLEM,
+    define,
+    empty_extras,
+    flattened,
+    library,
+    numbers_of,
+    or_empty,
+    rebuilt,
+    register_fake,
+)
+from rgd.torch._problem import Problem, targets_shape
+from rgd.torch.backends._extras import Extras
 from rgd.torch.backends._graph import Computed, Kernels, Operators, is_constant, no_gradient
-from rgd.torch.backends.rust._kernels import fill, fill_gradient, fill_losses, fill_weights
+from rgd.torch.backends.rust._kernels import fill, fill_extras, fill_gradient, fill_losses, fill_weights
 
-define({"sample_weights": "(Tensor losses, str kind, Tensor numbers) -> Tensor"})
+define(
+    {
+        "sample_weights": "(Tensor losses, str kind, Tensor numbers) -> Tensor",
+        "cross_entropy_extras": f"({PROBLEM}) -> (Tensor, Tensor, Tensor)",
+    }
+)
 sample_weights: Any = torch.ops.rgd.sample_weights.default
 
 
@@ -28,6 +45,32 @@ def _(losses: Tensor, kind: str, numbers: Tensor) -> Tensor:
 
 
 library.register_autograd("rgd::sample_weights", no_gradient, setup_context=is_constant)
+
+
+def extras(problem: Problem) -> Extras:
+    """What a problem wants of its logits beside the losses."""
+    given = flattened(problem.changed(logits=problem.logits.detach(), target=problem.target.detach()))
+    found = dict(zip(EXTRAS, _extras(*given), strict=True))
+    return {name: found[name] for name in problem.returns}
+
+
+_extras: Any = torch.ops.rgd.cross_entropy_extras.default
+
+
+@library.impl("rgd::cross_entropy_extras", "cpu")
+def _(*given: Any) -> tuple[Tensor, ...]:
+    problem = rebuilt(given)
+    found = fill_extras(problem)
+    return tuple(or_empty(found.get(name), problem.logits) for name in EXTRAS)
+
+
+@register_fake("rgd::cross_entropy_extras")
+def _(*given: Any) -> tuple[Tensor, ...]:
+    problem = rebuilt(given)
+    return empty_extras(problem, targets_shape(problem.logits.shape), accumulator(problem.logits.dtype))
+
+
+library.register_autograd("rgd::cross_entropy_extras", no_gradient, setup_context=is_constant)
 
 
 def _one_pass(problem: Problem, kind: str, numbers: Tensor, with_grad: bool) -> Computed:
