@@ -24,8 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from rgd._extras import check_returns, with_extras
 from rgd.jax import _ffi
 from rgd.jax._devices import AxisName, check_bound, divided_by_factor, psum
+from rgd.jax._extras import Extras, extras_of
 from rgd.jax._inputs import (
     Losses,
     an_array,
@@ -83,6 +85,7 @@ def cross_entropy(
     axis_name: AxisName = None,
     backend: Backend | None = None,
     reference: ArrayLike | None = None,
+    returns: tuple[str, ...] = (),
 ) -> Any:
     """The re-weighted cross-entropy of logits, reduced as `torch.nn.CrossEntropyLoss` reduces.
 
@@ -145,12 +148,20 @@ def cross_entropy(
         reference: The losses of a reference model, for `rgd.Excess`: of the labels' shape, as
             `reduction="none"` with `weighting=rgd.ERM()` gives them; else as for `rgd.jax.sample_weights`.
             With `per="sample"` the means over the targets that count are compared.
+        returns: What else to return of the logits that the loss is of, with `logit_adjustment`, by name: a
+            tuple of "entropy", `-sum_k q_k log q_k` of `q = softmax(logits)`; "logsumexp", the `Z_i` of a
+            z-loss; and "correct", whether the class of the target is the first of those with the largest
+            logit. For class probabilities that is the first of the most probable. Class weights, label
+            smoothing and weights change none of them.
 
     Returns:
         The objective, float64 for float64 logits, else float32: shape () or, for "none", the logits' shape
         without the class axis. With no target that counts, or class weights of 0 alone, "mean" is NaN. The
         gradient has the logits' dtype.
-        With `state`: the objective and the new state.
+        With `state`: the objective and the new state. With `returns`: the objective and a dict of arrays of
+        the shape of "none", constants, 0 where a target does not count: "correct" is bool, the others are in
+        the objective's dtype. With both: `(objective, (extras, state))`, which
+        `value_and_grad(has_aux=True)` takes.
 
         A class index out of range raises where `labels` are concrete. Under `jit`, where no value can raise,
         its loss and its row of the gradient are NaN.
@@ -186,6 +197,7 @@ def cross_entropy(
         (`z_loss`).
     """
     check_options(reduction, per, label_smoothing, backend)
+    returns = check_returns(returns)
     chosen = resolve_weighting(weighting, tau, scale)
     require_state(chosen, state)
     check_bound(axis_name)
@@ -220,8 +232,10 @@ def cross_entropy(
     scaled = problem
     if sample_weight is not None and reduction == "mean" and divisor is None:
         scaled = problem._replace(measure=divided_by_factor(problem.measure, axis_name))
+    extras = _extras_of(problem, returns) if returns else {}
     if native:
-        return _native_objective(scaled, chosen, reduction, axis_name, z_loss=factor, normalizer=divisor)
+        result = _native_objective(scaled, chosen, reduction, axis_name, z_loss=factor, normalizer=divisor)
+        return with_extras(result, extras, returns, None, None)
     losses = Losses(_losses_of(problem), problem.measure, members, (), axis_name, compared)
     weights, new = target_weights(losses, chosen, per, state, problem.segments)
     losses, problem = losses._replace(measure=scaled.measure), scaled
@@ -232,7 +246,7 @@ def cross_entropy(
         result = psum(jnp.sum(result), axis_name)
     if reduction == "mean":
         result = mean_of(result, psum(_divisor_of(problem), axis_name) if divisor is None else divisor)
-    return result if state is None else (result, new)
+    return with_extras(result, extras, returns, state, new)
 
 
 class Problem(NamedTuple):
@@ -355,6 +369,13 @@ def _normalizers_of(problem: Problem) -> jax.Array:
     """The logsumexp of the logits of each target; 0 where a target does not count."""
     counted = None if problem.measure is None else problem.measure != 0
     return log_normalizers(adjusted(problem.logits, problem.adjustment), counted)
+
+
+def _extras_of(problem: Problem, names: tuple[str, ...]) -> Extras:
+    """What `names` asks of the logits of each target."""
+    label = problem.labels if problem.has_indices else jnp.argmax(problem.labels, axis=-1)
+    counted = None if problem.measure is None else problem.measure != 0
+    return extras_of(names, adjusted(problem.logits, problem.adjustment), label, counted)
 
 
 def _divisor_of(problem: Problem) -> jax.Array:

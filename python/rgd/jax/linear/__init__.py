@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rgd._chunk_rows import chunk_rows
+from rgd._extras import check_returns, with_extras
 from rgd.jax import _ffi
 from rgd.jax._devices import AxisName, check_bound, divided_by_factor, psum
 from rgd.jax._inputs import Losses, as_reference
@@ -91,6 +92,7 @@ def linear_cross_entropy(
     vocab_axis_name: str | None = None,
     backend: Backend | None = None,
     reference: ArrayLike | None = None,
+    returns: tuple[str, ...] = (),
 ) -> Any:
     """The re-weighted cross-entropy of `inputs @ kernel + bias`, without an array of all logits.
 
@@ -156,12 +158,14 @@ def linear_cross_entropy(
             runs on one CPU device, C >= 100, and there are at least 2^13 logits in all.
         reference: The losses of a reference model, for `rgd.Excess`, as for `rgd.jax.cross_entropy`. With
             `shift` the loss of the label at t + 1 stands at t, as "none" returns it.
+        returns: As in `rgd.jax.cross_entropy`, of the logits after a soft cap, read while a chunk is in
+            memory. With `shift` what belongs to the label at t + 1 stands at t.
 
     Returns:
         The objective: float64 where inputs or kernel are, else float32, in which half precision is computed:
         shape () or, for "none", the labels'. Gradients have the dtypes of the arguments. With `state`: the
-        objective and the new state. A label out of range raises where `labels` are concrete; under `jit` its
-        loss is NaN.
+        objective and the new state; with `returns` as `rgd.jax.cross_entropy`. A label out of range raises
+        where `labels` are concrete; under `jit` its loss is NaN.
 
     Raises:
         IndexError: If a concrete class index is out of range; names it and its position.
@@ -189,6 +193,7 @@ def linear_cross_entropy(
         (`z_loss`).
     """
     check_options(reduction, per, label_smoothing, backend)
+    returns = check_returns(returns)
     chosen = resolve_weighting(weighting, tau, scale)
     require_state(chosen, state)
     check_bound(axis_name)
@@ -251,6 +256,7 @@ def linear_cross_entropy(
         vocab_axis=vocab_axis_name,
         native=kind,
         weighting=structure,
+        returns=returns,
     )
     given = constants.rows
     measure: Any = given.measure
@@ -261,12 +267,12 @@ def linear_cross_entropy(
         rows = rows._replace(groups=None, reference=None)
     constants = constants._replace(rows=rows._replace(measure=measure.reshape(-1)))
     if one_pass:
-        result, new = weighted_total(settings, operands, constants), None
+        (result, extras), new = weighted_total(settings, operands, constants), None
         allowed = holds_everywhere(constant)
         if allowed is not True:
             result = result * jnp.where(allowed, 1, jnp.nan).astype(dtype)
     else:
-        values, logs = token_losses(settings, operands, constants)
+        values, logs, extras = token_losses(settings, operands, constants)
         losses = Losses(values.reshape(shape), given.measure, given.groups, (), axis_name, given.reference)
         weights, new = target_weights(losses, chosen, per, state, problem.segments)
         losses = losses._replace(measure=measure)
@@ -281,4 +287,7 @@ def linear_cross_entropy(
         own = given.own_weight
         counted = measure if own is None else jnp.where(measure != 0, measure * own, 0)
         result = mean_of(result, psum(jnp.sum(counted), axis_name))
-    return result if state is None else (result, new)
+    found = {name: one.reshape(shape) for name, one in extras.items()}
+    if "correct" in found:
+        found["correct"] = found["correct"] != 0
+    return with_extras(result, found, returns, state, new)

@@ -30,6 +30,7 @@ from jax import lax
 
 from rgd.jax import _ffi
 from rgd.jax._devices import mapped_axes, pmax, psum, vary
+from rgd.jax._extras import Extras, extras_of
 from rgd.jax._inputs import Losses
 from rgd.jax._pytrees import joined
 from rgd.jax._rows import IGNORED, OUT_OF_RANGE, adjusted, at_label, unless_massless
@@ -77,8 +78,8 @@ class Along(NamedTuple):
 
 def one_pass(
     settings: Settings, wanted: Operands, operands: Operands, constants: Constants
-) -> tuple[Any, Operands]:
-    """The objective before it is divided, and its gradients, those that are not None in `wanted`."""
+) -> tuple[tuple[Any, Extras], Operands]:
+    """The objective before it is divided, with the extras; and its gradients, those not None in `wanted`."""
     differentiated = wanted != Operands(None, None, None)
     assert settings.weighting is not None
     z_loss: Any = constants.z_loss
@@ -88,6 +89,7 @@ def one_pass(
         total, sums = carry
         own, known = _of_chunk(operands, constants, chunk)
         rows, logits = known.rows, _logits(settings, own)
+        extras = _extras(settings, known, own, logits)
         if settings.native is not None and differentiated:
             losses, weights, gradient, logs = _native(settings, known, logits, weighting)
         else:
@@ -106,25 +108,26 @@ def one_pass(
         if logs is not None:
             total = total + jnp.sum(squared_normalizers(measured, z_loss, logs))
         sums, d_inputs = _products(settings, wanted, own, sums, _through_cap(settings, logits, gradient))
-        return (total, sums), d_inputs
+        return (total, sums), (d_inputs, extras)
 
     start = jnp.zeros((), accumulator(operands)), _zeros(settings, wanted, operands)
-    (total, sums), d_inputs = _scan(settings, body, start, (operands.inputs, constants.rows))
-    return _kept_by_first(constants, total), Operands(d_inputs, *sums)
+    (total, sums), (d_inputs, extras) = _scan(settings, body, start, (operands.inputs, constants.rows))
+    return (_kept_by_first(constants, total), extras), Operands(d_inputs, *sums)
 
 
 def losses_pass(
     settings: Settings, wanted: None, operands: Operands, constants: Constants
-) -> tuple[jax.Array, jax.Array | None, Normalizer]:
-    """The loss of each row, with a z-loss its logsumexp, and what the gradient needs to know of it."""
+) -> tuple[jax.Array, jax.Array | None, Extras, Normalizer]:
+    """The loss of each row, with a z-loss its logsumexp, the extras, and what the gradient needs to know."""
     del wanted
 
     def body(carry: None, chunk: tuple[jax.Array, Rows]) -> tuple[None, Any]:
         own, known = _of_chunk(operands, constants, chunk)
-        logits = adjusted(_logits(settings, own), constants.adjustment)
-        losses, normalizer = _losses(settings, known, logits)
+        logits = _logits(settings, own)
+        extras = _extras(settings, known, own, logits)
+        losses, normalizer = _losses(settings, known, adjusted(logits, constants.adjustment))
         logs = None if constants.z_loss is None else _kept_by_first(constants, normalizer.log(known.rows))
-        results = _kept_by_first(constants, losses), logs, normalizer
+        results = _kept_by_first(constants, losses), logs, extras, normalizer
         return carry, vary(results, mapped_axes(own.inputs))
 
     return _scan(settings, body, None, (operands.inputs, constants.rows))[1]
@@ -265,6 +268,17 @@ def _losses(settings: Settings, constants: Constants, logits: jax.Array) -> tupl
         over_all = psum(jnp.sum(ones * unless_massless(shifted, ones), axis=-1), settings.vocab_axis)
         losses = losses + smooth * (log_sum * weight_sum - over_all)
     return jnp.where(codes == IGNORED, 0, losses), Normalizer(largest, exp_sum)
+
+
+def _extras(settings: Settings, constants: Constants, operands: Operands, logits: jax.Array) -> Extras:
+    """What else is wanted of the logits of a chunk, this device's part, in the accumulator's dtype."""
+    if not settings.returns:
+        return {}
+    codes, logits = constants.rows.codes, adjusted(logits, constants.adjustment)
+    axis, first = settings.vocab_axis, constants.first_class
+    found = extras_of(settings.returns, logits, codes, codes != IGNORED, vocab_axis=axis, first_class=first)
+    parts = {name: _kept_by_first(constants, one.astype(logits.dtype)) for name, one in found.items()}
+    return vary(parts, mapped_axes(operands.inputs))
 
 
 def _gradient(settings: Settings, constants: Constants, logits: jax.Array, above: Above) -> jax.Array:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rgd.jax._devices import mapped_axes, psum, vary
+from rgd.jax._extras import Extras
 from rgd.jax._linear_map import linear_map
 from rgd.jax._rows import IGNORED
 from rgd.jax.linear._chunks import (
@@ -34,8 +35,8 @@ from rgd.jax.linear._chunks import (
 from rgd.jax.linear._problem import Constants, Operands, Settings
 
 
-def weighted_total(settings: Settings, operands: Operands, constants: Constants) -> jax.Array:
-    """`sum_i p_i * (sg(w_i) * l_i + z_loss * Z_i^2)`, (), for a pointwise weighting.
+def weighted_total(settings: Settings, operands: Operands, constants: Constants) -> tuple[jax.Array, Extras]:
+    """`sum_i p_i * (sg(w_i) * l_i + z_loss * Z_i^2)`, (), for a pointwise weighting; and the extras, (N,).
 
     Its gradients come in the same pass.
     """
@@ -44,10 +45,10 @@ def weighted_total(settings: Settings, operands: Operands, constants: Constants)
 
 def token_losses(
     settings: Settings, operands: Operands, constants: Constants
-) -> tuple[jax.Array, jax.Array | None]:
-    """The loss of each row, (N,), in the accumulator's dtype, and with a z-loss its logsumexp, (N,).
+) -> tuple[jax.Array, jax.Array | None, Extras]:
+    """The loss of each row, (N,), in the accumulator's dtype, with a z-loss its logsumexp, and the extras.
 
-    Both are 0 where a row does not count.
+    All are 0 where a row does not count.
     """
     return _over_devices(_token_losses, settings, operands, constants)
 
@@ -62,18 +63,24 @@ def _over_devices(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _weighted_total(settings: Settings, operands: Operands, constants: Constants) -> jax.Array:
+def _weighted_total(settings: Settings, operands: Operands, constants: Constants) -> tuple[jax.Array, Extras]:
     return _compiled(one_pass, settings, Operands(None, None, None), operands, constants)[0]
 
 
 @functools.partial(_weighted_total.defjvp, symbolic_zeros=True)
 def _(
     settings: Settings, primals: tuple[Operands, Constants], tangents: tuple[Operands, Any]
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Any, Any]:
     moves = _nonzero(tangents[0])
-    value, gradients = _value_and_gradients(settings, _wanted(moves), *primals)
+    (value, extras), gradients = _value_and_gradients(settings, _wanted(moves), *primals)
     known = gradients, primals[1].rows.codes
-    return value, linear_map(_along_gradients, _times_gradients, known, moves)
+    tangent = linear_map(_along_gradients, _times_gradients, known, moves)
+    return (value, extras), (tangent, _still(extras))
+
+
+def _still(extras: Extras) -> Extras:
+    """The tangents of extras, which are constants."""
+    return {name: jnp.zeros_like(one) for name, one in extras.items()}
 
 
 @jax.jit
@@ -103,7 +110,7 @@ def _any_counts(codes: jax.Array) -> jax.Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _value_and_gradients(
     settings: Settings, wanted: Operands, operands: Operands, constants: Constants
-) -> tuple[jax.Array, Operands]:
+) -> tuple[tuple[jax.Array, Extras], Operands]:
     """One pass, of which the derivative is that of `jax.numpy`, whatever computes the pass itself."""
     return _compiled(one_pass, settings, wanted, operands, constants)
 
@@ -124,8 +131,8 @@ def _(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _token_losses(
     settings: Settings, operands: Operands, constants: Constants
-) -> tuple[jax.Array, jax.Array | None]:
-    return _compiled(losses_pass, settings, None, operands, constants)[:2]
+) -> tuple[jax.Array, jax.Array | None, Extras]:
+    return _compiled(losses_pass, settings, None, operands, constants)[:3]
 
 
 @functools.partial(_token_losses.defjvp, symbolic_zeros=True)
@@ -134,7 +141,7 @@ def _(
 ) -> tuple[Any, Any]:
     moves = _nonzero(tangents[0])
     wanted = _wanted(moves)
-    losses, logs, normalizer = _compiled(losses_pass, settings, None, *primals)
+    losses, logs, extras, normalizer = _compiled(losses_pass, settings, None, *primals)
 
     def forward(known: Any, moves: Operands) -> Any:
         operands, constants, normalizer = known
@@ -145,7 +152,8 @@ def _(
         above = Above(normalizer, *cotangents)
         return _compiled(gradient_pass, settings, wanted, operands, constants, above)
 
-    return (losses, logs), linear_map(forward, backward, (*primals, normalizer), moves)
+    tangents_of_both = linear_map(forward, backward, (*primals, normalizer), moves)
+    return (losses, logs, extras), (*tangents_of_both, _still(extras))
 
 
 def _nonzero(tangents: Operands) -> Operands:
