@@ -196,9 +196,9 @@ def test_fine_tuning_with_a_linear_head_ends_where_the_fused_head_does(tmp_path,
     for p, q in zip(mine.model.parameters(), theirs.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
     for a, b in zip(mine.state.log_history, theirs.state.log_history, strict=True):
-        left_out = {"entropy", "mean_token_accuracy"} if "loss" in a else set()
-        assert a.keys() == b.keys() - left_out
-        for name in a.keys() & {"loss", "eval_loss", "eval_entropy", "eval_mean_token_accuracy"}:
+        assert a.keys() == b.keys()
+        names = {"loss", "entropy", "mean_token_accuracy"}
+        for name in a.keys() & (names | {f"eval_{name}" for name in names}):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=2e-4), name
 
 
@@ -220,9 +220,34 @@ def test_fine_tuning_refuses_what_it_would_weigh_wrongly(tmp_path, config, setti
         train(RGDSFTTrainer, trl.SFTConfig, make_model(), texts(), tmp_path, config, **settings)
 
 
-def test_a_linear_head_refuses_a_mixture_of_experts_whose_auxiliary_loss_trl_adds(tmp_path):
-    with pytest.raises(ValueError, match="linear=True leaves no auxiliary loss"):
-        train(RGDSFTTrainer, trl.SFTConfig, experts(), texts(), tmp_path, linear=True)
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 1}, {"eval_dataset": texts(4)}),
+        ({"router_aux_loss_coef": 0.5, "gradient_accumulation_steps": 2}, {}),
+        ({"packing": True, "max_length": 24}, {}),
+    ],
+    ids=["padded", "accumulated", "packed"],
+)
+def test_a_mixture_of_experts_keeps_the_auxiliary_loss_that_trl_adds(tmp_path, config, settings):
+    mine = train(
+        RGDSFTTrainer,
+        trl.SFTConfig,
+        experts(),
+        texts(),
+        tmp_path,
+        config,
+        linear=True,
+        weighting=ERM,
+        **settings,
+    )
+    theirs = train(trl.SFTTrainer, trl.SFTConfig, experts(), texts(), tmp_path, config, **settings)
+    assert {"entropy", "mean_token_accuracy", "aux_loss"} <= logged(mine)[0].keys()
+    assert logged(mine)[0]["aux_loss"] > 0
+    assert_same_training(mine, theirs)
+    for name in ("router_aux_loss_coef",):
+        assert getattr(mine.model.config, name) == getattr(theirs.model.config, name)
+        assert getattr(mine.model, name) == getattr(theirs.model, name) > 0
 
 
 def experts():

@@ -44,6 +44,7 @@ def use_linear_rgd(
     accumulate_dtype: torch.dtype | None = None,
     process_group: Any = None,
     sync: bool = True,
+    returns: tuple[str, ...] = (),
 ) -> LinearRGD:
     """Let a causal language model compute its loss re-weighted and without logits.
 
@@ -81,6 +82,7 @@ def use_linear_rgd(
         accumulate_dtype: As for `linear_cross_entropy`.
         process_group: As for `RGDLoss`.
         sync: As for `RGDLoss`.
+        returns: As for `LinearRGDLoss`: `criterion.extras` of the handle then has these of the last call.
 
     Returns:
         A handle, which is a context manager too. `remove()` or the end of the `with` block restores the
@@ -111,7 +113,7 @@ def use_linear_rgd(
     criterion = LinearRGDLoss.tie(
         head, weighting=weighting, tau=tau, scale=scale, per=per, weight=weight, ignore_index=ignore_index,
         label_smoothing=label_smoothing, evaluate=evaluate, logit_softcap=softcap, chunk_bytes=chunk_bytes,
-        accumulate_dtype=accumulate_dtype, process_group=process_group, sync=sync,
+        accumulate_dtype=accumulate_dtype, process_group=process_group, sync=sync, returns=returns,
     )  # fmt: skip
     return LinearRGD(model, criterion, logit_scale)
 

@@ -11,8 +11,9 @@ the sum of all `p_i` that count in the step, in evaluations too.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -117,8 +118,8 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
     """`trl.SFTTrainer` with re-weighted tokens, or sequences.
 
     The losses are those of TRL's fused head, so there is no second forward pass as with `compute_loss_func`,
-    and no logits of all tokens. That head takes four matrix products, for it gives entropy and accuracy of
-    every micro-batch too; `linear=True` takes three and leaves these two out.
+    and no logits of all tokens. That head takes four matrix products; `linear=True` takes three. The
+    auxiliary loss of a mixture of experts is added as TRL adds it, and is not weighted.
 
     Args:
         *args: As for `trl.SFTTrainer`.
@@ -128,7 +129,8 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
         per: "element" weights each token by its own loss; "sample" weights all tokens of a sequence by their
             mean loss, those that are packed into a row too.
         linear: True to compute the head and its gradients in one pass in training, by `use_linear_rgd`.
-            `entropy` and `mean_token_accuracy` are then logged in evaluations alone.
+            `entropy` and `mean_token_accuracy` are logged as ever, of the tokens that count; under
+            `nn.DataParallel` in evaluations alone.
         **kwargs: As for `trl.SFTTrainer`. The data sets may have a column `sample_weight`: a number a row, or
             one a token beside `input_ids`, which is truncated and packed with them.
 
@@ -185,12 +187,11 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
             )
         if self.linear:
             trainer: Any = self
-            if trainer.aux_loss_enabled:
-                raise ValueError(
-                    "linear=True leaves no auxiliary loss of a mixture of experts to TRL: leave it out, or "
-                    "switch output_router_logits off"
-                )
-            self.criterion = use_linear_rgd(trainer.model, weighting, tau=tau, scale=scale, per=per).criterion
+            # Replicas of nn.DataParallel share one criterion, which keeps the extras of the last of them.
+            returns = () if settings.n_gpu > 1 else ("entropy", "correct")
+            self.criterion = use_linear_rgd(
+                trainer.model, weighting, tau=tau, scale=scale, per=per, returns=returns
+            ).criterion
 
     def compute_loss(
         self,
@@ -272,26 +273,51 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
         num_items_in_batch: Tensor | int | None,
         weight: Tensor | None,
     ) -> Any:
+        trainer: Any = self
+
         def in_one_pass(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
             given = {} if weight is None else {COLUMN: weight}
-            outputs = model(*args, **kwargs, **given, num_items_in_batch=1.0)
+            with _without_auxiliary_loss(self.accelerator.unwrap_model(trainer.model)):
+                outputs = model(*args, **kwargs, **given, num_items_in_batch=1.0)
             labels = kwargs.get("shift_labels")
             labels = kwargs["labels"][:, 1:] if labels is None else labels
             # TRL divides the sum of these by the number of items, and takes the metrics from the others.
             outputs.log_probs = -outputs.loss
-            outputs.label_mask = labels != -100
+            mask = outputs.label_mask = labels != -100
+            outputs.entropy = outputs.is_top1 = torch.zeros((), device=outputs.loss.device)
+            extras = self.criterion.extras
+            if extras is not None:
+                outputs.entropy, outputs.is_top1 = extras["entropy"], extras["correct"]
             if weight is not None:
                 by_token = of_labels(weight, kwargs["labels"])[:, 1:]
-                share = _over_weights(by_token, outputs.label_mask, num_items_in_batch)
+                share = _over_weights(by_token, mask, num_items_in_batch)
                 outputs.log_probs = outputs.log_probs * share
-            outputs.entropy = outputs.is_top1 = torch.zeros((), device=outputs.loss.device)
+                # TRL divides by the number of labels, and the extras are of those with a weight alone.
+                by_count = mask.sum() / (mask & (by_token != 0)).sum().clamp(min=1)
+                outputs.entropy, outputs.is_top1 = outputs.entropy * by_count, outputs.is_top1 * by_count
             return outputs
 
-        trainer: Any = self
         result = super().compute_loss(in_one_pass, inputs, return_outputs, num_items_in_batch)
-        for name in ("entropy", "mean_token_accuracy"):
-            trainer._metrics["train"].pop(name, None)
+        if not self.criterion.returns:
+            for name in ("entropy", "mean_token_accuracy"):
+                trainer._metrics["train"].pop(name, None)
         return result
+
+
+@contextlib.contextmanager
+def _without_auxiliary_loss(model: Any) -> Iterator[None]:
+    """Let a mixture of experts return its auxiliary loss, which TRL adds, and not add it to its own loss."""
+    name = "router_aux_loss_coef"
+    changed = [
+        (one, getattr(one, name)) for one in (model, model.config.get_text_config()) if hasattr(one, name)
+    ]
+    for one, _ in changed:
+        setattr(one, name, 0.0)
+    try:
+        yield
+    finally:
+        for one, coefficient in changed:
+            setattr(one, name, coefficient)
 
 
 class RGDDPOTrainer(_OfPairs, DPOTrainer):
