@@ -1,6 +1,7 @@
 """`returns=`: entropy, logsumexp and the first class of the logits, against `rgd.reference`."""
 
 import copy
+import dataclasses
 import math
 import pickle
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import rgd
 import rgd.reference
+import rgd.torch
 import torch
 from linear_heads import Case
 from rgd.torch import LinearRGDLoss, RGDLoss, backend, cross_entropy, linear_cross_entropy
@@ -330,3 +332,53 @@ def test_a_compiled_module_keeps_its_extras():
     criterion = RGDLoss(returns=NAMES)
     torch.compile(criterion, fullgraph=True, backend="aot_eager")(logits, target).backward()
     assert_extras(criterion.extras, expected_of(logits, target, {}))
+
+
+# --- weightings that read the entropy ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Unsure(rgd.Weighting):
+    """The entropy over its largest value, to a power."""
+
+    power: float = 1.0
+
+    pointwise = True
+    needs = ("entropy",)
+
+    def weights(self, batch):
+        return (batch.entropy / math.log(batch.classes)) ** self.power
+
+
+@pytest.mark.parametrize("per", ["element", "sample"])
+@pytest.mark.parametrize("kind", BACKENDS)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_weighting_may_read_the_entropy(kind, per, compiled):
+    torch.compiler.reset()
+    logits, target = batch()
+    entropy = torch.as_tensor(expected_of(logits, target, {})["entropy"])
+    counted = target != -100
+    if per == "sample":
+        entropy = (entropy.sum(1) / counted.sum(1)).unsqueeze(1)
+    losses = F.cross_entropy(logits, target, reduction="none")
+    expected = (entropy / math.log(C) * losses).sum() / counted.sum()
+    function = (
+        torch.compile(cross_entropy, fullgraph=True, backend="aot_eager") if compiled else cross_entropy
+    )
+    with backend(kind):
+        found = function(logits, target, weighting=Unsure(), per=per)
+        mine, other = (torch.autograd.grad(one, logits) for one in (found, expected))
+        torch.testing.assert_close((found, *mine), (expected, *other), rtol=1e-12, atol=1e-14)
+        case = Case()
+        whole, chunked = (
+            way(weighting=Unsure(), per=per, logit_softcap=2.0) for way in (case.whole, case.chunked)
+        )
+    torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-14)
+
+
+def test_losses_without_logits_have_no_entropy():
+    losses = torch.ones(3)
+    base = RGDLoss(base=torch.nn.MSELoss(reduction="none"), weighting=Unsure())
+    for call in (lambda: rgd.torch.sample_weights(losses, Unsure()), lambda: base(losses, losses)):
+        with pytest.raises(ValueError, match="Unsure reads the entropy of the logits"):
+            call()

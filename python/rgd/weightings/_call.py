@@ -83,7 +83,7 @@ def weigh(weighting: Any, batch: Batch, state: Any = None) -> tuple[Any, Any]:
     if batch.entropy is None and "entropy" in weighting.needs:
         raise ValueError(
             f"{type(weighting).__name__} reads the entropy of the logits, which losses alone do not have: "
-            "call cross_entropy or linear_cross_entropy, or a loss module without base"
+            "call cross_entropy or linear_cross_entropy of rgd.torch, or RGDLoss without base"
         )
     xp = batch.xp
     if not weighting.stateful:
