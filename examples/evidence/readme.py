@@ -238,7 +238,7 @@ def cases() -> list[Case]:
         lambda: Case(
             "Wrong labels to be found and corrected",
             "`rgd.suspects` on the losses of the training ([how](torch.md#wrong-labels-find-them))",
-            "right labels among those named, digits, 30% pairs: "
+            "share of right labels among those named, digits, 30% pairs: "
             f"{told('suspects', half, 's = -0.7', 'false_share')} against cleanlab",
             "suspects",
         ),
