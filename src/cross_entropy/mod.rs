@@ -11,8 +11,8 @@
 //!
 //! `arguments` is what a call is given, `shape` checks it, `labels` reads the targets, `mass` says how their mass lies
 //! on the classes. There are two loops over the logits: `rows` has the lanes along the classes, `tiles` across targets.
-//! `problem` has what they share, and `pass` chooses one of them. `extras` is a pass of its own, for what else the logits
-//! say of a target.
+//! `problem` has what they share, and `pass` chooses one of them. `extras` is a pass of its own, for entropy, logsumexp
+//! and the largest logit.
 
 mod arguments;
 mod extras;

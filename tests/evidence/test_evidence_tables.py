@@ -79,7 +79,7 @@ def test_a_table_of_data_sets_takes_its_interval_over_their_families():
     assert (line.seeds, line.difference, line.difference_half, line.p) == (4, *expected[:3])
 
 
-def test_a_set_that_dominates_the_mean_does_not_move_the_median_beside_it():
+def test_a_set_with_a_huge_loss_does_not_move_what_is_said_of_losses():
     losses = {f"{k}/{k}": 1.0 + k for k in range(5)}
     changes = dict(zip(losses, (-0.02, -0.01, 0.0, -0.03, 100.0), strict=True))
     changed = {name: losses[name] + change for name, change in changes.items()}
@@ -91,8 +91,7 @@ def test_a_set_that_dominates_the_mean_does_not_move_the_median_beside_it():
         + runs(tabular.RGD, tabular.PLAIN, changed, setting, "mean_loss"),
     )
     said = tabular.counted(table, setting, "mean_loss")
-    assert said.startswith("mean loss +19.988 ± ")
-    assert said.endswith("median -0.0100, lower on 3 and higher on 1 sets")
+    assert said == "mean loss median -0.0100, lower on 3 and higher on 1 sets"
 
 
 # --- rows ---

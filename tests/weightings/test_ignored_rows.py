@@ -134,7 +134,7 @@ def test_rows_that_cannot_be_counted_without_waiting_are_set_to_zero():
     wanted, factors = Wanted(True, True, False), counted.double()
     for mask in (counted, OnAnotherDevice(counted)):
         head = ChunkedHead(hidden, Products(weight, None), target, mask, None, 2, torch.float64, step)
-        (losses, _), found = losses_in_chunks(head), gradients_in_chunks(head, factors, None, wanted)
+        (losses, *_), found = losses_in_chunks(head), gradients_in_chunks(head, factors, None, wanted)
         assert losses.isfinite().all()
         assert found.input.isfinite().all()
         assert found.weight.isfinite().all()

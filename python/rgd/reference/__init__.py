@@ -43,12 +43,7 @@ References:
     Optimization", TMLR 2024, arXiv 2306.09222. Each member of `rgd.weightings` names its own source.
 """
 
-from rgd.reference._cross_entropy import (
-    cross_entropy,
-    cross_entropy_extras,
-    cross_entropy_grad,
-    cross_entropy_losses,
-)
+from rgd.reference._cross_entropy import cross_entropy, cross_entropy_grad, cross_entropy_losses
 from rgd.reference._equations import (
     Batch,
     equation,
@@ -57,6 +52,7 @@ from rgd.reference._equations import (
     sample_weights,
     step,
 )
+from rgd.reference._extras import cross_entropy_extras
 from rgd.reference._stats import weight_stats
 
 __all__ = [

@@ -68,7 +68,7 @@ def cross_entropy_losses(
         >>> cross_entropy_losses(np.zeros((2, 4)), np.array([3, -100])).round(4)
         array([1.3863, 0.    ])
     """
-    problem = _problem(
+    problem = problem_of(
         logits,
         target,
         weight,
@@ -78,69 +78,6 @@ def cross_entropy_losses(
         where=where,
     )
     return problem.losses
-
-
-def cross_entropy_extras(
-    logits: npt.ArrayLike,
-    target: npt.ArrayLike,
-    *,
-    ignore_index: int = -100,
-    logit_adjustment: npt.ArrayLike | None = None,
-    where: npt.ArrayLike | None = None,
-) -> dict[str, Any]:
-    """What the logits of each target say beside its loss.
-
-    With `q = softmax(logits)`, of the logits as adjusted,
-
-        entropy = -sum_k q_k * log q_k
-        logsumexp = log(sum_k exp(logits_k))
-        correct = (the first k of the largest logits_k) == (the class of the target)
-
-    where the class of class probabilities is the first of the most probable.
-
-    Args:
-        logits: (C,), (N, C) or (N, C, d1, ..., dk), any real dtype; computed with in float64.
-        target: Class indices or class probabilities, as in `cross_entropy_losses`.
-        ignore_index: The class index that counts for nothing.
-        logit_adjustment: Numbers (C,) that are added to the logits; None for zeros.
-        where: Booleans that broadcast to the losses' shape.
-
-    Returns:
-        "entropy" and "logsumexp", float64, and "correct", bool, of the losses' shape; 0 where a target takes
-        no part.
-
-    Raises:
-        ValueError, TypeError, IndexError: As `cross_entropy_losses`.
-
-    Example:
-        >>> import numpy as np
-        >>> extras = cross_entropy_extras(np.zeros((1, 4)), np.array([0]))
-        >>> extras["entropy"].round(4), extras["correct"]
-        (array([1.3863]), array([ True]))
-    """
-    problem = _problem(
-        logits,
-        target,
-        None,
-        ignore_index=ignore_index,
-        label_smoothing=0.0,
-        logit_adjustment=logit_adjustment,
-        where=where,
-    )
-    q = np.moveaxis(problem.softmax, problem.class_axis, -1)
-    target = array_of("target", target)
-    if target.shape == problem.softmax.shape:
-        target = np.argmax(target, axis=problem.class_axis)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        entropy = -np.sum(np.where(q == 0, 0.0, q * np.log(q)), axis=-1)
-    adjustment = 0.0 if logit_adjustment is None else array_of("logit_adjustment", logit_adjustment)
-    rows = np.moveaxis(array_of("logits", logits, np.float64), problem.class_axis, -1) + adjustment
-    first = (np.argmax(rows, axis=-1) == target) & ~np.any(np.isnan(rows), axis=-1)
-    return {
-        "entropy": np.where(problem.counted, entropy, 0.0),
-        "logsumexp": np.where(problem.counted, problem.normalizers, 0.0),
-        "correct": first & problem.counted,
-    }
 
 
 def cross_entropy(
@@ -229,7 +166,7 @@ def cross_entropy(
     References:
         Kumar et al., Algorithm 1 and section 3.
     """
-    problem = _problem(
+    problem = problem_of(
         logits,
         target,
         weight,
@@ -329,7 +266,7 @@ def cross_entropy_grad(
     References:
         Kumar et al., Algorithm 1: the step `sum_i w_i * grad l_i / n`.
     """
-    problem = _problem(
+    problem = problem_of(
         logits,
         target,
         weight,
@@ -381,7 +318,7 @@ class _Problem(NamedTuple):
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
-def _problem(
+def problem_of(
     logits: npt.ArrayLike,
     target: npt.ArrayLike,
     weight: npt.ArrayLike | None,

@@ -20,6 +20,7 @@ from rgd.torch._modes import graph_is_kept, is_exporting, may_be_recomputed, rec
 from rgd.weightings import Weighting
 from rgd.weightings._batch import Batch
 from rgd.weightings._call import map_state, require_state, weigh
+from rgd.weightings._fields import fields
 
 # Guards states and totals of all modules, so that calls from several threads count once each. One lock for
 # all: it is held for a few operations on n numbers, and a module with a lock of its own could not be copied.
@@ -436,3 +437,24 @@ def _named(state: Any) -> Any:
 
 
 _ATTRIBUTES = {*vars(nn.Module()), "_names", "_kind", "_shared", "_first", "_known", "_past", "_token"}
+
+
+def state_for(
+    weighting: Weighting, before: Weighting | None, state: WeightingState | None, *, shared: bool = True
+) -> WeightingState | None:
+    """The state of a weighting that takes the place of another: kept where both are of one class."""
+    if not weighting.stateful:
+        return None
+    fresh = WeightingState(weighting, shared=shared)
+    if state is not None and before is not None and _of_one_class(before, weighting):
+        return state if state.fits(fresh) else fresh
+    return fresh
+
+
+def _of_one_class(one: Weighting, other: Weighting) -> bool:
+    """Whether two weightings are of one class, and so are those nested in them that remember."""
+    if type(one) is not type(other):
+        return False
+    nested = [(getattr(one, field.name), getattr(other, field.name)) for field in fields(one)]
+    inner = [(a, b) for a, b in nested if isinstance(a, Weighting) and isinstance(b, Weighting)]
+    return all(_of_one_class(a, b) for a, b in inner if a.stateful or b.stateful)

@@ -26,7 +26,7 @@ from rgd.torch._measure import check_groups
 from rgd.torch._modes import evaluates, in_transform, is_exporting, recomputes
 from rgd.torch._plan import Plan, Weigher
 from rgd.torch._problem import Given, Options, problem_of
-from rgd.torch._state import Memory, WeightingState
+from rgd.torch._state import Memory, WeightingState, state_for
 from rgd.torch.backends._extras import Extras
 from rgd.torch.backends.rust import Accepted, accepted, again
 from rgd.torch.functional import compute, found_by, reweighted, wanting, weigher_of
@@ -34,7 +34,6 @@ from rgd.torch.segments import check_segments
 from rgd.torch.stats import Advisor, Record, Totals, remark_on
 from rgd.weightings import ERM, Weighting
 from rgd.weightings._call import resolve_weighting
-from rgd.weightings._fields import fields
 
 
 class InitSignature:
@@ -543,27 +542,6 @@ def options_of(loss: RGDLoss, trains: bool) -> Options:
     """The options of a loss as they are now, since attributes may be set; an evaluation has no z-loss."""
     z_loss = loss.z_loss if trains else 0.0
     return Options(loss.ignore_index, loss.label_smoothing, loss.reduction, loss.per, loss.inplace, z_loss)
-
-
-def state_for(
-    weighting: Weighting, before: Weighting | None, state: WeightingState | None, *, shared: bool = True
-) -> WeightingState | None:
-    """The state of a weighting that takes the place of another: kept where both are of one class."""
-    if not weighting.stateful:
-        return None
-    fresh = WeightingState(weighting, shared=shared)
-    if state is not None and before is not None and _of_one_class(before, weighting):
-        return state if state.fits(fresh) else fresh
-    return fresh
-
-
-def _of_one_class(one: Weighting, other: Weighting) -> bool:
-    """Whether two weightings are of one class, and so are those nested in them that remember."""
-    if type(one) is not type(other):
-        return False
-    nested = [(getattr(one, field.name), getattr(other, field.name)) for field in fields(one)]
-    inner = [(a, b) for a, b in nested if isinstance(a, Weighting) and isinstance(b, Weighting)]
-    return all(_of_one_class(a, b) for a, b in inner if a.stateful or b.stateful)
 
 
 # A scripted model may hold the loss: TorchScript then leaves `forward` alone, which it cannot compile.

@@ -22,9 +22,9 @@ from rgd.torch._distributed import Sync
 from rgd.torch._measure import check_groups, measure_of
 from rgd.torch._modes import evaluates, recomputes
 from rgd.torch._plan import Plan, Weigher
-from rgd.torch._state import Memory, WeightingState
+from rgd.torch._state import Memory, WeightingState, state_for
 from rgd.torch.functional import reweighted
-from rgd.torch.loss import InitSignature, state_for
+from rgd.torch.loss import InitSignature
 from rgd.torch.stats import Advisor
 from rgd.weightings import Weighting
 from rgd.weightings._call import resolve_weighting
