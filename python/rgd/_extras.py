@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-EXTRAS = ("entropy", "logsumexp", "correct")
+EXTRAS: tuple[str, ...] = ("entropy", "logsumexp", "correct")
 """Of the logits of each target: their entropy, their logsumexp, and whether they put its class first."""
 
 

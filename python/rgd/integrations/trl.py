@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -305,7 +305,7 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
 
 
 @contextlib.contextmanager
-def _without_auxiliary_loss(model: Any) -> Iterator[None]:
+def _without_auxiliary_loss(model: Any) -> Generator[None]:
     """Let a mixture of experts return its auxiliary loss, which TRL adds, and not add it to its own loss."""
     name = "router_aux_loss_coef"
     changed = [
