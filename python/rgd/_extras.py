@@ -19,8 +19,8 @@ def check_returns(returns: Any) -> tuple[str, ...]:
         fix = f": give returns=({returns!r},)" if isinstance(returns, str) else ""
         raise TypeError(f"returns must be a tuple of names, such as ('entropy',), got {returns!r}{fix}")
     names = tuple(cast("tuple[Any, ...]", returns))
-    for name in names:
-        if name not in EXTRAS or names.count(name) > 1:
+    for i, name in enumerate(names):
+        if name not in EXTRAS or name in names[:i]:  # torch 2.8 compiles no tuple.count
             allowed = ", ".join(map(repr, EXTRAS))
             raise ValueError(f"returns must hold names out of {allowed}, each at most once, got {returns!r}")
     return names

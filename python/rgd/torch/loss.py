@@ -282,8 +282,8 @@ class RGDLoss(Dial, nn.Module):
             normalizer is None and reference is None and segments is None and num_segments is None
             and base is None and not args and not kwargs and not torch.compiler.is_compiling()
         )  # fmt: skip
-        known = self._accepted
-        if repeatable and known is not None:
+        known = self._accepted if repeatable else None
+        if known is not None:
             bare = where is None and sample_weight is None and groups is None
             objective = self._again(known, input, target, None if bare else (where, sample_weight, groups))
             if objective is not None:
