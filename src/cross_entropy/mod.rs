@@ -204,8 +204,8 @@ pub fn with_norms<T: Element>(
     Ok(totals)
 }
 
-/// Fills the gradient of `sum_i norm_i (w_i l_i + z Z_i^2)` of given weights, ones where there are none, with a number
-/// `norm_i` for each target as in [`with_norms`].
+/// Fills the gradient of `sum_i norm_i (w_i l_i + z Z_i^2)` of given weights `w_i`, 1 if none are given. Each
+/// target has a number `norm_i`, as in [`with_norms`].
 ///
 /// # Errors
 /// As [`cross_entropy`].

@@ -172,8 +172,8 @@ impl<'a, T: Element> Problem<'a, T> {
         let mut buffer = [0.0; GROUP];
         let values = &mut buffer[..count];
         let labels = self.labels.part(start, count);
-        // SAFETY of what is written below: a block writes the losses and the weights of its own targets only, and both
-        // slices outlive the call.
+        // Below, "as above" means: a block writes the losses and the weights of its own targets only, and both slices
+        // outlive the call.
         match plan {
             Plan::Losses { losses, .. } => {
                 self.losses::<I>(labels, group, values);

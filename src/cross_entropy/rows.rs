@@ -391,7 +391,7 @@ fn fold<A: Real>(rows: &mut [[A; LANES]], out: &mut [A], op: impl Fn(A, A) -> A)
     }
 }
 
-/// The lanes of all chains, added.
+/// Adds the chains lane by lane, into one.
 #[inline(always)]
 fn join<A: Real>([mut a, b, c, d]: [[A; LANES]; CHAINS]) -> [A; LANES] {
     for lane in 0..LANES {

@@ -71,7 +71,7 @@ def sample_weights(
         where: Mask, bool, of the losses' shape. A loss where it is False, padding for instance, has weight
             0 and takes no part in the weights of the others, whatever it is.
         sample_weight: The base measure `p`, numbers >= 0, of the losses' shape or (N,). Weightings that
-            depend on the batch heed it: an integer `p` counts as that many equal samples, 0 as masked out.
+            depend on the batch use it: an integer `p` counts as that many equal samples, 0 as masked out.
             Where values cannot be read without waiting (on a GPU, in a compiled graph), a number that is
             not allowed makes the weights NaN instead of raising.
         groups: The group of each sample, integers of the losses' shape or (N,), for `GroupDRO`.

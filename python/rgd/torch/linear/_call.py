@@ -1,4 +1,4 @@
-"""One call of the linear cross-entropy: which way it takes, and what autograd is told."""
+"""One call of the linear cross-entropy: which way it takes, and its functions in the graph of autograd."""
 
 from __future__ import annotations
 
@@ -332,7 +332,7 @@ def _call_of(problem: Problem) -> _Call:
     kind, input = problem.logits.device.type, problem.logits
     dtype = cast("Any", torch).get_autocast_dtype(kind) if autocasts(kind) else input.dtype
     if dtype is torch.float16:
-        # float16 has no room for the gradient of a mean before the loss scale has been applied to it.
+        # A float16 gradient of a mean underflows before the loss scale is applied: compute it in float32.
         dtype = torch.float32
     if input.dtype is torch.float64:
         dtype = torch.float64

@@ -183,7 +183,7 @@ def _(*given: Any) -> tuple[Tensor, ...]:
     return _fake_gradients(given)
 
 
-# --- what autograd is told ---
+# --- the gradients of the operators ---
 
 # The places of input, weight and bias among the arguments.
 _INPUT, _WEIGHT, _BIAS = 0, 6, 7

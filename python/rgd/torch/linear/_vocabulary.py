@@ -1,4 +1,4 @@
-"""What is computed from the logits of a chunk where several processes share the vocabulary."""
+"""A chunk of logits whose vocabulary is split over several processes: losses, gradient and extras."""
 
 from __future__ import annotations
 
