@@ -1,7 +1,7 @@
 """A Sphinx extension for the pages and docstrings of the package.
 
 Names of the package that a page has in backticks become links to the reference. Blocks of code in docstrings,
-which are written for `help()`, become blocks of code on the page.
+which are written for `help()`, become blocks of code on the page. Mermaid's diagrams are left out.
 """
 
 import importlib.util
@@ -38,6 +38,9 @@ MODULES = {
 SECTION = re.compile(r"(Args|Returns|Raises|Attributes|Example|Examples|References|Yields|Note):")
 CODE = re.compile(r"(?:rgd\.)?[A-Za-z_][\w.]*(?=$|\()")
 
+
+DIAGRAM = re.compile(r"^```mermaid\n.*?^```\n", re.MULTILINE | re.DOTALL)
+"""A diagram that only a script from elsewhere would draw; its page says the same in words."""
 
 MISSING = [name for name in ("trl",) if importlib.util.find_spec(name) is None]
 """Libraries of integrations, which Sphinx stands in for where they are not installed."""
@@ -167,9 +170,15 @@ def start(app: Sphinx) -> None:
     app.env.rgd_names = targets()
 
 
+def leave_out_diagrams(app: Sphinx, name: str, source: list[str]) -> None:
+    """Leave the diagrams of a page out."""
+    source[0] = DIAGRAM.sub("", source[0])
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """The entry point that Sphinx calls."""
     app.connect("builder-inited", start)
+    app.connect("source-read", leave_out_diagrams)
     app.connect("autodoc-process-docstring", show_code, priority=400)  # before the sections are read
     app.connect("autodoc-skip-member", skip_generated)
     app.add_transform(LinkNames)
