@@ -20,6 +20,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+def extra_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of an extra, one of the names of `rgd._extras`, of logits whose losses have `dtype`."""
+    return torch.bool if name == "correct" else dtype
+
+
 def wide(tensor: Tensor) -> torch.dtype:
     """The dtype that weights are computed in before they are rounded once: float64, if the device has it."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64

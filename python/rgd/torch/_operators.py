@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rgd._extras import EXTRAS
+from rgd.torch._dtypes import extra_dtype
 from rgd.torch._head import Chunking, LinearHead
 from rgd.torch._problem import Options, Problem
 
@@ -93,15 +94,25 @@ def numbers_of(tensor: Tensor) -> tuple[float, ...]:
 
 def empty_extras(problem: Problem, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """An uninitialised tensor for each extra that a problem wants, and an empty one for each other."""
-    dtypes = {"correct": torch.bool}
     return tuple(
-        problem.logits.new_empty(shape, dtype=dtypes.get(name, dtype))
+        problem.logits.new_empty(shape, dtype=extra_dtype(name, dtype))
         if name in problem.returns
         else problem.logits.new_empty(0)
         for name in EXTRAS
     )
 
 
-def or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
-    """A gradient, or an empty tensor if no gradient is wanted."""
-    return like.new_empty(0) if gradient is None else gradient
+def extras_in_order(extras: Mapping[str, Tensor], like: Tensor) -> tuple[Tensor, ...]:
+    """The extras as an operator returns them: all of them, an empty tensor for each that is not wanted."""
+    return tuple(or_empty(extras.get(name), like) for name in EXTRAS)
+
+
+def extras_by_name(problem: Problem, extras: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The extras that a problem wants, of those that an operator has returned."""
+    found = dict(zip(EXTRAS, extras, strict=True))
+    return {name: found[name] for name in problem.returns}
+
+
+def or_empty(result: Tensor | None, like: Tensor) -> Tensor:
+    """A result, or an empty tensor if it is not wanted."""
+    return like.new_empty(0) if result is None else result

@@ -522,8 +522,6 @@ def reweighted(
     ):  # fmt: skip
         found = plain_objective(losses, weigher.plan, weigher.group, reduction)
         if found is not None:
-            if reduction == "none":
-                mark_weighted(found[0], weigher.plan.weighting)
             return found
     units_of_rows, inside = (None, None) if segments is None else segments
     if units_of_rows is not None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rgd.torch._dtypes import accumulator
+from rgd.torch._dtypes import accumulator, extra_dtype
 from rgd.torch._plan import OfLogits, Weigher
 from rgd.torch.backends._extras import Extras
 from rgd.torch.backends._memory import empty
@@ -126,10 +126,9 @@ class _Extras:
 
     def __init__(self, run: _Run, wants: Wants) -> None:
         self._run, self._wants, head = run, wants, run.head
-        dtypes = {"correct": torch.bool}
+        dtype = accumulator(head.input.dtype)
         self._found: Extras = {
-            name: head.input.new_empty(run.count, dtype=dtypes.get(name, accumulator(head.input.dtype)))
-            for name in wants.names
+            name: head.input.new_empty(run.count, dtype=extra_dtype(name, dtype)) for name in wants.names
         }
 
     def take(self, chunk: _Chunk, logits: Tensor) -> OfLogits:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from rgd._extras import EXTRAS
 from rgd.torch._dtypes import accumulator
 from rgd.torch._head import LinearHead
 from rgd.torch._operators import (
@@ -16,6 +14,8 @@ from rgd.torch._operators import (
     PROBLEM,
     define,
     empty_extras,
+    extras_by_name,
+    extras_in_order,
     flattened,
     library,
     numbers_of,
@@ -60,18 +60,13 @@ def one_pass(
     objective, losses, weights, _, _, _, *extras = _one_pass(
         *flattened(problem), *wanted, norm, plan.kind, plan.numbers
     )
-    return objective, losses, weights, _named(problem, extras)
+    return objective, losses, weights, extras_by_name(problem, extras)
 
 
 def losses(problem: Problem) -> tuple[Tensor, Tensor | None, Extras]:
     """The loss of each row, with a z-loss the logsumexp of its logits, and the extras that are wanted."""
     losses, logsumexp, *extras = _losses(*flattened(problem))
-    return losses, logsumexp if problem.options.z_loss else None, _named(problem, extras)
-
-
-def _named(problem: Problem, extras: Sequence[Tensor]) -> Extras:
-    found = dict(zip(EXTRAS, extras, strict=True))
-    return {name: found[name] for name in problem.returns}
+    return losses, logsumexp if problem.options.z_loss else None, extras_by_name(problem, extras)
 
 
 def products(
@@ -135,7 +130,7 @@ def _(*given: Any) -> tuple[Tensor, ...]:
     if logsumexp is not None:
         by_z = norm.double() * head.z_loss * logsumexp.double().square()
         objective = objective + by_z.masked_fill(norm == 0, 0).sum()
-    of_rows = (or_empty(extras.get(name), losses) for name in EXTRAS)
+    of_rows = extras_in_order(extras, losses)
     return objective.to(losses.dtype), losses, weights, *_filled(found, problem), *of_rows
 
 
@@ -150,7 +145,7 @@ def _(*given: Any) -> tuple[Tensor, ...]:
 @torch.no_grad()
 def _(*given: Any) -> tuple[Tensor, ...]:
     losses, logsumexp, extras = losses_in_chunks(_read(given)[1])
-    return losses, or_empty(logsumexp, losses), *(or_empty(extras.get(name), losses) for name in EXTRAS)
+    return losses, or_empty(logsumexp, losses), *extras_in_order(extras, losses)
 
 
 @register_fake("rgd::linear_losses")

@@ -278,9 +278,13 @@ def plain_objective(losses: Tensor, plan: Plan, group: Any, reduction: str) -> t
         losses.data_ptr(), weights.data_ptr(), objective.data_ptr(), factors.data_ptr(), losses.numel(),
         torch.get_num_threads(), reduction,
     )  # fmt: skip
-    count, version = float(losses.numel()), losses._version
-    record = Record(losses.detach(), weights, count, None, None, None, "rust", version)
-    return _apply_of_losses(losses, objective, factors), record
+    record = Record(
+        losses.detach(), weights, float(losses.numel()), None, None, None, "rust", losses._version
+    )  # fmt: skip
+    objective = _apply_of_losses(losses, objective, factors)
+    if reduction == "none":
+        mark_weighted(objective, plan.weighting)
+    return objective, record
 
 
 def _fit(beside: tuple[Any, Any, Any], dtype: torch.dtype, shape: torch.Size) -> bool:

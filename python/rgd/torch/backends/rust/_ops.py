@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rgd._extras import EXTRAS
 from rgd.torch._dtypes import accumulator
 from rgd.torch._operators import (
     PROBLEM,
     define,
     empty_extras,
+    extras_by_name,
+    extras_in_order,
     flattened,
     library,
     numbers_of,
@@ -50,8 +51,7 @@ library.register_autograd("rgd::sample_weights", no_gradient, setup_context=is_c
 def extras(problem: Problem) -> Extras:
     """What a problem wants of its logits beside the losses."""
     given = flattened(problem.changed(logits=problem.logits.detach(), target=problem.target.detach()))
-    found = dict(zip(EXTRAS, _extras(*given), strict=True))
-    return {name: found[name] for name in problem.returns}
+    return extras_by_name(problem, _extras(*given))
 
 
 _extras: Any = torch.ops.rgd.cross_entropy_extras.default
@@ -60,8 +60,7 @@ _extras: Any = torch.ops.rgd.cross_entropy_extras.default
 @library.impl("rgd::cross_entropy_extras", "cpu")
 def _(*given: Any) -> tuple[Tensor, ...]:
     problem = rebuilt(given)
-    found = fill_extras(problem)
-    return tuple(or_empty(found.get(name), problem.logits) for name in EXTRAS)
+    return extras_in_order(fill_extras(problem), problem.logits)
 
 
 @register_fake("rgd::cross_entropy_extras")
