@@ -56,7 +56,7 @@ class RepeatedCrossEntropy:
         ignore_index: Likewise.
         label_smoothing: Likewise.
         per_sample: Likewise.
-        reduction: "mean" or "sum".
+        reduction: Likewise.
         z_loss: Likewise.
 
     Raises:
@@ -90,17 +90,19 @@ class RepeatedCrossEntropy:
         logit_adjustment: Any | None,
         measure: int | None = None,
         groups: int | None = None,
-        state: Sequence[int] = (),
-    ) -> tuple[float, int] | None:
-        """Fill `losses`, `weights`, `objective` and `grad`; returns and raises as `cross_entropy`.
+        state: Sequence[tuple[int, bool]] = (),
+    ) -> tuple[float, int, int] | None:
+        """Fill `losses`, `weights`, `objective` and `grad`; raises as `cross_entropy`.
 
         The first six are addresses of tensors. The caller guarantees that these are in the CPU's memory,
         contiguous, of the dtypes and shapes of this call, and that no output shares memory with another
-        tensor. The same is true of the measure, in the losses' dtype, of the groups, int64, and of the leaves
-        of the state, float64, which are updated.
+        tensor. The objective is in the losses' dtype with `reduction="none"`, else in that of the logits. The
+        same is true of the measure, in the losses' dtype, of the groups, int64, and of the leaves of the
+        state, which are updated: each has an address, and says whether it is int64 and not float64.
 
-        Returns None and fills nothing if a number of the measure is negative, not finite or above 1e18, or if
-        the largest is below 1e-18 and not 0.
+        Returns what `cross_entropy` returns, and the number of targets whose measure is not 0. Returns None
+        and fills nothing if a number of the measure is negative, not finite or above 1e18, or if the largest
+        is below 1e-18 and not 0.
         """
 
 class RepeatedWeights:

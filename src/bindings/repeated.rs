@@ -33,12 +33,15 @@ struct Places {
     target: usize,
     measure: Option<usize>,
     groups: Option<usize>,
-    state: Vec<usize>,
+    state: Vec<Leaf>,
     losses: usize,
     weights: usize,
     objective: usize,
     grad: usize,
 }
+
+/// Where a leaf of a state lies, and whether it holds `i64` and not `f64`.
+type Leaf = (usize, bool);
 
 #[pymethods]
 impl RepeatedCrossEntropy {
@@ -71,8 +74,8 @@ impl RepeatedCrossEntropy {
         Ok(Self { dtype, shape, targets_shape, narrow, weighting: read_weighting(kind, &numbers)?, settings })
     }
 
-    /// The divisor of "mean" and how many targets take part. `None`, and nothing is written, for a measure that only
-    /// the front can take or refuse.
+    /// The divisor of "mean", how many targets take part, and how many the measure lets take part. `None`, and nothing
+    /// is written, for a measure that only the front can take or refuse.
     #[pyo3(signature = (
         logits, target, losses, weights, objective, grad, threads, class_weight, logit_adjustment,
         measure=None, groups=None, state=vec![]
@@ -92,8 +95,8 @@ impl RepeatedCrossEntropy {
         logit_adjustment: Option<&Bound<PyAny>>,
         measure: Option<usize>,
         groups: Option<usize>,
-        state: Vec<usize>,
-    ) -> PyResult<Option<(f64, usize)>> {
+        state: Vec<Leaf>,
+    ) -> PyResult<Option<(f64, usize, usize)>> {
         let places = Places { logits, target, measure, groups, state, losses, weights, objective, grad };
         let class_weight = class_weight.map(|c| Tensor::import("weight", c)).transpose()?;
         let adjustment = logit_adjustment.map(|a| Tensor::import("logit_adjustment", a)).transpose()?;
@@ -109,7 +112,7 @@ impl RepeatedCrossEntropy {
         places: &Places,
         [class_weight, logit_adjustment]: [Option<&Tensor>; 2],
         threads: usize,
-    ) -> PyResult<Option<(f64, usize)>> {
+    ) -> PyResult<Option<(f64, usize, usize)>> {
         let targets = self.targets_shape.iter().product();
         let units = if self.settings.per_sample { self.shape[0] } else { targets };
         let logits = view::<T>(places.logits, &self.shape)?;
@@ -118,13 +121,13 @@ impl RepeatedCrossEntropy {
         } else {
             Target::Int64(view(places.target, &self.targets_shape)?)
         };
-        let (mut measure, mut power) = (None, 1.0);
+        let (mut measure, mut power, mut offered) = (None, 1.0, targets);
         if let Some(address) = places.measure {
             let given = view::<T::Real>(address, &[units])?;
             let divides = self.settings.reduction == ce::Reduction::Mean;
             let Some(scaled) = scaled(given.iter().copied(), divides) else { return Ok(None) };
-            measure = Some(scaled.0);
-            power = scaled.1;
+            let some = scaled.0.iter().filter(|&&p| p != T::Real::default()).count();
+            (measure, power, offered) = (Some(scaled.0), scaled.1, some * (targets / units));
         }
         let inputs = Inputs {
             logits,
@@ -144,17 +147,22 @@ impl RepeatedCrossEntropy {
         let leaves = places.state.iter().zip(&lengths);
         let mut state = leaves
             .clone()
-            .map(|(&leaf, &length)| Ok(view::<f64>(leaf, &[length])?.iter().copied().collect()))
+            .map(|(&leaf, &length)| read_leaf(leaf, length))
             .collect::<PyResult<Vec<Vec<f64>>>>()?;
-        let values = if self.settings.reduction == ce::Reduction::None { targets } else { 1 };
         let grad: *mut MaybeUninit<T> = pointer(places.grad)?;
+        let mut reduced = [MaybeUninit::<T::Real>::uninit()];
+        let parts = self.settings.reduction == ce::Reduction::None;
         // SAFETY: the caller vouches for the outputs: contiguous memory of these lengths and types that no other
         // argument shares. `pointer` has checked that they are there and aligned.
         let out = unsafe {
             Outputs {
                 losses: std::slice::from_raw_parts_mut(pointer(places.losses)?, targets),
                 weights: std::slice::from_raw_parts_mut(pointer(places.weights)?, units),
-                objective: std::slice::from_raw_parts_mut(pointer(places.objective)?, values),
+                objective: if parts {
+                    std::slice::from_raw_parts_mut(pointer(places.objective)?, targets)
+                } else {
+                    &mut reduced
+                },
                 grad: Gradient::Separate(ArrayViewMutD::from_shape_ptr(IxDyn(&self.shape), grad)),
             }
         };
@@ -164,12 +172,39 @@ impl RepeatedCrossEntropy {
             ce::cross_entropy_with(&inputs, self.weighting, memory, &settings, out)
         })?)?;
         for ((&leaf, &length), numbers) in leaves.zip(&state) {
-            // SAFETY: the caller vouches for the leaves: contiguous memory of these lengths that it lets nobody else
-            // use meanwhile. `view` has checked that they are there and aligned.
-            unsafe { std::slice::from_raw_parts_mut(pointer::<f64>(leaf)?, length) }.copy_from_slice(numbers);
+            write_leaf(leaf, length, numbers)?;
         }
-        Ok(Some((divisor * power, count)))
+        if !parts {
+            let objective: *mut T = pointer(places.objective)?;
+            // SAFETY: as above; the kernel has written the objective.
+            unsafe { objective.write(T::narrow(reduced[0].assume_init())) };
+        }
+        Ok(Some((divisor * power, count, offered)))
     }
+}
+
+/// The numbers of a leaf of a state.
+fn read_leaf((address, integers): Leaf, length: usize) -> PyResult<Vec<f64>> {
+    Ok(if integers {
+        view::<i64>(address, &[length])?.iter().map(|&number| number as f64).collect()
+    } else {
+        view::<f64>(address, &[length])?.iter().copied().collect()
+    })
+}
+
+/// Writes the numbers of a leaf of a state.
+fn write_leaf((address, integers): Leaf, length: usize, numbers: &[f64]) -> PyResult<()> {
+    // SAFETY: the caller vouches for the leaves: contiguous memory of these lengths that it lets nobody else use
+    // meanwhile. `pointer` checks that they are there and aligned.
+    unsafe {
+        if integers {
+            let leaf = std::slice::from_raw_parts_mut(pointer::<i64>(address)?, length);
+            leaf.iter_mut().zip(numbers).for_each(|(leaf, &number)| *leaf = number as i64);
+        } else {
+            std::slice::from_raw_parts_mut(pointer::<f64>(address)?, length).copy_from_slice(numbers);
+        }
+    }
+    Ok(())
 }
 
 /// A base measure over a power of two, and that power, as `rgd.torch` divides what it was given. `None` if a

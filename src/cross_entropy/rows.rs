@@ -349,14 +349,15 @@ unsafe fn row_max<A: Real>(row: &impl RowLogits<A>, classes: usize) -> [A; LANES
         }
         k += CHAINS * LANES;
     }
-    while k < classes {
-        // The last tile may overlap the one before it.
-        // SAFETY: as above.
-        let tile = unsafe { row.tile(k.min(classes - LANES)) };
-        for lane in 0..LANES {
-            lanes[0][lane] = if tile[lane] > lanes[0][lane] { tile[lane] } else { lanes[0][lane] };
+    if k < classes {
+        for (chain, max) in lanes.iter_mut().enumerate() {
+            // Tiles may overlap.
+            // SAFETY: as above.
+            let tile = unsafe { row.tile((k + chain * LANES).min(classes - LANES)) };
+            for lane in 0..LANES {
+                max[lane] = if tile[lane] > max[lane] { tile[lane] } else { max[lane] };
+            }
         }
-        k += LANES;
     }
     let [a, b, c, d] = lanes;
     let mut max = a;
@@ -372,7 +373,8 @@ fn larger<A: Real>(a: A, b: A) -> A {
 }
 
 /// Folds the lanes of each row, halves onto each other. All rows are folded together and in memory: in registers, row
-/// by row, the compiler would extract the lanes one by one.
+/// by row, the compiler would extract the lanes one by one. Without the fences it would gather the lanes of several
+/// rows, which takes several times as long.
 #[inline(always)]
 fn fold<A: Real>(rows: &mut [[A; LANES]], out: &mut [A], op: impl Fn(A, A) -> A) {
     let mut half = LANES / 2;
@@ -382,12 +384,13 @@ fn fold<A: Real>(rows: &mut [[A; LANES]], out: &mut [A], op: impl Fn(A, A) -> A)
             for (a, &b) in low.iter_mut().zip(&high[..half]) {
                 *a = op(*a, b);
             }
+            fence();
         }
-        fence();
         half /= 2;
     }
     for (out, row) in out.iter_mut().zip(&*rows) {
         *out = op(op(row[0], row[2]), op(row[1], row[3]));
+        fence();
     }
 }
 

@@ -1,6 +1,7 @@
 //! `exp` and `ln` by polynomials, without branches, and sums and products with their rounding errors.
 //!
-//! `exp(x) = 2^n exp(r)` with `n = round(x / ln 2)` and `|r| <= ln(2) / 2`, where `exp(r)` is its Taylor series;
+//! `exp(x) = 2^n exp(r)` with `n = round(x / ln 2)` and `|r| <= ln(2) / 2`, where `exp(r)` is its Taylor series or, in
+//! `f32`, a polynomial of one term less that has the smallest largest error, `4e-9` of the result;
 //! `ln(2^e m) = e ln 2 + ln m` with `m` in `[sqrt(1/2), sqrt(2))`, where `ln m` is a series in `(m - 1) / (m + 1)`.
 
 use super::isa::{Isa, MulAdd};
@@ -21,21 +22,21 @@ macro_rules! taylor {
 
 macro_rules! exp_nonpositive {
     ($name:ident, $t:ident, $bits:ident, mantissa $mantissa:literal, ln2 $ln2_hi:literal $ln2_lo:literal,
-     min $min:literal, terms $terms:literal) => {
+     min $min:literal, series $series:expr) => {
         #[inline(always)]
         pub(super) fn $name<I: Isa>(x: $t) -> $t {
             const ROUND: $t = 1.5 * (1u64 << $mantissa) as $t;
             const ONE: $bits = (1.0 as $t).to_bits();
-            const TAYLOR: [$t; $terms] = taylor!($t, $terms);
+            const SERIES: &[$t] = &$series;
             let t = MulAdd::mul_add::<I>(x, std::$t::consts::LOG2_E, ROUND);
             let n = t - ROUND;
             let r = MulAdd::mul_add::<I>(n, -$ln2_hi, x);
             let r = MulAdd::mul_add::<I>(n, -$ln2_lo, r);
-            let mut q = TAYLOR[$terms - 1];
-            let mut k = $terms - 1;
+            let mut q = SERIES[SERIES.len() - 1];
+            let mut k = SERIES.len() - 1;
             while k > 0 {
                 k -= 1;
-                q = MulAdd::mul_add::<I>(q, r, TAYLOR[k]);
+                q = MulAdd::mul_add::<I>(q, r, SERIES[k]);
             }
             let p = MulAdd::mul_add::<I>(r * r, q, r) + 1.0;
             let power = $t::from_bits((t.to_bits() << $mantissa).wrapping_add(ONE));
@@ -46,9 +47,11 @@ macro_rules! exp_nonpositive {
 
 // ln 2 in two parts, the first with enough trailing zeros that its product with n is exact.
 exp_nonpositive!(exp_nonpositive_f32, f32, u32, mantissa 23, ln2 0.693_359_4 -2.121_944_4e-4,
-                 min -87.336_54, terms 6);
+                 min -87.336_54,
+                 series [0.499_999_94, 0.166_665_21, 0.041_668_39, 0.008_368_711, 0.001_381_461_4]);
 exp_nonpositive!(exp_nonpositive_f64, f64, u64, mantissa 52,
-                 ln2 6.931_471_803_691_238e-1 1.908_214_929_270_587_7e-10, min -708.396_418_532_264_1, terms 12);
+                 ln2 6.931_471_803_691_238e-1 1.908_214_929_270_587_7e-10, min -708.396_418_532_264_1,
+                 series taylor!(f64, 12));
 
 /// `factor * exp(hi + lo)` for any `hi`, a `lo` of at most a few ulp of it and a `factor` from 1 to `2^60`, to 2 ulp
 /// over the whole range of `f64`, subnormal results included.
@@ -80,6 +83,30 @@ pub fn exp<I: Isa>(hi: f64, lo: f64, factor: f64) -> f64 {
     } else {
         y
     }
+}
+
+/// `exp(x) - 1` for `x <= 0`, to 2 ulp; NaN stays.
+#[inline(always)]
+#[must_use]
+pub fn exp_m1_nonpositive<I: Isa>(x: f64) -> f64 {
+    const ROUND: f64 = 1.5 * (1u64 << 52) as f64;
+    const ONE: u64 = 1.0f64.to_bits();
+    const TAYLOR: [f64; 12] = taylor!(f64, 12);
+    // Below, the result is -1.
+    let x = if x < -40.0 { -40.0 } else { x };
+    let t = MulAdd::mul_add::<I>(x, std::f64::consts::LOG2_E, ROUND);
+    let n = t - ROUND;
+    let r = MulAdd::mul_add::<I>(n, -6.931_471_803_691_238e-1, x);
+    let r = MulAdd::mul_add::<I>(n, -1.908_214_929_270_587_7e-10, r);
+    let mut q = TAYLOR[11];
+    let mut k = 11;
+    while k > 0 {
+        k -= 1;
+        q = MulAdd::mul_add::<I>(q, r, TAYLOR[k]);
+    }
+    // exp(x) - 1 = 2^n (exp(r) - 1) + (2^n - 1)
+    let power = f64::from_bits((t.to_bits() << 52).wrapping_add(ONE));
+    MulAdd::mul_add::<I>(power, MulAdd::mul_add::<I>(r * r, q, r), power - 1.0)
 }
 
 /// `ln(x)` for `x >= 1`, to 2 ulp; NaN and infinity stay.
@@ -201,6 +228,15 @@ mod tests {
         }
     }
 
+    struct ExpM1(Vec<f64>);
+    impl Kernel for ExpM1 {
+        type Output = Vec<f64>;
+        #[inline(always)]
+        fn run<I: Isa>(self) -> Vec<f64> {
+            self.0.iter().map(|&x| exp_m1_nonpositive::<I>(x)).collect()
+        }
+    }
+
     struct Ln(Vec<f64>);
     impl Kernel for Ln {
         type Output = Vec<f64>;
@@ -290,6 +326,23 @@ mod tests {
         for ys in on_every_isa!(Map(edges.to_vec())) {
             assert!(ys[0].is_nan());
             assert_eq!(ys[1..], [0.0, f64::INFINITY, f64::INFINITY, 1.0]);
+        }
+    }
+
+    #[test]
+    fn exp_m1_is_within_two_ulp_from_zero_downwards() {
+        let far: Vec<f64> = (0..200_000).map(|i| -(f64::from(i)) * 2.5e-4).collect();
+        let near_zero: Vec<f64> = (0..3000).map(|i| -(f64::from(i) * -0.2).exp()).collect();
+        for xs in [far, near_zero] {
+            for ys in on_every_isa!(ExpM1(xs.clone())) {
+                for (&x, &y) in xs.iter().zip(&ys) {
+                    assert!(ulps(y, x.exp_m1()) <= 2.0, "{x}: {y} {}", x.exp_m1());
+                }
+            }
+        }
+        for ys in on_every_isa!(ExpM1(vec![f64::NAN, f64::NEG_INFINITY, -0.0, -1e308])) {
+            assert!(ys[0].is_nan());
+            assert_eq!(ys[1..], [-1.0, 0.0, -1.0]);
         }
     }
 

@@ -2,7 +2,7 @@
 //! negative loss counts as 0.
 
 use super::member::Member;
-use crate::numeric::Isa;
+use crate::numeric::{Isa, exp_m1_nonpositive};
 
 /// The settings of the focal factor.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -24,10 +24,30 @@ impl Member for Focal {
 
     #[inline(always)]
     fn pointwise<I: Isa>(&self, losses: &mut [f64]) {
-        for l in losses {
-            let unlikely = -(-l.max(0.0)).exp_m1();
-            // Without this, NaN to the power of 0 would be 1, and 1 to the power of NaN too.
-            *l = if l.is_nan() || self.gamma.is_nan() { f64::NAN } else { unlikely.powf(self.gamma) };
+        for l in &mut *losses {
+            let x = if *l < 0.0 { 0.0 } else { -*l };
+            // Not the negative, which would be -0 where the loss is 0.
+            *l = 0.0 - exp_m1_nonpositive::<I>(x);
+        }
+        for factor in losses {
+            *factor = self.power(*factor);
+        }
+    }
+}
+
+impl Focal {
+    /// `unlikely^gamma`. NaN stays NaN, where a power of 0 of NaN would be 1, and a power of NaN of 1 too.
+    #[inline(always)]
+    fn power(self, unlikely: f64) -> f64 {
+        // The usual exponents, without a call of `pow` for each loss.
+        if self.gamma == 1.0 {
+            unlikely
+        } else if self.gamma == 2.0 {
+            unlikely * unlikely
+        } else if unlikely.is_nan() || self.gamma.is_nan() {
+            f64::NAN
+        } else {
+            unlikely.powf(self.gamma)
         }
     }
 }

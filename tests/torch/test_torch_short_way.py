@@ -136,7 +136,9 @@ def told(criterion, entries, logits=LOGITS, target=TARGET):
 
 @pytest.mark.parametrize("entries", ["where", "sample_weight", "groups", "sample_weight and groups"])
 @pytest.mark.parametrize(
-    "options", [{}, {"reduction": "sum"}, {"ignore_index": 1}, {"weight": torch.rand(4)}], ids=str
+    "options",
+    [{}, {"reduction": "sum"}, {"ignore_index": 1}, {"weight": torch.tensor([0.5, 1.0, 2.0, 0.25])}],
+    ids=str,
 )
 @pytest.mark.parametrize(
     "weighting", [rgd.KL(scale=-0.7), rgd.CVaR(0.5), rgd.GroupDRO(3, step_size=0.5)], ids=str
@@ -233,6 +235,14 @@ def test_wrong_entries_are_refused_on_every_way_and_move_no_state(case):
     with pytest.raises(error, match=message):
         criterion(leaf(), TARGET, **{"groups": GROUPS, **entries})
     torch.testing.assert_close(dict(criterion.state_dict()), before, rtol=0, atol=0)
+
+
+def test_no_derivative_reads_a_target_that_takes_no_part(ways):
+    criterion, target = RGDLoss(), TARGET.masked_fill(~MASK, -7)
+    (whole, stats), (short, same_stats) = (told(criterion, {"where": MASK}, target=target) for _ in range(2))
+    assert ways == [True]
+    torch.testing.assert_close(short, whole, rtol=1e-6, atol=1e-7)
+    assert same_stats == stats
 
 
 def test_the_caller_may_change_its_entries_after_the_call():

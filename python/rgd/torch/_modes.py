@@ -17,6 +17,8 @@ saved_tensors_hooks: Any = _internals._autograd._top_saved_tensors_default_hooks
 _transforms_active = _internals._are_functorch_transforms_active
 _dispatch_modes = _internals._len_torch_dispatch_stack
 _tracing_state = _internals._get_tracing_state
+_is_grad_enabled = torch.is_grad_enabled
+_graph_task_id = _internals._current_graph_task_id
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
 """The types of tensors that have no behaviour of their own."""
 # This is called once, here, since older torch cannot compile a call of is_autocast_available.
@@ -36,10 +38,14 @@ def trains_plainly() -> bool:
     No backward pass is running, no hook on saved tensors is set, and no mode or transform is active.
     """
     return (
-        torch.is_grad_enabled()
-        and _internals._current_graph_task_id() == -1
+        _is_grad_enabled()
+        and _graph_task_id() == -1
         and saved_tensors_hooks(False) is None
-        and _mode_is_eager()
+        # As in `_mode_is_eager`, without another call.
+        and not _transforms_active()
+        and _forward_ad._current_level < 0
+        and not _dispatch_modes()
+        and _tracing_state() is None
     )
 
 

@@ -9,7 +9,7 @@ import threading
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -132,21 +132,31 @@ class WeightingState(nn.Module):
                 for leaf, new in zip(own, leaves, strict=True):
                     leaf.copy_(new)
 
-    @contextlib.contextmanager
-    def moved(self) -> Generator[list[int]]:
-        """A context that gives the leaves in float64 to a kernel, which updates them in place."""
-        with one_at_a_time(), torch.no_grad():
+    def moved_by(self, compute: Callable[..., Any], given: tuple[Any, ...]) -> Any:
+        """Call a kernel that moves the state in place.
+
+        Args:
+            compute: Takes what is given and, for each leaf in the order of `init()`, its address and whether
+                it holds int64 and not float64.
+            given: The other arguments.
+
+        Returns:
+            What the kernel returns.
+        """
+        with _lock:
             self._settle()
             self._refuse_meta()
-            own = [self._get(name) for name in self._first]
+            own = self._known.values()
             leaves = [leaf if _is_wide(leaf) else leaf.to("cpu", torch.float64, copy=True) for leaf in own]
-            yield [leaf.data_ptr() for leaf in leaves]
+            found = compute(*given, [(leaf.data_ptr(), leaf.dtype is torch.int64) for leaf in leaves])
             for leaf, new in zip(own, leaves, strict=True):
                 if leaf is not new:
-                    leaf.copy_(new)
+                    with torch.no_grad():
+                        leaf.copy_(new)
+            return found
 
     def _refuse_meta(self) -> None:
-        if any(self._get(name).is_meta for name in self._known):
+        if any(leaf.is_meta for leaf in self._known.values()):
             raise RuntimeError(
                 f"the state of {self._kind} was moved to the meta device, which keeps no values: call "
                 "reset_parameters() or load_state_dict() once the module is on a real device"
@@ -214,14 +224,17 @@ class WeightingState(nn.Module):
         setattr(self, name, leaf)
         self._known[name] = leaf
 
-    @torch.no_grad()
     def _settle(self) -> None:
         """Reset each number whose tensor was replaced by one that was neither written nor loaded here.
 
         Where a checkpoint has no entry, some loaders put in uninitialised memory without saying so.
         """
-        if all(self._get(name) is known for name, known in self._known.items()):
-            return
+        held = self._buffers if self._shared else self.__dict__
+        if not all(held.get(name) is known for name, known in self._known.items()):
+            self._settle_replaced()
+
+    @torch.no_grad()
+    def _settle_replaced(self) -> None:
         for name, known in self._known.items():
             leaf = self._get(name)
             if leaf is known or leaf.is_meta:
@@ -321,7 +334,10 @@ class Memory(NamedTuple):
 
 
 def _is_wide(leaf: Tensor) -> bool:
-    return leaf.is_cpu and leaf.dtype is torch.float64 and leaf.is_contiguous()
+    return leaf.is_cpu and leaf.dtype in _WIDE and leaf.is_contiguous()
+
+
+_WIDE = (torch.float64, torch.int64)
 
 
 def functional_state(weighting: Weighting, state: Any, device: torch.device | None) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rgd.torch._measure import spread
 from rgd.torch._modes import graph_is_kept, saved_tensors_hooks
 from rgd.torch._problem import Options, Problem
 from rgd.torch.backends._formulas import differentiable_gradient
@@ -75,6 +76,10 @@ class Objective(torch.autograd.Function):
             ctx.grad = None
         if torch.is_grad_enabled():
             _, weights, logits, target, *others = ctx.saved_tensors
+            measure = others[-1]
+            if measure is not None:
+                # Where the measure is 0, the target may be no class at all.
+                target = target.masked_fill(spread(measure, target) == 0, ctx.options[0])
             problem = Problem(
                 logits, target, ctx.options, logits.dtype, *others,
                 normalizer=getattr(ctx, "normalizer", None),

@@ -71,6 +71,7 @@ class Registration:
         """Unregister the backend. A second call does nothing."""
         for registered in (_backends, _on_request):
             registered[:] = [one for one in registered if one is not self._backend]
+        _state.lead()
 
 
 def register(backend: Backend, *, on_request: bool = False) -> Registration:
@@ -96,6 +97,7 @@ def register(backend: Backend, *, on_request: bool = False) -> Registration:
     if any(one.name == backend.name for one in (*_backends, *_on_request)):
         raise ValueError(f"there is a backend of the name {backend.name!r} already: choose another")
     (_on_request if on_request else _backends).insert(0, backend)
+    _state.lead()
     return Registration(backend)
 
 
@@ -116,6 +118,7 @@ class _State:
     Attributes:
         forced: The name of the backend that must be taken, or None.
         ran: The list that gets the names of the backends that ran, or None.
+        leader: The name of the backend that is asked first, if neither of these two is set; else None.
     """
 
     def __init__(self) -> None:
@@ -124,6 +127,7 @@ class _State:
         self._environment = os.environ.get(ENVIRONMENT) or None
         self.forced = self._environment
         self.ran: list[str] | None = None
+        self.leader: str | None = None
 
     def enter(self, block: tuple[str | None, list[str]]) -> None:
         """Begin a block. Blocks of several threads may overlap."""
@@ -142,6 +146,11 @@ class _State:
         named = [name for name, _ in self._blocks if name is not None]
         self.forced = named[-1] if named else self._environment
         self.ran = self._blocks[-1][1] if self._blocks else None
+        self.lead()
+
+    def lead(self) -> None:
+        """Note anew which backend is asked first."""
+        self.leader = _backends[0].name if self.forced is None and self.ran is None and _backends else None
 
 
 _lock = threading.Lock()
@@ -177,7 +186,7 @@ def choose(tensors: tuple[Tensor | None, ...]) -> Backend:
 
 def leads(name: str) -> bool:
     """Whether the backend of this name is asked first, and no block or environment variable is active."""
-    return _backends[0].name == name and _state.forced is None and _state.ran is None
+    return _state.leader == name
 
 
 class backend:  # noqa: N801 - used as a function

@@ -17,7 +17,6 @@ from torch import Tensor
 from rgd import _rgd
 from rgd.torch._distributed import Sync
 from rgd.torch._dtypes import accumulator
-from rgd.torch._measure import spread
 from rgd.torch._modes import PLAIN, on_the_cpu_and_eager, trains_plainly
 from rgd.torch._plan import Plan
 from rgd.torch._problem import Given, Options, Problem
@@ -30,7 +29,8 @@ from rgd.torch.backends.rust._kernels import fill_plain_weights, repeated_weight
 from rgd.torch.stats import Record
 from rgd.weightings._base import Kernel
 
-_strided = torch.strided
+_strided, _bfloat16 = torch.strided, torch.bfloat16
+_empty_like, _get_num_threads = torch.empty_like, torch.get_num_threads
 _OF_LOSSES = frozenset((torch.float32, torch.float64))
 # Without the question for torch.func transforms, under which no call goes the short way.
 _apply: Any = cast("Any", super(torch.autograd.Function, Objective)).apply
@@ -101,11 +101,11 @@ def accepted(given: Given, problem: Problem, plan: Plan, record: Record | None) 
         options.z_loss,
     )  # fmt: skip
     losses = torch.empty_like(target, dtype=dtype)
+    objective = losses if options.reduction == "none" else logits.new_empty(())
     units_shape = target.shape[:1] if options.per == "sample" else target.shape
     return Accepted(
         logits.dtype, logits.shape, target.dtype, target.shape, units_shape, options, plan, *by_class,
-        versions, compute, losses, losses if options.reduction == "none" else losses.new_empty(()),
-        allocator(logits),
+        versions, compute, losses, objective, allocator(logits),
     )  # fmt: skip
 
 
@@ -172,41 +172,39 @@ def again(
         and (beside is None or _fit(beside, like_losses.dtype, units_shape))
         # Options that depend on what is around the call.
         and (plan.pointwise or sharing.group() is None)
-        and not (dtype is torch.bfloat16 and torch.is_autocast_enabled("cpu"))
+        and not (dtype is _bfloat16 and torch.is_autocast_enabled("cpu"))
     ):
         return None
     ignore_index, _, reduction, per, _, _ = settings
-    losses, objective = torch.empty_like(like_losses), torch.empty_like(like_objective)
-    weights = losses.new_empty(units_shape) if per == "sample" else torch.empty_like(losses)
+    losses, objective = _empty_like(like_losses), _empty_like(like_objective)
+    weights = losses.new_empty(units_shape) if per == "sample" else _empty_like(losses)
     grad = allocate(logits)
     given = (
         logits.data_ptr(), target.data_ptr(), losses.data_ptr(), weights.data_ptr(), objective.data_ptr(),
-        grad.data_ptr(), torch.get_num_threads(), class_weight, adjustment,
+        grad.data_ptr(), _get_num_threads(), class_weight, adjustment,
     )  # fmt: skip
     if beside is None and state is None:
-        divisor, count = compute(*given)
+        divisor, count, offered = compute(*given)
         measure = groups = None
     else:
         found = _compute_beside(known, given, beside or (None, None, None), state)
         if found is None:
             return None
-        (divisor, count), measure, groups = found
-        if measure is not None and count != losses.numel():
-            # Where the measure is 0, the target may be no class at all.
-            target = target.masked_fill(spread(measure, losses) == 0, ignore_index)
-    counted = None if count == losses.numel() else target != ignore_index
+        (divisor, count, offered), measure, groups = found
+    counted = None if count == offered else target != ignore_index
     record = Record(losses, weights, divisor, measure, counted, groups, "rust")
     read = (weights, logits, target, class_weight, adjustment, measure)
-    objective = objective if objective.dtype is dtype else objective.to(dtype)
-    objective = _apply(logits, (objective, grad), read, settings)
-    if reduction == "none":
-        mark_weighted(objective, plan.weighting)
+    if reduction != "none":
+        return _apply(logits, (objective, grad), read, settings), record
+    # The kernels write products in the losses' dtype.
+    objective = _apply(logits, (objective.to(dtype), grad), read, settings)
+    mark_weighted(objective, plan.weighting)
     return objective, record
 
 
 def _compute_beside(
     known: Accepted, given: tuple[Any, ...], beside: tuple[Any, Any, Any], state: WeightingState | None
-) -> tuple[tuple[float, int], Tensor | None, Tensor | None] | None:
+) -> tuple[tuple[float, int, int], Tensor | None, Tensor | None] | None:
     """Calls the kernels with a measure, groups and a state.
 
     Returns:
@@ -221,11 +219,8 @@ def _compute_beside(
         measure = where.to(known.losses.dtype)
     groups = None if groups is None else groups.clone()
     addresses = [None if one is None else one.data_ptr() for one in (measure, groups)]
-    if state is not None:
-        with state.moved() as leaves:
-            found: Any = known.compute(*given, *addresses, leaves)
-    else:
-        found = known.compute(*given, *addresses)
+    given = (*given, *addresses)
+    found: Any = known.compute(*given) if state is None else state.moved_by(known.compute, given)
     return None if found is None else (found, measure, groups)
 
 
