@@ -20,6 +20,8 @@ pip_install := $(pip) install --quiet --timeout 120
 pytest = $(python) -m pytest -n $(PYTEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 # How many of the parameter sets of a test run with the oldest versions.
 OLDEST_SETS ?= 1
+# How long `make fuzz-python` tries.
+SECONDS ?= 300
 # Rust keeps the paths of its sources for the messages of panics: those of this machine are of no use elsewhere.
 without_paths := --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=cargo --remap-path-prefix=$(CURDIR)=rgd
 say := @printf '\n== %s\n'
@@ -149,6 +151,16 @@ wheels: $(VENV)/.tools $(VENV)/.group-wheels | rust ## Build what is published f
 .PHONY: release
 release: ## Write a version and today's date, commit and tag: make release VERSION=0.2.0; DRY=1 changes nothing
 	@$(PYTHON) tools/release.py "$(VERSION)" $(if $(DRY),--dry-run)
+
+.PHONY: fuzz-python
+fuzz-python: $(VENV)/.built $(VENV)/.group-test ## Compare random calls of every front with the equations: SECONDS=300, SEED=1
+	$(say) "random calls of every front, for $(SECONDS) seconds"
+	@$(python) fuzz/calls.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
+
+.PHONY: coverage
+coverage: $(VENV)/.built $(VENV)/.group-test $(VENV)/.group-coverage ## Lines of python/rgd that the tests run, each test with one of its parameter sets
+	$(say) "pytest with coverage"
+	@$(pytest) --few 1 --cov=python/rgd --cov-report=term:skip-covered --cov-report=html:target/coverage --cov-fail-under=95
 
 .PHONY: bench
 bench: $(VENV)/.built $(VENV)/.group-test ## Run the programs in benches/, or one: make bench BENCH=benches/...; WRITE=1 for the pages' tables
