@@ -1,7 +1,7 @@
 """Holds the committed figures of `torch_step.py` and `weightings.py` against the goals of this project.
 
 It times nothing: run the two with `--write` first. Run `make bench BENCH=benches/goals.py`, or this file:
-`--write` writes the table of docs/speed.md.
+`--write` writes the table of docs/speed.md and its picture.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import argparse
 import json
 from typing import Any, NamedTuple
 
-from _report import RESULTS, described, place
+import matplotlib
+from _report import RESULTS, ROOT, described, place
 
 CROSS_ENTROPY = "nn.CrossEntropyLoss"
 # By size and dtype, the largest ratio to nn.CrossEntropyLoss with one thread and with several.
@@ -29,6 +30,8 @@ STEPS: dict[tuple[tuple[int, ...], str], tuple[float, float]] = {
     ((256, 128256), "bfloat16"): (0.20, 0.20),
 }
 MEMBERS = 1.0, 1.1
+PICTURE = ROOT / "docs" / "speed.png"
+COLORS = "#1f5fa8", "#c2571a"
 
 
 class Held(NamedTuple):
@@ -46,6 +49,11 @@ class Held(NamedTuple):
         shown = f"{median:.2f} ({low:.2f}-{high:.2f})"
         shown = f"**{shown}**" if round(median, 2) <= self.goal else shown
         return f"| {self.what} | {self.dtype} | {self.threads} | {self.goal:.2f} | {shown} |"
+
+    def row(self) -> str:
+        """Its row in the picture, which figures of all numbers of threads share."""
+        step = self.what.partition(": ")[0].replace("`RGDLoss()` at ", "").removeprefix("the ")
+        return f"{step}, {self.dtype}"
 
 
 def results(name: str) -> dict[str, Any]:
@@ -78,6 +86,35 @@ def held() -> tuple[list[Held], dict[str, Any]]:
     return found, of_steps["machine"]
 
 
+def draw(found: list[Held], machine: dict[str, Any]) -> None:
+    """Draw each step's points, one for each number of threads, and its goals."""
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    names = list(dict.fromkeys(one.row() for one in found))
+    figure, axes = plt.subplots(figsize=(8.2, 0.34 * len(names) + 1.3), layout="constrained")
+    axes.axvline(1.0, color="#9aa3b2", linewidth=1)
+    for threads, color, shift in zip(
+        dict.fromkeys(one.threads for one in found), COLORS, (-0.15, 0.15), strict=True
+    ):
+        lines = [one for one in found if one.threads == threads]
+        heights = [names.index(one.row()) + shift for one in lines]
+        medians = [one.figure["median"] for one in lines]
+        off = [[abs(one.figure[end] - one.figure["median"]) for one in lines] for end in ("low", "high")]
+        axes.errorbar(medians, heights, xerr=off, fmt="o", color=color, markersize=5, linewidth=1)
+        axes.plot([one.goal for one in lines], heights, "|", color=color, markersize=11, markeredgewidth=2)
+        axes.plot([], [], "o", color=color, label=f"{threads} thread{'s' * (threads != '1')}")
+    axes.plot([], [], "|", color="#4a5568", markersize=11, markeredgewidth=2, label="goal")
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, None)
+    axes.set_xlabel("time of a step over that of nn.CrossEntropyLoss: left is faster")
+    figure.suptitle(f"Median and quartiles, {described(machine)}", fontsize=9)
+    axes.legend(loc="upper right", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(PICTURE, dpi=130)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -95,6 +132,7 @@ def main() -> None:
     print(text)
     if arguments.write:
         place("docs/speed.md", "goals", text)
+        draw(found, machine)
 
 
 if __name__ == "__main__":
