@@ -7,7 +7,7 @@ Where to begin:
 - `rgd` itself: `sample_weights`, `reweighted_mean` and `weight_stats` for NumPy arrays and any CPU array that
   supports DLPack, without gradients.
 
-Every part takes these weightings:
+Every part takes these weightings, but for the two that need more than losses, `Excess` and `EntropyGate`:
 
 - `KL`: `exp(scale * min(loss, tau))`, the dial; a negative scale resists wrong labels.
 - `ERM`: all weights are 1, plain training.
@@ -16,6 +16,7 @@ Every part takes these weightings:
 - `Focal`: less weight for samples that are predicted well.
 - `Trimmed`: leaves out the largest losses; `Threshold`: leaves out all losses above a number.
 - `Excess`: weights a sample by its loss minus that of a reference model.
+- `EntropyGate`: weights times the entropy of the logits, where a call has logits.
 - `GroupDRO`: the worst of known groups.
 - `MovingAverage`: weights over their running mean.
 - `Pointwise`: a function of the loss that you give. For more, subclass `Weighting`.
@@ -52,6 +53,7 @@ from rgd.weightings import (
     ChiSquare,
     ChiSquareBall,
     CVaR,
+    EntropyGate,
     Excess,
     Focal,
     GroupDRO,
@@ -71,6 +73,7 @@ __all__ = [
     "CVaR",
     "ChiSquare",
     "ChiSquareBall",
+    "EntropyGate",
     "Excess",
     "Focal",
     "GroupDRO",

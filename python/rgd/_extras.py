@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from rgd.weightings import Weighting
+from rgd.weightings._fields import needs_of
+
 EXTRAS: tuple[str, ...] = ("entropy", "logsumexp", "correct")
 """Of the logits of each target: their entropy, their logsumexp, and whether they put its class first."""
 
@@ -24,6 +27,17 @@ def check_returns(returns: Any) -> tuple[str, ...]:
             allowed = ", ".join(map(repr, EXTRAS))
             raise ValueError(f"returns must hold names out of {allowed}, each at most once, got {returns!r}")
     return names
+
+
+def with_needed(returns: tuple[str, ...], weighting: Weighting) -> tuple[str, ...]:
+    """The names of what a call wants of its logits: what it shall return, and what the weighting reads."""
+    wanted = "entropy" not in returns and "entropy" in needs_of(weighting)
+    return (*returns, "entropy") if wanted else returns
+
+
+def read_entropy(extras: dict[str, Any], weighting: Weighting) -> Any:
+    """The entropy among the extras, where the weighting reads it; else None."""
+    return extras["entropy"] if "entropy" in needs_of(weighting) else None
 
 
 def with_extras(loss: Any, extras: Any, returns: tuple[str, ...], state: Any, after: Any) -> Any:

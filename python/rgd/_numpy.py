@@ -28,6 +28,7 @@ from rgd.weightings._call import (
     check_reference_is_read,
     kernel_of,
     map_state,
+    refuse_without_logits,
     require_state,
     resolve_weighting,
     step_kernel_of,
@@ -311,6 +312,7 @@ def _weights(
     if kernel is not None:
         _rgd.sample_weights(source.values, weights, *kernel, available_cores(), measure)
         return weights, state
+    refuse_without_logits(weighting)
     if state is not None:
         state = map_state(np.asarray, state)
     if weights.size:

@@ -29,7 +29,7 @@ from rgd.jax._devices import AxisName, psum
 from rgd.jax._inputs import Losses, as_losses
 from rgd.jax._weights import weights_of
 from rgd.weightings import Weighting
-from rgd.weightings._call import map_state, resolve_weighting
+from rgd.weightings._call import map_state, refuse_without_logits, resolve_weighting
 
 __all__ = ["RGDState", "ReweightState", "reweight", "rgd"]
 
@@ -293,6 +293,7 @@ def _schedule(weighting: Any, tau: Any, scale: Any) -> Callable[[jax.Array], Wei
         at_count: Any = weighting
         return lambda count: resolve_weighting(at_count(count))
     constant = resolve_weighting(weighting, tau, scale)
+    refuse_without_logits(constant, "take the gradient of rgd.jax.cross_entropy, and the optimizer alone")
     return lambda count: constant
 
 

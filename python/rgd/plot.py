@@ -23,7 +23,7 @@ import rgd
 from rgd._suspects import Suspects
 from rgd._to_numpy import as_floats, as_labels, as_numpy
 from rgd.weightings import Weighting
-from rgd.weightings._call import resolve_weighting
+from rgd.weightings._call import refuse_without_logits, resolve_weighting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,6 +80,7 @@ def weight_curve(
         ('loss of the sample', 'weight')
     """
     weighting = resolve_weighting(weighting, tau, scale)
+    refuse_without_logits(weighting, "draw the curve of its inner weighting")
     given = None if losses is None else as_floats("losses", losses)
     batch = None if given is None else given.ravel()
     if batch is None and not weighting.pointwise:

@@ -32,7 +32,7 @@ from sklearn.utils import metaestimators, multiclass, validation  # pyright: ign
 import rgd
 from rgd._arrays import refuse_masked
 from rgd.weightings import Weighting
-from rgd.weightings._call import resolve_weighting
+from rgd.weightings._call import refuse_without_logits, resolve_weighting
 
 __all__ = ["Reweighted"]
 
@@ -276,6 +276,7 @@ class Reweighted(_base.MetaEstimatorMixin, _base.BaseEstimator):
     def _check_settings(self) -> Weighting:
         """The weighting, after all settings were checked."""
         weighting = resolve_weighting(self.weighting, self.tau, self.scale)
+        refuse_without_logits(weighting, "give another weighting")
         if weighting.stateful:
             raise ValueError(
                 f"{type(weighting).__name__} remembers earlier batches, and every round sees all samples: "

@@ -231,7 +231,7 @@ def test_its_weights_are_those_of_the_oracle(page, site):
         kind
         for name in rgd.__all__
         if isinstance(kind := getattr(rgd, name), type) and issubclass(kind, rgd.Weighting)
-    } - {rgd.Weighting, rgd.Pointwise, rgd.MovingAverage, rgd.GroupDRO, rgd.Excess}
+    } - {rgd.Weighting, rgd.Pointwise, rgd.MovingAverage, rgd.GroupDRO, rgd.Excess, rgd.EntropyGate}
     assert kinds == stateless
 
 

@@ -378,7 +378,9 @@ def test_a_weighting_may_read_the_entropy(kind, per, compiled):
 
 def test_losses_without_logits_have_no_entropy():
     losses = torch.ones(3)
-    base = RGDLoss(base=torch.nn.MSELoss(reduction="none"), weighting=Unsure())
-    for call in (lambda: rgd.torch.sample_weights(losses, Unsure()), lambda: base(losses, losses)):
+    for call in (
+        lambda: rgd.torch.sample_weights(losses, Unsure()),
+        lambda: RGDLoss(base=torch.nn.MSELoss(reduction="none"), weighting=Unsure()),
+    ):
         with pytest.raises(ValueError, match="Unsure reads the entropy of the logits"):
             call()

@@ -36,12 +36,21 @@ MEMBERS = [
     rgd.Excess(rgd.MovingAverage(rgd.KL(math.inf, scale=1.0), 0.9)),
     rgd.MovingAverage(rgd.Excess(rgd.KL(1.0)), 0.9),
     rgd.Trimmed(rgd.Excess(rgd.KLBall(0.2)), 0.2),
+    rgd.EntropyGate(rgd.KL(0.5)),
+    rgd.EntropyGate(rgd.KLBall(0.2)),
+    rgd.EntropyGate(rgd.MovingAverage(rgd.Excess(rgd.KL(1.0)), 0.9)),
+    rgd.MovingAverage(rgd.EntropyGate(rgd.KL(1.0)), 0.9),
     rgd.Trimmed(rgd.KL(), 0.2),
     rgd.Trimmed(rgd.CVaR(0.4), 0.2),
     rgd.MovingAverage(rgd.KL(math.inf, scale=1.0), 0.9),
     rgd.Pointwise(abs),
 ]
-GROUPED = [rgd.GroupDRO(3, 0.1), rgd.Excess(rgd.GroupDRO(3, 0.1)), rgd.Trimmed(rgd.GroupDRO(3, 0.1), 0.3)]
+GROUPED = [
+    rgd.GroupDRO(3, 0.1),
+    rgd.Excess(rgd.GroupDRO(3, 0.1)),
+    rgd.EntropyGate(rgd.GroupDRO(3, 0.1)),
+    rgd.Trimmed(rgd.GroupDRO(3, 0.1), 0.3),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -398,6 +407,7 @@ def plus_one(result):
     return result + 1
 
 
+GATE = rgd.EntropyGate(rgd.ERM())
 WRONG = [
     ("numpy", "rgd.sample_weights", Pointwise(), "gives other weights in rgd.sample_weights"),
     ("numpy", "rgd.sample_weights", Remembering(), "is left with another state by rgd.sample_weights"),
@@ -406,15 +416,36 @@ WRONG = [
     ("torch", "torch.compile", Pointwise(), "gives other weights in torch.compile"),
     ("jax", "rgd.jax.sample_weights", Remembering(), "is left with another state by jax.jit"),
     ("jax", "jax.vmap", Pointwise(), r"gives other weights in jax.vmap \(float32\)"),
+    ("torch", "rgd.torch.cross_entropy", GATE, "gives other weighted losses in torch than"),
+    (
+        "torch",
+        "rgd.torch.cross_entropy",
+        rgd.EntropyGate(Remembering()),
+        "is left with another state by torch",
+    ),
+    (
+        "torch",
+        "rgd.torch.linear_cross_entropy",
+        GATE,
+        "gives other weighted losses in a linear head of torch",
+    ),
+    ("torch", "torch.compile", GATE, "gives other weighted losses in torch.compile"),
+    ("jax", "rgd.jax.cross_entropy", GATE, "gives other weighted losses in jax.jit"),
+    (
+        "jax",
+        "rgd.jax.linear_cross_entropy",
+        GATE,
+        "gives other weighted losses in a linear head under jax.jit",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("front", "name", "weighting", "message"), WRONG, ids=[case[1] for case in WRONG])
+@pytest.mark.parametrize(("front", "name", "weighting", "message"), WRONG, ids=[case[3] for case in WRONG])
 def test_a_front_with_wrong_numbers_is_told(front, name, weighting, message, monkeypatch):
     pytest.importorskip(front)
     module, _, attribute = name.rpartition(".")
     right = getattr(importlib.import_module(module), attribute)
-    if "sample_weights" in name:
+    if "sample_weights" in name or "cross_entropy" in name:
 
         def wrong(*arguments, **options):
             return plus_one(right(*arguments, **options))

@@ -15,6 +15,7 @@ from rgd import (
     ChiSquare,
     ChiSquareBall,
     CVaR,
+    EntropyGate,
     Excess,
     Focal,
     GroupDRO,
@@ -43,6 +44,7 @@ MEMBERS = [
     Focal(2.0),
     Threshold(2.0),
     Excess(KL()),
+    EntropyGate(KL()),
     Trimmed(KL(), 0.1),
     MovingAverage(KL(), 0.9),
     GroupDRO(3, 0.1),
@@ -177,7 +179,7 @@ def test_a_number_of_groups_below_one_is_refused(groups):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda inner: Trimmed(inner, 0.1), lambda inner: MovingAverage(inner, 0.1), Excess]
+    "make", [lambda inner: Trimmed(inner, 0.1), lambda inner: MovingAverage(inner, 0.1), Excess, EntropyGate]
 )
 @pytest.mark.parametrize("inner", [1.0, KL, None], ids=str)
 def test_an_inner_weighting_that_is_none_is_refused(make, inner):
@@ -241,6 +243,7 @@ def test_a_clip_is_the_loss_from_which_on_weights_are_equal():
     assert KL(2.0).clip == 2.0
     assert MovingAverage(KL(2.0), 0.9).clip == 2.0
     assert Excess(KL(2.0)).clip == 2.0
+    assert EntropyGate(KL(2.0)).clip == 2.0
     assert {weighting.clip for weighting in (ERM(), KLBall(0.1), CVaR(0.1), Threshold(1.0))} == {math.inf}
 
 

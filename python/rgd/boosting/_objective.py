@@ -16,7 +16,7 @@ from rgd.boosting._arrays import EPS32, Floats, Numbers, all_alike, as_array, as
 from rgd.boosting._libraries import READS_PROBABILITIES
 from rgd.weightings import Weighting
 from rgd.weightings._base import Kernel
-from rgd.weightings._call import kernel_of
+from rgd.weightings._call import kernel_of, refuse_without_logits
 
 
 class Objective(abc.ABC):
@@ -40,6 +40,7 @@ class Objective(abc.ABC):
     num_class: Any = None
 
     def __init__(self, weighting: Weighting, groups: Any) -> None:
+        refuse_without_logits(weighting, "give another weighting")
         self.weighting = weighting
         self.groups = None if groups is None else read_groups(groups, as_array("groups", groups).shape[:1])
         self._state: Any = None

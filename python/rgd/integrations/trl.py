@@ -35,6 +35,7 @@ from rgd.torch._checks import check_flag
 from rgd.torch._modes import evaluates
 from rgd.torch.loss import RGDLoss
 from rgd.weightings import Weighting
+from rgd.weightings._call import refuse_without_logits, resolve_weighting
 
 if TYPE_CHECKING:
 
@@ -156,12 +157,20 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
         linear: bool = False,
         **kwargs: Any,
     ) -> None:
+        linear = check_flag("linear", linear)
+        if weighting is not None and not linear:
+            refuse_without_logits(resolve_weighting(weighting), "give linear=True")
         criterion = RGDLoss(
-            base=_unchanged, reduction="none", weighting=weighting, tau=tau, scale=scale, per=per
+            base=None if linear else _unchanged,
+            reduction="none",
+            weighting=weighting,
+            tau=tau,
+            scale=scale,
+            per=per,
         )
         super().__init__(*args, **kwargs)
         self.criterion = criterion
-        self.linear = check_flag("linear", linear)
+        self.linear = linear
         settings = self.args
         if settings.loss_type == "dft":
             raise ValueError(

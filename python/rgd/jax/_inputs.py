@@ -34,6 +34,8 @@ class Losses(NamedTuple):
         axes: The axes that a batch lies along.
         axis_name: Name or names of mapped axes over which the batch is spread.
         reference: The losses of a reference model, of the losses' shape and dtype, or None.
+        entropy: The entropy of the logits of each loss, of the losses' shape and dtype, or None.
+        classes: How many classes these logits have, or None.
     """
 
     values: jax.Array
@@ -42,6 +44,8 @@ class Losses(NamedTuple):
     axes: tuple[int, ...] = ()
     axis_name: AxisName = None
     reference: jax.Array | None = None
+    entropy: jax.Array | None = None
+    classes: int | None = None
 
     @property
     def full_measure(self) -> jax.Array:

@@ -72,12 +72,19 @@ class Segments(NamedTuple):
         total = self._reduced(jax.ops.segment_sum, jnp.where(takes_part, losses.values, 0), 0)
         measure = counted if losses.measure is None else losses.measure
         measure = jnp.where(number > 0, self._reduced(jax.ops.segment_max, measure, 0), 0)
-        reference = losses.reference
-        if reference is not None:
-            reference = self._reduced(jax.ops.segment_sum, jnp.where(takes_part, reference, 0), -jnp.inf)
-            reference = reference / jnp.maximum(number, 1)
+
+        def mean(values: jax.Array | None) -> jax.Array | None:
+            if values is None:
+                return None
+            summed = self._reduced(jax.ops.segment_sum, jnp.where(takes_part, values, 0), -jnp.inf)
+            return summed / jnp.maximum(number, 1)
+
         batch = losses._replace(
-            values=total / jnp.maximum(number, 1), measure=measure, axes=(0, 1), reference=reference
+            values=total / jnp.maximum(number, 1),
+            measure=measure,
+            axes=(0, 1),
+            reference=mean(losses.reference),
+            entropy=mean(losses.entropy),
         )
         weights, new = weights_of(batch, weighting, state)
         return jnp.where(takes_part, lax.stop_gradient(self._spread(weights, jnp.nan)), 0), new

@@ -128,9 +128,15 @@ def target_weights(
         return segments.weigh(losses, weighting, state)
     values, measure = losses.values, losses.measure
     if values.ndim == 0:
-        one = [None if x is None else x[None] for x in (measure, losses.groups, losses.reference)]
+        beside = measure, losses.groups, losses.reference, losses.entropy
+        one = [None if x is None else x[None] for x in beside]
         batch = losses._replace(
-            values=values[None], measure=one[0], groups=one[1], axes=(0,), reference=one[2]
+            values=values[None],
+            measure=one[0],
+            groups=one[1],
+            axes=(0,),
+            reference=one[2],
+            entropy=one[3],
         )
         weights, new = weights_of(batch, weighting, state)
         return weights[0], new
@@ -139,13 +145,15 @@ def target_weights(
     rest = tuple(range(1, values.ndim))
     takes_part = losses.full_measure != 0
     counted = takes_part.astype(values.dtype)
-    number, reference = jnp.maximum(jnp.sum(counted, axis=rest), 1), losses.reference
+    number = jnp.maximum(jnp.sum(counted, axis=rest), 1)
     means = jnp.sum(values, axis=rest) / number
-    if reference is not None:
-        reference = jnp.sum(jnp.where(takes_part, reference, 0), axis=rest) / number
+    reference, entropy = (
+        None if one is None else jnp.sum(jnp.where(takes_part, one, 0), axis=rest) / number
+        for one in (losses.reference, losses.entropy)
+    )
     # The targets of a sample that count have the same measure.
     measure = None if measure is None else jnp.max(measure, axis=rest, initial=0)
-    batch = losses._replace(values=means, measure=measure, axes=(0,), reference=reference)
+    batch = losses._replace(values=means, measure=measure, axes=(0,), reference=reference, entropy=entropy)
     weights, new = weights_of(batch, weighting, state)
     weights = jnp.expand_dims(weights, rest)
     return jnp.where(takes_part, weights, 0), new

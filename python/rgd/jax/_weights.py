@@ -22,7 +22,13 @@ from rgd.jax._devices import gather, own_part, pmax
 from rgd.jax._inputs import Losses, is_known
 from rgd.jax._pytrees import Structure, joined, split
 from rgd.weightings import Batch, Weighting
-from rgd.weightings._call import check_reference_is_read, map_state, require_state, weigh
+from rgd.weightings._call import (
+    check_reference_is_read,
+    map_state,
+    refuse_without_logits,
+    require_state,
+    weigh,
+)
 from rgd.weightings._fields import holds_everywhere, map_numbers
 
 
@@ -49,6 +55,8 @@ def weights_of(losses: Losses, weighting: Weighting, state: Any = None) -> tuple
         ValueError: If a weighting that remembers is given no state, or a state cannot be used.
     """
     require_state(weighting, state)
+    if losses.entropy is None:
+        refuse_without_logits(weighting)
     if losses.reference is not None:
         check_reference_is_read(weighting)
     losses = losses._replace(values=lax.stop_gradient(losses.values))
@@ -73,12 +81,13 @@ def weights_of(losses: Losses, weighting: Weighting, state: Any = None) -> tuple
 
 def pointwise_weights(losses: Losses, weighting: Weighting) -> jax.Array:
     """The weights of a pointwise weighting without state; the losses keep their shape, and their sharding."""
-    vectors: Any = (*losses[:3], losses.reference)
+    vectors: Any = _vectors_of(losses)
     if losses.values.ndim == 0:
         vectors = tuple(None if array is None else array[None] for array in vectors)
 
-    def along_last_axis(values: Any, measure: Any, groups: Any, reference: Any) -> jax.Array:
-        return weigh(weighting, Batch(values, measure, groups, xp=jnp, reference=reference))[0]
+    def along_last_axis(values: Any, measure: Any, groups: Any, reference: Any, entropy: Any) -> jax.Array:
+        beside = {"reference": reference, "entropy": entropy, "classes": losses.classes}
+        return weigh(weighting, Batch(values, measure, groups, xp=jnp, **beside))[0]
 
     for _ in range(losses.values.ndim - 1):
         along_last_axis = jax.vmap(along_last_axis)
@@ -95,7 +104,7 @@ def weighted_losses(weights: jax.Array, losses: Losses) -> jax.Array:
 
 def _weights_of_batches(losses: Losses, weighting: Weighting, state: Any) -> tuple[jax.Array, Any]:
     """The weights of each batch along `losses.axes`, and the state after it."""
-    values, measure, groups, axes, axis_name, reference = losses
+    values, axes, axis_name = losses.values, losses.axes, losses.axis_name
     others = tuple(axis for axis in range(values.ndim) if axis not in axes)
     if state is not None and others:
         raise ValueError(
@@ -110,12 +119,10 @@ def _weights_of_batches(losses: Losses, weighting: Weighting, state: Any) -> tup
         return gather(vectors, axis_name)
 
     # Only group numbers have to be read. Everything else is compiled: concrete values would gain nothing.
-    concrete = groups is not None and not others and all(is_known(a) for a in (values, measure, groups))
+    concrete = losses.groups is not None and not others and all(is_known(a) for a in losses[:3])
     compute = _weigh if concrete else _weigh_compiled
-    measure, groups, reference = (
-        None if array is None else whole(array) for array in (measure, groups, reference)
-    )
-    batches = Losses(whole(values), measure, groups, reference=reference)
+    vectors = tuple(None if array is None else whole(array) for array in _vectors_of(losses))
+    batches = _losses_of(vectors, losses.classes)
     weights, after = compute(weighting, len(others), batches, state)
     count = int(np.prod(own_shape[len(others) :]))
     weights = own_part(weights, count, axis_name).reshape(own_shape)
@@ -130,15 +137,16 @@ def _weights_of_batches(losses: Losses, weighting: Weighting, state: Any) -> tup
 def _weigh(weighting: Weighting, vmapped: int, batches: Losses, state: Any) -> tuple[jax.Array, Any]:
     """The weights of batches along the last axis, after `vmapped` axes, and the state after them."""
 
-    def one_batch(values: jax.Array, measure: Any, groups: Any, reference: Any) -> Any:
+    def one_batch(values: jax.Array, measure: Any, groups: Any, reference: Any, entropy: Any) -> Any:
         concrete = all(is_known(array) for array in (values, measure, groups))
-        batch = Batch(values, measure, groups, xp=jnp, concrete=concrete, reference=reference)
+        beside = {"reference": reference, "entropy": entropy, "classes": batches.classes}
+        batch = Batch(values, measure, groups, xp=jnp, concrete=concrete, **beside)
         weights, after = weigh(weighting, batch, state)
         return weights if measure is None else jnp.where(jnp.isnan(batch.count), jnp.nan, weights), after
 
     for _ in range(vmapped):
         one_batch = jax.vmap(one_batch)
-    return one_batch(*batches[:3], batches.reference)
+    return one_batch(*_vectors_of(batches))
 
 
 def _weigh_compiled(weighting: Weighting, vmapped: int, batches: Losses, state: Any) -> tuple[jax.Array, Any]:
@@ -148,10 +156,23 @@ def _weigh_compiled(weighting: Weighting, vmapped: int, batches: Losses, state: 
         hash(structure)
     except TypeError:  # the user's weighting has a field that cannot be a key of jax.jit's cache
         return _weigh(weighting, vmapped, batches, state)
-    return _compiled(structure, vmapped, arrays, (*batches[:3], batches.reference), state)
+    return _compiled(structure, (vmapped, batches.classes), arrays, _vectors_of(batches), state)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _compiled(structure: Structure, vmapped: int, arrays: Any, batches: Any, state: Any) -> Any:
-    batches = Losses(*batches[:3], reference=batches[3])
-    return _weigh(joined(structure, arrays), vmapped, batches, state)
+def _compiled(
+    structure: Structure, fixed: tuple[int, int | None], arrays: Any, vectors: Any, state: Any
+) -> Any:
+    vmapped, classes = fixed
+    return _weigh(joined(structure, arrays), vmapped, _losses_of(vectors, classes), state)
+
+
+def _vectors_of(losses: Losses) -> tuple[Any, ...]:
+    """The arrays of losses, of which each has one entry a loss."""
+    return losses.values, losses.measure, losses.groups, losses.reference, losses.entropy
+
+
+def _losses_of(vectors: tuple[Any, ...], classes: int | None) -> Losses:
+    """The losses of which `_vectors_of` gives these arrays."""
+    values, measure, groups, reference, entropy = vectors
+    return Losses(values, measure, groups, reference=reference, entropy=entropy, classes=classes)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from rgd._extras import check_returns, with_extras
+from rgd._extras import check_returns, read_entropy, with_extras, with_needed
 from rgd.jax import _ffi
 from rgd.jax._devices import AxisName, check_bound, divided_by_factor, psum
 from rgd.jax._extras import Extras, extras_of
@@ -232,11 +232,13 @@ def cross_entropy(
     scaled = problem
     if sample_weight is not None and reduction == "mean" and divisor is None:
         scaled = problem._replace(measure=divided_by_factor(problem.measure, axis_name))
-    extras = _extras_of(problem, returns) if returns else {}
+    wanted = with_needed(returns, chosen)
+    extras = _extras_of(problem, wanted) if wanted else {}
     if native:
         result = _native_objective(scaled, chosen, reduction, axis_name, z_loss=factor, normalizer=divisor)
         return with_extras(result, extras, returns, None, None)
-    losses = Losses(_losses_of(problem), problem.measure, members, (), axis_name, compared)
+    beside = compared, read_entropy(extras, chosen), problem.logits.shape[-1]
+    losses = Losses(_losses_of(problem), problem.measure, members, (), axis_name, *beside)
     weights, new = target_weights(losses, chosen, per, state, problem.segments)
     losses, problem = losses._replace(measure=scaled.measure), scaled
     result = weighted_losses(weights, losses)

@@ -33,6 +33,7 @@ from rgd.weightings import ERM, Weighting
 from rgd.weightings._call import (
     check_reference_is_given,
     check_reference_is_read,
+    refuse_without_logits,
     resolve_weighting,
 )
 
@@ -248,6 +249,7 @@ def value_and_grad(
         Kumar et al., arXiv 2306.09222, Algorithm 1.
     """
     chosen = resolve_weighting(weighting, tau, scale)
+    refuse_without_logits(chosen)
 
     @functools.wraps(fun)
     def with_gradient(

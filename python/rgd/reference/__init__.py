@@ -23,6 +23,7 @@ and those that depend on the batch, most of them the solution of a worst case, a
     w = minimum(1 / alpha, exp((l - eta) / nu))  # CVaR with smoothing nu: eta makes mean(w) one
     w = kept * inner(l, p * kept)                # Trimmed: kept is 0 in the worst share, else 1
     w = inner(l - reference)                     # Excess
+    w = inner(l) * entropy / log(C)              # EntropyGate, with the entropy of the logits of C classes
     u = decay * u + (1 - decay) * mean(inner(l)) # MovingAverage
     w = inner(l) / u
     q = q * exp(step_size * mean_losses)         # GroupDRO, the mean loss of each group
@@ -44,16 +45,10 @@ References:
 """
 
 from rgd.reference._cross_entropy import cross_entropy, cross_entropy_grad, cross_entropy_losses
-from rgd.reference._equations import (
-    Batch,
-    equation,
-    log_equation,
-    reweighted_mean,
-    sample_weights,
-    step,
-)
+from rgd.reference._equations import Batch, equation, log_equation, step
 from rgd.reference._extras import cross_entropy_extras
 from rgd.reference._stats import weight_stats
+from rgd.reference._weights import reweighted_mean, sample_weights
 
 __all__ = [
     "Batch",

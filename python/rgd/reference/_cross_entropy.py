@@ -17,7 +17,8 @@ from rgd.reference._arrays import (
     one_a_sample,
     product,
 )
-from rgd.reference._equations import State, sample_weights
+from rgd.reference._equations import State
+from rgd.reference._weights import sample_weights
 from rgd.weightings import KL, Weighting
 
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
@@ -315,6 +316,8 @@ class _Problem(NamedTuple):
     softmax: Array
     """The derivatives of `normalizers`, of the logits' shape."""
     class_axis: int
+    entropy: Array
+    """The entropy of `softmax`, of each target; 0 where it does not count."""
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
@@ -383,7 +386,9 @@ def problem_of(
     largest = np.max(rows, axis=-1, initial=-np.inf)
     normalizers = largest + np.log(np.sum(np.exp(rows - largest[..., None]), axis=-1))
     gradients, softmax = (np.moveaxis(x, -1, class_axis) for x in (gradients, np.exp(log_p)))
-    return _Problem(losses, gradients, counted, class_weights, normalizers, softmax, class_axis)
+    q = np.exp(log_p)
+    entropy = np.where(counted, -np.sum(np.where(q == 0, 0.0, q * np.log(q)), axis=-1), 0.0)
+    return _Problem(losses, gradients, counted, class_weights, normalizers, softmax, class_axis, entropy)
 
 
 def _log_softmax(rows: Array) -> Array:
@@ -441,6 +446,8 @@ def _target_weights(
         if compared.shape != losses.shape:
             raise ValueError(f"reference must have the losses' shape, {losses.shape}, got {compared.shape}")
         compared = np.where(counted, compared, 0.0)
+    beside = {"reference": compared, "entropy": problem.entropy}
+    classes = problem.softmax.shape[problem.class_axis]
     if units is not None:
         return _segment_weights(
             losses,
@@ -450,7 +457,8 @@ def _target_weights(
             sample_weight=sample_weight,
             groups=groups,
             state=state,
-            reference=compared,
+            beside=beside,
+            classes=classes,
         )
     if per == "element":
         shape, means, part = losses.shape, losses, counted
@@ -459,8 +467,10 @@ def _target_weights(
         axes = tuple(range(1, losses.ndim))
         number = np.count_nonzero(counted, axis=axes)
         means, part = np.sum(losses, axis=axes) / np.maximum(number, 1), number > 0
-        if compared is not None:
-            compared = np.sum(compared, axis=axes) / np.maximum(number, 1)
+        beside = {
+            name: None if one is None else np.sum(one, axis=axes) / np.maximum(number, 1)
+            for name, one in beside.items()
+        }
     else:
         raise ValueError(f"per must be 'element' or 'sample', got {per!r}")
     part, measure = measure_of(shape, part, sample_weight)
@@ -472,7 +482,8 @@ def _target_weights(
         sample_weight=np.ravel(measure),
         groups=group,
         state=state,
-        reference=None if compared is None else np.ravel(compared),
+        classes=classes,
+        **{name: None if one is None else np.ravel(one) for name, one in beside.items()},
     )
     weights, after = (result, None) if state is None else result
     weights, measure = (
@@ -514,7 +525,8 @@ def _segment_weights(
     sample_weight: npt.ArrayLike | None,
     groups: npt.ArrayLike | None,
     state: State,
-    reference: Array | None,
+    beside: dict[str, Array | None],
+    classes: int,
 ) -> tuple[Array, Array, State]:
     """As `_target_weights`, where the segments of a row are its units."""
 
@@ -537,11 +549,13 @@ def _segment_weights(
     part, p = measure_of(p.shape, filled, p)
     means = np.array([np.mean(losses[one]) if np.any(one) else 0.0 for one in kept])
     given = None if groups is None else group.astype(int)
-    compared = None
-    if reference is not None:
-        compared = np.array([np.mean(reference[one]) if np.any(one) else 0.0 for one in kept])
+    of_each = {
+        name: np.array([np.mean(values[one]) if np.any(one) else 0.0 for one in kept])
+        for name, values in beside.items()
+        if values is not None
+    }
     result = sample_weights(
-        means, weighting, part, sample_weight=p, groups=given, state=state, reference=compared
+        means, weighting, part, sample_weight=p, groups=given, state=state, classes=classes, **of_each
     )
     of_units, after = (result, None) if state is None else result
     weights, measure = np.zeros(losses.shape), np.zeros(losses.shape)

@@ -1,4 +1,4 @@
-"""The equations of the weightings, one function each, and the objective made of them."""
+"""The equations of the weightings, one function each."""
 
 from __future__ import annotations
 
@@ -9,25 +9,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-from rgd.reference._arrays import (
-    Array,
-    Integers,
-    Mask,
-    array_of,
-    measure_of,
-    one_a_sample,
-    per_sample,
-    product,
-    quotient,
-)
+from rgd.reference._arrays import Array, Integers, Mask, product
 from rgd.weightings import (
     ERM,
     KL,
     ChiSquare,
     ChiSquareBall,
     CVaR,
+    EntropyGate,
     Excess,
     Focal,
     GroupDRO,
@@ -53,6 +43,10 @@ class Batch(NamedTuple):
     groups: Integers | None
     reference: Array | None = None
     """The losses of a reference model."""
+    entropy: Array | None = None
+    """The entropy of the logits of each loss."""
+    classes: int | None = None
+    """How many classes these logits have."""
 
     @property
     def total(self) -> float:
@@ -62,122 +56,6 @@ class Batch(NamedTuple):
     def mean(self, values: Array | Mask) -> float:
         """`total(p * values) / total(p)`."""
         return float(np.sum(self.measure * values)) / self.total
-
-
-def sample_weights(
-    losses: npt.ArrayLike,
-    weighting: Weighting,
-    where: npt.ArrayLike | None = None,
-    *,
-    sample_weight: npt.ArrayLike | None = None,
-    groups: npt.ArrayLike | None = None,
-    state: State = None,
-    reference: npt.ArrayLike | None = None,
-) -> Any:
-    """The weight of each sample, by the equations of this package.
-
-    A NaN loss makes its own pointwise weight NaN, and all weights of a batch where they depend on the batch.
-    For an infinite loss the weights are their limits as the loss grows: samples of infinite loss share all
-    the weight, unless a clip or a bound limits it, or have weight 0 if the weight falls with the loss.
-    `scale=0` and `radius=0` give exactly 1 for every loss that is not NaN.
-
-    Args:
-        losses: Losses, any shape but (), any real dtype; computed with in float64.
-        weighting: Turns losses into weights.
-        where: Booleans that broadcast to the losses' shape. A loss where it is False has weight 0 and takes
-            no part in the others' weights.
-        sample_weight: The measure `p`, finite numbers >= 0 of the losses' shape or one a sample of the
-            leading dimension; None for ones. A loss where it is 0 is as one where `where` is False.
-        groups: The group of each loss, integers shaped as `sample_weight`.
-        state: State of a weighting that remembers.
-        reference: The losses of a reference model, for `Excess`, of the losses' shape.
-
-    Returns:
-        Weights, float64, of the losses' shape; with a state, the weights and the state after this batch. A
-        batch in which no sample takes part, or in which a loss is not finite, does not change the state.
-
-    Raises:
-        ValueError: If `losses` is a scalar, a shape does not fit, `sample_weight` holds a number that is
-            negative or not finite, the weighting needs a state or groups that are not given, or a group is
-            out of range.
-        TypeError: If no equation is registered for the weighting's class.
-
-    Example:
-        >>> import numpy as np, rgd
-        >>> sample_weights(np.array([0.0, 1.0, 5.0]), rgd.KL(tau=1.0)).round(4)
-        array([1.    , 1.6487, 1.6487])
-
-    References:
-        Kumar et al., Algorithm 1 (pointwise), Proposition 3.1 (normalised, tau infinite) and section 3
-        (ball).
-    """
-    losses = per_sample("losses", losses)
-    if weighting.stateful and state is None:
-        raise ValueError(
-            f"{weighting} needs its state: give state=weighting.init(), then what the call before returned"
-        )
-    part, measure = measure_of(losses.shape, where, sample_weight)
-    group = None if groups is None else one_a_sample("groups", array_of("groups", groups), losses.shape)
-    compared = None if reference is None else array_of("reference", reference, np.float64)
-    if compared is not None and compared.shape != losses.shape:
-        raise ValueError(f"reference must have the losses' shape, {losses.shape}, got {compared.shape}")
-    weights = np.zeros(losses.shape)
-    if np.any(part):
-        of_group, compared = (None if one is None else one[part] for one in (group, compared))
-        batch = Batch(losses[part], measure[part], of_group, compared)
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            weights[part], after = step(weighting, batch, state)
-        state = after if np.all(np.isfinite(batch.losses)) else state
-    return weights if state is None else (weights, state)
-
-
-def reweighted_mean(
-    losses: npt.ArrayLike,
-    weighting: Weighting,
-    where: npt.ArrayLike | None = None,
-    *,
-    sample_weight: npt.ArrayLike | None = None,
-    groups: npt.ArrayLike | None = None,
-    normalizer: float | None = None,
-    state: State = None,
-    reference: npt.ArrayLike | None = None,
-) -> Any:
-    """The objective `total(p * w * l) / total(p)` over the losses that take part.
-
-    Args:
-        losses: Losses, any shape but (), any real dtype; computed with in float64.
-        weighting: Turns losses into weights.
-        where: Booleans that broadcast to the losses' shape: which losses take part.
-        sample_weight: The measure `p`, as in `sample_weights`.
-        groups: The group of each loss, as in `sample_weights`.
-        normalizer: A positive number that replaces `total(p)`.
-        state: State of a weighting that remembers.
-        reference: The losses of a reference model, as in `sample_weights`.
-
-    Returns:
-        The objective, NaN where no loss takes part; with a state, the objective and the state after it.
-
-    Raises:
-        ValueError, TypeError: As `sample_weights`.
-
-    Example:
-        >>> import numpy as np, rgd
-        >>> round(reweighted_mean(np.array([0.0, 2.0]), rgd.KL(tau=1.0)), 6)
-        1.648721
-
-    References:
-        Kumar et al., Algorithm 1.
-    """
-    losses = per_sample("losses", losses)
-    result = sample_weights(
-        losses, weighting, where, sample_weight=sample_weight, groups=groups, state=state, reference=reference
-    )
-    weights, after = (result, None) if state is None else result
-    part, measure = measure_of(losses.shape, where, sample_weight)
-    with np.errstate(invalid="ignore", over="ignore"):
-        total = float(np.sum(measure[part] * product(weights, losses, losses)[part]))
-    mean = quotient(total, float(np.sum(measure[part])) if normalizer is None else normalizer)
-    return mean if state is None else (mean, after)
 
 
 # The equation of each member, for a batch in which everything takes part and has a measure above 0.
@@ -472,6 +350,30 @@ def _log_excess(weighting: Excess, batch: Batch) -> Array:
     return log_equation(weighting.weighting, batch._replace(losses=excess, reference=None))
 
 
+@step.register(EntropyGate)
+def _entropy_gate(weighting: EntropyGate, batch: Batch, state: State) -> tuple[Array, State]:
+    """`w = inner(l) * H / log(C)`; 0 where `H` is 0."""
+    gate = _gate(weighting, batch)
+    weights, state = step(weighting.weighting, batch, state)
+    return product(gate, weights, weights), state
+
+
+@log_equation.register(EntropyGate)
+def _log_entropy_gate(weighting: EntropyGate, batch: Batch) -> Array:
+    """`log w`, where `w = inner(l) * H / log(C)`."""
+    gate, inner = _gate(weighting, batch), log_equation(weighting.weighting, batch)
+    return np.where((gate == 0) & ~np.isnan(inner), -math.inf, np.log(gate) + inner)
+
+
+def _gate(weighting: EntropyGate, batch: Batch) -> Array:
+    """`H / log(C)`."""
+    if batch.entropy is None or batch.classes is None:
+        raise ValueError(f"{weighting} needs the entropy of the logits: give entropy= and classes=")
+    if batch.classes == 1:
+        raise ValueError(f"{weighting} needs more than one class, since log(1) is 0")
+    return batch.entropy / math.log(batch.classes)
+
+
 @equation.register(Pointwise)
 def _pointwise(weighting: Pointwise, batch: Batch) -> Array:
     """`w = function(l)`."""
@@ -486,8 +388,8 @@ def _trimmed(weighting: Trimmed, batch: Batch, state: State) -> tuple[Array, Sta
     kept = 1 - _share_of_worst(batch, weighting.fraction)
     part = kept > 0
     groups = None if batch.groups is None else batch.groups[part]
-    reference = None if batch.reference is None else batch.reference[part]
-    rest = Batch(batch.losses[part], (batch.measure * kept)[part], groups, reference)
+    reference, entropy = (None if one is None else one[part] for one in (batch.reference, batch.entropy))
+    rest = Batch(batch.losses[part], (batch.measure * kept)[part], groups, reference, entropy, batch.classes)
     weights = np.zeros(batch.losses.shape)
     inner, state = step(weighting.weighting, rest, state)
     weights[part] = kept[part] * inner

@@ -58,17 +58,14 @@ def cross_entropy_extras(
         logit_adjustment=logit_adjustment,
         where=where,
     )
-    q = np.moveaxis(problem.softmax, problem.class_axis, -1)
     target = array_of("target", target)
     if target.shape == problem.softmax.shape:
         target = np.argmax(target, axis=problem.class_axis)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        entropy = -np.sum(np.where(q == 0, 0.0, q * np.log(q)), axis=-1)
     adjustment = 0.0 if logit_adjustment is None else array_of("logit_adjustment", logit_adjustment)
     rows = np.moveaxis(array_of("logits", logits, np.float64), problem.class_axis, -1) + adjustment
     first = (np.argmax(rows, axis=-1) == target) & ~np.any(np.isnan(rows), axis=-1)
     return {
-        "entropy": np.where(problem.counted, entropy, 0.0),
+        "entropy": problem.entropy,
         "logsumexp": np.where(problem.counted, problem.normalizers, 0.0),
         "correct": first & problem.counted,
     }

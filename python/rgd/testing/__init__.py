@@ -39,7 +39,9 @@ def check_weighting(
     - every front gives the same numbers: NumPy, through the kernel if there is one; torch eager, compiled
       with `fullgraph=True` and under `torch.func.vmap`; JAX under `jit`, with the weighting's numbers traced
       too, and under `vmap`; in float64, float32 and half precision. A weighting that remembers is tested on
-      several batches in turn; batches with NaN, with infinity or without samples do not change its state.
+      several batches in turn; batches with NaN, with infinity or without samples do not change its state;
+    - one that reads the entropy of the logits is tested in the cross-entropies of torch, eager and compiled,
+      and of JAX under `jit`, in float64.
 
     Args:
         weighting: The weighting, its settings Python numbers.

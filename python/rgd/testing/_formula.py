@@ -48,7 +48,7 @@ def _check_state(subject: Subject) -> None:
         subject.fail("starts with another state each time: init() must return the same numbers")
     state = map_state(np.asarray, first)
     with np.errstate(all="ignore"):
-        batch = Batch(subject.losses, None, subject.groups, concrete=True, reference=subject.reference)
+        batch = Batch(subject.losses, None, subject.groups, concrete=True, **subject.beside(slice(SIZE)))
         try:
             new: Any = weighting.step(batch, state)[1]
         except Exception as error:
@@ -103,7 +103,7 @@ def _check_logarithms(subject: Subject) -> None:
     if subject.weighting.stateful:
         return
     with np.errstate(all="ignore"):
-        batch = Batch(subject.losses, None, subject.groups, concrete=True, reference=subject.reference)
+        batch = Batch(subject.losses, None, subject.groups, concrete=True, **subject.beside(slice(SIZE)))
         actual = np.exp(subject.weighting.log_weights(batch))
     expected = subject.weights("an ordinary batch", subject.losses)
     subject.compare(

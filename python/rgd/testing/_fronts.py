@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 import rgd
-from rgd.testing._subject import Case, Subject, named, pairs, structure
+from rgd.testing._logits import check_jax_logits, check_torch_logits
+from rgd.testing._subject import Case, Subject, attempt, known, pairs, split, structure
 from rgd.weightings._call import kernel_of, map_state
 
 _Call = Callable[[Case, Any], tuple[Any, Any]]
@@ -21,7 +22,7 @@ def _compare_cases(subject: Subject, where: str, call: _Call, dtype: Any = np.fl
     """Each case in turn through a front, against the formula in NumPy of the same dtype."""
     state = subject.weighting.init() if subject.weighting.stateful else None
     for case, expected, _, after in subject.follow(dtype):
-        weights, state = _attempt(subject, where, call, case, state)
+        weights, state = attempt(subject, where, call, case, state)
         sentence = f"gives other weights in {where} than by its formula in NumPy for {case.situation}"
         subject.compare(weights, expected, sentence, losses=case.losses, dtype=dtype)
         if subject.weighting.stateful:
@@ -38,7 +39,7 @@ def _compare_rows(subject: Subject, where: str, call: Callable[..., Any], dtype:
     """Two cases as the rows of one array through a vmapped function."""
     cases = subject.cases()[:2]
     rows = [np.stack([getattr(case, name) for case in cases]) for name in ("losses", "where", "measure")]
-    weights = _attempt(subject, where, call, *rows)
+    weights = attempt(subject, where, call, *rows)
     for row, case in zip(weights, cases, strict=True):
         expected = subject.weights(
             case.situation, case.losses, where=case.where, measure=case.measure, dtype=dtype
@@ -49,6 +50,8 @@ def _compare_rows(subject: Subject, where: str, call: Callable[..., Any], dtype:
 
 def _check_numpy(subject: Subject) -> None:
     """`rgd.sample_weights`, through the kernel where there is one."""
+    if subject.entropy is not None:
+        return  # NumPy has functions of losses alone
     kernel = kernel_of(subject.weighting)
     where = "rgd.sample_weights" if kernel is None else f"its kernel {kernel[0]!r}"
     weigh_with: Any = rgd.sample_weights
@@ -58,20 +61,20 @@ def _check_numpy(subject: Subject) -> None:
         plain = bool(case.where.all()) and bool((case.measure == 1).all())
         options: dict[str, Any] = {} if plain else {"where": case.where, "sample_weight": case.measure}
         options["reference"] = subject.reference
-        return _split(
-            weigh_with(case.losses, subject.weighting, groups=case.groups, **options, **_known(state))
+        return split(
+            weigh_with(case.losses, subject.weighting, groups=case.groups, **options, **known(state))
         )
 
     _compare_cases(subject, where, call)
     empty, none = (None if one is None else one[:0] for one in (subject.groups, subject.reference))
     for dtype in (np.float64, np.float32, np.float16):
-        _attempt(
+        attempt(
             subject, f"{where} ({np.dtype(dtype)})", weigh_with, subject.losses[:0].astype(dtype),
-            subject.weighting, groups=empty, reference=none, **_known(subject.weighting.init()),
+            subject.weighting, groups=empty, reference=none, **known(subject.weighting.init()),
         )  # fmt: skip
         case = subject.cases()[0]
         case = case._replace(losses=case.losses.astype(dtype))
-        weights, _ = _attempt(subject, f"{where} ({np.dtype(dtype)})", call, case, _first(subject))
+        weights, _ = attempt(subject, f"{where} ({np.dtype(dtype)})", call, case, _first(subject))
         expected = subject.weights(case.situation, subject.losses)
         sentence = f"gives other weights for {np.dtype(dtype)} losses"
         subject.compare(weights, expected, sentence, losses=case.losses, dtype=weights.dtype)
@@ -80,6 +83,9 @@ def _check_numpy(subject: Subject) -> None:
 def _check_torch(subject: Subject) -> None:
     """`rgd.torch.sample_weights`: eager, compiled, vmapped, in every dtype."""
     torch: Any = importlib.import_module("torch")
+    if subject.entropy is not None:
+        check_torch_logits(subject, torch)
+        return
     sample_weights: Any = importlib.import_module("rgd.torch").sample_weights
     weighting = subject.weighting
     groups, reference = (
@@ -95,7 +101,7 @@ def _check_torch(subject: Subject) -> None:
     def calls(function: Any, dtype: Any) -> _Call:
         def call(case: Case, state: Any) -> tuple[Any, Any]:
             losses, measure = torch.tensor(case.losses, dtype=dtype), torch.tensor(case.measure, dtype=dtype)
-            weights, state = _split(function(losses, torch.tensor(case.where), measure, state))
+            weights, state = split(function(losses, torch.tensor(case.where), measure, state))
             return weights.numpy(), None if state is None else map_state(np.asarray, state)
 
         return call
@@ -105,7 +111,7 @@ def _check_torch(subject: Subject) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         where = f"torch ({dtype})"
         case = subject.cases()[0]
-        weights, _ = _attempt(subject, where, calls(plain, dtype), case, _first(subject))
+        weights, _ = attempt(subject, where, calls(plain, dtype), case, _first(subject))
         sentence = f"gives other weights in {where}"
         expected = subject.weights(case.situation, case.losses)
         subject.compare(weights, expected, sentence, losses=case.losses, dtype=np.float32)
@@ -123,7 +129,7 @@ def _check_torch(subject: Subject) -> None:
         return plain(losses, where, measure, first)
 
     def vmapped(*rows: Any) -> Any:
-        return _split(torch.func.vmap(row)(*(torch.tensor(row) for row in rows)))[0].numpy()
+        return split(torch.func.vmap(row)(*(torch.tensor(row) for row in rows)))[0].numpy()
 
     _compare_rows(subject, "torch.func.vmap", vmapped)
 
@@ -136,6 +142,9 @@ def _check_jax(subject: Subject) -> None:
     enable_x64: Any = getattr(jax, "enable_x64", None)
     if enable_x64 is None:  # JAX before 0.8
         enable_x64 = importlib.import_module("jax.experimental").enable_x64
+    if subject.entropy is not None:
+        check_jax_logits(subject, jax, enable_x64)
+        return
     groups = None if subject.groups is None else jnp.asarray(subject.groups)
 
     def plain(weighting: Any, losses: Any, where: Any, measure: Any, state: Any) -> Any:
@@ -148,7 +157,7 @@ def _check_jax(subject: Subject) -> None:
 
     def call(case: Case, state: Any) -> tuple[Any, Any]:
         result = traced(subject.weighting, jnp.asarray(case.losses), case.where, case.measure, state)
-        weights, state = _split(result)
+        weights, state = split(result)
         return np.asarray(weights), None if state is None else map_state(np.asarray, state)
 
     with enable_x64(True):
@@ -157,7 +166,7 @@ def _check_jax(subject: Subject) -> None:
     first = _first(subject)
 
     def row(losses: Any, where: Any, measure: Any) -> Any:
-        return _split(plain(subject.weighting, losses, where, measure, first))[0]
+        return split(plain(subject.weighting, losses, where, measure, first))[0]
 
     def rows_of(dtype: Any) -> Callable[..., Any]:
         function: Any = jax.jit(jax.vmap(row))
@@ -178,28 +187,5 @@ FRONT_CHECKS: dict[str, Callable[[Subject], None]] = {
 }
 
 
-def _attempt(subject: Subject, where: str, function: Any, *arguments: Any, **options: Any) -> Any:
-    """The result; an exception becomes a failure that says where it came from."""
-    try:
-        return function(*arguments, **options)
-    except Exception as error:
-        advice = "write the formula with batch.xp and arithmetic, without an if on a number or a loss"
-        raise AssertionError(
-            f"{subject.weighting} fails in {where} with {named(error)} ({advice})"
-        ) from error
-
-
-def _known(state: Any) -> dict[str, Any]:
-    return {} if state is None or state == () else {"state": state}
-
-
 def _first(subject: Subject) -> Any:
     return subject.weighting.init() if subject.weighting.stateful else None
-
-
-def _split(result: Any) -> tuple[Any, Any]:
-    """Weights and state, where a function returns both."""
-    if isinstance(result, tuple):
-        weights, state = cast("tuple[Any, Any]", result)
-        return weights, state
-    return result, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from rgd.weightings._call import map_state, weigh
 from rgd.weightings._fields import needs_of
 
 SIZE = 12
+CLASSES = 8
 
 SLACK = 256
 """How much a formula may amplify the rounding of a sum. Weights must agree to `SLACK * n * eps`."""
@@ -51,6 +52,10 @@ class Subject:
         if "reference" in needs_of(weighting):
             self.reference = rng.permutation(128)[:SIZE] / 16
             self.reference[[2, 5]] = self.reference[8]
+        self.entropy: Floats | None = None
+        if "entropy" in needs_of(weighting):
+            self.entropy = rng.permutation(32)[:SIZE] / 16
+            self.entropy[[2, 5]] = self.entropy[8]
 
     def fail(self, sentence: str) -> NoReturn:
         raise AssertionError(f"{self.weighting} {sentence}")
@@ -64,11 +69,13 @@ class Subject:
         measure: Any = None,
         members: Any = None,
         state: Any = None,
+        entropy: Any = None,
         dtype: Any = np.float64,
     ) -> tuple[Floats, Any]:
         """The weights by the formula, in NumPy, and the state after them.
 
-        `members` are the indices of the samples, for their groups and their reference; None for the first.
+        `members` are the indices of the samples, for their groups, their reference and their entropy; None
+        for the first. `entropy` is another entropy of the samples.
         """
         losses = np.asarray(losses, dtype)
         p = None if measure is None else np.asarray(measure, dtype)
@@ -76,16 +83,26 @@ class Subject:
             p = np.where(where, np.ones(losses.size, dtype) if p is None else p, 0)
         own = slice(losses.size) if members is None else members
         groups = None if self.groups is None else self.groups[own]
-        reference = None if self.reference is None else self.reference[own].astype(dtype)
+        beside = self.beside(own, dtype)
+        if entropy is not None:
+            beside["entropy"] = np.asarray(entropy, dtype)
         if self.weighting.stateful:
             state = map_state(np.asarray, self.weighting.init() if state is None else state)
         with np.errstate(all="ignore"):
             try:
-                batch = Batch(losses, p, groups, concrete=True, reference=reference)
+                batch = Batch(losses, p, groups, concrete=True, **beside)
                 weights, state = weigh(self.weighting, batch, state)
             except Exception as error:
                 self.fail(f"raised {named(error)} for {situation}")
         return np.asarray(weights), state
+
+    def beside(self, own: Any, dtype: Any = np.float64) -> dict[str, Any]:
+        """What a batch of some samples holds beside losses, measure and groups, as the weighting needs it."""
+        given = {"reference": self.reference, "entropy": self.entropy}
+        beside: dict[str, Any] = {
+            name: one[own].astype(dtype) for name, one in given.items() if one is not None
+        }
+        return beside if self.entropy is None else {**beside, "classes": CLASSES}
 
     def weights(self, situation: str, losses: Any, **options: Any) -> Floats:
         return self.run(situation, losses, **options)[0]
@@ -177,3 +194,27 @@ def same(one: Any, other: Any) -> bool:
     return structure(one) == structure(other) and all(
         np.array_equal(np.asarray(a), np.asarray(b), equal_nan=True) for a, b in pairs(one, other)
     )
+
+
+def attempt(subject: Subject, where: str, function: Any, *arguments: Any, **options: Any) -> Any:
+    """The result; an exception becomes a failure that says where it came from."""
+    try:
+        return function(*arguments, **options)
+    except Exception as error:
+        advice = "write the formula with batch.xp and arithmetic, without an if on a number or a loss"
+        raise AssertionError(
+            f"{subject.weighting} fails in {where} with {named(error)} ({advice})"
+        ) from error
+
+
+def known(state: Any) -> dict[str, Any]:
+    """The keyword of a state, where there is one."""
+    return {} if state is None or state == () else {"state": state}
+
+
+def split(result: Any) -> tuple[Any, Any]:
+    """Weights and state, where a function returns both."""
+    if isinstance(result, tuple):
+        weights, state = cast("tuple[Any, Any]", result)
+        return weights, state
+    return result, None

@@ -42,7 +42,12 @@ from rgd.torch.normalizer import check_normalizer
 from rgd.torch.segments import Segments
 from rgd.torch.stats import Record, stats_by_group, sums_of, tail_of, times_power
 from rgd.weightings import ERM, Weighting
-from rgd.weightings._call import check_reference_is_given, check_reference_is_read, resolve_weighting
+from rgd.weightings._call import (
+    check_reference_is_given,
+    check_reference_is_read,
+    refuse_without_logits,
+    resolve_weighting,
+)
 
 
 def sample_weights(
@@ -104,6 +109,8 @@ def sample_weights(
     """
     check_losses(losses)
     plan, sharing = plan_of(weighting, tau, scale), sync_of(process_group, sync)
+    if plan.needs_entropy:
+        refuse_without_logits(plan.weighting)
     simple = where is None and sample_weight is None and groups is None and state is None
     if simple and reference is None and not torch.compiler.is_compiling():
         refuse_weighted(losses, plan.weighting)
@@ -184,6 +191,8 @@ def reweighted_mean(
     """
     check_losses(losses)
     plan, sharing = plan_of(weighting, tau, scale), sync_of(process_group, sync)
+    if plan.needs_entropy:
+        refuse_without_logits(plan.weighting)
     members = check_groups(groups, losses.shape, losses.device, "element")
     weigher = Weigher(plan, members, functional_state(plan.weighting, state, losses.device), sharing)
     objective, _ = reweighted(

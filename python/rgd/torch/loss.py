@@ -33,7 +33,7 @@ from rgd.torch.functional import compute, found_by, reweighted, wanting, weigher
 from rgd.torch.segments import check_segments
 from rgd.torch.stats import Advisor, Record, Totals, remark_on
 from rgd.weightings import ERM, Weighting
-from rgd.weightings._call import resolve_weighting
+from rgd.weightings._call import refuse_without_logits, resolve_weighting
 
 
 class InitSignature:
@@ -217,6 +217,11 @@ class RGDLoss(Dial, nn.Module):
     def weighting(self, weighting: Weighting) -> None:
         plan: Plan | None = self.__dict__.get("_plan")
         weighting = resolve_weighting(weighting)
+        if self.base is not None:
+            refuse_without_logits(
+                weighting,
+                "leave base out, for the built-in cross-entropy of logits, or give another weighting",
+            )
         self.weighting_state = state_for(
             weighting, None if plan is None else plan.weighting, self.weighting_state, shared=self._sync.sync
         )

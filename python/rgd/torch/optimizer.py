@@ -27,7 +27,9 @@ from rgd.torch.functional import reweighted
 from rgd.torch.loss import InitSignature
 from rgd.torch.stats import Advisor
 from rgd.weightings import Weighting
-from rgd.weightings._call import resolve_weighting
+from rgd.weightings._call import refuse_without_logits, resolve_weighting
+
+_OF_LOGITS = "use rgd.torch.RGDLoss as the loss and the optimizer alone"
 
 
 class _Shared:
@@ -139,6 +141,7 @@ class RGD(Dial, torch.optim.Optimizer):
         sync: bool = True,
     ) -> None:
         weighting = resolve_weighting(weighting, tau, scale)
+        refuse_without_logits(weighting, _OF_LOGITS)
         sharing = Sync(process_group, sync)
         advisor = Advisor() if warn else None
         self.__setstate__(
@@ -159,6 +162,7 @@ class RGD(Dial, torch.optim.Optimizer):
     @weighting.setter
     def weighting(self, weighting: Weighting) -> None:
         weighting = resolve_weighting(weighting)
+        refuse_without_logits(weighting, _OF_LOGITS)
         now = self._now
         now.state = state_for(weighting, now.plan.weighting, now.state)
         now.plan = now.plan.replaced(weighting)

@@ -8,6 +8,7 @@ from rgd.weightings._base import Weighting, setting
 from rgd.weightings._batch import Batch
 from rgd.weightings.chi_square import ChiSquare, ChiSquareBall
 from rgd.weightings.cvar import CVaR
+from rgd.weightings.entropy_gate import EntropyGate
 from rgd.weightings.erm import ERM
 from rgd.weightings.excess import Excess
 from rgd.weightings.focal import Focal
@@ -27,6 +28,7 @@ __all__ = [
     "CVaR",
     "ChiSquare",
     "ChiSquareBall",
+    "EntropyGate",
     "Excess",
     "Focal",
     "GroupDRO",

@@ -35,9 +35,9 @@ class Weighting:
         clip: The loss above which a weight no longer changes; infinite if there is none. Only the statistics
             use it.
         is_plain: Whether every weight is 1, as in plain training.
-        needs: The attributes of a batch that the formula reads and not every call has: "reference", or in
-            `rgd.torch` "entropy", the entropy of the logits of each loss, with `batch.classes`, the number of
-            classes. A call without them raises.
+        needs: The attributes of a batch that the formula reads and not every call has: "reference", or
+            "entropy", the entropy of the logits of each loss, with `batch.classes`, the number of classes. A
+            call without them raises.
         kernel_name: The name of the Rust kernel whose numbers `of_kernel` reads.
         kernel_counts: Whether `kernel` is defined in the class that defines `weights`; set for each subclass.
         settings: The names of the numbers that are checked, and their ranges; set for each subclass.

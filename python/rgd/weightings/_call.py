@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from rgd.weightings._base import Kernel, Weighting, by_kernel
 from rgd.weightings._batch import Batch
-from rgd.weightings._fields import needs_of
+from rgd.weightings._fields import needs_of, nested
 from rgd.weightings.kl import KL
 
 
@@ -81,10 +81,7 @@ def weigh(weighting: Any, batch: Batch, state: Any = None) -> tuple[Any, Any]:
     if not isinstance(weighting, Weighting):
         return weighting.step(batch, state)
     if batch.entropy is None and "entropy" in weighting.needs:
-        raise ValueError(
-            f"{type(weighting).__name__} reads the entropy of the logits, which losses alone do not have: "
-            "call cross_entropy or linear_cross_entropy of rgd.torch, or RGDLoss without base"
-        )
+        refuse_without_logits(weighting)
     xp = batch.xp
     if not weighting.stateful:
         weights = weighting.weights(batch)
@@ -108,6 +105,24 @@ def weigh(weighting: Any, batch: Batch, state: Any = None) -> tuple[Any, Any]:
             f"{tuple(batch.losses.shape)}, got {_shape(weights)}"
         )
     return batch.only(weights), state
+
+
+def refuse_without_logits(weighting: Weighting, instead: str = "") -> None:
+    """Refuse a weighting that reads the entropy of the logits, where there are losses alone.
+
+    Args:
+        weighting: The weighting.
+        instead: What to do; empty for the functions that have logits.
+    """
+    for one in (weighting, *nested(weighting)):
+        if "entropy" in one.needs:
+            calls = (
+                "call cross_entropy or linear_cross_entropy of rgd.torch or rgd.jax, or RGDLoss without base"
+            )
+            raise ValueError(
+                f"{type(one).__name__} reads the entropy of the logits, which losses alone do not have: "
+                f"{instead or calls}"
+            )
 
 
 def check_reference_is_read(weighting: Weighting) -> None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from rgd._chunk_rows import chunk_rows
-from rgd._extras import check_returns, with_extras
+from rgd._extras import check_returns, read_entropy, with_extras, with_needed
 from rgd.jax import _ffi
 from rgd.jax._devices import AxisName, check_bound, divided_by_factor, psum
 from rgd.jax._inputs import Losses, as_reference
@@ -256,7 +256,7 @@ def linear_cross_entropy(
         vocab_axis=vocab_axis_name,
         native=kind,
         weighting=structure,
-        returns=returns,
+        returns=with_needed(returns, chosen),
     )
     given = constants.rows
     measure: Any = given.measure
@@ -273,7 +273,10 @@ def linear_cross_entropy(
             result = result * jnp.where(allowed, 1, jnp.nan).astype(dtype)
     else:
         values, logs, extras = token_losses(settings, operands, constants)
-        losses = Losses(values.reshape(shape), given.measure, given.groups, (), axis_name, given.reference)
+        entropy = read_entropy(extras, chosen)
+        entropy = None if entropy is None else entropy.reshape(shape)
+        beside = given.reference, entropy, problem.classes
+        losses = Losses(values.reshape(shape), given.measure, given.groups, (), axis_name, *beside)
         weights, new = target_weights(losses, chosen, per, state, problem.segments)
         losses = losses._replace(measure=measure)
         result = weighted_losses(weights, losses)

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from rgd._extras import read_entropy
 from rgd.jax import _ffi
 from rgd.jax._devices import mapped_axes, pmax, psum, vary
 from rgd.jax._extras import Extras, extras_of
@@ -89,13 +90,14 @@ def one_pass(
         total, sums = carry
         own, known = _of_chunk(operands, constants, chunk)
         rows, logits = known.rows, _logits(settings, own)
-        extras = _extras(settings, known, own, logits)
+        extras = _extras(settings, known, logits)
         if settings.native is not None and differentiated:
             losses, weights, gradient, logs = _native(settings, known, logits, weighting)
         else:
             shifted = adjusted(logits, constants.adjustment)
             losses, normalizer = _losses(settings, known, shifted)
-            known_losses = Losses(losses, rows.measure, rows.groups, (0,), None, rows.reference)
+            beside = rows.reference, read_entropy(extras, weighting), settings.classes
+            known_losses = Losses(losses, rows.measure, rows.groups, (0,), None, *beside)
             weights, _ = weights_of(known_losses, weighting)
             factor = rows.measure * jnp.where((weights == 0) & ~jnp.isnan(losses), 0, weights)
             logs = of_logs = None
@@ -108,7 +110,7 @@ def one_pass(
         if logs is not None:
             total = total + jnp.sum(squared_normalizers(measured, z_loss, logs))
         sums, d_inputs = _products(settings, wanted, own, sums, _through_cap(settings, logits, gradient))
-        return (total, sums), (d_inputs, extras)
+        return (total, sums), (d_inputs, _parts(constants, own, extras))
 
     start = jnp.zeros((), accumulator(operands)), _zeros(settings, wanted, operands)
     (total, sums), (d_inputs, extras) = _scan(settings, body, start, (operands.inputs, constants.rows))
@@ -124,7 +126,7 @@ def losses_pass(
     def body(carry: None, chunk: tuple[jax.Array, Rows]) -> tuple[None, Any]:
         own, known = _of_chunk(operands, constants, chunk)
         logits = _logits(settings, own)
-        extras = _extras(settings, known, own, logits)
+        extras = _parts(constants, own, _extras(settings, known, logits))
         losses, normalizer = _losses(settings, known, adjusted(logits, constants.adjustment))
         logs = None if constants.z_loss is None else _kept_by_first(constants, normalizer.log(known.rows))
         results = _kept_by_first(constants, losses), logs, extras, normalizer
@@ -270,14 +272,19 @@ def _losses(settings: Settings, constants: Constants, logits: jax.Array) -> tupl
     return jnp.where(codes == IGNORED, 0, losses), Normalizer(largest, exp_sum)
 
 
-def _extras(settings: Settings, constants: Constants, operands: Operands, logits: jax.Array) -> Extras:
-    """What else is wanted of the logits of a chunk, this device's part, in the accumulator's dtype."""
+def _extras(settings: Settings, constants: Constants, logits: jax.Array) -> Extras:
+    """What else is wanted of the logits of a chunk, in the accumulator's dtype."""
     if not settings.returns:
         return {}
     codes, logits = constants.rows.codes, adjusted(logits, constants.adjustment)
     axis, first = settings.vocab_axis, constants.first_class
     found = extras_of(settings.returns, logits, codes, codes != IGNORED, vocab_axis=axis, first_class=first)
-    parts = {name: _kept_by_first(constants, one.astype(logits.dtype)) for name, one in found.items()}
+    return {name: one.astype(logits.dtype) for name, one in found.items()}
+
+
+def _parts(constants: Constants, operands: Operands, extras: Extras) -> Extras:
+    """This device's part of the extras of a chunk."""
+    parts = {name: _kept_by_first(constants, one) for name, one in extras.items()}
     return vary(parts, mapped_axes(operands.inputs))
 
 

@@ -34,7 +34,7 @@ class Settings(NamedTuple):
         vocab_axis: The mapped axis over which the classes are spread, or None.
         native: The name of the Rust kernel that serves, or None for `jax.numpy`.
         weighting: What is fixed of the weighting where it is known inside a chunk; else None.
-        returns: The names of what else is wanted of the logits.
+        returns: The names of what else is wanted of the logits, by the caller or the weighting.
     """
 
     rows: int
