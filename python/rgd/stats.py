@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,9 @@ class GroupStats:
         weight_share: The group's part of the weight, `sum(p * w)` over the group divided by that over all.
         count: How many samples of the group take part.
         numbers: The number of each entry's group, ascending; None for 0, 1, 2 and so on.
+        extras: By name, the mean `sum(p * x) / sum(p)` over the group of each result of the logits that a
+            loss of `rgd.torch` returns, as `returns=` names them; "correct" is then the accuracy. None where
+            there are none.
     """
 
     mean_loss: Sequence[float]
@@ -36,6 +39,7 @@ class GroupStats:
     count: Sequence[int]
     # `static` tells JAX that these fields are not arrays.
     numbers: Sequence[int] | None = dataclasses.field(default=None, metadata={"static": True})
+    extras: Mapping[str, Sequence[float]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +121,11 @@ class WeightStats:
         numbers = {f"{prefix}{name}": self[name] for name in self.keys() if name != "groups"}
         if self.groups is not None:
             named = self.groups.numbers or range(len(self.groups.count))
-            for name in ("mean_loss", "weight_share", "count"):
-                for group, value in zip(named, getattr(self.groups, name), strict=True):
+            columns: dict[str, Any] = {
+                name: getattr(self.groups, name) for name in ("mean_loss", "weight_share", "count")
+            }
+            for name, column in {**columns, **(self.groups.extras or {})}.items():
+                for group, value in zip(named, column, strict=True):
                     numbers[f"{prefix}group_{group}/{name}"] = value
         return {name: value for name, value in numbers.items() if value is not None}
 
@@ -191,6 +198,8 @@ class WeightStats:
 
 # Groups with this number or a larger one have an entry only if they take part.
 MOST_GROUPS = 1_000_000
+# How many sums of a group stand before those of the extras.
+_COLUMNS = 4
 # If the largest weight is below this number, a step is less than a tenth of a plain one.
 _NEAR_ZERO = 0.1
 
@@ -321,9 +330,11 @@ def group_stats(
     weights: npt.NDArray[np.float64],
     measure: npt.NDArray[np.float64] | None,
     groups: npt.NDArray[np.int64],
+    extras: Mapping[str, npt.NDArray[Any]] | None = None,
 ) -> GroupStats:
     """The statistics of each group; arguments and errors as for `group_sums`."""
-    return _stats_of_groups(*group_sums(losses, weights, measure, groups))
+    numbers, rows = group_sums(losses, weights, measure, groups, extras)
+    return _stats_of_groups(numbers, rows, tuple(extras or ()))
 
 
 def group_sums(
@@ -331,6 +342,7 @@ def group_sums(
     weights: npt.NDArray[np.float64],
     measure: npt.NDArray[np.float64] | None,
     groups: npt.NDArray[np.int64],
+    extras: Mapping[str, npt.NDArray[Any]] | None = None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """The sums of each group, which add up over batches.
 
@@ -339,10 +351,11 @@ def group_sums(
         weights: Their weights, of the same shape.
         measure: The base measure, of the same shape, 0 where a sample takes no part; None for ones.
         groups: The group of each sample, of the same shape.
+        extras: More numbers `x` of each sample, by name, of the same shape.
 
     Returns:
         The numbers of the groups that take part, rising, and for each group a row: `sum(p)`, `sum(p * l)`,
-        `sum(p * w)`, and the number of samples that take part.
+        `sum(p * w)`, the number of samples that take part, and `sum(p * x)` of each of `extras`.
 
     Raises:
         ValueError: If a group number is negative.
@@ -354,35 +367,42 @@ def group_sums(
     if numbers.size and numbers[0] < 0:
         raise ValueError(f"groups must be integers >= 0, got {numbers[0]}")
     with np.errstate(all="ignore"):
-        values = (p, p * losses, p * weights, np.ones(p.shape))
+        more = [p * one[takes_part] for one in (extras or {}).values()]
+        values = (p, p * losses, p * weights, np.ones(p.shape), *more)
         columns = [np.bincount(index, column, numbers.size) for column in values]
     return numbers, np.stack(columns, 1).astype(np.float64)
 
 
-def group_stats_from_sums(sums: dict[int, npt.NDArray[np.float64]]) -> GroupStats:
-    """`GroupStats` from the rows of `group_sums`, added up over several batches."""
+def group_stats_from_sums(
+    sums: dict[int, npt.NDArray[np.float64]], names: tuple[str, ...] = ()
+) -> GroupStats:
+    """`GroupStats` from the rows of `group_sums`, added up over batches; `names` are those of the extras."""
     numbers = sorted(sums)
-    rows = np.zeros((len(numbers), 4))
+    rows = np.zeros((len(numbers), _COLUMNS + len(names)))
     for row, number in zip(rows, numbers, strict=True):
         row[:] = sums[number]
-    return _stats_of_groups(np.array(numbers, np.int64), rows)
+    return _stats_of_groups(np.array(numbers, np.int64), rows, names)
 
 
-def _stats_of_groups(numbers: npt.NDArray[np.int64], rows: npt.NDArray[np.float64]) -> GroupStats:
+def _stats_of_groups(
+    numbers: npt.NDArray[np.int64], rows: npt.NDArray[np.float64], names: tuple[str, ...]
+) -> GroupStats:
     """The statistics from rows of sums: of each group from 0 on; with large numbers, of groups with a row."""
     sparse = numbers.size > 0 and numbers[-1] >= MOST_GROUPS
     if not sparse:
-        dense = np.zeros((numbers[-1] + 1 if numbers.size else 0, 4))
+        dense = np.zeros((numbers[-1] + 1 if numbers.size else 0, rows.shape[1]))
         dense[numbers] = rows
         rows = dense
-    measure, loss, weight, count = (rows[:, column] for column in range(4))
+    measure, loss, weight, count = (rows[:, column] for column in range(_COLUMNS))
     with np.errstate(all="ignore"):
         mean_loss, share = loss / measure, weight / np.sum(weight)
+        means = [tuple((column / measure).tolist()) for column in rows[:, _COLUMNS:].T]
     return GroupStats(
         tuple(mean_loss.tolist()),
         tuple(share.tolist()),
         tuple(count.astype(np.int64).tolist()),
         tuple(numbers.tolist()) if sparse else None,
+        dict(zip(names, means, strict=True)) if names else None,
     )
 
 

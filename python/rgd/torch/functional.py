@@ -427,7 +427,7 @@ def weight_stats(
         measure, _ = within_range(measure, measure.dtype, "mean")
     plain, weights = losses.detach(), weights.detach()
     members = check_groups(groups, losses.shape, losses.device, "element")
-    by_group = None if members is None else stats_by_group(plain, weights, measure, members)
+    by_group = None if members is None else stats_by_group(plain, weights, measure, members, extras={})
     takes_part = None if measure is None else measure != 0
     compared = _reference_of(reference, plain, ERM() if weighting is None else weighting, takes_part)
     if weighting is not None:

@@ -386,6 +386,8 @@ class RGDLoss(Dial, nn.Module):
             return
         if record is not None and not (record.measure is record.groups is record.reference is None):
             record = record.with_copies()
+        if record is not None and self._extras is not None:
+            record = record.changed(extras=self._extras)
         # An exported program has no side effects.
         if record is not None or not is_exporting():
             object.__setattr__(self, "_record", record)  # nn.Module's own costs ten times as much
@@ -451,7 +453,7 @@ class RGDLoss(Dial, nn.Module):
 
         Args:
             groups: The group of each sample of that call, integers of the losses' shape or (N,): adds the
-                statistics of each group. None: the groups that the call was given, if it was.
+                statistics of each group, with the means of `returns`. None: those of the call, if it had any.
             total: Whether to describe all weighted calls in training mode since `reset_stats()` together: an
                 epoch, or the micro-batches of a step. Their sums are exact; `worst_tenth` is None, since it
                 cannot be computed from sums. Groups are those that eager calls on the CPU were given.
@@ -477,7 +479,7 @@ class RGDLoss(Dial, nn.Module):
                     "stats(total=True) describes the calls since reset_stats(): call that where an epoch "
                     "begins"
                 )
-            return self._totals.stats(self.weighting, self._sync.group() if sync else None)
+            return self._totals.stats(self.weighting, self._sync.group() if sync else None, self._returns)
         if self._record is None:
             raise RuntimeError(
                 "stats() describes the last call of the loss, and there has been none yet; calls under "

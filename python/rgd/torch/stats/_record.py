@@ -62,6 +62,7 @@ class Record(NamedTuple):
         normalizer: The number that the objective was divided by instead of the divisor, or None.
         segments: The unit of each target, if segments are the units.
         reference: The losses of a reference model that these were compared with; or None.
+        extras: What the call returns of its logits, by name, of the losses' shape.
     """
 
     losses: Tensor
@@ -75,6 +76,7 @@ class Record(NamedTuple):
     normalizer: float | Tensor | None = None
     segments: Segments | None = None
     reference: Tensor | None = None
+    extras: dict[str, Tensor] | None = None
 
     @classmethod
     def of(cls, problem: Problem, filled: Filled, backend: str) -> Record:
@@ -145,6 +147,17 @@ class Record(NamedTuple):
         excess = None if reference is None else losses.to(wide(losses)) - reference.to(wide(losses))
         return Units(losses, self.weights, measure, of_targets, number, excess)
 
+    def extras_of_units(self) -> dict[str, Tensor]:
+        """The mean of each of the extras over the targets of a unit that count, by name."""
+        if self.extras is None:
+            return {}
+        values = {name: one.to(wide(self.losses)) for name, one in self.extras.items()}
+        if self.segments is not None:
+            kept = cast("Tensor", self.counted)
+            return {name: self.segments.units(one, kept, None)[0] for name, one in values.items()}
+        per = "sample" if self.weights.dim() < self.losses.dim() else "element"
+        return {name: units_of(one, self.counted, None, per)[0] for name, one in values.items()}
+
     def groups_of(self, groups: Tensor | None) -> Tensor | None:
         """The group of each unit, checked, from the caller's groups."""
         if self.segments is not None:
@@ -191,7 +204,10 @@ class Record(NamedTuple):
             sums, (divisor, targets, normalizer) = _over_processes(sums, own_numbers, losses.device, group)
             own = [losses.reshape(-1), torch.ones_like(losses) if measure is None else measure]
             tail = gather([vector.reshape(-1).to(wide(losses)) for vector in own], group)[0]
-        by_group = None if groups is None else stats_by_group(losses, weights, measure, groups, group)
+        by_group = None
+        if groups is not None:
+            extras = record.extras_of_units()
+            by_group = stats_by_group(losses, weights, measure, groups, group, extras=extras)
         return stats_from_sums(
             sums,
             weighting,
@@ -304,16 +320,26 @@ def sums_of(
 
 
 def stats_by_group(
-    losses: Tensor, weights: Tensor, measure: Tensor | None, groups: Tensor, group: Any = None
+    losses: Tensor,
+    weights: Tensor,
+    measure: Tensor | None,
+    groups: Tensor,
+    group: Any = None,
+    *,
+    extras: dict[str, Tensor],
 ) -> GroupStats:
     """The statistics of each group, over the processes of a process group if there is one."""
+    if measure is None and group is not None:
+        measure = torch.ones_like(losses)  # another process may have one
     vectors = [losses.to(wide(losses)), weights.to(wide(losses)), groups.to(torch.int64)]
+    vectors += [one.to(wide(losses)) for one in extras.values()]
     vectors += [] if measure is None else [measure.to(wide(losses))]
     vectors = [vector.detach().reshape(-1) for vector in vectors]
     if group is not None:
         vectors = gather(vectors, group)[0]
     arrays = [np.asarray(vector.cpu()) for vector in vectors]
-    return group_stats(arrays[0], arrays[1], arrays[3] if len(arrays) > 3 else None, arrays[2])
+    of_extras = dict(zip(extras, arrays[3:], strict=False))
+    return group_stats(arrays[0], arrays[1], None if measure is None else arrays[-1], arrays[2], of_extras)
 
 
 def _sums(losses: Tensor, weights: Tensor, measure: Tensor | None, clip: float) -> WeightSums:

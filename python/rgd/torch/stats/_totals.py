@@ -43,7 +43,7 @@ class Totals:
         if units.are_on_the_host() and not isinstance(divisor, Tensor):
             self._numbers = _merged(self._numbers, [*units.sums(clip), divisor])
             if record.groups is not None:
-                self._add_groups(units, record.groups)
+                self._add_groups(units, record.groups, record.extras_of_units())
             return
         sums = units.sum_tensor(clip)
         if not isinstance(divisor, Tensor):
@@ -56,10 +56,12 @@ class Totals:
             both = torch.where(is_first_pass(sums), both, before)
         self._sums = both
 
-    def _add_groups(self, units: Units, groups: Tensor) -> None:
+    def _add_groups(self, units: Units, groups: Tensor, extras: dict[str, Tensor]) -> None:
         losses, weights = (np.asarray(one.detach().double()) for one in (units.losses, units.weights))
         measure = None if units.measure is None else np.asarray(units.measure.double())
-        numbers, rows = group_sums(losses, weights, measure, np.asarray(groups.reshape(units.losses.shape)))
+        of_units = np.asarray(groups.reshape(units.losses.shape))
+        more = {name: np.asarray(one.double()) for name, one in extras.items()}
+        numbers, rows = group_sums(losses, weights, measure, of_units, more)
         for number, row in zip(numbers.tolist(), rows, strict=True):
             self._groups[number] = self._groups.get(number, 0.0) + row
 
@@ -69,8 +71,11 @@ class Totals:
         # Do not set None: a graph is compiled again if a tensor replaces None.
         self._sums = None if self._sums is None else torch.zeros_like(self._sums)
 
-    def stats(self, weighting: Weighting, group: Any = None) -> WeightStats:
-        """The statistics of all calls together, over all processes of a group; waits for the device."""
+    def stats(self, weighting: Weighting, group: Any = None, returns: tuple[str, ...] = ()) -> WeightStats:
+        """The statistics of all calls together, over all processes of a group; waits for the device.
+
+        `returns` are the names of the extras of the calls.
+        """
         device, numbers = torch.device("cpu"), self._numbers
         if self._sums is not None:
             device, numbers = self._sums.device, _merged(numbers, [float(one) for one in self._sums.cpu()])
@@ -82,7 +87,7 @@ class Totals:
         for part in groups:
             for number, row in part.items():
                 merged_groups[number] = merged_groups.get(number, 0.0) + row
-        by_group = group_stats_from_sums(merged_groups) if merged_groups else None
+        by_group = group_stats_from_sums(merged_groups, returns) if merged_groups else None
         *sums, divisor = numbers
         merged = WeightSums(int(sums[0]), *sums[1:])._replace(largest=largest)
         return stats_from_sums(merged, weighting, denominator=divisor, groups=by_group)
