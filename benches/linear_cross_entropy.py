@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import rgd
 import torch
 import torch.nn.functional as F
 from _report import machine, write
@@ -84,6 +85,18 @@ def one_pass(hidden: Tensor, head: Tensor, target: Tensor) -> None:
     linear_cross_entropy(hidden, head, target, tau=1.0).backward()
 
 
+def one_pass_with_extras(hidden: Tensor, head: Tensor, target: Tensor) -> None:
+    """The same, with all that `returns=` names."""
+    names = "entropy", "logsumexp", "correct"
+    loss, _ = linear_cross_entropy(hidden, head, target, tau=1.0, returns=names)
+    loss.backward()
+
+
+def gated(hidden: Tensor, head: Tensor, target: Tensor) -> None:
+    """rgd's chunks, weighted by the entropy."""
+    linear_cross_entropy(hidden, head, target, weighting=rgd.EntropyGate(rgd.ERM())).backward()
+
+
 def products(hidden: Tensor, head: Tensor, target: Tensor) -> None:
     """The three matrix products alone, each whole, into existing memory: the lower limit of the time."""
     n, classes = hidden.shape[0], head.shape[0]
@@ -107,6 +120,8 @@ def ways() -> dict[str, Head]:
     if hasattr(nn, "LinearCrossEntropyOptions"):
         found["torch's chunked, unweighted"] = chunked
         found["torch's chunked, weights outside"] = chunked_outside
+    found[f"{OURS}(returns=...)"] = one_pass_with_extras
+    found[f"{OURS}, EntropyGate(ERM())"] = gated
     found["F.linear + nn.CrossEntropyLoss, unweighted"] = cross_entropy
     found["F.linear + plain-torch RGD"] = plain_rgd
     found["F.linear + RGDLoss"] = rgd_loss

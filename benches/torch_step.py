@@ -4,6 +4,8 @@ Run `make bench BENCH=benches/torch_step.py`, or this file: `--json FILE` writes
 tables of README.md and docs/speed.md, `--quick` times the small sizes for a moment. Each pair A, B is timed
 in turn, A B A B ..., in one process. The table gives the median of the pairwise ratios and its quartiles:
 below 1, RGDLoss is faster.
+
+A second table is about `returns=`: which kernels a step calls without it and with it, and what it costs.
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from _report import described, machine, place, publish, write
+from rgd import _rgd
 from rgd.torch import RGDLoss
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -33,6 +37,9 @@ PEERS = [
 # What the README shows of them, in float32.
 FRONT_SIZES = [(128, 10), (1024, 1000), (2048, 32000)]
 FRONT_PEERS = ["nn.CrossEntropyLoss", "plain-torch RGD"]
+
+
+RETURNS = ("entropy", "logsumexp", "correct")
 
 
 class Ratio(NamedTuple):
@@ -110,6 +117,43 @@ def ratios(
     return [alone, *(compare(ours, peer, budget) for peer in peers)]
 
 
+@contextmanager
+def watched() -> Iterator[list[str]]:
+    """The names of the Rust functions that are called, in turn."""
+    called: list[str] = []
+
+    def watch(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            called.append(name)
+            return function(*args, **options)
+
+        return call
+
+    plain = {name: one for name, one in vars(_rgd).items() if callable(one) and not isinstance(one, type)}
+    try:
+        for name, one in plain.items():
+            setattr(_rgd, name, watch(name, one))
+        yield called
+    finally:
+        for name, one in plain.items():
+            setattr(_rgd, name, one)
+
+
+def returns_row(size: tuple[int, ...], dtype: torch.dtype, budget: float) -> str:
+    """A line of the second table: the kernels of a step without `returns=` and with it, and the ratio."""
+    logits = torch.randn(size).to(dtype).requires_grad_()
+    target = torch.randint(0, size[1], (size[0], *size[2:]))
+    steps = [step(RGDLoss(returns=names), logits, target) for names in (RETURNS, ())]
+    kernels = []
+    for run in steps:
+        with watched() as called:
+            run()
+        kernels.append(", ".join(f"`{name}`" for name in called))
+    found = cell(compare(*steps, budget)._asdict())
+    name = str(dtype).removeprefix("torch.")
+    return f"| {size} | {name} | {kernels[1]} | {kernels[0]} | {found} |"
+
+
 def cell(figure: dict[str, Any]) -> str:
     """A ratio with its quartiles."""
     return f"{figure['median']:.2f} ({figure['low']:.2f}-{figure['high']:.2f})"
@@ -170,12 +214,13 @@ def main() -> None:
     sizes, budget = (SIZES[:3], 0.3) if arguments.quick else (SIZES, 3.0)
     torch.manual_seed(0)
     compiled = torch.compile(plain_rgd)
-    rows = []
+    rows, more = [], []
     progress = tqdm([(size, dtype) for size in sizes for dtype in DTYPES], leave=False)
     for size, dtype in progress:
         name = str(dtype).removeprefix("torch.")
         progress.set_description(f"{size} {name}")
         rows.append((size, name, ratios(size, dtype, compiled, budget)))
+        more.append(returns_row(size, dtype, budget))
     progress.close()
 
     figures = [
@@ -184,6 +229,9 @@ def main() -> None:
         for peer, ratio in zip(PEERS, found, strict=True)
     ]
     print(full_table(figures, machine()))
+    print(f"\nThe time of `RGDLoss(returns={RETURNS})` over that of `RGDLoss()`:\n")
+    print("| logits | dtype | kernels without returns= | kernels with it | time over RGDLoss() |")
+    print("|---|---|---|---|---|", *more, sep="\n")
     if arguments.json:
         write(arguments.json, figures)
     if arguments.write:

@@ -326,6 +326,30 @@ def test_a_loss_that_asks_for_nothing_keeps_nothing():
     assert criterion.returns == ()
 
 
+def test_a_call_that_asks_for_nothing_computes_nothing(monkeypatch):
+    from rgd.torch.backends import _extras, rust  # noqa: PLC0415
+
+    def refuse(*given):
+        raise AssertionError("extras that nobody asked for")
+
+    monkeypatch.setattr(_extras, "extras_by_formula", refuse)
+    monkeypatch.setattr(rust.Rust, "extras", refuse)
+    logits, target = batch()
+    case = Case()
+    calls = (
+        lambda returns: cross_entropy(logits, target, returns=returns),
+        lambda returns: RGDLoss(returns=returns)(logits, target),
+        lambda returns: case.chunked(returns=returns),
+        lambda returns: case.chunked(returns=returns, weighting=rgd.CVaR(0.5)),
+    )
+    for kind in BACKENDS:
+        for call in calls:
+            with backend(kind):
+                call(())
+                with pytest.raises(AssertionError, match="nobody asked for"):
+                    call(("correct",))
+
+
 def test_a_compiled_module_keeps_its_extras():
     torch.compiler.reset()
     logits, target = batch()

@@ -176,27 +176,32 @@ def test_a_compiled_loss_leaves_them_too():
 # --- over processes ---
 
 
-def on_a_rank(rank, size, weighed):
+def on_a_rank(rank, size, weighed, per):
     """The statistics of a rank's part of a batch, of its call and in total, over all ranks."""
     logits, target, measure, groups = batch(5)
     own = slice(0, 3) if rank == 0 else slice(3, 5)
-    criterion = RGDLoss(per="sample", returns=NAMES)
+    criterion = RGDLoss(per=per, returns=NAMES)
     criterion.reset_stats()
     given = {"sample_weight": measure[own]} if rank in weighed else {}
-    criterion(logits[own], target[own], groups=groups[own], **given)
+    criterion(logits[own], target[own], groups=of_units(groups[own], per), **given)
     return criterion.stats(sync=True).groups, criterion.stats(total=True, sync=True).groups
 
 
+def of_units(groups, per):
+    return groups if per == "sample" else groups[:, None].expand(-1, T).contiguous()
+
+
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
-@pytest.mark.parametrize("weighed", [(), (0,), (0, 1)], ids=["none", "one rank", "both ranks"])
-def test_the_groups_of_all_processes_are_those_of_one_batch(run, weighed):
+@pytest.mark.parametrize("weighed", [(), (0, 1)], ids=["plain", "measured"])
+@pytest.mark.parametrize("per", ["element", "sample"])
+def test_the_groups_of_all_processes_are_those_of_one_batch(run, weighed, per):
     logits, target, measure, groups = batch(5)
-    ranks = torch.tensor([0, 0, 0, 1, 1])
-    has_one = torch.tensor([int(rank) in weighed for rank in ranks])
-    criterion = RGDLoss(per="sample", returns=NAMES, sync=False)
-    criterion(logits, target, sample_weight=torch.where(has_one, measure, 1.0), groups=groups)
+    assert bool((target[3:] != -100).all())  # the second process leaves nothing out, and the first does
+    criterion = RGDLoss(per=per, returns=NAMES, sync=False)
+    given = {"sample_weight": measure} if weighed else {}
+    criterion(logits, target, groups=of_units(groups, per), **given)
     expected = criterion.stats().groups
-    for outcomes in run(2, on_a_rank, weighed):
+    for outcomes in run(2, on_a_rank, weighed, per):
         for found in outcomes:
             assert found.count == expected.count
             close(found.mean_loss, expected.mean_loss)
