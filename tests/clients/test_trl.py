@@ -267,6 +267,34 @@ def experts():
     return transformers.MixtralForCausalLM(config)
 
 
+GATE = rgd.EntropyGate(ERM)
+
+
+def test_a_linear_head_takes_the_entropy_of_each_token(tmp_path):
+    trainer = train(
+        RGDSFTTrainer, trl.SFTConfig, make_model(), texts(), tmp_path, weighting=GATE, linear=True
+    )
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    model = trainer.model.train()
+    losses, kept = token_losses(model, inputs)
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+    log_q = logits.detach().log_softmax(-1)
+    gate = -(log_q.exp() * log_q).sum(-1) / torch.tensor(43.0).log()
+    assert gate[kept].std() > 0.01
+    expected = (gate * losses).sum() / int(kept.sum())
+    assert_same_gradient(trainer.compute_loss(model, dict(inputs)), expected, model)
+
+
+@pytest.mark.parametrize("kind", ["fine tuning", "pairs", "rewards"])
+def test_trainers_of_losses_refuse_the_entropy_before_they_begin(tmp_path, kind):
+    trainer_class, config_class, model, rows, settings, _ = {
+        "fine tuning": fine_tuning, "pairs": preferences, "rewards": rewards,
+    }[kind](False)  # fmt: skip
+    instead = "give linear=True" if kind == "fine tuning" else "give another weighting for pairs"
+    with pytest.raises(ValueError, match=f"EntropyGate reads the entropy of the logits.*{instead}"):
+        train(trainer_class, config_class, model, rows, tmp_path, weighting=GATE, **settings)
+
+
 def test_fine_tuning_a_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path):
     mine = train(RGDSFTTrainer, trl.SFTConfig, experts(), texts(), tmp_path, weighting=ERM)
     theirs = train(trl.SFTTrainer, trl.SFTConfig, experts(), texts(), tmp_path)

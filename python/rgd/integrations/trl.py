@@ -158,8 +158,8 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
         **kwargs: Any,
     ) -> None:
         linear = check_flag("linear", linear)
-        if weighting is not None and not linear:
-            refuse_without_logits(resolve_weighting(weighting), "give linear=True")
+        if not linear:
+            refuse_without_logits(resolve_weighting(weighting, tau, scale), "give linear=True")
         criterion = RGDLoss(
             base=None if linear else _unchanged,
             reduction="none",
@@ -361,7 +361,9 @@ class RGDDPOTrainer(_OfPairs, DPOTrainer):
         scale: float | None = None,
         **kwargs: Any,
     ) -> None:
-        criterion = RGDLoss(base=_unchanged, weighting=weighting, tau=tau, scale=scale)
+        weighting = resolve_weighting(weighting, tau, scale)
+        refuse_without_logits(weighting, "give another weighting for pairs")
+        criterion = RGDLoss(base=_unchanged, weighting=weighting)
         super().__init__(*args, **kwargs)
         self.criterion = criterion
         trainer: Any = self
@@ -466,7 +468,9 @@ class RGDRewardTrainer(_OfPairs, RewardTrainer):
         scale: float | None = None,
         **kwargs: Any,
     ) -> None:
-        criterion = RGDLoss(base=_unchanged, weighting=weighting, tau=tau, scale=scale)
+        weighting = resolve_weighting(weighting, tau, scale)
+        refuse_without_logits(weighting, "give another weighting for pairs")
+        criterion = RGDLoss(base=_unchanged, weighting=weighting)
         super().__init__(*args, **kwargs)
         self.criterion = criterion
 
