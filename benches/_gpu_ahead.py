@@ -16,6 +16,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import rgd
 import torch
 import triton
+from rgd._extras import EXTRAS
 from rgd.torch import backend, cross_entropy
 from rgd.torch.backends import triton as backend_of_triton
 from rgd.torch.backends.triton import _launch
@@ -96,6 +97,7 @@ def launches(classes, dtype, *, soft=False, rows=64, grad=True, shape=None, **op
     try:
         with backend("triton"):
             loss = cross_entropy(logits, target, **options)
+            loss = loss[0] if isinstance(loss, tuple) else loss
             if grad:
                 loss.backward()
     finally:
@@ -190,6 +192,15 @@ def variants():
             yield (
                 f"all options {short} {classes}",
                 launches(classes, dtype, **options_of(True, classes))[0],
+                True,
+            )
+        for classes in (4096, 16384, 32000):
+            yield f"with returns {short} {classes}", launches(classes, dtype, returns=EXTRAS)[0], True
+        for classes in (4096, 32000):
+            every = options_of(True, classes)
+            yield (
+                f"all with returns {short} {classes}",
+                launches(classes, dtype, soft=True, returns=EXTRAS, **every)[0],
                 True,
             )
         yield f"probabilities {short} 32000", launches(32000, dtype, soft=True)[0], True

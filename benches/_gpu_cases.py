@@ -1,5 +1,6 @@
 """Random calls of the cross-entropy with all combinations of options, to test the parity of a backend."""
 
+import dataclasses
 import math
 import random
 from typing import Any, NamedTuple
@@ -7,6 +8,20 @@ from typing import Any, NamedTuple
 import rgd
 import torch
 from rgd.torch import backend, cross_entropy, linear_cross_entropy
+
+EXTRAS = ("entropy", "logsumexp", "correct")
+
+
+@dataclasses.dataclass(frozen=True)
+class Unsure(rgd.Weighting):
+    """A weighting of one's own that reads the entropy: its share of the largest possible one."""
+
+    pointwise = True
+    needs = ("entropy",)
+
+    def weights(self, batch):
+        return batch.entropy / math.log(max(2, batch.classes))
+
 
 SHAPES = [(6,), (12, 4), (9, 33), (1, 5), (5, 130), (3, 4, 5), (2, 3, 4, 2), (2, 70, 3)]
 WEIGHTINGS = [
@@ -21,6 +36,12 @@ WEIGHTINGS = [
     rgd.KLBall(0.1),
     rgd.CVaR(0.5),
     rgd.ChiSquare(2.0),
+    rgd.Pointwise(lambda losses: 1 / (1 + losses)),
+    Unsure(),
+    rgd.Excess(rgd.CVaR(0.5)),
+    rgd.Excess(rgd.Threshold(0.5)),
+    rgd.GroupDRO(2, 0.5),
+    rgd.MovingAverage(rgd.KL(), 0.5),
 ]
 
 
@@ -36,6 +57,20 @@ class Case(NamedTuple):
     def __str__(self):
         kind = "probabilities" if self.target.is_floating_point() else "labels"
         return f"{tuple(self.logits.shape)} {kind} {sorted(self.tensors)} {self.options}"
+
+    def used(self):
+        """The names of the options and tensors that are not left at what they are by default."""
+        target, weighting = self.target, self.options["weighting"]
+        adjustment = self.tensors.get("logit_adjustment")
+        ignored = not target.is_floating_point() and bool((target == -100).any())
+        return {
+            *self.tensors, type(weighting).__name__, self.options["reduction"], self.options["per"],
+            *(name for name in ("label_smoothing", "z_loss", "normalizer", "returns")
+              if self.options.get(name, 0) != 0),
+            *(["probabilities"] if target.is_floating_point() else [str(target.dtype)[6:]]),
+            *(["ignored"] if ignored else []),
+            *(["-inf"] if adjustment is not None and bool(adjustment.isneginf().any()) else []),
+        }  # fmt: skip
 
 
 def case_of(seed, shapes=SHAPES):
@@ -76,7 +111,36 @@ def case_of(seed, shapes=SHAPES):
     above = above if choose.random() < 0.5 else above * 0 + 1
     if options["reduction"] == "mean" and choose.random() < 0.3:
         options["normalizer"] = choose.choice([7.5, torch.tensor(7.5, dtype=torch.float64)])
+    if "logit_adjustment" in tensors and choose.random() < 0.5:
+        _rule_out(classes - 1, target, tensors, options)
+    if choose.random() < 0.4:
+        options["returns"] = EXTRAS
+    labels = not target.is_floating_point()
+    if places and labels and options["per"] == "sample" and choose.random() < 0.5:
+        # Units of a row: `where` and `sample_weight` are then one a target.
+        tensors["segments"] = torch.randint(-1, 2, places, generator=generator)
+        options["num_segments"] = 2
+        units = (places[0], 2) if len(places) > 1 else (1, 2)
+        tensors |= {name: torch.rand(units, generator=generator) < 0.8 for name in {"where"} & set(tensors)}
+        if "sample_weight" in tensors:
+            tensors["sample_weight"] = uniform(*units).round(decimals=1)
+    weighting = options["weighting"]
+    if not places and (isinstance(weighting, rgd.GroupDRO) or weighting.stateful):
+        options["weighting"] = rgd.KL()
+    elif isinstance(weighting, rgd.GroupDRO):
+        tensors["groups"] = torch.randint(0, 2, units, generator=generator)
+    if isinstance(weighting, rgd.Excess):
+        tensors["reference"] = uniform(*places) * 3
     return Case(logits, target, tensors, options, above)
+
+
+def _rule_out(k, target, tensors, options):
+    """Rule class `k` out by an adjustment of -inf, if its mass is 0 or can be made so."""
+    if target.is_floating_point() or options["label_smoothing"] > 0 or bool((target == k).any()):
+        if "weight" not in tensors or k == 0:
+            return
+        tensors["weight"][k] = 0.0
+    tensors["logit_adjustment"][k] = -math.inf
 
 
 def cast(case, dtype, device="cpu"):
@@ -95,28 +159,38 @@ def cast(case, dtype, device="cpu"):
 
 
 def value_and_grad(case, name, **options):
-    """The value and the gradient of a case by a backend; in float64 from then on."""
+    """The value and the gradient of a case by a backend, and what else it returns, all in float64."""
     logits = case.logits.clone().requires_grad_()
     with backend(name):
         given = logits * 1 if options.get("inplace") else logits
-        value = cross_entropy(given, case.target, **case.tensors, **case.options, **options)
+        value, beside = _called(cross_entropy, (given, case.target), case, options)
         (grad,) = torch.autograd.grad(value, logits, case.above.to(value.dtype))
     assert grad.dtype == logits.dtype
-    return value.detach().double().cpu(), grad.double().cpu()
+    return value.detach().double().cpu(), grad.double().cpu(), beside
+
+
+def _called(function, tensors, case, options):
+    """The loss of a call, and extras and state as one vector."""
+    weighting = case.options["weighting"]
+    state = weighting.init() if weighting.stateful else None
+    found = function(*tensors, **case.tensors, **case.options, **options, state=state)
+    value, beside = found if isinstance(found, tuple) else (found, ())
+    parts = torch.utils._pytree.tree_leaves(beside)
+    flat = [torch.as_tensor(part).double().cpu().flatten() for part in parts]
+    return value, torch.cat(flat) if flat else torch.zeros(0, dtype=torch.float64)
 
 
 def linear_value_and_grads(case, name, **options):
-    """The value and the gradients of a linear head whose hidden states are those of the case's logits."""
+    """The value and the gradients of a linear head with the case's targets, and what else it returns."""
     generator = torch.Generator().manual_seed(1)
     classes = case.logits.shape[1]
     hidden = torch.randn(case.logits.shape[0], 8, generator=generator).to(case.logits)
     head = (torch.randn(classes, 8, generator=generator) / 2).to(case.logits)
     parameters = hidden.requires_grad_(), head.requires_grad_()
-    given = {**case.tensors, **case.options}
     with backend(name):
-        value = linear_cross_entropy(hidden, head, case.target, **given, **options)
+        value, beside = _called(linear_cross_entropy, (hidden, head, case.target), case, options)
         grads = torch.autograd.grad(value, parameters, case.above.to(value.dtype))
-    return value.detach().double().cpu(), torch.cat([one.flatten() for one in grads]).double().cpu()
+    return value.detach().double().cpu(), torch.cat([one.flatten() for one in grads]).double().cpu(), beside
 
 
 def distance(found, expected):

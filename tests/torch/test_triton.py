@@ -8,11 +8,9 @@ import sys
 import pytest
 import rgd
 import torch
-from rgd.torch import RGDLoss, backend, sample_weights
-from rgd.torch._plan import Plan, Weigher
-from rgd.torch._problem import Options, Problem
+from rgd.torch import RGDLoss, backend, cross_entropy, sample_weights
+from rgd.torch._plan import Plan
 from rgd.torch.backends import register
-from rgd.torch.backends.triton import Triton
 
 HERE = pathlib.Path(__file__).parent
 
@@ -84,11 +82,27 @@ def test_a_tensor_on_the_cpu_is_refused():
         criterion(torch.randn(3, 2), torch.tensor([0, 1, 0]))
 
 
-def test_what_a_problem_holds_that_the_programs_do_not_know_is_refused():
-    problem = Problem(torch.randn(3, 2), torch.tensor([0, 1, 0]), Options()).changed(returns=("entropy",))
-    for call in (lambda one: Triton().cross_entropy(one, Weigher(Plan(rgd.KL()))), Triton().step):
-        with pytest.raises(RuntimeError, match="do not serve returns"):
-            call(problem)
+@pytest.mark.parametrize("kind", ["xpu", "mps", "meta"])
+@pytest.mark.parametrize("weighting", [rgd.KL(), rgd.CVaR(0.5)], ids=str)
+def test_a_tensor_of_another_kind_of_device_is_refused_with_what_to_do(kind, weighting):
+    pytest.importorskip("triton")
+
+    class There(torch.Tensor):
+        """A tensor that says it is on a device which this machine does not have."""
+
+        @property
+        def device(self):
+            return torch.device(kind, 0)
+
+    logits, target = torch.randn(3, 2).as_subclass(There), torch.tensor([0, 1, 0]).as_subclass(There)
+    message = rf'on {kind}:0: the Triton programs serve \w+\. Leave backend\("triton"\) out'
+    with backend("triton"), pytest.raises(RuntimeError, match=message):
+        cross_entropy(logits, target, weighting=weighting)
+    with backend("triton"), pytest.raises(RuntimeError, match=message):
+        sample_weights(logits[:, 0], weighting)
+    with backend() as ran:
+        sample_weights(logits[:, 0], weighting)
+    assert ran == ["composite"]
 
 
 def test_rgd_imports_no_triton_and_without_it_says_so():

@@ -24,6 +24,7 @@ ALL = os.environ.get("RGD_GPU_STATIC") == "1"
 # Half of a multiprocessor's threads at 64 registers; more options cost more. Images read a tile of 64 rows.
 BUDGETS = {
     "all options": 128,
+    "all with returns": 128,
     "probabilities": 80,
     "losses": 48,
     "second pass": 48,
@@ -35,7 +36,8 @@ NAMES = {
     for dtype in ("fp32", "bf16")
     for name, classes in (
         *(("training", classes) for classes in (1000, 4096, 16384, 32000, 151936, 50257)),
-        *(("all options", classes) for classes in (4096, 16384, 32000)),
+        *((name, classes) for name in ("all options", "with returns") for classes in (4096, 16384, 32000)),
+        *(("all with returns", classes) for classes in (4096, 32000)),
         ("probabilities", 32000), ("losses", 32000), ("second pass", 32000), ("scale", 32000), ("image", 21),
     )
 }  # fmt: skip
@@ -58,7 +60,9 @@ def test_a_program_fits_its_registers_and_moves_128_bits_at_64_bit_addresses(nam
     launch, aligned = variants[name]
     found = ahead.compile_for(launch, target)
     assert (found.stack, found.spills, found.narrow_offsets) == (0, 0, 0)
-    assert found.registers <= BUDGETS.get(name.rsplit(" ", 2)[0], 72)
+    # A multiprocessor of a gfx942 has twice the registers for as many threads.
+    more = 1.25 if target == "gfx942" else 1
+    assert found.registers <= more * BUDGETS.get(name.rsplit(" ", 2)[0], 72)
     if aligned:
         assert found.loads[0] > 0
         assert (found.stores[0] > 0) == (not name.startswith("losses"))

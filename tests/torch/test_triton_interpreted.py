@@ -21,7 +21,7 @@ if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton
     pytest.skip("runs in Triton's interpreter: make test-gpu-static", allow_module_level=True)
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benches"))
 
-from _gpu_cases import case_of, cast, distance, linear_value_and_grads, value_and_grad
+from _gpu_cases import EXTRAS, case_of, cast, distance, linear_value_and_grads, value_and_grad
 from _gpu_watch import Watch
 from rgd.torch.backends.triton import _kernels, _launch, _passes
 
@@ -35,7 +35,8 @@ BFLOAT16 = 2.5 * 2.0**-8
 
 @pytest.fixture(params=["once", "in blocks"])
 def reads(request, monkeypatch):
-    """Rows of a small size that are kept in registers, and rows that are read in blocks."""
+    """Rows of a small size that are kept in registers, and rows that are read in blocks; several programs."""
+    monkeypatch.setattr(_launch, "_TILE", 16)
     if request.param == "in blocks":
         for name in ("ONCE_CLASSES", "ONCE_SOFT_CLASSES", "_BLOCK", "_ALONG_ROWS", "_BLOCK_ALONG_ROWS"):
             monkeypatch.setattr(_launch, name, 4)
@@ -58,9 +59,11 @@ def test_a_bfloat16_call_equals_that_of_its_numbers_in_float32(seed):
     case = cast(case_of(seed), torch.bfloat16)
     expected = value_and_grad(cast(case, torch.float32), "composite")
     with Watch():
-        value, grad = value_and_grad(case, "triton")
+        value, grad, beside = value_and_grad(case, "triton")
     assert distance(value, expected[0]) < BFLOAT16
     assert distance(grad, expected[1]) < BFLOAT16, case
+    # Both see the same numbers.
+    assert distance(beside, expected[2]) < FLOAT32, case
 
 
 @pytest.mark.usefixtures("reads")
@@ -69,9 +72,10 @@ def test_a_float16_call_keeps_its_gradient_in_float32_for_the_loss_scale(seed):
     case = cast(case_of(seed), torch.float16)
     expected = value_and_grad(cast(case, torch.float32), "composite")
     with Watch():
-        value, grad = value_and_grad(case, "triton")
+        value, grad, beside = value_and_grad(case, "triton")
     assert distance(value, expected[0]) < 2.0**-10
     assert distance(grad, expected[1]) < 2.0**-10, case
+    assert distance(beside, expected[2]) < FLOAT32, case
 
 
 @pytest.mark.usefixtures("reads")
@@ -413,10 +417,11 @@ def test_a_schedule_compiles_nothing_again():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-def test_the_operators_keep_the_contract_of_torch():
+@pytest.mark.parametrize("returns", [(), EXTRAS], ids=["", "returns"])
+def test_the_operators_keep_the_contract_of_torch(returns):
     logits, target = torch.randn(5, 4, requires_grad=True), torch.tensor([0, 1, 2, 3, -100])
-    problem = (logits, target, None, None, None, None, None, -100, 0.1, "mean", "element", 1e-3)
-    given = (*problem, None, False, None, None)
+    options = (-100, 0.1, "mean", "element", 1e-3, None, False, None, None, list(returns))
+    given = (logits, target, *[None] * 6, *options)
     numbers = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
     operators = torch.ops.rgd
     losses, sums = operators.triton_cross_entropy_losses(logits.detach(), *given[1:])
@@ -512,7 +517,9 @@ FAULTS = {
     "a kept maximum is not finite": ("return tl.where(top == float(\"-inf\"), 0.0, top)", "return top"),
     "the divisor is forgotten": ("norm = p / tl.where", "norm = p + 0 * tl.where"),
     "the weight is clipped from below": ("loss > tau, tau, loss", "loss < tau, tau, loss"),
-    "the sums of the rows are mixed": ("sums + row + rows + rows", "sums + row + rows"),
+    "the sums of the rows are mixed": ("sums + (row + rows + rows)", "sums + (row + rows)"),
+    "the entropy keeps an old maximum": ("(entropy_pull + moved * total)", "entropy_pull"),
+    "the last of equal logits counts": ("(here > largest)", "(here >= largest)"),
     "what comes from above is taken for 1": ("(factor != 1.0)", "(factor == 1.0)"),
 }  # fmt: skip
 
@@ -542,6 +549,10 @@ def all_is_well():
             return False
         if max(map(distance, found, expected)) > 1e-5:
             return False
+    with backend("triton"):
+        _, extras = cross_entropy(torch.zeros(2, 9), torch.tensor([0, 5]), returns=EXTRAS)
+    if extras["correct"].tolist() != [True, False]:
+        return False
     logits = torch.full((2, 9), -INF)
     logits[:, 8] = 0
     with Watch() as watch, backend("triton"):
@@ -554,6 +565,7 @@ def all_is_well():
 def test_a_planted_fault_is_caught(fault, monkeypatch, tmp_path):
     for name in ("ONCE_CLASSES", "ONCE_SOFT_CLASSES", "_BLOCK"):
         monkeypatch.setattr(_launch, name, 4)
+    monkeypatch.setattr(_launch, "_TILE", 16)
     if fault is not None:
         monkeypatch.setattr(_launch, "_module", with_fault(*FAULTS[fault], tmp_path))
     assert all_is_well() == (fault is None)

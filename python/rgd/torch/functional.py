@@ -34,7 +34,7 @@ from rgd.torch._plan import OfLogits, Plan, Weigher, plan_of
 from rgd.torch._problem import Given, Options, Problem, problem_of
 from rgd.torch._state import functional_state
 from rgd.torch._weighted import mark_weighted, refuse_weighted
-from rgd.torch.backends._extras import Extras, extras_of
+from rgd.torch.backends._extras import Extras, extras_by, mean_of_units, take_extras
 from rgd.torch.backends._formulas import reduce_losses
 from rgd.torch.backends._registry import choose
 from rgd.torch.backends.rust import Accepted, accepted, again, plain_objective, plain_weights
@@ -442,10 +442,12 @@ def compute(problem: Problem, weigher: Weigher) -> tuple[Tensor, Record | None]:
 
     The state after the call and the extras are left in the weigher.
     """
-    if problem.returns:
+    backend = choose(problem.tensors())
+    compute_extras = extras_by(backend) if problem.returns else None
+    if compute_extras is not None:
         # Before the gradient may overwrite the logits.
-        take_extras(weigher, problem, extras_of(problem))
-    objective, record = choose(problem.tensors()).cross_entropy(problem, weigher)
+        take_extras(weigher, problem, compute_extras(problem))
+    objective, record = backend.cross_entropy(problem, weigher)
     return finished(objective, problem, weigher), record
 
 
@@ -453,14 +455,6 @@ def wanting(problem: Problem, returns: tuple[str, ...], plan: Plan) -> Problem:
     """The same problem, which wants of its logits what the caller asks for and the weighting needs."""
     needed = ("entropy",) if plan.needs_entropy and "entropy" not in returns else ()
     return problem.changed(returns=(*returns, *needed))
-
-
-def take_extras(weigher: Weigher, problem: Problem, extras: Extras) -> None:
-    """Leave the extras of a problem in what weights its losses."""
-    entropy = None
-    if weigher.plan.needs_entropy:
-        entropy = _of_units(extras["entropy"], problem.counted(), problem.options.per, problem.segments)
-    weigher.extras = OfLogits(extras, entropy, problem.classes())
 
 
 def found_by(weigher: Weigher) -> Extras:
@@ -477,15 +471,8 @@ def weigher_of(problem: Problem, plan: Plan, memory: Any, sync: Sync) -> Weigher
     reference = problem.reference
     if reference is not None:
         check_reference_is_read(plan.weighting)
-        reference = _of_units(reference, problem.counted(), problem.options.per, problem.segments)
+        reference = mean_of_units(reference, problem.counted(), problem.options.per, problem.segments)
     return Weigher(plan, problem.groups, memory, sync, problem.power, reference=reference)
-
-
-def _of_units(of_targets: Tensor, counted: Tensor | None, per: str, segments: Segments | None) -> Tensor:
-    """The mean of numbers of the targets for each unit, such as the losses of a reference model."""
-    if segments is not None and counted is not None:
-        return segments.units(of_targets, counted, None)[0]
-    return units_of(of_targets, counted, None, per)[0]
 
 
 def _reference_of(
@@ -554,7 +541,7 @@ def reweighted(
             counted = spread(measure, values) != 0
             takes_part = counted if where is None else counted & where
         reference = _reference_of(reference, losses, weigher.plan.weighting, takes_part)
-        weigher.reference = _of_units(cast("Tensor", reference), where, per, units_of_rows)
+        weigher.reference = mean_of_units(cast("Tensor", reference), where, per, units_of_rows)
     if units_of_rows is not None and where is not None:
         units, unit_measure = units_of_rows.units(values, where, measure)
     else:

@@ -31,11 +31,13 @@ class Computed(NamedTuple):
         objective: The objective, reduced.
         grad: Its gradient with respect to the logits (for "none", that of the sum); None if not wanted.
         filled: Losses, weights and divisor.
+        extras: A row for each name of `rgd._extras.EXTRAS`, with a number a target; or None.
     """
 
     objective: Tensor
     grad: Tensor | None
     filled: Filled
+    extras: Tensor | None = None
 
     def weighted_by(self, weights: Tensor) -> Computed:
         """The same results with the weights of the units, if the kernels got weights of targets."""
@@ -43,7 +45,7 @@ class Computed(NamedTuple):
         if filled.weights is weights:
             return self
         filled = Filled(filled.losses, filled.weights, filled.divisor, filled.all_count, weights)
-        return Computed(self.objective, self.grad, filled)
+        return Computed(self.objective, self.grad, filled, self.extras)
 
 
 class Kernels(NamedTuple):
@@ -56,12 +58,15 @@ class Kernels(NamedTuple):
         gradient: Takes a problem, its losses, their weights, the rows of `losses`, and whether the gradient
             is wanted. Returns all results.
         rows: Takes a problem and its losses. Returns an uninitialised tensor like the rows of `losses`.
+        extras: Takes a problem and its losses. Returns an uninitialised tensor like the extras of `one_pass`;
+            None if that has none.
     """
 
     one_pass: Callable[[Problem, str, Tensor, bool], Computed]
     losses: Callable[[Problem], tuple[Tensor, Tensor]]
     gradient: Callable[[Problem, Tensor, Tensor, Tensor | None, bool], Computed]
     rows: Callable[[Problem, Tensor], Tensor]
+    extras: Callable[[Problem, Tensor], Tensor] | None = None
 
 
 class Operators:
@@ -77,7 +82,7 @@ class Operators:
         self._kernels = kernels
         define({
             name: f"({PROBLEM}, bool with_grad, str kind, Tensor numbers) "
-            "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+            f"-> (Tensor, Tensor, Tensor, Tensor, Tensor{'' if kernels.extras is None else ', Tensor'})",
             f"{name}_losses": f"({PROBLEM}) -> (Tensor, Tensor)",
             f"{name}_gradient": f"({PROBLEM}, bool with_grad, Tensor losses, Tensor weights, Tensor? rows) "
             "-> (Tensor, Tensor, Tensor)",
@@ -99,10 +104,10 @@ class Operators:
 
     def one_pass(self, problem: Problem, kind: str, numbers: Tensor, with_grad: bool) -> Computed:
         """Losses, weights, objective and gradient."""
-        objective, losses, weights, grad, divisor = self._one_pass(
+        objective, losses, weights, grad, divisor, *extras = self._one_pass(
             *flattened(problem), with_grad, kind, numbers
         )
-        return Computed(objective, grad, Filled(losses, weights, divisor))
+        return Computed(objective, grad, Filled(losses, weights, divisor), *extras)
 
     def losses(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """The loss of each target, and the rows that `gradient` reads; without grad."""
@@ -119,16 +124,18 @@ class Operators:
 
     def _run_one_pass(self, *given: Any) -> tuple[Tensor, ...]:
         problem, (with_grad, kind, numbers) = rebuilt(given), given[LENGTH:]
-        objective, grad, filled = self._kernels.one_pass(problem, kind, numbers, with_grad)
+        objective, grad, filled, extras = self._kernels.one_pass(problem, kind, numbers, with_grad)
         grad = or_empty(grad, problem.logits)
-        return objective, filled.losses, filled.weights, grad, _divisor(problem, filled)
+        found = objective, filled.losses, filled.weights, grad, _divisor(problem, filled)
+        return found if self._kernels.extras is None else (*found, or_empty(extras, filled.losses))
 
     def _fake_one_pass(self, *given: Any) -> tuple[Tensor, ...]:
         problem, with_grad = rebuilt(given), given[LENGTH]
         losses = _reduced(problem.logits, "none")
         weights = losses.new_empty(losses.shape[:1] if problem.options.per == "sample" else losses.shape)
         objective, grad, divisor = _empty_gradient(problem, with_grad)
-        return objective, losses, weights, grad, divisor
+        found = objective, losses, weights, grad, divisor
+        return found if self._kernels.extras is None else (*found, self._kernels.extras(problem, losses))
 
     def _run_losses(self, *given: Any) -> tuple[Tensor, Tensor]:
         return self._kernels.losses(rebuilt(given))
@@ -139,7 +146,7 @@ class Operators:
 
     def _run_gradient(self, *given: Any) -> tuple[Tensor, ...]:
         problem, (with_grad, losses, weights, rows) = rebuilt(given), given[LENGTH:]
-        objective, grad, filled = self._kernels.gradient(problem, losses, weights, rows, with_grad)
+        objective, grad, filled, _ = self._kernels.gradient(problem, losses, weights, rows, with_grad)
         return objective, or_empty(grad, problem.logits), _divisor(problem, filled)
 
     def _fake_gradient(self, *given: Any) -> tuple[Tensor, ...]:
@@ -189,9 +196,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], weights: Tensor, grad: Tensor) -> N
 
 
 def _keep_of_one_pass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, losses, weights, grad, divisor = output
+    _, losses, weights, grad, *others = output
     _keep(ctx, inputs, weights, grad)
-    ctx.mark_non_differentiable(losses, weights, grad, divisor)
+    ctx.mark_non_differentiable(losses, weights, grad, *others)
 
 
 def _keep_of_two_passes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -55,7 +55,13 @@ class FormulaStep(Step):
     Args:
         problem: The call; its class weight and adjustment are without grad, contiguous and in the
             accumulator's dtype.
+
+    Attributes:
+        fills_extras: Whether `losses` takes `extras`, vectors by name, and fills them from the logits it
+            reads; and `weigh_and_write_gradient` those that the weigher holds.
     """
+
+    fills_extras = False
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem.changed(
@@ -73,7 +79,10 @@ class FormulaStep(Step):
     def weigh_and_write_gradient(
         self, rows: Rows, weigher: Weigher, losses: Tensor, weights: Tensor, logsumexp: Tensor | None = None
     ) -> None:
-        losses[...] = self.losses(rows.logits, rows.target, logsumexp)
+        beside: Any = {}
+        if self.fills_extras and weigher.extras is not None:
+            beside = {"extras": weigher.extras.found}
+        losses[...] = self.losses(rows.logits, rows.target, logsumexp, **beside)
         weights[...] = weigher.weigh(losses, rows.measure)
         factors = (rows.norm * weights).masked_fill(rows.norm == 0, 0)
         z_factors = None if logsumexp is None else rows.norm * self.problem.options.z_loss

@@ -14,7 +14,7 @@ from rgd.torch._head import LinearHead
 from rgd.torch._modes import autocasts, graph_is_kept, in_transform, is_exporting, plain_and_eager
 from rgd.torch._plan import Weigher
 from rgd.torch._problem import Problem
-from rgd.torch.backends._extras import Extras
+from rgd.torch.backends._extras import Extras, take_extras
 from rgd.torch.backends._formulas import (
     check_labels,
     divisor_of,
@@ -28,7 +28,7 @@ from rgd.torch.backends._formulas import (
     z_factors_of,
 )
 from rgd.torch.backends._registry import Backend, choose
-from rgd.torch.functional import compute, finished, take_extras
+from rgd.torch.functional import compute, finished
 from rgd.torch.linear import _ops
 from rgd.torch.linear._chunks import Gradients, Wanted, gradients_in_chunks, in_one_pass, losses_in_chunks
 from rgd.torch.linear._rows import as_losses, as_rows, chunked, measure_of_targets

@@ -12,7 +12,7 @@ more.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,12 +64,12 @@ class Wants(NamedTuple):
 
     Attributes:
         names: Of the extras.
-        compute: The extras of the logits of a chunk and its target.
+        compute: The extras of the logits of a chunk and its target; None if the step fills them.
         classes: How many classes there are, of all slices of the vocabulary.
     """
 
     names: tuple[str, ...]
-    compute: Callable[[Tensor, Tensor], Extras]
+    compute: Callable[[Tensor, Tensor], Extras] | None
     classes: int
 
 
@@ -132,11 +132,17 @@ class _Extras:
         }
 
     def take(self, chunk: _Chunk, logits: Tensor) -> OfLogits:
-        """Those of a chunk, of its logits before the gradient overwrites them."""
-        found = self._wants.compute(logits, chunk.target)
-        for name, one in found.items():
-            self._found[name][chunk.own] = one
-        return OfLogits(found, found.get("entropy"), self._wants.classes)
+        """Those of a chunk, of its logits before the gradient overwrites them; or for the step to fill."""
+        own = {name: one[chunk.own] for name, one in self._found.items()}
+        if self._wants.compute is not None:
+            for name, one in self._wants.compute(logits, chunk.target).items():
+                own[name].copy_(one)
+        return OfLogits(own, own.get("entropy"), self._wants.classes)
+
+    def for_step(self, chunk: _Chunk, logits: Tensor) -> dict[str, Extras]:
+        """As `take`, for a step's `losses`: what it fills, as its argument."""
+        found = self.take(chunk, logits).found
+        return {} if self._wants.compute is not None else {"extras": found}
 
     def whole(self) -> Extras:
         """Those of all rows, (N,), 0 where one takes no part."""
@@ -236,10 +242,9 @@ def losses_in_chunks(head: ChunkedHead) -> tuple[Tensor, Tensor | None, Extras]:
     logsumexp = torch.empty_like(losses) if head.z_loss else None
     extras = None if head.wants is None else _Extras(run, head.wants)
     for chunk, logits in run:
-        if extras is not None:
-            extras.take(chunk, logits)
+        beside: Any = {} if extras is None else extras.for_step(chunk, logits)
         own = None if logsumexp is None else logsumexp[chunk.own]
-        losses[chunk.own] = head.step.losses(logits, chunk.target, own)
+        losses[chunk.own] = head.step.losses(logits, chunk.target, own, **beside)
     return (
         run.spread(losses),
         None if logsumexp is None else run.spread(logsumexp),

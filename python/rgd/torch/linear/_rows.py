@@ -15,7 +15,7 @@ from rgd.torch._dtypes import accumulator
 from rgd.torch._head import LinearHead
 from rgd.torch._measure import spread
 from rgd.torch._problem import Problem
-from rgd.torch.backends._extras import Extras, extras_by
+from rgd.torch.backends._extras import Extras, extras_by, extras_by_formula
 from rgd.torch.backends._registry import Backend
 from rgd.torch.linear._chunks import ChunkedHead, Wants
 from rgd.torch.linear._products import products_of
@@ -77,9 +77,11 @@ def chunked(problem: Problem, dtype: torch.dtype, backend: Backend) -> ChunkedHe
     step = backend.step(problem) if shard is None else VocabStep(problem, shard)
     wants = None
     if problem.returns:
-        of_rows = step.extras if isinstance(step, VocabStep) else extras_by(backend)
-        settings = problem.changed(measure=None, given_measure=None, segments=None, head=None)
-        compute = functools.partial(_extras_of_chunk, of_rows, settings)
+        compute = None
+        if not getattr(step, "fills_extras", False):
+            of_rows = step.extras if isinstance(step, VocabStep) else extras_by(backend)
+            settings = problem.changed(measure=None, given_measure=None, segments=None, head=None)
+            compute = functools.partial(_extras_of_chunk, of_rows or extras_by_formula, settings)
         wants = Wants(problem.returns, compute, problem.classes())
     return ChunkedHead(
         problem.logits.detach().to(dtype).flatten(0, -2),

@@ -17,9 +17,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from rgd._extras import EXTRAS
 from rgd.torch._modes import in_transform, is_exporting, plain_and_eager
 from rgd.torch._plan import Weigher
 from rgd.torch._problem import Problem
+from rgd.torch.backends._extras import extras_of_rows, take_extras
 from rgd.torch.backends._formulas import check_labels
 from rgd.torch.backends._graph import Computed, Kernels, Operators
 from rgd.torch.backends._steps import Step
@@ -33,9 +35,13 @@ _DEVICE = "cpu" if _INTERPRETED else "cuda"
 
 
 class Triton:
-    """Triton programs: serve plain float32, float16 and bfloat16 tensors on a GPU, eagerly and in graphs."""
+    """Triton programs: serve plain float32, float16 and bfloat16 tensors on a GPU, eagerly and in graphs.
+
+    `takes_extras` says that `cross_entropy` leaves what `returns=` names in the weigher.
+    """
 
     name = "triton"
+    takes_extras = True
 
     def refusal(self, tensors: tuple[Tensor | None, ...], compiling: bool) -> str | None:
         """The reason why the programs cannot serve a call; None if they can."""
@@ -43,7 +49,10 @@ class Triton:
             return "the package triton is not installed: pip install triton"
         for tensor in tensors:
             if tensor is not None and tensor.device.type != _DEVICE:
-                return f"a tensor is on {tensor.device}: the Triton programs serve {_DEVICE}"
+                return (
+                    f"a tensor is on {tensor.device}: the Triton programs serve {_DEVICE}. Leave "
+                    'backend("triton") out, and another backend serves it'
+                )
         if compiling and (is_exporting() or in_transform()):
             return "the graph is exported or transformed: the Triton programs serve plain calls"
         if not compiling and not plain_and_eager(tensors):
@@ -66,7 +75,6 @@ class Triton:
 
     def cross_entropy(self, problem: Problem, weigher: Weigher) -> tuple[Tensor, Record | None]:
         """The re-weighted objective, and the record of its weights."""
-        _refuse_the_unknown(problem)
         with_grad, plan = problem.wants_gradient(), weigher.plan
         compiling = torch.compiler.is_compiling()
         if compiling:
@@ -81,8 +89,12 @@ class Triton:
         if plan.pointwise and per_target and weigher.kernel_serves and plan.kind in ("kl", "focal"):
             numbers = cast("Tensor", plan.numbers_on(problem.logits.device))
             computed: Computed = kernels.one_pass(problem, plan.kind, numbers, with_grad)
+            if problem.returns:
+                take_extras(weigher, problem, extras_of_rows(problem, cast("Tensor", computed.extras)))
         else:
             losses, sums = kernels.losses(problem)
+            if problem.returns:
+                take_extras(weigher, problem, extras_of_rows(problem, sums[-len(EXTRAS) :]))
             of_units = weigher.weigh(*problem.units(losses)).to(losses.dtype)
             computed = kernels.gradient(problem, losses, problem.spread(of_units), sums, with_grad)
             computed = computed.weighted_by(of_units)
@@ -93,22 +105,9 @@ class Triton:
 
     def step(self, problem: Problem) -> Step:
         """The step over a chunk of a linear head."""
-        _refuse_the_unknown(problem)
         from rgd.torch.backends.triton._passes import TritonStep  # noqa: PLC0415
 
         return TritonStep(problem)
-
-
-def _refuse_the_unknown(problem: Problem) -> None:
-    """Refuse a problem with parts that the programs would ignore.
-
-    Raises:
-        RuntimeError: If the problem has such a part.
-    """
-    for name in ("returns",):
-        value: Any = getattr(problem, name)
-        if value is not None and value != ():
-            raise RuntimeError(f'the Triton programs do not serve {name}: leave backend("triton") out')
 
 
 # The first call that Triton serves imports it, since this takes as long as importing the rest of rgd.
@@ -135,7 +134,11 @@ def _gradient(
 
 
 def _rows(problem: Problem, losses: Tensor) -> Tensor:
-    return losses.new_empty((3, losses.numel()))
+    return losses.new_empty((3 + (len(EXTRAS) if problem.returns else 0), losses.numel()))
+
+
+def _extras(problem: Problem, losses: Tensor) -> Tensor:
+    return losses.new_empty((len(EXTRAS), losses.numel()) if problem.returns else (0,))
 
 
 def _in_autograd(problem: Problem, computed: Computed) -> Tensor:
@@ -150,5 +153,5 @@ def _in_autograd(problem: Problem, computed: Computed) -> Tensor:
     )
 
 
-_KERNELS = Kernels(_one_pass, _losses, _gradient, _rows)
+_KERNELS = Kernels(_one_pass, _losses, _gradient, _rows, _extras)
 _operators = Operators("triton_cross_entropy", (_DEVICE,), _KERNELS)

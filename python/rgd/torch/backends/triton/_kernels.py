@@ -27,12 +27,18 @@ def _logits_tile(logits, at_row, class_stride, k, inside, adjustment, classes):
 
 
 @triton.jit
-def _soft_mass(target, at_row, class_stride, k, inside, class_weight, classes, keep, share, LABELS):
+def _probabilities(target, at_row, class_stride, k, inside):
+    """The probabilities of a tile in float32; 0 outside of the row."""
+    at = at_row[:, None] + (k.to(tl.int64) * class_stride)[None, :]
+    return tl.load(target + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _soft_mass(probabilities, k, inside, class_weight, classes, keep, share):
     """The mass of probabilities and smoothing on the classes, without that of labels; 0 outside a row."""
     mass = tl.where(inside, share, 0.0)
-    if not LABELS:
-        at = at_row[:, None] + (k.to(tl.int64) * class_stride)[None, :]
-        mass += keep * tl.load(target + at, mask=inside, other=0.0).to(tl.float32)
+    if probabilities is not None:
+        mass += keep * probabilities
     if class_weight is not None:
         mass *= tl.load(class_weight + k.to(tl.int64), mask=k < classes, other=0.0)[None, :]
     return mass
@@ -49,6 +55,38 @@ def _pull(mass, x, pivot):
     """The sums of `m_k (x_k - pivot)`; a class without mass adds 0 where its logit is -inf."""
     distance = tl.where((mass == 0.0) & (x == float("-inf")), 0.0, x - pivot[:, None])
     return tl.sum(mass * distance, 1)
+
+
+@triton.jit
+def _entropy_pull(x, top):
+    """The sums of `e (x - top)` with `e = exp(x - top)`; a class whose probability is 0 adds 0."""
+    distance = x - _finite(top)[:, None]
+    e = tl.exp(distance)
+    return tl.sum(tl.where(e == 0.0, 0.0, e * distance), 1)
+
+
+@triton.jit
+def _first_class(values, k, first, largest):
+    """The first class with the largest value in this block and those before; -1 if a value is NaN.
+
+    Args:
+        values: Those of this block; -inf outside of the row.
+        k: The classes of the block.
+        first: The result of the blocks before, or 0.
+        largest: Their largest value, or -inf.
+    """
+    here = tl.max(values, 1)
+    place = tl.where(values == here[:, None], k[None, :], 2147483647)
+    place = tl.min(tl.where(values != values, -1, place), 1)
+    place = tl.where((place < 0) | (here > largest), place, first)
+    return tl.where(first < 0, first, place)
+
+
+@triton.jit
+def _ordered(probabilities, inside):
+    """Probabilities as `torch.argmax` orders them: NaN is the largest; -inf outside of the row."""
+    largest = tl.where(probabilities == probabilities, probabilities, float("inf"))
+    return tl.where(inside, largest, float("-inf"))
 
 
 @triton.jit
@@ -127,7 +165,7 @@ def _label_mass(class_weight, label, is_class, keep):
 @triton.jit
 def cross_entropy_rows(
     logits, target, class_weight, adjustment, measure, divisor, numbers, factors, z_factors,
-    losses, logsumexp, sums, weights, values, gradient,
+    losses, logsumexp, sums, weights, values, extras, gradient,
     rows, classes, inner, ignore_index, keep, share, z_loss,
     logits_outer, logits_inner, logits_class, target_outer, target_inner, target_class,
     gradient_outer, gradient_inner, gradient_class,
@@ -151,6 +189,8 @@ def cross_entropy_rows(
         sums: The maxima of the rows, then their sums of `exp(x - maximum)`, then their masses.
         weights: The weights.
         values: The term of each row in the sum of the objective, `p (w l + z_loss Z^2)`.
+        extras: The entropies of the rows, then their `Z`, then 1 where the class of the target is the first
+            of those with the largest logit, and 0 elsewhere.
         gradient: With KIND "given" that of `sum_i f_i l_i + z_i Z_i^2`, else that of the objective.
         rows: How many rows; `classes` and `inner` likewise.
         classes: How many classes.
@@ -204,34 +244,55 @@ def cross_entropy_rows(
 
     mass = tl.zeros((ROWS,), tl.float32)
     pull = tl.zeros((ROWS,), tl.float32)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    if extras is not None:
+        entropy_pull = tl.zeros((ROWS,), tl.float32)
+        first = tl.zeros((ROWS,), tl.int32)
+        likeliest = tl.zeros((ROWS,), tl.int32)
+        likelihood = tl.full((ROWS,), float("-inf"), tl.float32)
     if ONCE:
         k = tl.arange(0, BLOCK)
         inside = counts[:, None] & (k < classes)[None, :]
         x = _logits_tile(logits, at_row, logits_class, k, inside, adjustment, classes)
+        before = top
         top = tl.max(x, 1)
         total = tl.sum(tl.exp(x - _finite(top)[:, None]), 1)
+        if extras is not None:
+            entropy_pull = _entropy_pull(x, top)
+            first = _first_class(x, k, first, before)
         soft_mass = None
         if SOFT:
-            soft_mass = _soft_mass(
-                target, at_target, target_class, k, inside, class_weight, classes, keep, share, LABELS
-            )
+            probabilities = None
+            if not LABELS:
+                probabilities = _probabilities(target, at_target, target_class, k, inside)
+                if extras is not None:
+                    likeliest = _first_class(_ordered(probabilities, inside), k, likeliest, likelihood)
+            soft_mass = _soft_mass(probabilities, k, inside, class_weight, classes, keep, share)
             mass += tl.sum(soft_mass, 1)
             pull += _pull(soft_mass, x, pivot)
     else:
-        top = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         for start in range(0, classes, BLOCK):
             k = start + tl.arange(0, BLOCK)
             inside = counts[:, None] & (k < classes)[None, :]
             x = _logits_tile(logits, at_row, logits_class, k, inside, adjustment, classes)
             higher = tl.maximum(top, tl.max(x, 1))
+            if extras is not None:
+                first = _first_class(x, k, first, top)
+                moved = tl.where(top == float("-inf"), 0.0, top - _finite(higher))
+                entropy_pull = tl.exp(moved) * (entropy_pull + moved * total) + _entropy_pull(x, higher)
             total *= tl.exp(top - _finite(higher))
             total += tl.sum(tl.exp(x - _finite(higher)[:, None]), 1)
             top = higher
             if SOFT:
-                soft_mass = _soft_mass(
-                    target, at_target, target_class, k, inside, class_weight, classes, keep, share, LABELS
-                )
+                probabilities = None
+                if not LABELS:
+                    probabilities = _probabilities(target, at_target, target_class, k, inside)
+                    if extras is not None:
+                        ordered = _ordered(probabilities, inside)
+                        likeliest = _first_class(ordered, k, likeliest, likelihood)
+                        likelihood = tl.maximum(likelihood, tl.max(ordered, 1))
+                soft_mass = _soft_mass(probabilities, k, inside, class_weight, classes, keep, share)
                 mass += tl.sum(soft_mass, 1)
                 pull += _pull(soft_mass, x, pivot)
 
@@ -254,6 +315,16 @@ def cross_entropy_rows(
         tl.store(sums + row, tl.where(counts, top, 0.0), mask=exists)
         tl.store(sums + (row + rows), tl.where(counts, total, 1.0), mask=exists)
         tl.store(sums + (row + rows + rows), tl.where(counts, mass, 0.0), mask=exists)
+
+    if extras is not None:
+        entropy = log_total - entropy_pull / total
+        entropy = tl.where(entropy < 0.0, 0.0, entropy)
+        tl.store(extras + row, tl.where(counts, entropy, 0.0), mask=exists)
+        # Here z is NaN where the largest logit is infinite, and a logsumexp is infinite there.
+        infinite = counts & (top == float("inf")) & (first >= 0)
+        tl.store(extras + (row + rows), tl.where(infinite, top, z), mask=exists)
+        correct = counts & (first >= 0) & (first == (label if LABELS else likeliest))
+        tl.store(extras + (row + rows + rows), tl.where(correct, 1.0, 0.0), mask=exists)
 
     if KIND != "none":
         z_factor = None
@@ -292,10 +363,10 @@ def cross_entropy_rows(
                     x = _logits_tile(logits, at_row, logits_class, k, inside, adjustment, classes)
                     soft_mass = None
                     if SOFT:
-                        soft_mass = _soft_mass(
-                            target, at_target, target_class, k, inside, class_weight, classes, keep, share,
-                            LABELS,
-                        )  # fmt: skip
+                        probabilities = None
+                        if not LABELS:
+                            probabilities = _probabilities(target, at_target, target_class, k, inside)
+                        soft_mass = _soft_mass(probabilities, k, inside, class_weight, classes, keep, share)
                     tile = _gradient_tile(
                         x, top, total, mass, soft_mass, label_mass, label, k, factor, z_factor
                     )
@@ -342,9 +413,10 @@ def gradient_blocks(
         label, _counts, is_class = _label_of(target, row, exists, ignore_index, classes)
         label_mass = _label_mass(class_weight, label, is_class, keep)
     if SOFT:
-        soft_mass = _soft_mass(
-            target, at_target, target_class, k, inside, class_weight, classes, keep, share, LABELS
-        )
+        probabilities = None
+        if not LABELS:
+            probabilities = _probabilities(target, at_target, target_class, k, inside)
+        soft_mass = _soft_mass(probabilities, k, inside, class_weight, classes, keep, share)
     x = _logits_tile(logits, at_row, logits_class, k, inside, adjustment, classes)
     tile = _gradient_tile(x, top, total, mass, soft_mass, label_mass, label, k, factor, z_factor)
     inside = exists[:, None] & (k < classes)[None, :]

@@ -107,9 +107,11 @@ class Passed(NamedTuple):
     Attributes:
         losses: The losses.
         logsumexp: The logsumexp of the adjusted logits, or None.
-        sums: The sums of each row that `run_gradient` reads, (3, rows), or None.
+        sums: The sums of each row that `run_factors` reads, in the first 3 rows; or None.
         weights: The weights, or None.
         values: The term of each row in the sum of the objective, or None.
+        extras: The entropies of the rows, their logsumexps, and 1 or 0 for whether they put the class of the
+            target first, (3, rows), in the order of `rgd._extras.EXTRAS`; or None.
     """
 
     losses: Tensor
@@ -117,17 +119,22 @@ class Passed(NamedTuple):
     sums: Tensor | None = None
     weights: Tensor | None = None
     values: Tensor | None = None
+    extras: Tensor | None = None
 
 
 def run_losses(problem: Problem, *, losses: Tensor | None = None, logsumexp: Tensor | None = None) -> Passed:
-    """The losses of rows and their sums, by one read of the logits, into given or new vectors."""
+    """The losses of rows and their sums, by one read of the logits, into given or new vectors.
+
+    If the problem wants further results, they are in the same memory, behind the sums.
+    """
     call = _Call(problem)
     losses = call.vector() if losses is None else losses
     if logsumexp is None and problem.options.z_loss:
         logsumexp = call.vector()
-    found = Passed(losses, logsumexp, call.vector(3))
+    both = call.vector(6 if problem.returns else 3)
+    found = Passed(losses, logsumexp, both[:3], extras=both[3:] if problem.returns else None)
     call.run_rows("none", found)
-    return found
+    return found._replace(sums=both)
 
 
 def run_weighted(
@@ -154,7 +161,8 @@ def run_weighted(
     if given is None:
         vector = call.vector
         logsumexp = vector() if problem.options.z_loss else None
-        given = Passed(vector(), logsumexp, None, vector(), vector())
+        extras = vector(3) if problem.returns else None
+        given = Passed(vector(), logsumexp, None, vector(), vector(), extras)
     kind, numbers = kernel
     call.run_rows(kind, given, gradient, measure=measure, divisor=divisor, numbers=numbers)
     return given
@@ -233,14 +241,14 @@ class _Call:
         """Start `cross_entropy_rows`."""
         if not self.shape.rows:
             return
-        losses, logsumexp, sums, weights, values = (None,) * 5 if found is None else found
+        losses, logsumexp, sums, weights, values, extras = (None,) * 6 if found is None else found
         runs, strides = self._gradient(gradient)
         tile = tile_of(self.shape.classes, self.strides.classes != 1 and self.shape.inner > 1, self.soft)
         z_loss = self.problem.options.z_loss
         _launch(
             _module.cross_entropy_rows, (_divided(self.shape.rows, tile.rows),), self.logits, tile.warps,
             self.runs, self.target, self.class_weight, self.adjustment, measure, divisor, numbers, factors,
-            z_factors, losses, logsumexp, sums, weights, values, runs,
+            z_factors, losses, logsumexp, sums, weights, values, extras, runs,
             *self.shape, self.problem.options.ignore_index, self.keep, self.share, z_loss,
             *self.strides, *self.target_strides, *strides,
             KIND=kind, LABELS=self.labels, SOFT=self.soft, Z_LOSS=z_loss > 0, ONCE=tile.once,

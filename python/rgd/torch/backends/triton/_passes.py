@@ -7,9 +7,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from rgd._extras import EXTRAS
 from rgd.torch._dtypes import wide
 from rgd.torch._plan import Weigher
 from rgd.torch._problem import Problem
+from rgd.torch.backends._extras import Extras, extras_of_rows
 from rgd.torch.backends._formulas import (
     divisor_of,
     factors_of,
@@ -47,11 +49,11 @@ def one_pass(problem: Problem, kind: str, numbers: Tensor, with_grad: bool) -> C
     if reduction != "none":
         objective = values.sum(dtype=wide(values))
         objective = mean_of(objective, mean) if reduction == "mean" else objective
-    return Computed(objective.to(torch.float32), grad, Filled(losses, weights, divisor))
+    return Computed(objective.to(torch.float32), grad, Filled(losses, weights, divisor), found.extras)
 
 
 def losses_of_rows(problem: Problem) -> tuple[Tensor, Tensor]:
-    """The loss of each target, and the sums of its row."""
+    """The loss of each target, and the sums of its row; behind them the extras that the problem wants."""
     found = run_losses(problem)
     return found.losses.view(problem.losses_shape()), cast("Tensor", found.sums)
 
@@ -82,8 +84,20 @@ def gradient_of_rows(
 class TritonStep(FormulaStep):
     """The step over a chunk of a linear head by the programs, in place on its logits."""
 
-    def losses(self, logits: Tensor, target: Tensor, logsumexp: Tensor | None = None) -> Tensor:
-        return run_losses(self.problem.changed(logits=logits, target=target), logsumexp=logsumexp).losses
+    fills_extras = True
+
+    def losses(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        logsumexp: Tensor | None = None,
+        extras: Extras | None = None,
+    ) -> Tensor:
+        returns = self.problem.returns if extras is not None else ()
+        problem = self.problem.changed(logits=logits, target=target, returns=returns)
+        found = run_losses(problem, logsumexp=logsumexp)
+        self._fill(extras, problem, found.extras)
+        return found.losses
 
     def write_gradient(
         self, logits: Tensor, target: Tensor, factors: Tensor, z_factors: Tensor | None = None
@@ -100,8 +114,17 @@ class TritonStep(FormulaStep):
             return
         problem = self.problem.changed(logits=rows.logits, target=rows.target)
         numbers = cast("Tensor", plan.numbers_on(rows.logits.device))
-        given = Passed(losses, logsumexp, None, weights, torch.empty_like(losses))
+        extras = None if weigher.extras is None else losses.new_empty((len(EXTRAS), losses.numel()))
+        given = Passed(losses, logsumexp, None, weights, torch.empty_like(losses), extras)
         run_weighted(problem, (plan.kind, numbers), rows.logits, measure=_vector(rows.norm), given=given)
+        self._fill(None if weigher.extras is None else weigher.extras.found, problem, extras)
+
+    @staticmethod
+    def _fill(wanted: Extras | None, problem: Problem, extras: Tensor | None) -> None:
+        """Copy the extras of a pass into the vectors of a chunk."""
+        if wanted is not None and extras is not None:
+            for name, one in extras_of_rows(problem, extras).items():
+                wanted[name].copy_(one)
 
 
 def _empty_gradient(problem: Problem) -> Tensor:
