@@ -113,6 +113,25 @@ def test_a_compiled_graph_gives_the_same(weighting, options, name):
 @pytest.mark.filterwarnings(
     "ignore:`torch.jit.script:FutureWarning", "ignore:`torch.jit.script:DeprecationWarning"
 )
+@pytest.mark.parametrize("options", [{}, {"shift": True}, {"weighting": rgd.KLBall(0.1)}], ids=str)
+def test_one_dynamic_graph_serves_every_number_of_rows(options):
+    torch.compiler.reset()
+    head, graphs = torch.randn(5, 4, requires_grad=True), []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def call(input, target):
+        return linear_cross_entropy(input, head, target, **options)
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=count)
+    for rows, length in ((2, 3), (4, 5), (3, 7)):
+        input, target = torch.randn(rows, length, 4), torch.randint(0, 5, (rows, length))
+        torch.testing.assert_close(compiled(input, target), call(input, target))
+    assert len(graphs) == 1
+
+
 def test_a_compiled_mean_of_nothing_is_nan_and_one_of_nan_keeps_the_other_gradients():
     torch._dynamo.reset()
     nothing, broken = Case(rows=(4,)), Case(rows=(4,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -112,7 +113,8 @@ def _fake_gradients(given: tuple[Any, ...]) -> tuple[Tensor, ...]:
 
 def _fake_losses(given: tuple[Any, ...]) -> Tensor:
     input = given[0]
-    return input.new_empty((input.shape[:-1].numel(),), dtype=accumulator(input.dtype))
+    # torch.Size.numel would make the number of rows a constant of the graph.
+    return input.new_empty((math.prod(input.shape[:-1]),), dtype=accumulator(input.dtype))
 
 
 _KEY = "CompositeExplicitAutograd"

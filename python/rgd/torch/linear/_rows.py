@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import cast
 
@@ -28,7 +29,8 @@ def as_rows(problem: Problem, values: Tensor, fill: float) -> Tensor:
     head = cast("LinearHead", problem.head)
     if head.chunking.shift:
         values = F.pad(values, (0, places[1] - shape[1]), value=fill)
-    return values.reshape(places.numel(), *values.shape[len(shape) :])
+    # torch.Size.numel would make the number of rows a constant of a graph.
+    return values.reshape(math.prod(places), *values.shape[len(shape) :])
 
 
 def as_losses(problem: Problem, values: Tensor) -> Tensor:
