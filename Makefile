@@ -83,7 +83,7 @@ test-isa: $(VENV)/.built $(VENV)/.group-test ## Run the Rust tests, and a part o
 .PHONY: test-gpu-static
 test-gpu-static: $(VENV)/.built $(VENV)/.group-test ## Check the Triton programs without a GPU: in the interpreter, and compiled for each GPU
 	$(say) "pytest: the programs in Triton's interpreter, every launch watched"
-	@TRITON_INTERPRET=1 $(pytest) tests/torch/test_triton_interpreted.py
+	@TRITON_INTERPRET=1 $(pytest) $(addprefix tests/torch/test_triton_,interpreted.py extras.py modes.py processes.py)
 	$(say) "pytest: the programs compiled for sm_80, sm_90a, sm_100, sm_120 and gfx942"
 	@RGD_GPU_STATIC=1 $(pytest) tests/torch/test_triton_compiled.py
 

@@ -62,11 +62,13 @@ class Case(NamedTuple):
         """The names of the options and tensors that are not left at what they are by default."""
         target, weighting = self.target, self.options["weighting"]
         adjustment = self.tensors.get("logit_adjustment")
-        ignored = not target.is_floating_point() and bool((target == -100).any())
+        index = self.options.get("ignore_index", -100)
+        ignored = not target.is_floating_point() and bool((target == index).any())
         return {
             *self.tensors, type(weighting).__name__, self.options["reduction"], self.options["per"],
             *(name for name in ("label_smoothing", "z_loss", "normalizer", "returns")
               if self.options.get(name, 0) != 0),
+            *(["ignore_index"] if index != -100 else []),
             *(["probabilities"] if target.is_floating_point() else [str(target.dtype)[6:]]),
             *(["ignored"] if ignored else []),
             *(["-inf"] if adjustment is not None and bool(adjustment.isneginf().any()) else []),
@@ -124,6 +126,9 @@ def case_of(seed, shapes=SHAPES):
         tensors |= {name: torch.rand(units, generator=generator) < 0.8 for name in {"where"} & set(tensors)}
         if "sample_weight" in tensors:
             tensors["sample_weight"] = uniform(*units).round(decimals=1)
+    if labels and choose.random() < 0.2:
+        options["ignore_index"] = 0
+        target = target.masked_fill(target == -100, 0)
     weighting = options["weighting"]
     if not places and (isinstance(weighting, rgd.GroupDRO) or weighting.stateful):
         options["weighting"] = rgd.KL()

@@ -16,12 +16,14 @@ import subprocess
 import sys
 
 COUNTED = {
-    "training, 1,000 classes": (1000, "kl"),
-    "training, 16,384 classes": (16384, "kl"),
-    "training, 32,000 classes": (32000, "kl"),
-    "training, 151,936 classes": (151936, "kl"),
-    "weights over the batch, 32,000 classes": (32000, "kl_ball"),
-    "losses alone, 32,000 classes": (32000, None),
+    "training, 1,000 classes": (1000, "kl", False),
+    "training, 16,384 classes": (16384, "kl", False),
+    "the same with returns=": (16384, "kl", True),
+    "training, 32,000 classes": (32000, "kl", False),
+    "training, 151,936 classes": (151936, "kl", False),
+    "weights over the batch, 32,000 classes": (32000, "kl_ball", False),
+    "the same with returns=, too": (32000, "kl_ball", True),
+    "losses alone, 32,000 classes": (32000, None, False),
 }
 BANDWIDTH = {"A100": 2.0, "H100": 3.35, "H200": 4.8, "B200": 8.0}
 """Of the memory, in TB/s, as NVIDIA gives it for the 80 GB A100 and the SXM modules."""
@@ -48,14 +50,17 @@ def count():
     import rgd  # noqa: PLC0415
     import torch  # noqa: PLC0415
     from _gpu_watch import Watch  # noqa: PLC0415
+    from rgd._extras import EXTRAS  # noqa: PLC0415
     from rgd.torch import backend, cross_entropy  # noqa: PLC0415
 
     found = {}
-    for name, (classes, kind) in COUNTED.items():
+    for name, (classes, kind, beside) in COUNTED.items():
         logits = torch.randn(2, classes, dtype=torch.bfloat16).requires_grad_(kind is not None)
         weighting = rgd.KLBall(0.1) if kind == "kl_ball" else rgd.KL()
         with backend("triton"), Watch() as watch:
-            loss = cross_entropy(logits, torch.tensor([0, classes - 1]), weighting=weighting)
+            target, returns = torch.tensor([0, classes - 1]), EXTRAS if beside else ()
+            loss = cross_entropy(logits, target, weighting=weighting, returns=returns)
+            loss = loss[0] if beside else loss
             if kind is not None:
                 loss.backward()
         writes = watch.total("gradient")[1] if kind is not None else 0.0

@@ -24,6 +24,7 @@ ALL = os.environ.get("RGD_GPU_STATIC") == "1"
 # Half of a multiprocessor's threads at 64 registers; more options cost more. Images read a tile of 64 rows.
 BUDGETS = {
     "all options": 128,
+    "with returns": 80,
     "all with returns": 128,
     "probabilities": 80,
     "losses": 48,

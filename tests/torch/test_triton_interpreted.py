@@ -4,6 +4,7 @@ Launches are watched: they may touch nothing but the elements of their tensors, 
 """
 
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -21,7 +22,7 @@ if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton
     pytest.skip("runs in Triton's interpreter: make test-gpu-static", allow_module_level=True)
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benches"))
 
-from _gpu_cases import EXTRAS, case_of, cast, distance, linear_value_and_grads, value_and_grad
+from _gpu_cases import EXTRAS, WEIGHTINGS, case_of, cast, distance, linear_value_and_grads, value_and_grad
 from _gpu_watch import Watch
 from rgd.torch.backends.triton import _kernels, _launch, _passes
 
@@ -93,10 +94,24 @@ def test_the_gradient_may_take_the_place_of_the_logits(seed):
 def test_a_linear_head_equals_that_in_float64(seed):
     case = cast(case_of(seed, [(12, 4), (9, 33), (1, 5), (5, 130)]), torch.float32)
     options = {"chunk_bytes": 500, "logit_softcap": 5.0 if seed % 3 else None}
+    options["accumulate_dtype"] = torch.float64 if seed % 4 == 0 else None
     expected = linear_value_and_grads(cast(case, torch.float64), "composite", **options)
     with Watch():
         found = linear_value_and_grads(case, "triton", **options)
     assert max(map(distance, found, expected)) < 2 * FLOAT32, case
+
+
+def test_every_option_and_weighting_is_among_the_random_calls():
+    used = set().union(*(cast(case_of(seed), torch.float32).used() for seed in range(120)))
+    # The tensors of a call, short forms, and options of several values or of tests of their own.
+    others = {
+        "logits", "target", "tau", "scale", "weighting", "reduction", "per", "inplace", "state",
+        "num_segments", "process_group", "sync",
+    }  # fmt: skip
+    assert set(inspect.signature(cross_entropy).parameters) - others <= used
+    names = {type(weighting).__name__ for weighting in WEIGHTINGS}
+    assert names | {"mean", "sum", "none", "element", "sample"} <= used
+    assert {"probabilities", "int32", "int64", "ignored", "-inf"} <= used
 
 
 @pytest.mark.usefixtures("reads")
@@ -249,7 +264,8 @@ def test_a_training_call_reads_each_logit_once_or_twice_and_writes_its_gradient_
 
 def test_the_counts_of_the_table_are_those_that_the_page_gives():
     found = importlib.import_module("gpu_static").count()
-    assert list(map(tuple, found.values())) == [(1, 1), (1, 1), (2, 1), (2, 1), (2, 1), (1, 0)]
+    expected = [(1, 1), (1, 1), (1, 1), (2, 1), (2, 1), (2, 1), (2, 1), (1, 0)]
+    assert list(map(tuple, found.values())) == expected
 
 
 def test_losses_alone_cost_one_read_and_no_write():
