@@ -1,7 +1,7 @@
 //! Computations that are made again and again, on tensors that lie elsewhere each time and else are alike.
 //!
-//! To describe six tensors through `DLPack` takes longer than to compute a hundred rows. So what does not change is
-//! read once, and a call brings addresses.
+//! To describe six tensors through `DLPack` takes longer than to compute a hundred rows. So everything but the
+//! addresses is read once, and a call passes the addresses.
 
 use super::call::{for_float, read_weighting, released};
 use super::cross_entropy::{read_reduction, read_settings, read_totals};
@@ -16,7 +16,7 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use std::mem::MaybeUninit;
 
-/// What does not change from call to call of `cross_entropy`.
+/// The arguments of `cross_entropy` that are the same in every call.
 #[pyclass(frozen, module = "rgd._rgd")]
 pub(super) struct RepeatedCrossEntropy {
     dtype: Dtype,
@@ -27,7 +27,8 @@ pub(super) struct RepeatedCrossEntropy {
     settings: Settings,
 }
 
-/// Where the tensors of a call lie: contiguous, and no output within another tensor. What the call lacks is `None`.
+/// The addresses of a call's tensors, which are contiguous, and of which no output overlaps another. A tensor that the
+/// call does not have is `None`.
 struct Places {
     logits: usize,
     target: usize,
@@ -232,7 +233,7 @@ fn power_above(x: f64) -> f64 {
     if below == x { x } else { 2.0 * below }
 }
 
-/// What does not change from call to call of `sample_weights`.
+/// The arguments of `sample_weights` that are the same in every call.
 #[pyclass(frozen, module = "rgd._rgd")]
 pub(super) struct RepeatedWeights {
     dtype: Dtype,
@@ -261,7 +262,7 @@ impl RepeatedWeights {
         for_float!(self.dtype, "losses", T => self.fill::<T>(py, losses, weights, count, threads))
     }
 
-    /// Weights, the objective of losses that are float32 or float64, and what multiplies each loss in it: `w`, over
+    /// Weights, the objective of losses that are float32 or float64, and the factor of each loss in it: `w`, over
     /// `count` for "mean".
     #[allow(clippy::too_many_arguments)] // one for each tensor
     fn objective(

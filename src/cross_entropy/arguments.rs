@@ -1,4 +1,4 @@
-//! What a cross-entropy is given: logits and targets, settings, and the memory of what it fills.
+//! The arguments of a cross-entropy: logits and targets, settings, and the memory of its results.
 
 use crate::numeric::Element;
 use ndarray::{ArrayViewD, ArrayViewMutD};

@@ -16,7 +16,7 @@ use crate::numeric::{Element, Isa, Kernel, LANES, Real, dispatch, ln};
 use crate::parallel::{filled, for_each_block};
 use std::mem::MaybeUninit;
 
-/// What [`extras`] fills, one number a target, 0 for one that takes no part; `None` for what is not wanted.
+/// The results of [`extras`]: one number a target, 0 for a target that takes no part; `None` if a result is not wanted.
 #[derive(Debug)]
 pub struct Extras<'a, A> {
     /// The entropy, in nats.
@@ -27,7 +27,7 @@ pub struct Extras<'a, A> {
     pub correct: PerTarget<'a, A>,
 }
 
-/// Fills what is wanted, by one pass over the logits, a row of them in the cache at a time.
+/// Fills the results that are wanted, in one pass over the logits. A row of them is in the cache at a time.
 ///
 /// # Errors
 /// [`Error::OutOfRange`] for a class index that is no class; [`Error::Shape`] where shapes do not fit.

@@ -1,4 +1,4 @@
-//! Targets: class indices are checked and brought to one form, in which what takes no part is marked once.
+//! Targets: class indices are checked and brought to one form, which marks the targets that take no part.
 //!
 //! A target takes no part if its index is `ignore_index` or its sample weight `p` is 0. The denominator of the mean is
 //! `sum_i p_i c_{y_i}` over those that do, with class weights `c` (for class probabilities: `sum_i p_i`).

@@ -18,7 +18,7 @@ use std::mem::MaybeUninit;
 /// Logits of a block, the unit of work of a thread.
 pub(super) const BLOCK: usize = 1 << 15;
 
-/// Where the weights come from, and so what a pass writes.
+/// The source of the weights, which decides the outputs of a pass.
 #[derive(Clone, Copy)]
 pub(super) enum Plan<'a, A> {
     /// Writes the losses. With `kept`, leaves the exponentials where the gradient goes, and in `kept` their sum and the
@@ -138,7 +138,7 @@ impl<'a, T: Element> Problem<'a, T> {
         if matches!(plan, Plan::Losses { .. }) { None } else { self.grad }
     }
 
-    /// Sets the mass on each label, and what its logit is, from `logit(i, y)`.
+    /// Sets the mass on each label, and the label's logit less the largest, from `logit(i, y)`.
     #[inline(always)]
     pub fn look_at_labels(
         &self,
@@ -267,7 +267,7 @@ impl<A: Real> Losses<A> {
     /// Writes the losses of the targets from `start` on, and the logsumexp of their logits.
     ///
     /// # Safety
-    /// They are targets of the problem, and no other thread writes what belongs to them meanwhile.
+    /// They are targets of the problem, and no other thread writes their results meanwhile.
     #[inline(always)]
     unsafe fn store<I: Isa>(self, labels: Option<&[Label]>, group: &Group<A>, start: usize, losses: &[f64]) {
         let end = start + losses.len();
@@ -318,9 +318,9 @@ pub(super) struct Group<A> {
     pub label_mass: [A; GROUP],
     /// `sum`, `soft_dot` and `soft_mass` over the classes so far, where there are many.
     pub totals: Vec<[f64; GROUP]>,
-    /// What the gradient of the target's loss is multiplied by; 0 where the target takes no part.
+    /// The factor of the gradient of the target's loss; 0 where the target takes no part.
     pub factor: [A; GROUP],
-    /// What the exponentials are multiplied by: `factor` times all mass, and what a z-loss adds, over `sum`.
+    /// The factor of the exponentials: `factor` times all mass, plus the part of a z-loss, over `sum`.
     pub exp_factor: [A; GROUP],
 }
 

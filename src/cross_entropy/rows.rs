@@ -149,7 +149,7 @@ impl<T: Element> RowSteps<'_, '_, T> {
     }
 
     /// # Safety
-    /// As [`Self::run`], and `logits` gives the logits of a row or, of narrow ones, what is in `exps`.
+    /// As [`Self::run`], and `logits` gives the logits of a row; for narrow ones, those that were widened into `exps`.
     #[inline(always)]
     unsafe fn finish<I: Isa, M: RowMass<T::Real>, L: RowLogits<T::Real>>(
         self,

@@ -1,4 +1,4 @@
-//! The shapes of a call: what the logits imply for every other argument, and the error of one that does not fit.
+//! The shapes of a call: those that the logits imply for every other argument, and the error if one does not fit.
 //!
 //! Logits of shape `(C,)`, `(N, C)` or `(N, C, d1, ..., dk)` have targets of the shape without `C`. A unit is what has
 //! one weight: a target, or with `per_sample` all targets of a sample of the leading axis.

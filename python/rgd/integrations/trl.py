@@ -40,7 +40,7 @@ from rgd.weightings._call import refuse_without_logits, resolve_weighting
 if TYPE_CHECKING:
 
     class _Trainer:
-        """What the trainers of TRL, which have few types, are used for here."""
+        """The parts of TRL's trainers that are used here, with types, which TRL lacks."""
 
         args: Any
         accelerator: Any
@@ -95,7 +95,7 @@ class _OfPairs(_Reweighted):
     _mean_weight: Tensor | None = None
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
-        """TRL's, which is None; keeps the mean weight of the pairs of a step, of all processes."""
+        """TRL's, which returns None. Also keeps the mean weight of a step's pairs, over all processes."""
         given = [batch[COLUMN] for batch in batch_samples if batch.get(COLUMN) is not None]
         if given:
             weights = torch.cat([one.flatten().to(device) for one in given])
@@ -239,7 +239,7 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
         return super().compute_loss(reweighted, inputs, return_outputs, num_items_in_batch)
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
-        """TRL's, which keeps a column of weights beside `input_ids`, truncated and packed as they are."""
+        """TRL's, which also keeps a column of weights, truncated and packed like `input_ids`."""
         processing_class, config, packing, formatting_func, name = args
         columns = dataset.column_names or list(next(iter(dataset)))
         if COLUMN not in columns:
@@ -251,7 +251,7 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
                 "tokenize it first, or give one a row"
             )
         if packing:
-            # TRL's packing drops other columns, and cuts what it packs by itself.
+            # TRL's packing drops other columns, and cuts sequences by itself.
             whole = copy.copy(config)
             whole.max_length = None
         else:
@@ -315,7 +315,7 @@ class RGDSFTTrainer(_Reweighted, SFTTrainer):
 
 @contextlib.contextmanager
 def _without_auxiliary_loss(model: Any) -> Generator[None]:
-    """Let a mixture of experts return its auxiliary loss, which TRL adds, and not add it to its own loss."""
+    """Make a mixture of experts return its auxiliary loss and not add it to its own loss: TRL adds it."""
     name = "router_aux_loss_coef"
     changed = [
         (one, getattr(one, name)) for one in (model, model.config.get_text_config()) if hasattr(one, name)
@@ -405,7 +405,7 @@ class RGDDPOTrainer(_OfPairs, DPOTrainer):
             result = super()._compute_loss(recorded, inputs, return_outputs)
         finally:
             hook.remove()
-        outputs = seen[0]  # where the logits are asked for, they come from another pass after it
+        outputs = seen[0]  # if the logits are wanted, another pass after this one computes them
         mask = inputs["completion_mask"][:, 1:]
         log_probs = outputs.log_probs[:, -mask.size(1) :].sum(1)
         if trainer.precompute_ref_logps:

@@ -296,7 +296,7 @@ def _as_problem(
     num_segments: int | None,
     axis: int,
 ) -> Problem:
-    """Check what a user gave, at trace time, and bring the class axis to the end."""
+    """Check the arguments of a user, at trace time, and bring the class axis to the end."""
     logits = jnp.asarray(an_array("logits", logits))
     if logits.ndim == 0 or not -logits.ndim <= axis < logits.ndim:
         raise ValueError(
@@ -374,7 +374,7 @@ def _normalizers_of(problem: Problem) -> jax.Array:
 
 
 def _extras_of(problem: Problem, names: tuple[str, ...]) -> Extras:
-    """What `names` asks of the logits of each target."""
+    """The results that `names` lists, of the logits of each target."""
     label = problem.labels if problem.has_indices else jnp.argmax(problem.labels, axis=-1)
     counted = None if problem.measure is None else problem.measure != 0
     return extras_of(names, adjusted(problem.logits, problem.adjustment), label, counted)

@@ -1,4 +1,4 @@
-//! The z-loss: what it adds to objective and gradient, against its formula in `f64`, and what it leaves alone.
+//! The z-loss: its part of objective and gradient, against its formula in `f64`, and the results that it must not change.
 
 use super::*;
 

@@ -120,7 +120,7 @@ def one_pass(
 def losses_pass(
     settings: Settings, wanted: None, operands: Operands, constants: Constants
 ) -> tuple[jax.Array, jax.Array | None, Extras, Normalizer]:
-    """The loss of each row, with a z-loss its logsumexp, the extras, and what the gradient needs to know."""
+    """The loss of each row, its logsumexp with a z-loss, the extras, and the residuals of the gradient."""
     del wanted
 
     def body(carry: None, chunk: tuple[jax.Array, Rows]) -> tuple[None, Any]:
@@ -289,7 +289,7 @@ def _parts(constants: Constants, operands: Operands, extras: Extras) -> Extras:
 
 
 def _gradient(settings: Settings, constants: Constants, logits: jax.Array, above: Above) -> jax.Array:
-    """The gradient over the logits of what `above` has factors for; 0 where a row does not count."""
+    """The gradient of the logits, from the factors in `above`; 0 where a row does not count."""
     (largest, exp_sum), factor, of_logs = above
     codes = constants.rows.codes
     own, smooth, weight_sum = _shares(settings, constants, logits.dtype)

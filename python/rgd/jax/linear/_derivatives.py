@@ -111,7 +111,7 @@ def _any_counts(codes: jax.Array) -> jax.Array:
 def _value_and_gradients(
     settings: Settings, wanted: Operands, operands: Operands, constants: Constants
 ) -> tuple[tuple[jax.Array, Extras], Operands]:
-    """One pass, of which the derivative is that of `jax.numpy`, whatever computes the pass itself."""
+    """One pass. Its derivative is that of `jax.numpy`, also where a kernel computes the pass."""
     return _compiled(one_pass, settings, wanted, operands, constants)
 
 
@@ -162,7 +162,7 @@ def _nonzero(tangents: Operands) -> Operands:
 
 
 def _wanted(moves: Operands) -> Operands:
-    """Of which operands a gradient is wanted: () or None, which a setting may hold."""
+    """The operands of which a gradient is wanted: () or None, which a setting may hold."""
     return Operands(*(None if move is None else () for move in moves))
 
 

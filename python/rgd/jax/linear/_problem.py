@@ -1,4 +1,4 @@
-"""A linear layer's cross-entropy, checked at trace time: what the passes over the chunks are given."""
+"""A linear layer's cross-entropy, checked at trace time: the arguments of the passes over the chunks."""
 
 # The types of jax leave members partly unknown.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -147,7 +147,7 @@ def as_problem(
     shift: bool,
     vocab_axis_name: str | None,
 ) -> Problem:
-    """Check what a user gave."""
+    """Check the arguments of a user."""
     operands = _as_operands(inputs, kernel, bias, shift)
     dtype = accumulator(operands)
     own_classes = operands.kernel.shape[1]
@@ -268,7 +268,7 @@ def _as_rows(
     per: Per,
     shift: bool,
 ) -> Rows:
-    """Check what belongs to the targets, and move it by one position where `shift` says so."""
+    """Check the targets and the arrays of their shape, and move them by one position if `shift` is True."""
     values = an_array("labels", labels)
     values = values if isinstance(values, np.ndarray) else jnp.asarray(values)
     if not jnp.issubdtype(values.dtype, jnp.integer):

@@ -276,7 +276,7 @@ class LinearRGDLoss(RGDLoss):
 
     @classmethod
     def tie(cls, lm_head: nn.Module, **settings: Any) -> LinearRGDLoss:
-        """The loss of a head that is there already, which it shares.
+        """The loss of an existing head, which it shares.
 
         Args:
             lm_head: A module with a `weight` of shape (C, D) and perhaps a `bias` of shape (C,): an

@@ -1,4 +1,4 @@
-"""One call of the linear cross-entropy: which way it takes, and its functions in the graph of autograd."""
+"""One call of the linear cross-entropy: the choice of its way, and its functions in the graph of autograd."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ class _Call(NamedTuple):
         return self._two_passes(weigher)
 
     def parameters(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The tensors that may ask for a gradient: hidden states, the head's weight and bias."""
+        """The tensors that may require a gradient: hidden states, the head's weight and bias."""
         head = cast("LinearHead", self.problem.head)
         return self.problem.logits, head.weight, head.bias
 
     def wanted(self) -> Wanted:
-        """Which gradients the caller asks for."""
+        """The gradients that the caller wants."""
         enabled = torch.is_grad_enabled()
         return Wanted(*(one is not None and one.requires_grad and enabled for one in self.parameters()))
 
@@ -96,7 +96,7 @@ class _Call(NamedTuple):
             if problem.returns:
                 self._take_extras(weigher, extras)
             value, divisor = self._reduced(losses, weights)
-            # The operator's sum is 0 for the mean of nothing, which is NaN.
+            # The mean of nothing is NaN, but the operator's sum is 0.
             objective = objective.masked_fill(value.isnan() & ~objective.isnan(), float("nan"))
             return objective, self._record(losses, weights, divisor)
         measure = measure_of_targets(problem, accumulator(self.dtype))
@@ -324,7 +324,7 @@ def _in_dtypes_of(
 
 
 def _kept_in(tensor: Tensor) -> torch.dtype:
-    """The dtype that a gradient is kept in until it is multiplied by what comes from above."""
+    """The dtype of a kept gradient, until it is multiplied by the incoming gradient."""
     return torch.float32 if tensor.dtype is torch.float16 else tensor.dtype
 
 
@@ -343,7 +343,7 @@ def _call_of(problem: Problem) -> _Call:
         for one in (problem.class_weight, problem.adjustment)
     )
     target = problem.target if problem.has_labels() else problem.target.detach().to(dtype)
-    # A copy: the caller may change what it gave before the backward pass reads it.
+    # A copy: the caller may change its tensor before the backward pass reads it.
     measure = None if problem.measure is None else problem.measure.clone()
     problem = problem.changed(
         class_weight=class_weight, adjustment=adjustment, target=target, measure=measure

@@ -26,7 +26,7 @@ from rgd.torch.linear._products import Products
 
 
 class Wanted(NamedTuple):
-    """Which gradients are asked for."""
+    """The gradients that are wanted."""
 
     input: bool
     weight: bool
@@ -34,7 +34,7 @@ class Wanted(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The gradients of an objective; None where not asked for."""
+    """The gradients of an objective; None for one that is not wanted."""
 
     input: Tensor | None
     weight: Tensor | None
@@ -140,7 +140,7 @@ class _Extras:
         return OfLogits(own, own.get("entropy"), self._wants.classes)
 
     def for_step(self, chunk: _Chunk, logits: Tensor) -> dict[str, Extras]:
-        """As `take`, for a step's `losses`: what it fills, as its argument."""
+        """As `take`, for the argument of a step's `losses`, which it fills."""
         found = self.take(chunk, logits).found
         return {} if self._wants.compute is not None else {"extras": found}
 
@@ -205,7 +205,7 @@ class _Run:
         return logits
 
     def collect(self, chunk: _Chunk, gradient: Tensor) -> None:
-        """Carry the gradient with respect to a chunk's logits on to what is wanted."""
+        """Add a chunk's part, from the gradient of its logits, to the gradients that are wanted."""
         head = self.head
         if self._tanh is not None:
             gradient.mul_(self._tanh[: gradient.shape[0]].square_().neg_().add_(1))

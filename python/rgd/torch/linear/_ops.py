@@ -96,7 +96,7 @@ def _wanted(given: tuple[Any, ...]) -> Wanted:
 
 
 def _filled(found: Gradients, problem: Problem) -> tuple[Tensor, ...]:
-    """Gradients in the dtype and shape of what they belong to, an empty tensor for one not asked for."""
+    """Gradients in the dtype and shape of their tensors; an empty tensor for one that is not wanted."""
     logits = problem.logits
     of_input, *others = (None if one is None else one.to(logits.dtype) for one in found)
     of_input = None if of_input is None else of_input.view(logits.shape)

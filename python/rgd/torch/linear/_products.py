@@ -56,7 +56,7 @@ class Products:
 def widens(device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> bool:
     """Whether a device adds products of a dtype to a sum in a wider one, without rounding each of them.
 
-    Torch can say so only by trying, which waits for no device.
+    Only a trial can tell. It does not wait for the device.
     """
     if device.type != "cuda":
         return False

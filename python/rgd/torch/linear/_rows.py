@@ -47,7 +47,7 @@ def measure_of_targets(problem: Problem, dtype: torch.dtype) -> Tensor | None:
     measure = measure.to(dtype)
     shape = problem.losses_shape()
     measure = spread(measure, measure.new_empty(shape)).expand(shape)
-    # The kernels read it as it lies in memory, which `expand` alone leaves as it was.
+    # The kernels read the memory as it is, and `expand` alone does not change it.
     return measure.contiguous() if counted is None else measure.masked_fill(~counted, 0)
 
 

@@ -49,7 +49,7 @@ class VocabStep(FormulaStep):
         losses = on_label * (log_sum - at_label)
         if smoothing > 0:
             losses = losses + spread * log_sum - smoothing / self._shard.classes * parts[:, 2].sum(0)
-        # On a GPU nobody has looked whether every label is a class.
+        # On a GPU no check has found out whether every label is a class.
         unknown = (target < 0) | (target >= self._shard.classes)
         return losses.masked_fill(unknown, float("nan")).masked_fill(~counted, 0)
 
@@ -111,7 +111,7 @@ class VocabStep(FormulaStep):
         return counted, (1 - smoothing) * of_label, smoothing * c.to(dtype).mean()
 
     def _adjusted(self, logits: Tensor) -> Tensor:
-        """The logits, and what is added to those of this slice."""
+        """The logits, and the numbers that are added to those of this slice."""
         return adjusted(logits, self._slice(self.problem.adjustment, logits.shape[1]))
 
     def _slice(self, by_class: Tensor | None, columns: int) -> Tensor | None:
