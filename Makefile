@@ -84,6 +84,9 @@ test-isa: $(VENV)/.built $(VENV)/.group-test ## Run the Rust tests, and a part o
 test-gpu-static: $(VENV)/.built $(VENV)/.group-test ## Check the Triton programs without a GPU: in the interpreter, and compiled for each GPU
 	$(say) "pytest: the programs in Triton's interpreter, every launch watched"
 	@TRITON_INTERPRET=1 $(pytest) $(addprefix tests/torch/test_triton_,interpreted.py extras.py modes.py processes.py)
+	$(say) "pytest: tests of the other backends, by the programs; those that need float64 are skipped"
+	@RGD_BACKEND=triton TRITON_INTERPRET=1 $(pytest) --few 1 $(patsubst %,tests/torch/test_torch_%.py, \
+	  bad_input changed_after_call checkpointing evaluation masked_labels)
 	$(say) "pytest: the programs compiled for sm_80, sm_90a, sm_100, sm_120 and gfx942"
 	@RGD_GPU_STATIC=1 $(pytest) tests/torch/test_triton_compiled.py
 
