@@ -80,7 +80,8 @@ def _(
 
 def _still(extras: Extras) -> Extras:
     """The tangents of extras, which are constants."""
-    return {name: jnp.zeros_like(one) for name, one in extras.items()}
+    # JAX 0.6 forgets over which mapped axes an array varies.
+    return {name: vary(jnp.zeros_like(one), mapped_axes(one)) for name, one in extras.items()}
 
 
 @jax.jit
