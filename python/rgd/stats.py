@@ -396,13 +396,13 @@ def _stats_of_groups(
     measure, loss, weight, count = (rows[:, column] for column in range(_COLUMNS))
     with np.errstate(all="ignore"):
         mean_loss, share = loss / measure, weight / np.sum(weight)
-        means = [tuple((column / measure).tolist()) for column in rows[:, _COLUMNS:].T]
+        columns: list[list[float]] = [(rows[:, _COLUMNS + i] / measure).tolist() for i in range(len(names))]
     return GroupStats(
         tuple(mean_loss.tolist()),
         tuple(share.tolist()),
         tuple(count.astype(np.int64).tolist()),
         tuple(numbers.tolist()) if sparse else None,
-        dict(zip(names, means, strict=True)) if names else None,
+        dict(zip(names, map(tuple, columns), strict=True)) if names else None,
     )
 
 

@@ -86,7 +86,7 @@ def pointwise_weights(losses: Losses, weighting: Weighting) -> jax.Array:
         vectors = tuple(None if array is None else array[None] for array in vectors)
 
     def along_last_axis(values: Any, measure: Any, groups: Any, reference: Any, entropy: Any) -> jax.Array:
-        beside = {"reference": reference, "entropy": entropy, "classes": losses.classes}
+        beside: Any = {"reference": reference, "entropy": entropy, "classes": losses.classes}
         return weigh(weighting, Batch(values, measure, groups, xp=jnp, **beside))[0]
 
     for _ in range(losses.values.ndim - 1):
@@ -139,7 +139,7 @@ def _weigh(weighting: Weighting, vmapped: int, batches: Losses, state: Any) -> t
 
     def one_batch(values: jax.Array, measure: Any, groups: Any, reference: Any, entropy: Any) -> Any:
         concrete = all(is_known(array) for array in (values, measure, groups))
-        beside = {"reference": reference, "entropy": entropy, "classes": batches.classes}
+        beside: Any = {"reference": reference, "entropy": entropy, "classes": batches.classes}
         batch = Batch(values, measure, groups, xp=jnp, concrete=concrete, **beside)
         weights, after = weigh(weighting, batch, state)
         return weights if measure is None else jnp.where(jnp.isnan(batch.count), jnp.nan, weights), after

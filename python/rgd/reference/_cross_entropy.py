@@ -446,7 +446,7 @@ def _target_weights(
         if compared.shape != losses.shape:
             raise ValueError(f"reference must have the losses' shape, {losses.shape}, got {compared.shape}")
         compared = np.where(counted, compared, 0.0)
-    beside = {"reference": compared, "entropy": problem.entropy}
+    beside: dict[str, Array | None] = {"reference": compared, "entropy": problem.entropy}
     classes = problem.softmax.shape[problem.class_axis]
     if units is not None:
         return _segment_weights(
