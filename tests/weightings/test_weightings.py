@@ -198,6 +198,13 @@ def test_a_function_that_cannot_be_called_is_refused():
         Pointwise(1.0)
 
 
+@pytest.mark.parametrize("needs", ["entropy", ["entropy"], ("correct",), ("entropy", "loss"), None], ids=str)
+def test_a_need_that_no_batch_has_is_refused_where_the_class_is_made(needs):
+    with pytest.raises(TypeError, match="needs of Curious must be a tuple of names out of 'entropy' and"):
+        type("Curious", (Weighting,), {"needs": needs, "weights": lambda self, batch: batch.losses})
+    assert type("Modest", (Weighting,), {"needs": ("reference", "entropy"), "weights": None})
+
+
 def test_a_radius_of_zero_or_infinity_is_allowed():
     assert KLBall(0).radius == 0
     assert math.isinf(KLBall(math.inf).radius)

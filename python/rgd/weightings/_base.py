@@ -136,6 +136,13 @@ class Weighting:
                 raise TypeError(
                     f"a field of {cls.__name__} is named {name!r}, which rgd.Weighting uses: rename it"
                 )
+        needs: Any = cls.needs
+        known = isinstance(needs, tuple) and {"entropy", "reference"}.issuperset(cast("Any", needs))
+        if not (known or isinstance(needs, property)):
+            raise TypeError(
+                f"needs of {cls.__name__} must be a tuple of names out of 'entropy' and 'reference', got "
+                f"{needs!r}"
+            )
         formula = next(kind for kind in cls.__mro__ if "weights" in vars(kind) or "step" in vars(kind))
         cls.kernel_counts = next(kind for kind in cls.__mro__ if "kernel" in vars(kind)) is formula
         if "kernel_name" in vars(cls):
