@@ -243,7 +243,7 @@ def picture(table: Table, path: pathlib.Path) -> None:
     names = [arm for arm in table.arms(setting) if arm != PLAIN]
     arms = {arm: arm.replace("plain x mean weight of RGD", "placebo of RGD") for arm in names}
     words = {"worst_tenth": "worst tenth", "mean_loss": "mean"}
-    title = f"A small language model of bytes: difference to cross-entropy, {table.lines[0].seeds} seeds"
+    title = f"Bytes of text: difference to cross-entropy, {table.lines[0].seeds} seeds"
     save(intervals(table, arms, words, title), path, table)
 
 
