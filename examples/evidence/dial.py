@@ -126,7 +126,20 @@ def sentence(table: Table) -> str:
         for noise in (0.4, 0.0)
         if setting("digits", noise) in table.settings()
     ]
-    return f"Digits, test accuracy against plain training, in points. {'. '.join(parts)}."
+    text = f"Digits, test accuracy against plain training, in points. {'. '.join(parts)}."
+    here = setting("breast cancer", 0.4)
+    if here in table.settings():
+        plain = table.line(here, PLAIN, "accuracy")
+        placebo = f"plain x mean weight of {name(-0.7)}"
+        arms = (name(-0.7), name(0.25), name(1.0), placebo)
+        shown = ", ".join(f"{arm} {table.line(here, arm, 'accuracy').points()}" for arm in arms)
+        text += (
+            f" Breast cancer with 40% wrong labels, where plain training reaches {100 * plain.mean:.1f}%: "
+            f"{shown}; {name(-0.7)} against this placebo "
+            f"{table.against(here, name(-0.7), placebo, 'accuracy').points()}. There both signs and the "
+            "placebo gain, so a part of the gain is that of a smaller or larger step alone."
+        )
+    return text
 
 
 ROW = Row(

@@ -7,7 +7,7 @@ Arms: plain training, and the members in `ARMS`, each compared with plain traini
 plain training too: where the mean validation loss chose learning rate and weight decay, and where the worst
 tenth of the validation losses did. RGD's weights divided by their mean, and plain training times RGD's mean
 weight, are among the arms; on the digits also the superquantile of the package sqwash (Laguel et al., 2021),
-which is CVaR under another name. What a step costs with each member is in `docs/which.md`, by
+which is CVaR under another name. What a step costs with each member is in `docs/speed.md`, by
 `benches/weightings.py`.
 
 Protocol: scikit-learn's digits (500 training, 300 validation, 997 test images), cross-entropy; and diabetes

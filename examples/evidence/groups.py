@@ -213,7 +213,10 @@ def sentence(table: Table) -> str:
         arms = (BALANCING, "GroupDRO, step 0.1", TUNED, SAMPLER, "CVaR(0.3)", RGD)
         shown = [f"{arm} {table.line(here, arm, METRICS[0]).points()}" for arm in arms]
         plain = table.line(here, PLAIN, METRICS[0]).mean
-        parts.append(f"{here} (plain {100 * plain:.1f}%): {', '.join(shown)}")
+        between = table.against(here, SAMPLER, BALANCING, METRICS[0]).points()
+        parts.append(
+            f"{here} (plain {100 * plain:.1f}%): {', '.join(shown)}; {SAMPLER} against {BALANCING} {between}"
+        )
     return f"Accuracy of the worst group against plain training, in points. {'. '.join(parts)}."
 
 

@@ -496,13 +496,22 @@ def sentence(table: Table) -> str:
         arm for arm in (GOES_ON, "s = -1", DIAL, FIXED, RHO, HALF, OTHERS, RGD, CLEAN, ORACLE) if arm in names
     ]
     accuracy = ", ".join(f"{arm} {table.line(BY_ACCURACY, arm, 'accuracy').points()}" for arm in shown)
-    losses = ", ".join(
-        f"{arm} {table.line(BY_LOSS, arm, 'mean_loss').shown()}" for arm in (DIAL, FIXED, RHO) if arm in names
+    kept = [
+        arm
+        for arm in names
+        if arm != PRIOR and {float(run["learning_rate"]) for run in table.by_arm[BY_ACCURACY, arm]} == {0.0}
+    ]
+    chose = f" In all seeds {', '.join(kept)} chose rate 0, which is the prior as it was." if kept else ""
+    losses, tails = (
+        ", ".join(
+            f"{arm} {table.line(BY_LOSS, arm, metric).shown()}" for arm in (DIAL, FIXED, RHO) if arm in names
+        )
+        for metric in ("mean_loss", "worst_tenth")
     )
     return (
         "On clean test text, against plain training on clean and pool with a chosen rate, 0 among the "
-        f"choices. Accuracy in points: {accuracy}. "
-        f"Mean loss in nats a character: {losses}."
+        f"choices.{chose} Accuracy in points: {accuracy}. "
+        f"Mean loss in nats a character: {losses}. Worst tenth: {tails}."
     )
 
 

@@ -32,6 +32,7 @@ from harness.losses import EarlyLearning, Smoothed, SymmetricCrossEntropy
 from harness.pictures import differences, pyplot, save
 
 PLAIN, RAMP, CONSTANT = "plain", "ramp to -1", "s = -0.7"
+EARLY = "early-learning regularisation"
 STOPPED, SMOOTHED, RAMP_ON_SMOOTHED = "early stopping", "smoothing 0.2", "ramp on smoothing 0.2"
 NOISES = {"right labels": (0.0, False), "30% pairs": (0.3, True), "40% uniform": (0.4, False)}
 DATA = {"digits": digits, "MNIST-1D": mnist1d}
@@ -44,7 +45,7 @@ ARMS = (
     Arm("smoothing 0.5", loss=Smoothed(0.5)),
     Arm("mixup", mixup=1.0),
     Arm("symmetric cross-entropy", loss=SymmetricCrossEntropy()),
-    Arm("early-learning regularisation", loss=EarlyLearning()),
+    Arm(EARLY, loss=EarlyLearning()),
 )
 CONTROLLED = (RAMP, CONSTANT)
 METRICS = ("accuracy", "worst_class_accuracy")
@@ -119,12 +120,14 @@ def sentence(table: Table) -> str:
     parts: list[str] = []
     for here in table.settings():
         shown = [(RAMP, "the ramp"), (CONSTANT, "s = -0.7"), (STOPPED, "early stopping")]
-        shown += [("smoothing 0.5", "smoothing 0.5")]
+        shown += [(arm, arm) for arm in ("smoothing 0.5", "symmetric cross-entropy", EARLY)]
         words = ", ".join(
             f"{word} {table.line(here, arm, 'accuracy').points()}"
             for arm, word in shown
             if arm in table.arms(here)
         )
+        if CONSTANT in table.arms(here):
+            words += f"; the ramp against s = -0.7 {table.against(here, RAMP, CONSTANT, 'accuracy').points()}"
         parts.append(f"{here}: {words}")
     return f"Test accuracy against plain training, in points. {'. '.join(parts)}."
 

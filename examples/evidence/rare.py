@@ -201,7 +201,8 @@ def sentence(table: Table) -> str:
         if here in table.settings():
             ratios = (
                 f"RGD {ratio(here, RGD)}, with mean-one weights {ratio(here, f'{RGD}, mean one')}, opposite "
-                f"sign {ratio(here, f'{RGD}, opposite sign')}, Huber's loss {ratio(here, HUBER)}"
+                f"sign {ratio(here, f'{RGD}, opposite sign')}, s = -0.1 without a clip "
+                f"{ratio(here, f's = {NEGATIVE[-1]:g}')}, Huber's loss {ratio(here, HUBER)}"
             )
             parts.append(f"{group.replace('NOT TUNED', 'one rate for all, NOT TUNED')}: {ratios}")
     return (
@@ -217,7 +218,7 @@ ROW = Row(
         f"noise 0.1, 5% outliers, step {LAST}",
         f"{RGD}, opposite sign",
         "log_rare_loss",
-        "With 5% outliers, a negative scale lowers the error in rare directions.",
+        "With 5% outliers, RGD's opposite sign, clipped at tau = 1, lowers the error in rare directions.",
     ),
     ("mean_loss", "frequent_loss", "rare_loss", "log_rare_loss"),
     run,

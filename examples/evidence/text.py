@@ -76,7 +76,19 @@ from harness import (
     main,
     recipe,
 )
-from harness.lineup import CONTROL, OPPOSITE, RGD, draw_lineup, lineup, said, sweeps
+from harness.lineup import (
+    CONTROL,
+    OPPOSITE,
+    PLAIN,
+    PLAIN_BUDGET,
+    RGD,
+    TUNED,
+    draw_lineup,
+    lineup,
+    said,
+    sweeps,
+    taus_of,
+)
 from harness.train import orders
 from rgd.torch import sample_weights
 from sources.wheels import download
@@ -503,7 +515,17 @@ def picture(table: Table, path: pathlib.Path) -> None:
 
 
 def sentence(table: Table) -> str:
-    settings = [f"{setting}. {said(table, setting, WORDS)}." for setting in table.settings()]
+    worst = "worst_group_accuracy"
+    settings: list[str] = []
+    for here in table.settings():
+        starts, tuned = table.against(here, PLAIN_BUDGET, PLAIN, worst), table.line(here, TUNED, worst)
+        tau = taus_of(table)[-1]
+        over = table.against(here, tau, PLAIN_BUDGET, worst)
+        settings.append(
+            f"{here}. {said(table, here, WORDS)}. The {WORDS[worst]} again: cross-entropy from the better of "
+            f"two starts {starts.said()} against one start, {tau} {over.said()} against that, tuned tau "
+            f"{tuned.said()}."
+        )
     return f"The top layer of a small BERT, against cross-entropy, in points. {' '.join(settings)}"
 
 

@@ -395,7 +395,7 @@ def test_without_cleanlab_a_full_run_says_what_to_install_and_a_quick_one_goes_o
     arms = [result.chosen.arm.name for result in results]
     assert suspects.DIAL in arms
     assert not any("cleanlab" in arm for arm in arms)
-    assert {result.baseline for result in results} == {"", suspects.HELD_OUT}
+    assert {result.baseline for result in results} == {"", suspects.HELD_OUT, suspects.PLAIN}
 
 
 def test_the_chosen_cell_is_trained_again_and_no_other():

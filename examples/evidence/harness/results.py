@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from harness.problems import higher_is_better
-from harness.statistics import DETECTABLE, Vector, compare, compare_over_families, interval
+from harness.statistics import DETECTABLE, Vector, compare, compare_over_families, detectable, interval
 from harness.sweep import Chosen
 
 RUN_COLUMNS = ("setting", "arm", "baseline", "learning_rate", "weight_decay", "grid", "mean_weight", "seed")
@@ -41,7 +41,7 @@ class Result(NamedTuple):
 class Line(NamedTuple):
     """A metric of an arm in a setting: mean and half of the 95% interval, the difference to the baseline.
 
-    `detectable` is the difference that this number of seeds cannot miss: see `statistics.DETECTABLE`.
+    `detectable` is the difference that this number of seeds cannot miss: see `statistics.detectable`.
     """
 
     setting: str
@@ -163,6 +163,24 @@ class Table:
         """In the order of the file."""
         return [arm for here, arm in self.by_arm if here == setting]
 
+    def against(self, setting: str, arm: str, other: str, metric: str) -> Line:
+        """The statistics of an arm, compared with another arm than its baseline."""
+        line = self.line(setting, arm, metric)
+        names = ("baseline", "difference", "difference_half", "p", "detectable")
+        found = (other, *self._difference(setting, line.arm, other, metric))
+        return line._replace(**dict(zip(names, found, strict=True)))
+
+    def _difference(
+        self, setting: str, arm: str, baseline: str, metric: str
+    ) -> tuple[float, float, float, float]:
+        """Mean difference, half of its interval, p, and what could not have been missed."""
+        values, others = self.values(setting, arm, metric), self.values(setting, baseline, metric)
+        families = self.families(setting, arm)
+        paired = compare_over_families(values, others, families) if families else compare(values, others)
+        # The deviation over families is that of 12 pairs.
+        deviations = DETECTABLE if families else detectable(len(values))
+        return (*paired[:3], deviations * paired.deviation)
+
     def _summary(self) -> list[Line]:
         lines: list[Line] = []
         for (setting, arm), (run, *_) in self.by_arm.items():
@@ -172,13 +190,7 @@ class Table:
                 nan = float("nan")
                 difference = (nan, nan, nan, nan)
                 if run["baseline"]:
-                    baseline = self.values(setting, run["baseline"], metric)
-                    paired = (
-                        compare_over_families(values, baseline, families)
-                        if families
-                        else compare(values, baseline)
-                    )
-                    difference = (*paired[:3], DETECTABLE * paired.deviation)
+                    difference = self._difference(setting, arm, run["baseline"], metric)
                 mean, half = (
                     compare_over_families(values, np.zeros_like(values), families)[:2]
                     if families

@@ -126,10 +126,14 @@ class Claim:
         line = table.line(self.setting, self.paper.arm or self.arm, self.paper.metric or self.metric)
         shown = f"The paper's +{self.paper.points:g} points ({self.paper.where})"
         if self.paper.points > line.unit * (line.difference + line.difference_half):
-            return f"{shown}: excluded here."
-        if self.paper.points < line.unit * line.detectable:
-            return f"{shown}: this row could not have told."
-        return f"{shown}: within the interval."
+            said = "excluded here"
+        elif self.paper.points < line.unit * line.detectable:
+            said = "this row could not have told"
+        else:
+            said = "within the interval"
+        if self.paper.metric:
+            said += f" (of {self.paper.metric.replace('_', ' ')}, {line.said()})"
+        return f"{shown}: {said}."
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,8 +15,8 @@ Vector = npt.NDArray[np.float64]
 
 LEVEL = 0.05
 # Standard deviations of the differences over 12 seeds that a test cannot miss: with Holm's strictest
-# threshold among fifteen rows, p < .05 / 15, two in a hundred are missed. See `power`.
-DETECTABLE = 1.8
+# threshold among fifteen rows, p < .05 / 15, two in a hundred are missed. See `power` and `detectable`.
+DETECTABLE, PAIRS, STRICTEST = 1.8, 12, LEVEL / 15
 
 
 class Paired(NamedTuple):
@@ -37,6 +39,23 @@ def power(deviations: float, pairs: int, level: float) -> float:
     """How often a paired t test of `level` finds a difference of so many standard deviations."""
     bound, shift = stats.t.ppf(1 - level / 2, pairs - 1), deviations * np.sqrt(pairs)
     return float(stats.nct.sf(bound, pairs - 1, shift) + stats.nct.cdf(-bound, pairs - 1, shift))
+
+
+@functools.cache
+def detectable(pairs: int) -> float:
+    """How many standard deviations so many pairs miss as seldom as 12 miss `DETECTABLE`; 12 or more."""
+    if pairs == PAIRS:
+        return DETECTABLE
+    if pairs < PAIRS:  # no committed table has so few
+        return math.inf
+    wanted = power(DETECTABLE, PAIRS, STRICTEST)
+    most = DETECTABLE * math.sqrt(PAIRS / pairs)  # enough, for the threshold of t falls with the pairs
+    low = 0.7 * most
+    for _ in range(40):
+        middle = (low + most) / 2
+        # scipy gives NaN here and there, which counts as too few
+        low, most = (low, middle) if power(middle, pairs, STRICTEST) >= wanted else (middle, most)
+    return most
 
 
 def compare(values: Vector, baseline: Vector) -> Paired:
@@ -82,7 +101,7 @@ def compare_over_families(values: Vector, baseline: Vector, families: Sequence[s
     names = np.array(families)
     of_family = np.array([differences[names == name].mean() for name in sorted(set(families))])
     p = compare(of_family, np.zeros_like(of_family)).p
-    of_twelve = stats.t.ppf(1 - LEVEL / 2, 11) / np.sqrt(12)
+    of_twelve = stats.t.ppf(1 - LEVEL / 2, PAIRS - 1) / np.sqrt(PAIRS)
     return Paired(mean, (high - low) / 2, p, float((high - low) / 2 / of_twelve))
 
 
