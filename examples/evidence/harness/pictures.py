@@ -37,24 +37,32 @@ def name_points(panel: Any, named: Mapping[str, Sequence[float]], points: Sequen
     """Writes names beside points, each where it covers no point and no other name, if there is such a place.
 
     Args:
-        panel: The axes, whose limits stay as they are from now on.
+        panel: The axes of a finished figure, whose limits and places stay as they are from now on.
         named: The points with a name, in the data's coordinates.
         points: All points.
     """
+    from matplotlib.text import Text  # noqa: PLC0415
+
     panel.set_xlim(*panel.get_xlim())
     panel.set_ylim(*panel.get_ylim())
     panel.figure.draw_without_rendering()
+    panel.figure.set_layout_engine("none")  # it would move the axes under the names
+    places = sorted(
+        itertools.product((8, -8, 26, -26), (-3, 9, -15, 21, -27, 33, -39, 45, -51)),
+        key=lambda place: math.hypot(*place),
+    )
     taken = [panel.transData.transform(point) for point in points]
     names: list[Any] = []
     for name, point in named.items():
         best, fewest = None, math.inf
-        for dx, dy in itertools.product((7, -7), (3, -9, 12, -18, 21, -27)):
+        for dx, dy in places:
             text = panel.annotate(
                 name, point, xytext=(dx, dy), textcoords="offset points", fontsize=8, color=INK,
                 ha="left" if dx > 0 else "right",
-                arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6} if abs(dy) > 9 else None,
+                arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6} if abs(dx) + abs(dy) > 16 else None,
             )  # fmt: skip
-            box = text.get_window_extent().padded(1)
+            text.get_window_extent()  # moves the words to their place
+            box = Text.get_window_extent(text).padded(7)  # of the words alone; a marker has a radius of 6
             covered = sum(box.contains(*other) for other in taken) + sum(box.overlaps(o) for o in names)
             outside = not panel.bbox.contains(box.x0, box.y0) or not panel.bbox.contains(box.x1, box.y1)
             covered += len(points) * outside
@@ -67,7 +75,7 @@ def name_points(panel: Any, named: Mapping[str, Sequence[float]], points: Sequen
             if fewest == 0:
                 break
         assert best is not None
-        names.append(best.get_window_extent().padded(1))
+        names.append(Text.get_window_extent(best).padded(1))
 
 
 def save(figure: Any, path: pathlib.Path, table: Table) -> None:
