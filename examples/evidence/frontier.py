@@ -191,8 +191,8 @@ def picture(table: Table, path: pathlib.Path) -> None:
         columnspacing=1.2,
     )
     figure.suptitle(
-        f"Left and down is better; {table.lines[0].seeds} seeds; hollow: the worst tenth does not differ from "
-        "plain's",
+        f"Left and down is better; {table.lines[0].seeds} seeds; "
+        "hollow: the worst tenth does not differ from plain's",
         x=0.012, ha="left", fontsize=12, fontweight="bold",
     )  # fmt: skip
     for names in named:

@@ -132,7 +132,7 @@ def test_the_tables_of_a_front_leave_out_no_argument(page: str, function: Callab
 
 
 def test_the_readme_is_read_in_two_minutes():
-    assert README.count("\n") <= 160
+    assert len(README.splitlines()) <= 150
 
 
 @pytest.mark.parametrize(
@@ -146,6 +146,9 @@ def test_the_readme_is_read_in_two_minutes():
         "weightings.md",
         "speed.md",
         "language_models.md",
+        "which.md",
+        "groups.md",
+        "clients.md",
     ],
 )
 def test_no_cell_of_a_table_has_more_than_25_words(page: str):

@@ -56,10 +56,11 @@ def name_points(panel: Any, named: Mapping[str, Sequence[float]], points: Sequen
     for name, point in named.items():
         best, fewest = None, math.inf
         for dx, dy in places:
+            arrow = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6} if math.hypot(dx, dy) > 14 else None
             text = panel.annotate(
                 name, point, xytext=(dx, dy), textcoords="offset points", fontsize=8, color=INK,
                 ha="left" if dx > 0 else "right",
-                arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6} if abs(dx) + abs(dy) > 16 else None,
+                arrowprops=arrow,
             )  # fmt: skip
             text.get_window_extent()  # moves the words to their place
             box = Text.get_window_extent(text).padded(7)  # of the words alone; a marker has a radius of 6
