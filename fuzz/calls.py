@@ -353,16 +353,24 @@ def trees(draw: Draw) -> None:
         labels, margins = numbers.normal(size=size), numbers.normal(size=size)
         losses, slope, curvature = (margins - labels) ** 2 / 2, margins - labels, np.ones(size)
         objective = rgd.boosting.squared_error(weighting)
-    factors = reference.sample_weights(losses, weighting, sample_weight=measure)
-    factors = factors if measure is None else factors * measure
-    factors = factors[:, None] if slope.ndim == 2 else factors
+
+    def factors(losses: np.ndarray) -> np.ndarray:
+        found = reference.sample_weights(losses, weighting, sample_weight=measure)
+        found = found if measure is None else found * measure
+        return found[:, None] if slope.ndim == 2 else found
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # where nothing is left to train on
         found = objective(labels, draw.layout(margins), measure)
-    # A margin's rounding is that of the logarithm in its loss, which exponents up to 32 multiply.
-    close = rounding(size, EPS["float64"]) * 8
-    same(f"{kind}: gradient", found[0], factors * slope, close)
-    same(f"{kind}: Hessian", found[1], factors * curvature, close)
+    # A derivative is a difference of numbers up to 1. To it comes what the rounding of the losses, which are
+    # differences of margins, changes in the weights.
+    noise = numbers.choice([-4.0, 4.0], size) * EPS["float64"] * (1 + np.abs(losses) + np.abs(margins).max())
+    weighed, moved = factors(losses), factors(losses + noise)
+    close = rounding(size, EPS["float64"])
+    for what, mine, by in (("gradient", found[0], slope), ("Hessian", found[1], curvature)):
+        most = max(1.0, float(np.abs(by).max()))
+        terms = most * (float(np.linalg.norm(weighed)) + float(np.linalg.norm(moved - weighed)) / close)
+        same(f"{kind}: {what}", mine, weighed * by, close, terms)
 
 
 def in_jax(draw: Draw) -> None:
