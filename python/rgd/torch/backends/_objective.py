@@ -77,8 +77,8 @@ class Objective(torch.autograd.Function):
         if torch.is_grad_enabled():
             _, weights, logits, target, *others = ctx.saved_tensors
             measure = others[-1]
-            if measure is not None:
-                # Where the measure is 0, the target may be no class at all.
+            if measure is not None and not target.is_floating_point():
+                # Where the measure is 0, a label may be no class at all.
                 target = target.masked_fill(spread(measure, target) == 0, ctx.options[0])
             problem = Problem(
                 logits, target, ctx.options, logits.dtype, *others,
