@@ -261,16 +261,23 @@ fn a_label_out_of_range_is_refused_before_anything_is_written() {
     let logits = ArrayD::<f32>::zeros(IxDyn(&[2, 3, 2]));
     let mut labels = ArrayD::<i64>::zeros(IxDyn(&[2, 2]));
     labels[[1, 0]] = 3;
-    let (mut losses, mut weights, mut objective) = (unwritten(4), unwritten(4), unwritten(1));
-    let out = Outputs {
-        losses: &mut losses,
-        weights: &mut weights,
-        objective: &mut objective,
-        grad: Gradient::Unwanted,
-    };
-    let error = cross_entropy(&plain(&logits, &labels), KL, &SETTINGS, out).unwrap_err();
-    assert_eq!(error, Error::OutOfRange { index: 3, position: vec![1, 0], classes: 3 });
-    assert_eq!(read(&losses), [777.0; 4]);
+    let mut in_columns = ArrayD::zeros(IxDyn(&[2, 2]).f());
+    in_columns.assign(&labels);
+    // Labels that lie in row-major order and have no sample weights are read by a loop of their own.
+    let cases = [(&labels, None), (&in_columns, None), (&labels, Some(&[1.0f32; 4][..]))];
+    for (labels, measure) in cases {
+        let (mut losses, mut weights, mut objective) = (unwritten(4), unwritten(4), unwritten(1));
+        let out = Outputs {
+            losses: &mut losses,
+            weights: &mut weights,
+            objective: &mut objective,
+            grad: Gradient::Unwanted,
+        };
+        let inputs = Inputs { measure, ..plain(&logits, labels) };
+        let error = cross_entropy(&inputs, KL, &SETTINGS, out).unwrap_err();
+        assert_eq!(error, Error::OutOfRange { index: 3, position: vec![1, 0], classes: 3 });
+        assert_eq!(read(&losses), [777.0; 4]);
+    }
 }
 
 #[test]

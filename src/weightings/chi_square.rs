@@ -89,8 +89,7 @@ impl Member for ChiSquareBall {
         }
         // A sixteenth of the losses, so that no difference of finite ones overflows.
         let mut origin = Origin { top: top / 16.0, size: 1.0 / 16.0, range: 1.0 };
-        origin.range = -origin.gap(bottom);
-        if left == 0.0 || origin.range == 0.0 {
+        if left == 0.0 || origin.gap(bottom) == 0.0 {
             // Equal weights on the losses above -inf.
             let (width, height) = (f64::INFINITY, batch.total / measure);
             return write(batch, weights, Line { origin, offset: 1.0, center: 0.0, width, height });
@@ -100,11 +99,17 @@ impl Member for ChiSquareBall {
         let beyond_one = |p: f64| (p - measure + 2.0 * left * p) / measure;
         let mut above = Running::default();
         for (k, &(loss, p)) in samples.iter().enumerate() {
+            // Gaps are measured in the first that is not 0, and in a later one before their squares overflow.
+            let distance = origin.top - origin.size * loss;
+            if distance > 0.0 && (above.squares == 0.0 || distance > LARGE * origin.range) {
+                above.measure_in(distance / origin.range);
+                origin.range = distance;
+            }
             above.add(origin.gap(loss), p);
             let Some(next) = samples.get(k + 1).map(|s| origin.gap(s.0)) else { break };
             // The mean square of the weights if they begin at the next loss: it falls from loss to loss.
-            let ratio = above.variance() / (above.mean - next).powi(2);
-            if above.squares > 0.0 && ratio <= beyond_one(above.measure) {
+            let (ratio, wanted) = (above.variance() / (above.mean - next).powi(2), beyond_one(above.measure));
+            if above.squares > 0.0 && wanted > 0.0 && ratio <= wanted {
                 break;
             }
         }
@@ -113,6 +118,9 @@ impl Member for ChiSquareBall {
         write(batch, weights, Line { origin, offset: 1.0, center: above.mean, width, height });
     }
 }
+
+/// `2^400`: the square of such a gap, times any measure, is far from overflow.
+const LARGE: f64 = f64::from_bits((1023 + 400) << 52);
 
 /// The losses that take part with their measure, the largest first; `None` where one is NaN.
 fn falling(batch: &Batch) -> Option<Vec<(f64, f64)>> {
@@ -152,6 +160,12 @@ impl Running {
         let deviation = gap - self.mean;
         self.mean += deviation * (p / self.measure);
         self.squares += p * deviation * (gap - self.mean);
+    }
+
+    /// Measures the gaps so far in another unit, given in the old one.
+    fn measure_in(&mut self, unit: f64) {
+        self.mean /= unit;
+        self.squares = self.squares / unit / unit;
     }
 
     fn variance(&self) -> f64 {

@@ -329,6 +329,33 @@ fn the_chi_square_ball_knows_its_corners() {
 }
 
 #[test]
+fn finite_losses_far_below_the_others_do_not_change_the_chi_square_ball_above_them() {
+    // The far losses have no weight, and the others one that they would also have beside a near one.
+    let near = chi_square_ball(&[1.0, 2.0, 4.0, -60.0, -70.0], 0.6);
+    assert!(near[3] == 0.0 && near[4] == 0.0 && near[0] > 0.0, "{near:?}");
+    for far in [-1e100, -1e160, -1.7e308] {
+        let w = chi_square_ball(&[1.0, 2.0, 4.0, far, 1.1 * (far / 1.2)], 0.6);
+        for (w, e) in w.iter().zip(&near) {
+            assert!((w - e).abs() <= 16.0 * f64::EPSILON, "{far}: {w} {e}");
+        }
+    }
+    // Equal weights on all but the far loss fill this ball exactly.
+    let w = chi_square_ball(&[6.5, -2.5, -5.5, -6.5, -7.0, -1.7e308], 0.1);
+    for (w, e) in w.iter().zip([1.2, 1.2, 1.2, 1.2, 1.2, 0.0]) {
+        // The divergence is met to its rounding, and so the weights to the root of that.
+        assert!((w - e).abs() <= 4.0 * f64::EPSILON.sqrt(), "{w} {e}");
+    }
+    // The first step is the smallest there is.
+    let (w, limit) = (chi_square_ball(&[1.6e-322, 0.0, -5.0], 0.1), chi_square_ball(&[0.0, 0.0, -5.0], 0.1));
+    for (w, e) in w.iter().zip(limit) {
+        assert!((w - e).abs() <= 16.0 * f64::EPSILON, "{w} {e}");
+    }
+    // Every step is large beside the one before it.
+    let steps = chi_square_ball(&[0.0, -1.0, -1e150, -1e300], 0.1);
+    assert!((steps.iter().sum::<f64>() - 4.0).abs() <= 16.0 * f64::EPSILON, "{steps:?}");
+}
+
+#[test]
 fn the_chi_square_penalty_knows_its_corners() {
     let inf = f64::INFINITY;
     let penalty = |losses: &[f64], gamma| weigh(losses, Weighting::ChiSquare(ChiSquare { gamma }));
