@@ -18,12 +18,18 @@ pip := $(python) -m pip --disable-pip-version-check
 # Torch's CUDA build is large: a slow line needs patience, not a failure after 15 seconds.
 pip_install := $(pip) install --quiet --timeout 120
 pytest = $(python) -m pytest -n $(PYTEST_JOBS) --dist worksteal $(PYTEST_ARGS)
+# How many seconds `make fuzz` runs each target, and `make fuzz-python` tries calls; and which targets.
+SECONDS ?= 60
+FUZZ ?= $(basename $(notdir $(wildcard fuzz/targets/*.rs)))
+# The part of the mutants that `make mutants` tries: about as many as ten minutes are enough for.
+SHARD ?= 1/40
 # How many of the parameter sets of a test run with the oldest versions.
 OLDEST_SETS ?= 1
-# How long `make fuzz-python` tries.
-SECONDS ?= 300
 # Rust keeps the paths of its sources for the messages of panics: those of this machine are of no use elsewhere.
 without_paths := --remap-path-prefix=$(or $(CARGO_HOME),$(HOME)/.cargo)=cargo --remap-path-prefix=$(CURDIR)=rgd
+host = $(shell rustc -vV | sed -n 's/^host: //p')
+# Installs a program of cargo where it is missing.
+installed = command -v $(1) >/dev/null 2>&1 || { echo "$(1) was not found: installing it, some minutes"; cargo install --locked --quiet $(1); }
 say := @printf '\n== %s\n'
 
 rust_sources := Cargo.toml $(wildcard Cargo.lock) $(shell find src -name '*.rs')
@@ -79,6 +85,50 @@ test-isa: $(VENV)/.built $(VENV)/.group-test ## Run the Rust tests, and a part o
 	  printf '\n== %s\n' "RGD_ISA=$$isa: cargo test, then pytest"; \
 	  RGD_ISA=$$isa cargo test --quiet && RGD_ISA=$$isa $(pytest) --quick tests/weightings tests/numpy tests/torch || exit 1; \
 	done
+
+# `fuzz` and `asan` need options of the compiler that a stable one has, but does not promise to keep.
+.PHONY: fuzz
+fuzz: | rust ## Run each fuzz target for SECONDS=60, or one: FUZZ=weights; PLANT=1 plants a fault that each must find
+	@$(call installed,cargo-fuzz)
+	@for target in $(FUZZ); do \
+	  printf '\n== %s\n' "fuzzing $$target for $(SECONDS) seconds, after a build of some minutes"; \
+	  mkdir -p target/fuzz/corpus/$$target target/fuzz/found; \
+	  from=.; if [ -n "$(PLANT)" ]; then from=target/planted; "$(PYTHON)" tools/plant.py $$target $$from || exit 1; fi; \
+	  (cd $$from && RUSTC_BOOTSTRAP=1 cargo fuzz build --no-trace-compares --target-dir $(CURDIR)/target/fuzz/build $$target) || exit 1; \
+	  RUST_BACKTRACE=0 target/fuzz/build/$(host)/release/$$target $(if $(PLANT),,target/fuzz/corpus/$$target) \
+	    -max_total_time=$(SECONDS) -timeout=60 -print_final_stats=1 -verbosity=0 \
+	    -artifact_prefix=target/$(if $(PLANT),planted,fuzz/found)/$$target- > target/fuzz/$$target.log 2>&1; status=$$?; \
+	  grep -E -A1 'panicked|ERROR: AddressSanitizer|number_of_executed_units|written to' target/fuzz/$$target.log; \
+	  if [ -n "$(PLANT)" ]; then \
+	    [ $$status -ne 0 ] || { echo "$$target did not find the planted fault" >&2; exit 1; }; \
+	    echo "$$target found the planted fault"; \
+	  elif [ $$status -ne 0 ]; then \
+	    echo "$$target found a fault: target/fuzz/$$target.log" >&2; exit 1; \
+	  fi; \
+	done
+
+.PHONY: asan
+asan: | rust ## Run the Rust tests under the address sanitizer; PLANT=1 plants a fault that it must find
+	$(say) "cargo test with the address sanitizer"
+	@mkdir -p target/asan; from=.; \
+	if [ -n "$(PLANT)" ]; then from=target/planted; "$(PYTHON)" tools/plant.py asan $$from || exit 1; fi; \
+	(cd $$from && RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" \
+	  cargo test --quiet --profile quick --lib --target $(host) --target-dir $(CURDIR)/target/asan) > target/asan/log 2>&1; \
+	status=$$?; grep -E 'ERROR: AddressSanitizer|^error|test result|panicked' target/asan/log; \
+	if [ -z "$(PLANT)" ]; then \
+	  [ $$status -eq 0 ] || { echo "a fault was found: target/asan/log" >&2; exit 1; }; \
+	elif grep -q 'ERROR: AddressSanitizer' target/asan/log; then \
+	  echo "the sanitizer found the planted fault"; \
+	else \
+	  echo "the sanitizer did not find the planted fault: target/asan/log" >&2; exit 1; \
+	fi
+
+.PHONY: mutants
+mutants: | rust ## Change the kernels in one place at a time and run the Rust tests: a part, SHARD=1/40, in ten minutes
+	@$(call installed,cargo-mutants)
+	$(say) "the part $(SHARD) of the mutants: .cargo/mutants.toml says which there are"
+	@CARGO_TARGET_DIR=$(CURDIR)/target/mutants/build cargo mutants --jobs 1 --no-shuffle --sharding round-robin \
+	  --shard $$(echo $(SHARD) | awk -F/ '{ print ($$1 - 1) "/" $$2 }') --output target/mutants $(MUTANTS_ARGS)
 
 .PHONY: test-gpu-static
 test-gpu-static: $(VENV)/.built $(VENV)/.group-test ## Check the Triton programs without a GPU: in the interpreter, and compiled for each GPU
@@ -156,7 +206,7 @@ release: ## Write a version and today's date, commit and tag: make release VERSI
 	@$(PYTHON) tools/release.py "$(VERSION)" $(if $(DRY),--dry-run)
 
 .PHONY: fuzz-python
-fuzz-python: $(VENV)/.built $(VENV)/.group-test ## Compare random calls of every front with the equations: SECONDS=300, SEED=1
+fuzz-python: $(VENV)/.built $(VENV)/.group-test ## Compare random calls of every front with the equations: SECONDS=60, SEED=1
 	$(say) "random calls of every front, for $(SECONDS) seconds"
 	@$(python) fuzz/calls.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
