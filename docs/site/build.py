@@ -47,7 +47,7 @@ CONTENTS = {
         "docs/boosting",
         "docs/gpu",
     ),
-    "Behind it": ("docs/mathematics", "evidence", "docs/speed", "docs/backends"),
+    "Behind it": ("docs/mathematics", "evidence", "docs/speed", "docs/backends", "docs/trust"),
     "Reference": ("reference/index",),
     "Develop": (
         "docs/architecture",
