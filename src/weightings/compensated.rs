@@ -68,3 +68,20 @@ impl Compensated {
         if self.sum.is_finite() { self.sum + self.error } else { self.sum }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn joined_sums_keep_the_errors_of_both() {
+        let small = 2f64.powi(-60);
+        let part = || {
+            let mut part = Compensated::exact(1.0);
+            part.add(small);
+            part
+        };
+        let total = part().join(part()).join(Compensated::exact(-2.0));
+        assert_eq!(total.value(), 2.0 * small);
+    }
+}
