@@ -122,6 +122,12 @@ def test_the_notebook_is_kept_with_its_outputs():
 
 
 @pytest.mark.parametrize("name", ["quickstart", "quickstart_jax"])
+def test_a_notebook_is_short_and_tells_before_each_cell_what_it_does(name):
+    notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
+    assert [cell.cell_type for cell in notebook.cells] == ["markdown", "code"] * 5
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart_jax"])
 def test_the_titles_of_a_notebook_say_what_its_outputs_show(name):
     notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
     comparisons = [cell for cell in notebook.cells if re.search(r"^compare\(", cell.source, re.MULTILINE)]
