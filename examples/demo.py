@@ -97,18 +97,17 @@ def picture(table: Table, path: pathlib.Path) -> None:
         here = ramp.setting("digits", words)
         plain = table.values(here, ramp.PLAIN, METRIC)
         panel.axhline(0, color="#c9ced6", zorder=0)
-        shown = [name for name in ARMS if name != ramp.PLAIN]
+        shown, words_below = [name for name in ARMS if name != ramp.PLAIN], list[str]()
         for place, name in enumerate(shown):
             points, color = 100 * (table.values(here, name, METRIC) - plain), ARMS[name]
             spread = [place + (k - len(points) / 2) * 0.03 for k in range(len(points))]
             panel.plot(spread, points, "o", color=color, alpha=0.45, markersize=5)
             panel.plot([place - 0.28, place + 0.28], [points.mean()] * 2, color=color, linewidth=3)
-            panel.annotate(
-                f"{points.mean():+.1f}", (place + 0.32, points.mean()), color=color, fontweight="bold",
-                va="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
-            )  # fmt: skip
-        panel.set_xlim(-0.6, len(shown) - 0.1)
-        panel.set_xticks(range(len(shown)), [WORDS[name] for name in shown])
+            words_below.append(f"{WORDS[name]}\n{points.mean():+.1f}")
+        panel.set_xlim(-0.6, len(shown) - 0.4)
+        panel.set_xticks(range(len(shown)), words_below, fontweight="bold")
+        for word, name in zip(panel.get_xticklabels(), shown, strict=True):
+            word.set_color(ARMS[name])
         panel.tick_params(length=0)
         title = words if words == "right labels" else f"{words.replace(' ', ' wrong, ')}"
         panel.set_title(title, loc="left", fontsize=11)

@@ -175,7 +175,9 @@ def picture(table: Table, path: pathlib.Path) -> None:
         panel.set_yticks(range(0, -len(arms), -1), words if panel is axes[0][0] else [])
         panel.set_ylim(0.6 - len(arms), 0.6)
         panel.set_xscale("log")
-        panel.set_xticks([0.1, 0.25, 0.5, 1, 2], ["0.1", "0.25", "0.5", "1", "2"])
+        low, high = panel.get_xlim()
+        ticks = [tick for tick in (0.1, 0.25, 0.5, 1, 2, 5, 10, 20) if low < tick < high]
+        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         panel.minorticks_off()
         panel.set_title(here.rsplit(", step", 1)[0], loc="left", fontsize=10)
         panel.grid(axis="x", color="#e3e6eb")

@@ -401,6 +401,7 @@ def draw_forest(path: pathlib.Path) -> None:
     order = sorted(found, key=lambda name: -found[name][0].difference)
     figure, panel = plt.subplots(figsize=(9.5, 1.3 + 0.42 * len(order)))
     panel.axvline(0, color=GREY, linewidth=0.9)
+    panel.use_sticky_edges = False  # keeps the bars off the frame
     for k, name in enumerate(order):
         line, *others = found[name]
         for other in others:

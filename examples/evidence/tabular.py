@@ -278,8 +278,9 @@ def bars(table: Table, title: str) -> Any:
         better = values > 0 if line.unit > 1 else values < 0
         panel.bar(range(len(values)), values, color=np.where(better, BLUE, ORANGE))
         panel.axhline(0, color=GREY, linewidth=0.8)
-        mean = "" if metric in LOSSES else f"mean {line.said()}, "
-        panel.set_title(f"{setting}\n{mean}median {np.median(values):+.3g}", loc="left", fontsize=10)
+        mean, digits = ("", 4) if metric in LOSSES else (f"mean {line.said()}, ", 2)
+        median = f"median {np.round(np.median(values), digits) + 0.0:+.{digits}f}"  # no -0.0000
+        panel.set_title(f"{setting}\n{mean}{median}", loc="left", fontsize=10)
         panel.set_ylabel("points" if line.unit > 1 else "nats")
         largest = np.quantile(np.abs(values), 0.8 if metric in LOSSES else 0.95)
         if largest > 0:
@@ -287,8 +288,9 @@ def bars(table: Table, title: str) -> Any:
         panel.set_xticks([])
         panel.tick_params(length=0)
     figure.suptitle(
-        f"{title}; a bar a data set, blue is better", x=0.012, ha="left", fontsize=12, fontweight="bold"
-    )
+        f"{title}.\nA bar a data set, blue is better; bars at the edge go on.",
+        x=0.012, ha="left", fontsize=12, fontweight="bold",
+    )  # fmt: skip
     return figure
 
 

@@ -107,7 +107,7 @@ def heat_map(
     colors = LinearSegmentedColormap.from_list("dial", ends if good_is_high else ends[::-1])
     axes.imshow(values, cmap=colors, vmin=-limit, vmax=limit, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
-        strong = abs(value) > 0.55 * limit
+        strong = abs(value) > 0.8 * limit
         axes.text(
             j, i, f"{value:+.{digits}f}", ha="center", va="center", fontsize=9.5,
             color="white" if strong else INK, fontweight="bold" if outside[i, j] else "normal",
@@ -149,7 +149,7 @@ def intervals(
         settings: From top to bottom; None for all.
     """
     plt, settings = pyplot(), table.settings() if settings is None else settings
-    size = (1.9 + 2.2 * len(metrics), 0.6 + len(settings) * (0.9 + 0.27 * len(arms)))
+    size = (1.9 + 2.5 * len(metrics), 0.6 + len(settings) * (0.9 + 0.27 * len(arms)))
     figure, axes = plt.subplots(len(settings), len(metrics), figsize=size, sharey=True, squeeze=False)
     for setting, panels in zip(settings, axes, strict=True):
         for panel, (metric, word) in zip(panels, metrics.items(), strict=True):
