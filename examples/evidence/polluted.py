@@ -36,6 +36,7 @@ that nothing chose. The weight decay is 0.001 for all, since no sequence of the 
 chooses both. Arms with fewer sequences see them more often. The setting "by accuracy" chooses by validation
 accuracy and reports accuracy; "by mean loss" chooses by loss and reports losses. Both choose among the same
 trainings. "worst_tenth" is the mean loss of the tenth of the test sequences with the largest losses.
+`scratch.py` trains on the same text without the prior.
 
 Run it with `make evidence ROW=polluted`, or `python examples/evidence/polluted.py --full`.
 """
@@ -209,16 +210,26 @@ class Polluted:
         sizes: Of the parts.
         select: The metric that chooses.
         prior: The cells.
+        scratch: Whether new networks are trained instead on what would go on from the prior, for as many
+            steps as both trainings take together.
     """
 
     name: str
     sizes: Sizes
     select: str = "mean_loss"
     prior: tuple[Cell, ...] = ()
+    scratch: bool = False
 
     def key(self) -> str:
         size = sum(map(len, library()))
-        return f"polluted {size} {self.sizes} {[tuple(cell) for cell in self.prior]}"
+        begun = "scratch" if self.scratch else [tuple(cell) for cell in self.prior]
+        return f"polluted {size} {self.sizes} {begun}"
+
+    def steps(self) -> int:
+        """How many steps a training takes."""
+        first = self.sizes.clean // BATCH * self.sizes.prior_epochs
+        then = (self.sizes.clean + self.sizes.pool) // BATCH * self.sizes.epochs
+        return first + then if self.scratch else then if self.prior else first
 
     def draw(self, seed: int) -> Split:
         """The sequences of a seed. A tenth of the files chooses, a tenth tests."""
@@ -338,12 +349,13 @@ def trained(
     if problem.prior:
         begun = [prior(sizes, seed, problem.prior[seed]) for seed in seeds]
         parameters = [torch.stack(same) for same in zip(*begun, strict=True)]
-        steps = (sizes.clean + sizes.pool) // BATCH * sizes.epochs
-        kept = [kept_of(arm, own, sizes) for own in splits]
     else:
         parameters = initial(starts)
-        steps = sizes.clean // BATCH * sizes.prior_epochs
+    if problem.prior or problem.scratch:
+        kept = [kept_of(arm, own, sizes) for own in splits]
+    else:
         kept = [torch.arange(sizes.clean)] * len(seeds)
+    steps = problem.steps()
     rows = torch.stack([own.train[some] for own, some in zip(splits, kept, strict=True)])
     reference = reference_losses(parameters, rows) if arm.sees != "loss" else None
     parameters = [p.repeat_interleave(copies, 0).requires_grad_() for p in parameters]
@@ -462,6 +474,12 @@ def run(session: Session) -> list[Result]:
 
 
 def picture(table: Table, path: pathlib.Path) -> None:
+    names = [arm for arm in table.arms(BY_ACCURACY) if arm != PLAIN]
+    draw(table, path, names, "A pool with 70% shuffled characters: clean test text against plain training")
+
+
+def draw(table: Table, path: pathlib.Path, names: Sequence[str], title: str) -> None:
+    """A panel a metric: the differences of some arms to their baseline."""
     plt = pyplot()
     panels_of = [(here, metric) for here, (_, metrics) in REPORTED.items() for metric in metrics]
     words = {
@@ -469,8 +487,8 @@ def picture(table: Table, path: pathlib.Path) -> None:
         "mean_loss": "mean loss, nats",
         "worst_tenth": "worst tenth, nats",
     }
-    figure, axes = plt.subplots(1, len(panels_of), figsize=(12, 4.8), sharey=True)
-    names = [arm for arm in table.arms(BY_ACCURACY) if arm != PLAIN]
+    size = (12, 1.3 + 0.27 * len(names))
+    figure, axes = plt.subplots(1, len(panels_of), figsize=size, sharey=True)
     for panel, (here, metric) in zip(axes, panels_of, strict=True):
         differences(panel, [table.line(here, arm, metric) for arm in names], markersize=5)
         panel.set_yticks(
@@ -483,8 +501,7 @@ def picture(table: Table, path: pathlib.Path) -> None:
         panel.tick_params(length=0)
         panel.grid(axis="x", color="#e3e6eb")
     figure.suptitle(
-        f"A pool with 70% shuffled characters: clean test text against plain training, 95% interval, "
-        f"{table.lines[0].seeds} seeds",
+        f"{title}, 95% interval, {table.lines[0].seeds} seeds",
         x=0.012, ha="left", fontsize=12, fontweight="bold",
     )  # fmt: skip
     save(figure, path, table)
@@ -528,6 +545,7 @@ ROW = Row(
     run,
     picture,
     sentence,
+    tells=("scratch",),
 )
 
 if __name__ == "__main__":

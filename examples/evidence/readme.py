@@ -147,6 +147,8 @@ def page(row: Row) -> str:
         parts.append(f"{found} {row.claim.of_paper(table)}".strip())
     parts.append(f"![{row.title}]({row.name}.png)")
     parts.append(row.sentence(table))
+    told = (other for other in committed() if other.name in row.tells)
+    parts += [f"[{other.title}]({other.name}.md): {other.sentence(tables()[other.name])}" for other in told]
     parts.append(
         "Means over the seeds; in brackets the difference to the baseline and half of its 95% interval, bold "
         "where that excludes 0. Only the claim is tested; all else is description."
@@ -282,9 +284,9 @@ def cases() -> list[Case]:
         lambda: Case(
             "A trained model, a pool of text that is mostly garbage, some clean text to choose the rate",
             '`RGDLoss(weighting=rgd.KL(scale=-3, normalize=True), per="sample")`',
-            f"clean text {told('polluted', 'by accuracy', 's = -3')} points over not going on, which plain "
-            "and RGD chose; loss of the worst tenth "
-            f"{told('polluted', 'by mean loss', 's = -3', 'worst_tenth')}",
+            f"clean text {told('polluted', 'by accuracy', 's = -3')} points over not going on; worst tenth's "
+            f"loss {told('polluted', 'by mean loss', 's = -3', 'worst_tenth')}; from scratch "
+            f"{told('scratch', 'by accuracy', 's = -3')} against clean alone",
             "polluted",
         ),
         lambda: Case(

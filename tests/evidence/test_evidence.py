@@ -606,6 +606,12 @@ def test_the_pages_say_what_the_tables_say():
         assert picture.text["Comment"] == readme.forest_key()
 
 
+def test_the_page_of_the_polluted_pool_says_whether_a_prior_is_needed():
+    page = readme.page(ROWS["polluted"])
+    assert f"(scratch.md): {ROWS['scratch'].sentence(read('scratch'))}" in page
+    assert "scratch.md" not in readme.page(ROWS["ramp"])
+
+
 def test_the_guide_has_short_cells():
     for line in readme.guide().splitlines():
         for cell in line.strip("|").split("|"):

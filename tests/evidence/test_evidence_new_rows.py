@@ -18,6 +18,7 @@ from harness import Arm, Cell, Ramp, Session, Store, digits, train
 from harness.train import Weigher, initial, orders
 
 polluted = importlib.import_module("polluted")
+scratch = importlib.import_module("scratch")
 suspects = importlib.import_module("suspects")
 
 SIZES = polluted.QUICK
@@ -119,12 +120,17 @@ def plain_training(problem, seed, cell, weights_of):
     """One network by torch's own optimizer, from the prior; `weights_of` losses (B, T) and sequences."""
     split = problem.draw(seed)
     begun = polluted.prior(problem.sizes, seed, problem.prior[seed])
+    batches = orders([seed], len(split.train), polluted.BATCH, SIZES.epochs)[0]
+    return descended(begun, split.train, batches, cell, weights_of)
+
+
+def descended(begun, train, batches, cell, weights_of):
+    """The parameters after the steps of some batches of the sequences `train`."""
     parameters = [p.clone().requires_grad_() for p in begun]
     optimizer = torch.optim.SGD(parameters, cell.learning_rate, momentum=0.9, weight_decay=cell.weight_decay)
-    batches = orders([seed], len(split.train), polluted.BATCH, SIZES.epochs)[0]
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
     for batch in batches:
-        rows = split.train[batch]
+        rows = train[batch]
         windows = rows.unfold(1, polluted.CONTEXT, 1)[:, : polluted.PREDICTED]
         table, first, bias, second, last = parameters
         logits = (table[windows].flatten(2) @ first + bias).relu() @ second + last
@@ -245,6 +251,70 @@ def test_losses_are_reported_where_the_loss_chose_and_accuracy_where_it_did():
         metrics = {"accuracy"} if result.setting == polluted.BY_ACCURACY else {"mean_loss", "worst_tenth"}
         assert set(result.chosen.metrics()) == metrics
     assert {result.setting for result in results} == {polluted.BY_ACCURACY, polluted.BY_LOSS}
+
+
+# --- scratch ---
+
+
+def from_scratch():
+    return polluted.Polluted("scratch", SIZES, scratch=True)
+
+
+@pytest.mark.parametrize("name", [polluted.DIAL, polluted.CLEAN])
+def test_without_a_prior_a_new_network_is_trained_on_what_the_arm_may_see(name):
+    clean = polluted.SequenceArm(polluted.CLEAN, on="first")
+    arm = next((arm for arm in scratch.ARMS if arm.name == name), clean)
+    seed, own = 1, from_scratch().draw(1)
+    steps = SIZES.clean // polluted.BATCH * SIZES.prior_epochs + len(own.train) // polluted.BATCH
+    train = own.train[: SIZES.clean] if name == polluted.CLEAN else own.train
+    weights_of = tilted if name == polluted.DIAL else torch.ones_like
+    begun = [p[0] for p in polluted.initial([seed])]
+    batches = orders([seed], len(train), polluted.BATCH, steps)[0][:steps]
+    expected = descended(
+        begun, train, batches, CELLS[1], lambda losses, rows: weights_of(losses.mean(1)).view(-1, 1)
+    )
+    networks, _ = polluted.trained(from_scratch(), arm, [0, seed], CELLS)
+    moved = distance(begun, expected)
+    # Ten steps in float32 of numbers about 1, whose sums of 576 terms are in another order.
+    assert distance([p[3] for p in networks], expected) < 1e3 * EPS < 0.1 * moved
+
+
+def test_from_scratch_all_arms_take_the_steps_of_prior_and_going_on_together():
+    first = polluted.Polluted(polluted.PRIOR, SIZES).steps()
+    assert from_scratch().steps() == first + going_on().steps()
+    assert first == SIZES.clean // polluted.BATCH * SIZES.prior_epochs
+
+
+def test_a_cache_tells_trainings_with_prior_from_those_without():
+    problems = [polluted.Polluted(polluted.PRIOR, SIZES), going_on(), from_scratch()]
+    assert len({problem.key() for problem in problems}) == 3
+
+
+def test_one_cell_at_a_time_gives_what_all_at_once_give():
+    arm = scratch.ARMS[2]
+    apart, together = (
+        trainer(from_scratch(), arm, [0, 1], CELLS) for trainer in (scratch.by_cell, polluted.train)
+    )
+    assert set(apart) == set(together)
+    for run in apart:
+        losses = [
+            (found[run][0].test["mean_loss"], found[run][0].test["worst_tenth"])
+            for found in (apart, together)
+        ]
+        # Numbers of 3 to 5 after ten steps in float32.
+        assert losses[0] == pytest.approx(losses[1], abs=1e3 * EPS)
+
+
+def test_from_scratch_every_arm_meets_the_clean_sequences_alone():
+    results = scratch.run(Session(quick=True, store=Store(), seeds=2))
+    for here in polluted.REPORTED:
+        baselines = {r.chosen.arm.name: r.baseline for r in results if r.setting == here}
+        assert baselines.pop(polluted.CLEAN) == ""
+        assert set(baselines) == {"plain", "s = -1", "s = -3"}
+        assert set(baselines.values()) == {polluted.CLEAN}
+    for result in results:
+        metrics = {"accuracy"} if result.setting == polluted.BY_ACCURACY else {"mean_loss", "worst_tenth"}
+        assert set(result.chosen.metrics()) == metrics
 
 
 # --- suspects ---

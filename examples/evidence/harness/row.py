@@ -151,6 +151,7 @@ class Row:
         parser: Makes the parser of the program's own options, those of its recipes; None where it has none.
         options: Those that were given, for the command in the table.
         tabled: Whether the page has a table of a setting; None where it has one of each.
+        tells: Other programs whose sentence the page tells too.
     """
 
     name: str
@@ -163,6 +164,7 @@ class Row:
     parser: Callable[[], argparse.ArgumentParser] | None = None
     options: str = ""
     tabled: Callable[[str], bool] | None = None
+    tells: tuple[str, ...] = ()
 
     @property
     def path(self) -> pathlib.Path:
