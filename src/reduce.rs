@@ -251,6 +251,8 @@ mod tests {
             clipped: 1.0,
         };
         assert_eq!(sums(&[1.0, 3.0], &[0.0, 2.0], None), expected);
+        // The loss at the clip itself does not count as clipped.
+        assert_eq!(sums(&[1.0, 3.0, 4.0], &[1.0; 3], None).clipped, 2.0);
         assert_eq!(sums(&[], &[], None), WeightSums::default());
         assert_eq!(sum(&[], &[], None, 1).to_bits(), 0);
         assert!(sums(&[f64::NAN, 1.0], &[f64::NAN, 1.0], None).largest.is_nan());

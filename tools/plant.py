@@ -1,6 +1,6 @@
 """Copy the crate, and put a fault into the copy that a job must find.
 
-`make fuzz PLANT=1` and `make asan PLANT=1` run `python tools/plant.py weights target/planted`.
+`make fuzz PLANT=1` and `make asan PLANT=1` run `python tools/plant.py weights target/planted/crate`.
 """
 
 from __future__ import annotations

@@ -375,6 +375,13 @@ fn group_dro_moves_its_shares_and_refuses_groups_that_it_does_not_have() {
     for (got, expected) in w.iter().chain(&shares).zip([1.5 * q, 1.5 * q, 3.0 * (1.0 - q), q, 1.0 - q]) {
         assert!((got - expected).abs() < 1e-15, "{got} {expected}");
     }
+    // The sample weights count in the mean loss of a group, and the step multiplies it: 0.5 * (1 * 2 + 3 * 6) / 4 = 2.5.
+    let half = Weighting::GroupDro(GroupDro { groups: 2, step_size: 0.5 });
+    let (losses, mut state) = (Vector::of(&[2.0, 6.0, 1.0]), vec![vec![0.25, 0.75]]);
+    let batch = Batch::new(&losses, Some(&[1.0, 3.0, 2.0]), Some(&[0, 0, 1]), 1);
+    sample_weights(&batch, half, &mut state, &mut [MaybeUninit::new(0.0f64); 3]).unwrap();
+    let (a, b) = (0.25 * 2.5f64.exp(), 0.75 * 0.5f64.exp());
+    assert!((state[0][0] - a / (a + b)).abs() < 1e-15, "{state:?}");
     let outside = |groups| group_dro(&[1.0, 1.0], Some(&[1.0, 0.0]), Some(groups), &[0.5, 0.5]);
     assert!(outside(&[1, -7]).is_ok());
     let error = outside(&[2, 0]).unwrap_err();
