@@ -134,19 +134,28 @@ impl Described<DLDataType> {
 
 impl<D> Described<D> {
     /// Checks that each element has an address, and sets what producers may leave undefined: the strides of axes with
-    /// fewer than two elements, and the address of a tensor without elements.
+    /// one element, and the strides and the address of a tensor without elements.
     ///
     /// Also returns the lowest address and the one past the highest; zeros without elements.
     fn checked(mut self, name: &str, itemsize: usize) -> PyResult<(Self, (usize, usize))> {
-        let empty = self.shape.contains(&0);
-        for (stride, &size) in self.strides.iter_mut().zip(&self.shape) {
-            if empty || size == 1 {
-                *stride = 0;
+        if self.shape.contains(&0) {
+            // The strides of a contiguous tensor: `ndarray` allows no others in a view that may be written, and it
+            // wants the product of the other axes to fit.
+            let mut bytes = itemsize as isize;
+            for (stride, &size) in self.strides.iter_mut().zip(&self.shape).rev() {
+                *stride = bytes / itemsize as isize;
+                let size = isize::try_from(size.max(1)).ok();
+                bytes = size.and_then(|size| bytes.checked_mul(size)).ok_or_else(|| {
+                    invalid(name, &"it has no elements, but the product of its other axes is too large")
+                })?;
             }
-        }
-        if empty {
             self.data = std::ptr::without_provenance_mut(itemsize);
             return Ok((self, (0, 0)));
+        }
+        for (stride, &size) in self.strides.iter_mut().zip(&self.shape) {
+            if size == 1 {
+                *stride = 0;
+            }
         }
         if self.data.is_null() {
             return Err(PyValueError::new_err(format!(

@@ -70,9 +70,9 @@ pub struct InstructionSet(Name);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Name {
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", not(rgd_baseline_only)))]
     Avx512,
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", not(rgd_baseline_only)))]
     Avx2,
     // NEON and its fused multiply-add are part of every aarch64 target.
     #[cfg(target_arch = "aarch64")]
@@ -86,7 +86,7 @@ impl InstructionSet {
     #[must_use]
     pub fn available() -> Vec<Self> {
         let mut found = Vec::new();
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(all(target_arch = "x86_64", not(rgd_baseline_only)))]
         if is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c")
@@ -111,9 +111,9 @@ impl InstructionSet {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self.0 {
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(all(target_arch = "x86_64", not(rgd_baseline_only)))]
             Name::Avx512 => "avx512",
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(all(target_arch = "x86_64", not(rgd_baseline_only)))]
             Name::Avx2 => "avx2",
             #[cfg(target_arch = "aarch64")]
             Name::Neon => "neon",
@@ -165,12 +165,12 @@ pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {
 /// Runs a kernel with an instruction set.
 #[inline]
 fn dispatch_on<K: Kernel>(set: InstructionSet, kernel: K) -> K::Output {
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", not(rgd_baseline_only)))]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     fn avx512<K: Kernel>(kernel: K) -> K::Output {
         kernel.run::<Fused>()
     }
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", not(rgd_baseline_only)))]
     #[target_feature(enable = "avx2,fma,f16c")]
     fn avx2<K: Kernel>(kernel: K) -> K::Output {
         kernel.run::<Fused>()
@@ -178,10 +178,10 @@ fn dispatch_on<K: Kernel>(set: InstructionSet, kernel: K) -> K::Output {
     match set.0 {
         // SAFETY: only `available` makes an `InstructionSet`, and it asked the processor for every feature the
         // function enables.
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(all(target_arch = "x86_64", not(rgd_baseline_only)))]
         Name::Avx512 => unsafe { avx512(kernel) },
         // SAFETY: as above.
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(all(target_arch = "x86_64", not(rgd_baseline_only)))]
         Name::Avx2 => unsafe { avx2(kernel) },
         #[cfg(target_arch = "aarch64")]
         Name::Neon => kernel.run::<Fused>(),

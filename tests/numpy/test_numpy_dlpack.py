@@ -279,6 +279,11 @@ WRONG = {
         BufferError,
         "losses .*(overflows|have no address)",
     ),
+    "no elements along axes that cannot be counted": (
+        {"shape": (0, 2**40, 2**40), "ndim": 3, "strides": [0, 0, 0]},
+        BufferError,
+        "losses .*(overflows|the product of its other axes is too large)",
+    ),
     "an absurd offset": ({"byte_offset": 2**64 - 8}, BufferError, f"losses .*its byte offset is {2**64 - 8}"),
     "an odd offset": ({"byte_offset": 3}, ValueError, "losses is not aligned"),
     "lanes": ({"lanes": 4}, TypeError, "losses .*float64 in 4 lanes"),
@@ -320,6 +325,15 @@ def test_a_producer_that_contradicts_itself_is_refused_by_name(kind):
     with pytest.raises((TypeError, ValueError, BufferError), match="losses"):
         rgd.sample_weights(crafted)
     assert crafted.deleted == 1
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (2, 0, 3), (0, 0)], ids=str)
+@pytest.mark.parametrize("strides", [[0, 0, 0], [-(2**62), 2**62, 7]], ids=str)
+def test_the_strides_of_a_tensor_without_elements_may_be_anything(shape, strides):
+    losses = Crafted(np.empty(shape), shape=shape, strides=strides[: len(shape)])
+    weights = np.lib.stride_tricks.as_strided(np.empty(1), shape, [0] * len(shape))
+    _rgd.sample_weights(losses, weights, *kernel_of(rgd.KL()), 1)
+    assert losses.deleted == 1
 
 
 @pytest.mark.parametrize("function", [rgd.sample_weights, rgd.reweighted_mean])

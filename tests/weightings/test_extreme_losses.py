@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import exact
 import numpy as np
 import pytest
 import rgd
@@ -281,3 +282,25 @@ def test_optax_passes_over_a_first_batch_of_zero_weights() -> None:
     updates, _ = tx.update(gradients, state, parameters, losses=jnp.asarray(USUAL))
     expected, _ = tx.update(gradients, fresh, parameters, losses=jnp.asarray(USUAL))
     np.testing.assert_array_equal(updates, expected)
+
+
+@pytest.mark.parametrize("weigh", [*FRONTS.values(), reference.sample_weights], ids=[*FRONTS, "reference"])
+@pytest.mark.parametrize(
+    "weighting", [rgd.KLBall(0.6), rgd.ChiSquareBall(0.6), rgd.ChiSquareBall(0.4)], ids=str
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("mass", [None, np.array([2.0, 1.0, 1.0, 0.25, 0.25])], ids=["plain", "mass"])
+def test_a_ball_among_near_losses_does_not_see_how_far_the_others_are(
+    weigh: Any, weighting: Any, dtype: str, mass: Any
+) -> None:
+    # Beside these, a gap between near losses is below the smallest normal number.
+    far = -float(np.finfo(dtype).max)
+    losses = np.array([0.25, 0.5, 1.0, far, 0.9 * far], dtype)
+    options = {} if mass is None else {"sample_weight": mass.astype(dtype)}
+    expected = [float(weight) for weight in exact.weights(losses, weighting, mass)[0]]
+    assert len(set(expected[:3])) == 3
+    with enable_x64():
+        found = np.asarray(weigh(losses, weighting, **options))
+    # The logarithm of the inverse temperature, which is at most that of the largest number, is rounded too.
+    rounding = tolerance(dtype, losses.size) + math.log(-far) * float(np.finfo(dtype).eps)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=rounding * max(expected))

@@ -201,22 +201,31 @@ def _kl_ball(weighting: KLBall, batch: Batch) -> Array:
     if np.min(losses) == -math.inf:
         kept = batch.mean(losses > -math.inf)
         return _without_lowest(batch, KLBall(max(radius + math.log(kept), 0.0)), kept)
-    gaps = _gaps(losses)[0]
     on_largest = _on_largest(batch)
     if radius >= math.log(np.max(on_largest)):
         return on_largest
+    gaps = losses / 4 - np.max(losses) / 4
+    extent, nearest = -float(np.min(gaps)), -float(np.max(gaps[gaps < 0]))
+    # With a unit between the two, `beta` is a normal number wherever it lies.
+    gaps /= extent if nearest / extent > 1e-100 else math.sqrt(extent) * math.sqrt(nearest)
+
+    def exponent(beta: float) -> Array:
+        """`beta * gaps`, and -1000 below that, where `exp` is 0."""
+        with np.errstate(over="ignore"):
+            return np.maximum(beta * gaps, -1000.0)
 
     below, above = 0.0, 1.0
-    while _kl_divergence(batch, above * gaps) < radius:
+    while _kl_divergence(batch, exponent(above)) < radius:
         below, above = above, 2 * above
-        if not np.any(np.exp(below * gaps[gaps < 0])):
+        if not np.any(np.exp(exponent(below)[gaps < 0])):
             return on_largest
-    while below == 0 and _kl_divergence(batch, above / 2 * gaps) >= radius:
+    while below == 0 and _kl_divergence(batch, exponent(above / 2)) >= radius:
         above /= 2
     below = max(below, above / 2)
     while below < (middle := (below + above) / 2) < above:
-        below, above = (middle, above) if _kl_divergence(batch, middle * gaps) < radius else (below, middle)
-    unnormalised = np.exp(above * gaps)
+        found = _kl_divergence(batch, exponent(middle))
+        below, above = (middle, above) if found < radius else (below, middle)
+    unnormalised = np.exp(exponent(above))
     return unnormalised / batch.mean(unnormalised)
 
 

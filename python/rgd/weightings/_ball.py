@@ -14,7 +14,10 @@ class Gaps(NamedTuple):
     Attributes:
         batch: The batch without losses of -inf, whose weight is 0 in every ball.
         left: The share of the measure in `batch`, 0-d.
-        values: Gaps to the largest loss over the range of the losses, in [-1, 0], shape (n,).
+        below: Gaps to the largest loss, at most 0, shape (n,).
+        extent: The largest of these gaps, or 1, 0-d.
+        values: The gaps over `extent`, in [-1, 0], shape (n,). Gaps much smaller than others can be 0
+            here. In JAX they are where they fall below the smallest normal number.
         on_top: 1 for the samples of the largest loss, else 0, shape (n,).
         share: The part of this measure on the samples of the largest loss, 0-d.
         infinite: Whether the largest loss is infinite, so that it gets all the weight, 0-d.
@@ -22,6 +25,8 @@ class Gaps(NamedTuple):
 
     batch: Batch
     left: Any
+    below: Any
+    extent: Any
     values: Any
     on_top: Any
     share: Any
@@ -42,10 +47,10 @@ def gaps_of(batch: Batch) -> Gaps:
     losses = small(batch.losses)
     top, bottom = batch.max(losses), batch.min(losses)
     extent = top - bottom
-    below = difference(xp, losses, top)
-    values = batch.only(below / xp.where(extent > 0, extent, 1.0))
+    extent = xp.where(extent > 0, extent, 1.0)
+    below = batch.only(difference(xp, losses, top))
     on_top = xp.astype(losses == top, losses.dtype)
-    return Gaps(batch, left, values, on_top, _mean(batch, on_top), top == float("inf"))
+    return Gaps(batch, left, below, extent, below / extent, on_top, _mean(batch, on_top), top == float("inf"))
 
 
 def with_corners(batch: Batch, gaps: Gaps, weights: Any, *, radius: Any, radius_left: Any, limit: Any) -> Any:

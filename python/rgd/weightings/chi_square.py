@@ -113,7 +113,7 @@ class ChiSquareBall(Weighting):
         """`max(0, gap + t) / mean(max(0, gap + t))`, `t` such that the divergence is the radius."""
         xp, losses, radius = batch.xp, batch.losses, batch.scalar(self.radius)
         ball = gaps_of(batch)
-        gaps, mean_of = ball.values, ball.mean
+        gaps, below, mean_of = ball.values, ball.below, ball.mean
         # Losses of -inf have weight 0, which uses a part of the divergence.
         left = radius * ball.left - (1.0 - ball.left) / 2.0
         left = xp.where(left < 0, 0.0, left)
@@ -129,14 +129,16 @@ class ChiSquareBall(Weighting):
 
         def enough(t: Any) -> Any:
             """Whether the mean square of the weights is at most what the radius allows, at several `t`."""
-            above = xp.where(gaps + t > 0, gaps + t, 0.0)
-            return mean_of((above / mean_of(above)[:, None]) ** 2) <= square
+            # In units of t, so that the range of the losses does not matter. At t = 0 no loss is above.
+            above = xp.where(below + t > 0, below + t, 0.0) / xp.where(t > 0, t, 1.0)
+            mean = mean_of(above)[:, None]
+            return (mean_of((above / xp.where(mean > 0, mean, 1.0)) ** 2) <= square) & (mean[:, 0] > 0)
 
         # The threshold lies between this loss and the one above it. The share of the measure, the mean and
         # the variance of the losses above it give t: (1 + variance / (mean + t)^2) / share = square.
-        in_play = gaps + first_enough(ball.batch, xp.sort(-gaps), enough) > 0
-        extent = ball.batch.max(xp.where(in_play, -gaps, 0.0))
-        scaled = gaps / xp.where(extent > 0, extent, 1.0)
+        in_play = below + first_enough(ball.batch, xp.sort(-below), enough) > 0
+        extent = ball.batch.max(xp.where(in_play, -below, 0.0))
+        scaled = below / xp.where(extent > 0, extent, 1.0)
         share = mean_of(xp.astype(in_play, losses.dtype))
         mean = mean_of(xp.where(in_play, scaled, 0.0)) / share
         variance = mean_of(xp.where(in_play, scaled - mean, 0.0) ** 2) / share

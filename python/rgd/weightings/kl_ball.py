@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from rgd.weightings._ball import gaps_of, with_corners
 from rgd.weightings._base import Kernel, Weighting, setting
 from rgd.weightings._batch import Batch
 from rgd.weightings._root import bracketed, polished
+
+_FAR = 2.0**-64
+"""Where the smallest gap over the largest is below this, gaps have a unit between the two."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,19 +51,27 @@ class KLBall(Weighting):
         """`exp(b * gap) / mean(exp(b * gap))`, `b` the root of `KL = radius`."""
         xp, losses, radius = batch.xp, batch.losses, batch.scalar(self.radius)
         ball = gaps_of(batch)
-        gaps, mean = ball.values, ball.mean
+        mean = ball.mean
         # Losses of -inf have weight 0, which uses a part of the divergence.
         left = radius + xp.log(ball.left)
         left = xp.where(left < 0, 0.0, left)
         limit = -xp.log(ball.share)
         inside = (left > 0) & (left < limit)
         target = xp.where(inside, left, 0.5)
-        nearest = ball.batch.min(xp.where(gaps < 0, -gaps, float("inf")))
-        nearest = xp.where(inside, nearest, 1.0)
+        nearest = ball.batch.min(xp.where(ball.below < 0, -ball.below, float("inf")))
+        nearest = xp.where(inside, nearest, ball.extent)
+        # The unit of gaps is the largest one. Where the smallest would be 0 in this unit, the unit is between
+        # the two.
+        far = nearest / ball.extent < _FAR
+        unit = xp.where(far, ball.extent**0.5 * nearest**0.5, ball.extent)
+        gaps, extent, nearest = ball.below / unit, ball.extent / unit, nearest / unit
+        # A weight of exp(least) is 0; its logarithm must be finite, since they are multiplied.
+        least = -2.0 * math.log(xp.finfo(losses.dtype).max)
 
         def divergence(log_b: Any) -> tuple[Any, Any, Any]:
             """KL of the weights, the weights and their logarithms, at one `b` or several."""
             exponent = xp.exp(log_b) * gaps
+            exponent = xp.where(exponent > least, exponent, least)
             logarithm = exponent - xp.log1p(mean(xp.expm1(exponent)))[..., None]
             weights = xp.exp(logarithm)
             # mean(w log w) + 1 - mean(w), where the error of the logarithms' common shift cancels.
@@ -70,12 +82,15 @@ class KLBall(Weighting):
             value, weights, logarithm = divergence(log_b)
             return value - target, mean(weights * (logarithm - value) ** 2)
 
-        # With gaps in [-1, 0], KL(b) <= b^2 / 8. At 1000 / nearest all weight is on the largest losses.
+        # KL(b) <= (b extent)^2 / 8. At b = 1000 / nearest all weight is on the largest losses.
         largest = xp.finfo(losses.dtype).max / 8
         high = 1000.0 / nearest
         high = xp.log(xp.where(high < largest, high, largest))
         low, high = bracketed(
-            batch, lambda log_b: divergence(log_b)[0] - target, xp.log(8.0 * target) / 2, high
+            batch,
+            lambda log_b: divergence(log_b)[0] - target,
+            xp.log(8.0 * target) / 2 - xp.log(extent),
+            high,
         )
         # Rounding may put a root at the bracket's end just beyond it.
         width = high - low
