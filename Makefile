@@ -47,7 +47,7 @@ extension := $(wildcard python/rgd/_rgd*.so)
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: $(VENV)/.built $(VENV)/.group-demo ## Turn the dial against wrong labels: print the table, draw the picture, time the swap
@@ -157,6 +157,23 @@ asan-python: $(VENV)/.built $(VENV)/.group-test ## Run the tests of the NumPy fr
 	  echo "the sanitizer did not find the planted fault: target/asan/python.log" >&2; exit 1; \
 	fi
 
+# Loom itself is optimised, since it runs a model thousands of times; the kernels, which the models do not use, are not.
+.PHONY: loom
+loom: | rust ## Run the models of what threads share, in every order of their steps; PLANT=1 plants a fault that they must find
+	$(say) "the models, by loom, after a build of some minutes"
+	@mkdir -p target/loom; from=.; \
+	if [ -n "$(PLANT)" ]; then from=target/planted/crate; "$(PYTHON)" tools/plant.py loom $$from || exit 1; fi; \
+	(cd $$from && RUSTFLAGS="--cfg loom --cfg rgd_baseline_only" CARGO_PROFILE_QUICK_DEBUG=false \
+	  cargo test --quiet --profile quick --config 'profile.quick.package."*".opt-level=2' --lib --target-dir $(CURDIR)/$(call built,loom/build) models::) > target/loom/log 2>&1; \
+	status=$$?; grep -E '^error|test result|FAILED|Causality|panicked' target/loom/log; \
+	if [ -z "$(PLANT)" ]; then \
+	  [ $$status -eq 0 ] || { echo "a fault was found: target/loom/log" >&2; exit 1; }; \
+	elif grep -q 'a_job_ends.*FAILED' target/loom/log; then \
+	  echo "the models found the planted fault"; \
+	else \
+	  echo "the models did not find the planted fault: target/loom/log" >&2; exit 1; \
+	fi
+
 # For one instruction set, since the kernels of the others are the same code: each mutant is built in half the time. The
 # tests that are slow without optimisation, and those of modules that are not changed, run on the survivors alone.
 .PHONY: mutants
@@ -172,6 +189,11 @@ mutants: | rust ## Change the kernels in one place at a time and run the Rust te
 	printf '\n== %s\n' "the survivors, with all tests"; unset PROPTEST_CASES; \
 	sed 's/[][\.*^$$(){}?+|/]/\\&/g; s/.*/--re=^&$$/' target/mutants/mutants.out/missed.txt | \
 	  xargs -d '\n' sh -c 'exec cargo mutants --jobs 1 --output target/mutants/again "$$@" -- --lib' again
+
+.PHONY: mutants-python
+mutants-python: $(VENV)/.built $(VENV)/.group-test ## Change weightings, statistics, optax and boosting in one place at a time and run their tests: COUNT=30, SEED=1
+	$(say) "mutants of python/rgd, in ten minutes: tools/mutate.py says which there are"
+	@$(python) tools/mutate.py --count $(or $(COUNT),30) --seed $(or $(SEED),1)
 
 .PHONY: test-gpu-static
 test-gpu-static: $(VENV)/.built $(VENV)/.group-test ## Check the Triton programs without a GPU: in the interpreter, and compiled for each GPU

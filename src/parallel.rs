@@ -3,43 +3,29 @@
 //! Work is cut into blocks whose bounds depend only on the sizes, and not on the number of threads. The sums `s_b` of
 //! the blocks are added in the order of the blocks. So results are the same, bit for bit, for any number of threads.
 
-use rayon::{ThreadPool, ThreadPoolBuilder};
+use crate::parts::Counter;
 use std::cell::Cell;
 use std::panic::resume_unwind;
-use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
-use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
-struct Pool {
-    process: u32,
-    threads: ThreadPool,
-}
-
-static POOL: AtomicPtr<Pool> = AtomicPtr::new(std::ptr::null_mut());
-
-/// The pool of this process. A child of `fork` inherits the address of its parent's pool but none of its threads, so
-/// it builds its own and leaves the inherited one alone. `None` if the system gives no threads.
-fn pool() -> Option<&'static ThreadPool> {
-    let process = std::process::id();
-    loop {
-        let current = POOL.load(Ordering::Acquire);
-        // SAFETY: a pool, once published, is never freed.
-        if let Some(pool) = unsafe { current.as_ref() }
-            && pool.process == process
-        {
-            return Some(&pool.threads);
-        }
-        let threads = ThreadPoolBuilder::new()
-            .num_threads(available_parallelism().map_or(1, usize::from))
+/// The pool of this process; `None` if the system gives no threads.
+#[cfg(not(loom))]
+fn pool() -> Option<&'static rayon::ThreadPool> {
+    use crate::parts::OfProcess;
+    static POOL: OfProcess<rayon::ThreadPool> = OfProcess::new();
+    POOL.get(std::process::id(), || {
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(std::thread::available_parallelism().map_or(1, usize::from))
             .thread_name(|i| format!("rgd-{i}"))
             .build()
-            .ok()?;
-        let new = Box::into_raw(Box::new(Pool { process, threads }));
-        if POOL.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire).is_err() {
-            // SAFETY: another thread published its pool first, so this one is still ours alone.
-            drop(unsafe { Box::from_raw(new) });
-        }
-    }
+            .ok()
+    })
+}
+
+/// Loom runs the models of `parts`, and not rayon.
+#[cfg(loom)]
+fn pool() -> Option<&'static rayon::ThreadPool> {
+    None
 }
 
 /// Why a kernel was stopped. The kernel unwinds with this as its payload; its outputs may be partly written.
@@ -137,15 +123,11 @@ pub fn for_each_block(blocks: usize, threads: usize, block: impl Fn(usize) + Syn
         }
         return;
     };
-    let next = AtomicUsize::new(0);
+    let counter = Counter::new(blocks);
     let work = |calling: bool| {
-        loop {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            if i >= blocks {
-                break;
-            }
+        while let Some(i) = counter.next() {
             if calling && is_interrupted() {
-                next.store(blocks, Ordering::Relaxed);
+                counter.stop();
                 Stop::Interrupted.raise();
             }
             block(i);
@@ -177,6 +159,7 @@ pub fn map_blocks<R: Send + Clone + Default>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     #[test]
     fn every_block_runs_once_whatever_the_number_of_threads() {

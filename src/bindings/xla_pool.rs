@@ -1,18 +1,13 @@
 //! XLA's own thread pool, through its foreign function interface.
 //!
-//! The calling thread works through the parts of a job. Tasks in XLA's pool take parts from the same counter. The
-//! caller waits only for parts that a task has begun, and never for a task that has not started, so that a busy pool,
-//! or a pool of one thread, does not delay it. A task that starts after the end of the job finds no part left, and
-//! does not use the caller's memory.
+//! The calling thread works through the parts of a [`Job`], and so do tasks in XLA's pool.
 
 use super::xla_api::{Api, ErrorDestroyArgs, NumThreadsArgs, ScheduleArgs, XlaError};
-use std::any::Any;
+use crate::job::Job;
 use std::ffi::c_void;
 use std::mem::offset_of;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr::null_mut;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// The pool of a call that is under way.
 #[derive(Clone, Copy)]
@@ -21,43 +16,12 @@ pub(super) struct Pool<'a> {
     context: *mut c_void,
 }
 
-struct Job {
-    next: AtomicUsize,
-    finished: AtomicUsize,
-    parts: usize,
-    /// A closure of the caller, which keeps it alive until every part that was begun is finished.
-    part: *const (dyn Fn(usize) + Sync),
-    panic: Mutex<Option<Box<dyn Any + Send>>>,
-}
-
-// SAFETY: `part` may be called from any thread, and is called only for a part that exists, so while the caller waits.
-unsafe impl Send for Job {}
-// SAFETY: as above.
-unsafe impl Sync for Job {}
-
-impl Job {
-    fn take_part(&self) {
-        loop {
-            let i = self.next.fetch_add(1, Ordering::Relaxed);
-            if i >= self.parts {
-                return;
-            }
-            // SAFETY: the caller waits for part `i`.
-            let outcome = catch_unwind(AssertUnwindSafe(|| unsafe { (*self.part)(i) }));
-            if let Err(panic) = outcome {
-                *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
-            }
-            self.finished.fetch_add(1, Ordering::Release);
-        }
-    }
-}
-
 /// # Safety
 /// `data` is an `Arc<Job>` that was given away.
 unsafe extern "C" fn task(data: *mut c_void) {
     // SAFETY: what the caller promises.
     let job = unsafe { Arc::from_raw(data.cast::<Job>()) };
-    job.take_part();
+    job.help();
 }
 
 impl Pool<'_> {
@@ -114,47 +78,32 @@ impl Pool<'_> {
             (0..parts).for_each(part);
             return;
         };
-        let job = Arc::new(Job {
-            next: AtomicUsize::new(0),
-            finished: AtomicUsize::new(0),
-            parts,
-            // SAFETY: only the lifetime changes: the job calls it for parts alone, and all of them end below.
-            part: unsafe {
-                std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(part)
-            },
-            panic: Mutex::new(None),
-        });
-        for _ in 0..helpers {
-            let data = Arc::into_raw(Arc::clone(&job));
-            let mut args = ScheduleArgs {
-                struct_size: size_of::<ScheduleArgs>(),
-                extensions: null_mut(),
-                context: self.context,
-                task,
-                data: data.cast_mut().cast(),
-            };
-            // SAFETY: arguments as XLA lays them out; it runs the task once, or returns an error.
-            if unsafe { !self.succeeded(schedule(&raw mut args)) } {
-                // SAFETY: the task, which would have taken it, does not run.
-                drop(unsafe { Arc::from_raw(data) });
-                break;
+        Job::run(parts, part, |job| {
+            for _ in 0..helpers {
+                let data = Arc::into_raw(Arc::clone(job));
+                let mut args = ScheduleArgs {
+                    struct_size: size_of::<ScheduleArgs>(),
+                    extensions: null_mut(),
+                    context: self.context,
+                    task,
+                    data: data.cast_mut().cast(),
+                };
+                // SAFETY: arguments as XLA lays them out; it runs the task once, or returns an error.
+                if unsafe { !self.succeeded(schedule(&raw mut args)) } {
+                    // SAFETY: the task, which would have taken it, does not run.
+                    drop(unsafe { Arc::from_raw(data) });
+                    break;
+                }
             }
-        }
-        job.take_part();
-        let mut looks = 0;
-        while job.finished.load(Ordering::Acquire) < parts {
-            looks += 1;
-            if looks < 1000 { std::hint::spin_loop() } else { std::thread::yield_now() }
-        }
-        if let Some(panic) = job.panic.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            resume_unwind(panic);
-        }
+        });
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::sync::atomic::{AtomicUsize, Ordering};
     use std::time::Duration;
 
     /// Tables of functions as XLA's, of a pool that runs tasks in one way or another.

@@ -428,3 +428,85 @@ fn a_threshold_keeps_losses_up_to_it() {
     assert!(weigh(&[f64::NAN], threshold(2.0))[0].is_nan());
     assert!(weigh(&[1.0], threshold(f64::NAN))[0].is_nan());
 }
+
+/// Losses of three blocks, with a sample weight of each; the largest and the smallest are in the second block.
+fn three_blocks() -> (Vec<f64>, Vec<f64>) {
+    let mut losses: Vec<f64> = (0..5000).map(|i| ((i * 7919) % 1013) as f64 / 300.0 + 0.25).collect();
+    (losses[2900], losses[3000]) = (3.75, 0.125);
+    (losses, (0..5000).map(|i| (1 + (i * 31) % 7) as f64 / 2.0).collect())
+}
+
+/// Compares with weights that are computed plainly, for sums of 5,000 terms.
+fn assert_all_near(weights: &[f64], expected: impl Iterator<Item = f64>) {
+    for (i, (w, e)) in weights.iter().zip(expected).enumerate() {
+        assert!((w - e).abs() <= 5000.0 * f64::EPSILON * e.abs(), "{i}: {w} {e}");
+    }
+}
+
+#[test]
+fn focal_weights_are_powers_of_what_the_label_lacks() {
+    let (losses, _) = three_blocks();
+    for gamma in [0.0, 0.5, 1.0, 2.0, 3.0] {
+        let weights = weigh(&losses, Weighting::Focal(Focal { gamma }));
+        assert_all_near(&weights, losses.iter().map(|l| (1.0 - (-l).exp()).powf(gamma)));
+        assert_eq!(
+            weigh(&[0.0, -2.0], Weighting::Focal(Focal { gamma })),
+            [if gamma == 0.0 { 1.0 } else { 0.0 }; 2]
+        );
+    }
+    for gamma in [1.0, 2.0, 0.0] {
+        assert!(weigh(&[f64::NAN, 1.0], Weighting::Focal(Focal { gamma }))[0].is_nan());
+    }
+}
+
+#[test]
+fn midrange_weights_are_flat_above_the_middle() {
+    let (losses, measure) = three_blocks();
+    let middle = 1.9375;
+    for scale in [0.7, -0.7, 2.0, 0.0] {
+        for (relative, unit) in [(true, (3.75 - 0.125) / 2.0), (false, 1.0)] {
+            let weight = |l: f64| (scale * l.min(middle) / unit).exp();
+            let weighting = Weighting::MidrangeKl(MidrangeKl { scale, relative });
+            for measure in [None, Some(&measure[..])] {
+                let p = |i: usize| measure.map_or(1.0, |measure| measure[i]);
+                let total: f64 = (0..5000).map(p).sum();
+                let mean = losses.iter().enumerate().map(|(i, &l)| p(i) * weight(l)).sum::<f64>() / total;
+                let (vector, mut weights) = (Vector::of(&losses), vec![MaybeUninit::new(0.0f64); 5000]);
+                sample_weights(&Batch::new(&vector, measure, None, 1), weighting, &mut [], &mut weights)
+                    .unwrap();
+                // SAFETY: all weights were written.
+                assert_all_near(unsafe { written(&weights) }, losses.iter().map(|&l| weight(l) / mean));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_running_mean_is_over_all_blocks_and_remembers_the_batch_before() {
+    let (losses, measure) = three_blocks();
+    for scale in [0.5, -0.5] {
+        let inner = Kl { tau: f64::INFINITY, scale, normalize: false };
+        let weighting = Weighting::MovingAverageOfKl(MovingAverageOfKl { decay: 0.75, inner });
+        let mut state = vec![vec![0.0], vec![0.0]];
+        let (mut mean, mut updates) = (0.0, 0);
+        for far in [0.0, 30.0 * scale.signum(), -2000.0 * scale.signum()] {
+            let losses: Vec<f64> = losses.iter().map(|l| l + far).collect();
+            let (vector, mut weights) = (Vector::of(&losses), vec![MaybeUninit::new(0.0f64); 5000]);
+            sample_weights(
+                &Batch::new(&vector, Some(&measure), None, 1),
+                weighting,
+                &mut state,
+                &mut weights,
+            )
+            .unwrap();
+            let total: f64 = measure.iter().sum();
+            let now = losses.iter().zip(&measure).map(|(l, p)| p * (scale * l).exp()).sum::<f64>() / total;
+            mean = if updates == 0 { now } else { 0.75 * mean + 0.25 * now };
+            updates += 1;
+            // SAFETY: all weights were written.
+            assert_all_near(unsafe { written(&weights) }, losses.iter().map(|l| (scale * l).exp() / mean));
+            assert!((state[0][0] - f64::ln(mean)).abs() <= 5000.0 * f64::EPSILON, "{state:?} {mean}");
+            assert_eq!(state[1], [f64::from(updates)]);
+        }
+    }
+}

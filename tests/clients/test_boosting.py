@@ -326,6 +326,10 @@ class Remembers(rgd.Weighting):
             "a weight of .*float32.*: give tau",
         ),
         (
+            lambda: boosting.softmax(2).calc_ders_multi([math.inf, 0.0], 1, None),
+            "margins of sample 0 are not finite",
+        ),
+        (
             lambda: boosting.logistic(groups=[0, 1]).calc_ders_range([0.0], [0], None),
             "CatBoost shows .*: leave groups out",
         ),
