@@ -326,6 +326,10 @@ class Remembers(rgd.Weighting):
             "a weight of .*float32.*: give tau",
         ),
         (
+            lambda: boosting.squared_error(rgd.KL(1.0, scale=-0.5))([1e50], [0.0]),
+            "a weight of 0.607, and so derivatives",
+        ),
+        (
             lambda: boosting.softmax(2).calc_ders_multi([math.inf, 0.0], 1, None),
             "margins of sample 0 are not finite",
         ),
