@@ -1,5 +1,5 @@
-//! Models of what threads share, for loom: it runs each in every order of the threads' steps, and with every value that an
-//! atomic number can have there.
+//! Models of what threads share, for loom: it runs each in every order of the threads' steps, and with every value that
+//! an atomic number can have there.
 
 use crate::job::Job;
 use crate::parts::{Counter, OfProcess};
