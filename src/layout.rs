@@ -295,6 +295,8 @@ mod tests {
     fn scalars_and_empty_shapes_are_walked() {
         assert_eq!(walk(&Positions::new(&[], [&[]]), 0, 1), [[0]]);
         assert!(Positions::new(&[3, 0], [&[0, 1]]).is_empty());
+        assert!(!Positions::new(&[3], [&[1]]).is_empty());
+        assert!(Vector::<f64>::of(&[]).is_empty() && !Vector::of(&[1.0]).is_empty());
         assert_eq!(walk(&Positions::new(&[3], [&[0]]), 0, 3), [[0]; 3]);
     }
 

@@ -349,6 +349,19 @@ fn weights_of_a_whole_batch_equal_those_given_to_the_second_pass() {
         let two = run_in_two(&inputs, &settings, |_| one.weights.clone());
         assert_eq!(grad_bits(&one.grad), grad_bits(&two.grad));
         assert_eq!(bits(&one.objective), bits(&two.objective));
+        if per_sample {
+            let counted = labels.iter().map(|&label| f64::from(u8::from(label >= 0)));
+            let counted: Vec<f64> = counted.collect();
+            let means = one.losses.chunks(7).zip(counted.chunks(7));
+            let means: Vec<f64> = means.map(|(l, c)| l.iter().sum::<f64>() / c.iter().sum::<f64>()).collect();
+            let mut expected = unwritten(means.len());
+            let means = Vector::of(&means);
+            sample_weights(&Batch::new(&means, None, None, 1), weighting, &mut [], &mut expected).unwrap();
+            for (w, e) in one.weights.iter().zip(read::<f64>(&expected)) {
+                // The sums of a mean may be in another order; a ball's root is found to 1e-15 of its radius.
+                assert!((w - e).abs() <= 1e-13, "{w} {e}");
+            }
+        }
     }
 }
 

@@ -510,3 +510,17 @@ fn a_running_mean_is_over_all_blocks_and_remembers_the_batch_before() {
         }
     }
 }
+
+#[test]
+fn a_ball_does_not_change_with_the_unit_of_the_losses() {
+    let losses = [1.0, 0.0, -1.0, 0.5, -0.25];
+    for radius in [0.01, 0.3, 1.0] {
+        let expected = weigh(&losses, ball(radius));
+        for unit in [1.7e308, 1e-300, 1e3] {
+            for (w, e) in weigh(&losses.map(|l| unit * l), ball(radius)).iter().zip(&expected) {
+                // The root is found to 1e-15 of the divergence.
+                assert!((w - e).abs() <= 1e-13, "{unit} {radius}: {w} {e}");
+            }
+        }
+    }
+}
