@@ -84,6 +84,11 @@ fn losses_of_minus_infinity_take_their_part_of_the_radius() {
     for (w, e) in w.iter().zip([rest[0], 0.0, rest[1], rest[2]]) {
         assert!((w - e / 0.75).abs() <= 1e-15 * w);
     }
+    // As many samples of each loss, in several blocks, have the same weights.
+    let many: Vec<f64> = (0..6000).map(|i| losses[i / 1500]).collect();
+    for (i, many) in weigh(&many, ball(0.6)).iter().enumerate() {
+        assert!((many - w[i / 1500]).abs() <= 6000.0 * f64::EPSILON * w[i / 1500], "{i}: {many} {w:?}");
+    }
     assert_eq!(weigh(&losses, ball(0.01)), [4.0 / 3.0, 0.0, 4.0 / 3.0, 4.0 / 3.0]);
     assert_eq!(weigh(&losses, ball(9.0)), [0.0, 0.0, 4.0, 0.0]);
     assert_eq!(weigh(&losses, ball(0.0)), [1.0; 4]);
@@ -521,6 +526,27 @@ fn a_ball_does_not_change_with_the_unit_of_the_losses() {
                 // The root is found to 1e-15 of the divergence.
                 assert!((w - e).abs() <= 1e-13, "{unit} {radius}: {w} {e}");
             }
+        }
+    }
+}
+
+#[test]
+fn a_running_mean_of_weights_beyond_the_numbers_divides_them_still() {
+    let (losses, _) = three_blocks();
+    for (scale, far) in [(0.5, -4000.0), (0.5, 4000.0), (-0.5, 4000.0)] {
+        let inner = Kl { tau: f64::INFINITY, scale, normalize: false };
+        let weighting = Weighting::MovingAverageOfKl(MovingAverageOfKl { decay: 0.75, inner });
+        let moved: Vec<f64> = losses.iter().map(|l| l + far).collect();
+        let (vector, mut weights) = (Vector::of(&moved), vec![MaybeUninit::new(0.0f64); 5000]);
+        let mut state = vec![vec![0.0], vec![0.0]];
+        sample_weights(&Batch::new(&vector, None, None, 1), weighting, &mut state, &mut weights).unwrap();
+        let mean = losses.iter().map(|l| (scale * l).exp()).sum::<f64>() / 5000.0;
+        // SAFETY: all weights were written.
+        let weights = unsafe { written(&weights) };
+        for (w, l) in weights.iter().zip(&losses) {
+            let expected = (scale * l).exp() / mean;
+            // The exponents are of 2,000, and rounded to that.
+            assert!((w - expected).abs() <= 8.0 * 2000.0 * f64::EPSILON * expected, "{w} {expected}");
         }
     }
 }

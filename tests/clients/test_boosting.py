@@ -721,6 +721,11 @@ def test_a_metric_reads_margins_in_the_form_of_each_library(name, kind, mass):
     assert repr(pickle.loads(pickle.dumps(metric))) == f"rgd.boosting.metric({name!r})"
 
 
+def test_margins_that_are_positive_and_small_are_no_probabilities():
+    # Their sum is not 1.
+    assert boosting.metric("error").value([0, 1], [[0.2, 0.3], [0.1, 0.4]]) == 0.5
+
+
 def test_a_metric_of_no_samples_is_nan():
     assert math.isnan(boosting.metric("error").get_final_error(0.0, 0.0))
 

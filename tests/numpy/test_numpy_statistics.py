@@ -306,3 +306,14 @@ def test_groups_of_any_number_take_no_more_room_than_they_are(far):
         *(torch.tensor(array) for array in (losses, weights)), groups=torch.tensor(groups)
     )
     assert in_torch.groups == stats.groups
+
+
+@pytest.mark.parametrize("size", [3, 20, 57])
+def test_a_sample_is_in_the_worst_tenth_as_often_as_its_weight_says(size):
+    rng = np.random.default_rng(size)
+    losses, mass = rng.permutation(np.linspace(0.0, 4.0, size)), rng.integers(0, 5, size).astype(float)
+    mass[0] = 2.0
+    found = rgd.weight_stats(losses, np.ones(size), sample_weight=mass).worst_tenth
+    repeated = np.repeat(losses, mass.astype(int))
+    expected = rgd.weight_stats(repeated, np.ones(repeated.size)).worst_tenth
+    assert found == pytest.approx(expected, rel=2 * repeated.size * np.finfo(np.float64).eps, abs=0)
