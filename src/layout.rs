@@ -7,6 +7,7 @@
 
 use crate::numeric::{Element, Isa, Kernel, Real, dispatch};
 use ndarray::{ArrayView1, ArrayViewD};
+use std::any::TypeId;
 use std::mem::MaybeUninit;
 
 /// The positions of `K` tensors of one shape, with their strides in elements.
@@ -176,6 +177,8 @@ pub trait Values: Sync {
     fn count(&self) -> usize;
     /// Copies the elements `start..start + out.len()`, widened.
     fn read(&self, start: usize, out: &mut [f64]);
+    /// The elements, if they are contiguous `f32`.
+    fn f32s(&self) -> Option<&[f32]>;
 }
 
 struct Load<'a, 'b, 'c, T> {
@@ -200,6 +203,21 @@ impl<T: Element> Values for Vector<'_, T> {
     fn read(&self, start: usize, out: &mut [f64]) {
         dispatch(Load { vector: self, start, out });
     }
+
+    fn f32s(&self) -> Option<&[f32]> {
+        let elements = self.view.as_slice().filter(|_| TypeId::of::<T>() == TypeId::of::<f32>())?;
+        // SAFETY: `T` is `f32`.
+        Some(unsafe { std::slice::from_raw_parts(elements.as_ptr().cast(), elements.len()) })
+    }
+}
+
+/// Memory for `f32`, if it is for that.
+pub(crate) fn f32s<T: 'static>(out: &mut [MaybeUninit<T>]) -> Option<&mut [MaybeUninit<f32>]> {
+    if TypeId::of::<T>() != TypeId::of::<f32>() {
+        return None;
+    }
+    // SAFETY: `T` is `f32`.
+    Some(unsafe { std::slice::from_raw_parts_mut(out.as_mut_ptr().cast(), out.len()) })
 }
 
 /// A slice whose elements have all been written, as a slice of numbers.

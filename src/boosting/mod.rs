@@ -371,7 +371,7 @@ impl<T: Element> Kernel for DerivativesOf<'_, '_, T> {
         self.work.losses::<T, I>(self.inputs, &self.block);
         let Work { labels, tile, margin, sum, values } = &mut self.work;
         match self.weights {
-            Weights::Pointwise(weighting) => weighting.pointwise::<I>(values),
+            Weights::Pointwise(weighting) => weighting.pointwise::<f64, I>(values),
             Weights::Given(weights) => weights.read(start, values),
         }
         let [gradient, hessian] = self.to;

@@ -53,7 +53,10 @@ impl Label {
 }
 
 /// One label a target; nothing is stored where all are [`Label::DISTRIBUTION`].
-pub(super) struct Labels(Option<Vec<Label>>);
+pub(super) struct Labels {
+    labels: Option<Vec<Label>>,
+    all_count: bool,
+}
 
 impl Labels {
     /// Reads the targets of a call.
@@ -70,7 +73,7 @@ impl Labels {
             Target::Probabilities(_) => {
                 let Some(measure) = measure else {
                     let totals = Totals { denominator: dims.targets as f64, counted: dims.targets };
-                    return Ok((Self(None), totals));
+                    return Ok((Self { labels: None, all_count: true }, totals));
                 };
                 for (labels, &p) in labels.chunks_mut(dims.unit.max(1)).zip(measure) {
                     labels.fill(if p == T::Real::default() { Label::IGNORED } else { Label::DISTRIBUTION });
@@ -94,19 +97,25 @@ impl Labels {
                 total(counting.map(|(i, &label)| p[i / dims.unit].to_f64() * class_weight(label)))
             }
         };
-        Ok((Self(Some(labels)), Totals { denominator, counted }))
+        let all_count = counted == labels.len();
+        Ok((Self { labels: Some(labels), all_count }, Totals { denominator, counted }))
+    }
+
+    /// Whether every target takes part.
+    pub fn all_count(&self) -> bool {
+        self.all_count
     }
 
     /// Whether target `i` takes part.
     #[inline(always)]
     pub fn counts(&self, i: usize) -> bool {
-        self.0.as_deref().is_none_or(|labels| labels[i].counts())
+        self.labels.as_deref().is_none_or(|labels| labels[i].counts())
     }
 
     /// The labels of the targets from `start` on; `None` where all targets are distributions that take part.
     #[inline(always)]
     pub fn part(&self, start: usize, count: usize) -> Option<&[Label]> {
-        self.0.as_deref().map(|labels| &labels[start..start + count])
+        self.labels.as_deref().map(|labels| &labels[start..start + count])
     }
 }
 

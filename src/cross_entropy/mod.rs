@@ -252,6 +252,12 @@ fn unit_weights<A: Real>(
     weights: &mut [MaybeUninit<A>],
 ) -> Result<(), Error> {
     let Memory { groups: group_of, state } = memory;
+    if dims.unit == 1 && labels.all_count() {
+        let measures: Option<Vec<f64>> = measure.map(|p| p.iter().map(|p| p.to_f64()).collect());
+        let losses = Vector::of(losses);
+        let batch = Batch::new(&losses, measures.as_deref(), group_of, threads);
+        return sample_weights(&batch, weighting, state, weights).map_err(Error::Weighting);
+    }
     let mut counted = with_capacity(weights.len());
     let mut means = with_capacity(weights.len());
     let mut measures = with_capacity(measure.map_or(0, <[A]>::len));

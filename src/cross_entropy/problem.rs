@@ -185,7 +185,7 @@ impl<'a, T: Element> Problem<'a, T> {
                 self.losses::<I>(labels, group, values);
                 // SAFETY: as above.
                 unsafe { losses.store::<I>(labels, group, start, values) };
-                weighting.pointwise::<I>(values);
+                weighting.pointwise::<T::Real, I>(values);
                 for value in &mut *values {
                     *value = T::Real::from_f64(*value).to_f64();
                 }

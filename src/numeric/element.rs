@@ -3,7 +3,7 @@
 //! Kernels compute `f32` and `f64` in their own type. `bf16` and `f16` are converted to `f32` when they are read, which
 //! is exact, and rounded to the nearest value when they are written. No conversion has a branch.
 
-use super::exp_ln::{exp_nonpositive_f32, exp_nonpositive_f64};
+use super::exp_ln::{exp_nonpositive_f32, exp_nonpositive_f64, exp_of_f32, exp_of_f64};
 use super::isa::{Isa, MulAdd};
 use half::{bf16, f16};
 use std::ops::{Add, AddAssign, Div, Mul, Sub};
@@ -29,6 +29,9 @@ pub trait Real:
     /// `exp(self)` for `self <= 0`, to 2 ulp; results below the smallest normal number are 0, NaN stays NaN.
     #[must_use]
     fn exp_nonpositive<I: Isa>(self) -> Self;
+    /// `exp(hi + lo)`, where `lo` is at most a few ulp of `hi`: a number of this type, to 2 ulp of it. NaN stays NaN.
+    #[must_use]
+    fn exp_of<I: Isa>(hi: f64, lo: f64) -> f64;
 }
 
 /// A float type of tensors, with the float type that kernels compute in.
@@ -44,7 +47,7 @@ pub trait Element: Copy + Send + Sync + 'static {
 }
 
 macro_rules! real {
-    ($t:ident, $exp_nonpositive:ident) => {
+    ($t:ident, $exp_nonpositive:ident, $exp_of:ident) => {
         impl Element for $t {
             type Real = Self;
             #[inline(always)]
@@ -78,12 +81,17 @@ macro_rules! real {
             fn exp_nonpositive<I: Isa>(self) -> Self {
                 $exp_nonpositive::<I>(self)
             }
+
+            #[inline(always)]
+            fn exp_of<I: Isa>(hi: f64, lo: f64) -> f64 {
+                $exp_of::<I>(hi, lo)
+            }
         }
     };
 }
 
-real!(f32, exp_nonpositive_f32);
-real!(f64, exp_nonpositive_f64);
+real!(f32, exp_nonpositive_f32, exp_of_f32);
+real!(f64, exp_nonpositive_f64, exp_of_f64);
 
 impl Element for bf16 {
     type Real = f32;

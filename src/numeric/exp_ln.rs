@@ -45,10 +45,12 @@ macro_rules! exp_nonpositive {
     };
 }
 
+/// `(exp(r) - 1 - r) / r^2` in `f32`.
+const MINIMAX: [f32; 5] = [0.499_999_94, 0.166_665_21, 0.041_668_39, 0.008_368_711, 0.001_381_461_4];
+
 // ln 2 in two parts, the first with enough trailing zeros that its product with n is exact.
 exp_nonpositive!(exp_nonpositive_f32, f32, u32, mantissa 23, ln2 0.693_359_4 -2.121_944_4e-4,
-                 min -87.336_54,
-                 series [0.499_999_94, 0.166_665_21, 0.041_668_39, 0.008_368_711, 0.001_381_461_4]);
+                 min -87.336_54, series MINIMAX);
 exp_nonpositive!(exp_nonpositive_f64, f64, u64, mantissa 52,
                  ln2 6.931_471_803_691_238e-1 1.908_214_929_270_587_7e-10, min -708.396_418_532_264_1,
                  series taylor!(f64, 12));
@@ -83,6 +85,41 @@ pub fn exp<I: Isa>(hi: f64, lo: f64, factor: f64) -> f64 {
     } else {
         y
     }
+}
+
+/// `exp(x)` in `f32`, to 1 ulp over its whole range, subnormal results included; NaN stays. Only the polynomial is
+/// computed in `f32`, for `x` has many digits to lose.
+#[inline(always)]
+#[must_use]
+pub fn exp_to_f32<I: Isa>(x: f64) -> f32 {
+    const ROUND: f64 = 1.5 * (1u64 << 52) as f64;
+    // Beyond, the result is infinite or 0.
+    let x = if x > 100.0 { 100.0 } else { x };
+    let x = if x < -110.0 { -110.0 } else { x };
+    let t = MulAdd::mul_add::<I>(x, std::f64::consts::LOG2_E, ROUND);
+    let r = MulAdd::mul_add::<I>(t - ROUND, -std::f64::consts::LN_2, x) as f32;
+    let mut q = MINIMAX[4];
+    let mut k = 4;
+    while k > 0 {
+        k -= 1;
+        q = MulAdd::mul_add::<I>(q, r, MINIMAX[k]);
+    }
+    let p = MulAdd::mul_add::<I>(r * r, q, r) + 1.0;
+    // 2^n is two factors, as in `exp`. The last bits of `t` are `n`.
+    let n = t.to_bits() as i32;
+    let half = n >> 1;
+    let power = |k: i32| f32::from_bits((k.wrapping_add(127) as u32) << 23);
+    p * power(half) * power(n.wrapping_sub(half))
+}
+
+#[inline(always)]
+pub(super) fn exp_of_f32<I: Isa>(hi: f64, _: f64) -> f64 {
+    f64::from(exp_to_f32::<I>(hi))
+}
+
+#[inline(always)]
+pub(super) fn exp_of_f64<I: Isa>(hi: f64, lo: f64) -> f64 {
+    exp::<I>(hi, lo, 1.0)
 }
 
 /// `exp(x) - 1` for `x <= 0`, to 2 ulp; NaN stays.
@@ -228,6 +265,15 @@ mod tests {
         }
     }
 
+    struct ExpTo32(Vec<f64>);
+    impl Kernel for ExpTo32 {
+        type Output = Vec<f32>;
+        #[inline(always)]
+        fn run<I: Isa>(self) -> Vec<f32> {
+            self.0.iter().map(|&x| exp_to_f32::<I>(x)).collect()
+        }
+    }
+
     struct ExpM1(Vec<f64>);
     impl Kernel for ExpM1 {
         type Output = Vec<f64>;
@@ -299,6 +345,24 @@ mod tests {
         for ys in on_every_isa!(Exp32(vec![f32::NEG_INFINITY, 0.0, f32::NAN])) {
             assert_eq!(ys[..2], [0.0, 1.0]);
             assert!(ys[2].is_nan());
+        }
+    }
+
+    #[test]
+    fn exp_to_f32_is_within_one_ulp_over_the_whole_range() {
+        let xs: Vec<f64> = (0..400_000).map(|i| f64::from(i) * 5e-4 - 106.0).collect();
+        for ys in on_every_isa!(ExpTo32(xs.clone())) {
+            for (&x, &y) in xs.iter().zip(&ys) {
+                let (exact, nearest) = (x.exp(), x.exp() as f32);
+                let ulp = f64::from(f32::from_bits(nearest.to_bits() + 1)) - f64::from(nearest);
+                let fits = (f64::from(y) - exact).abs() <= ulp || (y == nearest && nearest.is_infinite());
+                assert!(fits, "{x}: {y} {exact}");
+            }
+        }
+        let edges = vec![f64::NAN, f64::NEG_INFINITY, f64::INFINITY, 1e300, -1e300, 0.0];
+        for ys in on_every_isa!(ExpTo32(edges.clone())) {
+            assert!(ys[0].is_nan());
+            assert_eq!(ys[1..], [0.0, f32::INFINITY, f32::INFINITY, 0.0, 1.0]);
         }
     }
 

@@ -10,6 +10,6 @@ pub mod isa;
 pub mod tile;
 
 pub use element::{Element, Real};
-pub use exp_ln::{exp, exp_m1_nonpositive, ln, two_difference, two_product};
+pub use exp_ln::{exp, exp_m1_nonpositive, exp_to_f32, ln, two_difference, two_product};
 pub use isa::{InstructionSet, Isa, Kernel, LANES, MulAdd, dispatch};
 pub use tile::{read_tile, write_tile};

@@ -26,11 +26,20 @@ impl Compensated {
     pub fn of_lanes(numbers: &[f64]) -> Self {
         let (mut sums, mut errors) = ([0.0; ROW], [0.0; ROW]);
         Self::add_rows(numbers, &mut sums, &mut errors);
-        let mut total = Self::default();
-        for (sum, error) in sums.into_iter().zip(errors) {
-            total = total.join(Self { sum, error });
+        // Halves are added to each other, as vectors.
+        let mut half = ROW / 2;
+        while half > 0 {
+            let (low, high) = sums.split_at_mut(half);
+            let (errors, other_errors) = errors.split_at_mut(half);
+            for (((a, &b), error), &other) in low.iter_mut().zip(&*high).zip(errors).zip(&*other_errors) {
+                let sum = *a + b;
+                let part = sum - *a;
+                *error += other + ((*a - (sum - part)) + (b - part));
+                *a = sum;
+            }
+            half /= 2;
         }
-        total
+        Self { sum: sums[0], error: errors[0] }
     }
 
     /// Adds each row of numbers to `sums`, and the rounding errors of these additions to `errors`.

@@ -8,8 +8,8 @@ use super::batch::Batch;
 use super::blocks::{BlockMap, fill, write};
 use super::compensated::Compensated;
 use super::member::Member;
-use super::tail::{Tail, edge, samples};
-use crate::numeric::{Isa, Real};
+use super::tail::{Tail, edge_of_sorted, samples};
+use crate::numeric::{Isa, Kernel, Real, dispatch, exp};
 use std::mem::MaybeUninit;
 
 /// The settings of conditional value at risk.
@@ -53,21 +53,23 @@ impl Cvar {
     fn smooth(&self, batch: &Batch) -> Option<Smooth> {
         let mut samples = samples(batch)?;
         let rounding = 8.0 * f64::EPSILON * batch.total;
-        let edge = edge(&mut samples, self.alpha * batch.total - rounding);
         samples.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
+        let edge = edge_of_sorted(&samples, self.alpha * batch.total - rounding);
         let bound = 1.0 / self.alpha;
-        let mut smooth = Smooth { edge, smoothing: self.smoothing, shift: f64::NEG_INFINITY, bound };
-        let (mut measure, mut free) = (Compensated::default(), Compensated::default());
-        for &(loss, p) in &samples {
+        let mut smooth = Smooth { edge, smoothing: self.smoothing, shift: 0.0, bound };
+        let mut free: Vec<f64> = samples.iter().map(|s| s.0).collect();
+        dispatch(Free { smooth, losses: &mut free });
+        let (mut measure, mut sum, mut least) = (Compensated::default(), Compensated::default(), 0.0);
+        for (&(_, p), &free) in samples.iter().zip(&free) {
             measure.add(p);
-            free.add(p * smooth.gap(loss).exp());
+            sum.add(p * free);
             let room = batch.total - (batch.total - measure.value()) / self.alpha;
             if room > 0.0 {
-                smooth.shift = smooth.shift.max((room / free.value()).ln());
+                least = f64::max(least, room / sum.value());
             }
         }
-        // There the whole tail has the weight `1 / alpha`.
-        smooth.shift = smooth.shift.min(bound.ln());
+        // Where there is no other, the whole tail has the weight `1 / alpha`.
+        smooth.shift = least.ln().min(bound.ln());
         Some(smooth)
     }
 }
@@ -107,7 +109,24 @@ impl BlockMap for Smooth {
     #[inline(always)]
     fn apply<I: Isa>(&self, block: &mut [f64]) {
         for l in block {
-            *l = (self.gap(*l) + self.shift).exp().min(self.bound);
+            *l = exp::<I>(self.gap(*l) + self.shift, 0.0, 1.0).min(self.bound);
+        }
+    }
+}
+
+/// Turns losses into weights that have no bound.
+struct Free<'a> {
+    smooth: Smooth,
+    losses: &'a mut [f64],
+}
+
+impl Kernel for Free<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        for l in self.losses {
+            *l = exp::<I>(self.smooth.gap(*l), 0.0, 1.0);
         }
     }
 }

@@ -2,7 +2,7 @@
 //! negative loss counts as 0.
 
 use super::member::Member;
-use crate::numeric::{Isa, exp_m1_nonpositive};
+use crate::numeric::{Isa, Real, exp_m1_nonpositive};
 
 /// The settings of the focal factor.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -23,7 +23,7 @@ impl Member for Focal {
     }
 
     #[inline(always)]
-    fn pointwise<I: Isa>(&self, losses: &mut [f64]) {
+    fn pointwise<W: Real, I: Isa>(&self, losses: &mut [f64]) {
         for l in &mut *losses {
             let x = if *l < 0.0 { 0.0 } else { -*l };
             // Not the negative, which would be -0 where the loss is 0.

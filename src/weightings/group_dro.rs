@@ -69,13 +69,10 @@ impl Member for GroupDro {
         for share in shares.iter_mut() {
             *share /= total.value();
         }
+        let of_group: Vec<f64> =
+            shares.iter().zip(&sizes).map(|(share, size)| batch.total * share / size.value()).collect();
         for (i, weight) in weights.iter_mut().enumerate() {
-            let w = if batch.p(i) == 0.0 {
-                0.0
-            } else {
-                let g = groups[i] as usize;
-                batch.total * shares[g] / sizes[g].value()
-            };
+            let w = if batch.p(i) == 0.0 { 0.0 } else { of_group[groups[i] as usize] };
             weight.write(W::from_f64(w));
         }
     }

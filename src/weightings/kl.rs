@@ -8,7 +8,10 @@ use super::batch::Batch;
 use super::blocks::{BlockMap, BlockSum, Extent, fill, put_on, sum, write};
 use super::compensated::Compensated;
 use super::member::{Member, Pointwise};
-use crate::numeric::{Isa, Real, exp, two_difference, two_product};
+use crate::layout::{Shared, f32s};
+use crate::numeric::{Isa, Kernel, Real, dispatch, exp, exp_to_f32, two_difference, two_product};
+use crate::parallel::for_each_block;
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 
 /// The settings of exponential weights.
@@ -34,11 +37,11 @@ impl Member for Kl {
     }
 
     #[inline(always)]
-    fn pointwise<I: Isa>(&self, losses: &mut [f64]) {
+    fn pointwise<W: Real, I: Isa>(&self, losses: &mut [f64]) {
         let exponent = Exponent { tau: self.tau, scale: self.scale, origin: 0.0, power_of_two: 1.0 };
         for l in losses {
             let (hi, lo) = exponent.at::<I>(*l);
-            let w = exp::<I>(hi, lo, 1.0);
+            let w = W::exp_of::<I>(hi, lo);
             // With a scale of zero the weight is 1, also for an infinite loss, for which 0 * inf is NaN.
             *l = if self.scale == 0.0 && !l.is_nan() { 1.0 } else { w };
         }
@@ -46,13 +49,52 @@ impl Member for Kl {
 
     fn weigh<W: Real>(&self, batch: &Batch, _: &mut [Vec<f64>], weights: &mut [MaybeUninit<W>]) {
         if !self.normalize {
-            return write(batch, weights, Pointwise(*self));
+            return self.write(batch, weights);
         }
         let extent = Extent::of(batch);
         // The loss with the largest exponent.
         let top = if self.scale < 0.0 { extent.min } else { extent.max };
         let origin = if top > self.tau { self.tau } else { top };
         softmax(batch, weights, Exponent { tau: self.tau, scale: self.scale, origin, power_of_two: 1.0 });
+    }
+}
+
+impl Kl {
+    fn write<W: Real>(self, batch: &Batch, weights: &mut [MaybeUninit<W>]) {
+        let losses = batch.losses.f32s().filter(|_| batch.measure.is_none() && self.scale != 0.0);
+        let (Some(losses), Some(out)) = (losses, f32s(weights)) else {
+            return write(batch, weights, Pointwise::<_, W>(self, PhantomData));
+        };
+        let out = Shared(out.as_mut_ptr());
+        for_each_block(losses.len().div_ceil(BLOCK), batch.threads, |i| {
+            let (start, end) = (i * BLOCK, losses.len().min((i + 1) * BLOCK));
+            // SAFETY: blocks are disjoint parts of `weights`, which outlives the call.
+            let weights = unsafe { out.part(start, end) };
+            dispatch(Singles { kl: self, losses: &losses[start..end], weights });
+        });
+    }
+}
+
+/// Losses of a block: enough that a thread need not ask for the next one often.
+const BLOCK: usize = 1 << 14;
+
+/// Pointwise weights from `f32` to `f32`, without a copy in `f64`: the same numbers.
+struct Singles<'a> {
+    kl: Kl,
+    losses: &'a [f32],
+    weights: &'a mut [MaybeUninit<f32>],
+}
+
+impl Kernel for Singles<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let Kl { tau, scale, .. } = self.kl;
+        for (w, &l) in self.weights.iter_mut().zip(self.losses) {
+            let l = f64::from(l);
+            w.write(exp_to_f32::<I>((if l > tau { tau } else { l }) * scale));
+        }
     }
 }
 

@@ -6,7 +6,7 @@
 use super::batch::Batch;
 use super::blocks::{BlockSum, Extent, measure_where, put_on, sum};
 use super::compensated::Compensated;
-use super::kl::{ExpSum, Exponent, softmax};
+use super::kl::{Exponent, softmax};
 use super::member::Member;
 use crate::numeric::{Isa, MulAdd, Real, exp};
 use std::mem::MaybeUninit;
@@ -63,6 +63,38 @@ impl BlockSum for Above {
     }
 }
 
+/// `sum_i p_i e_i`, `sum_i p_i e_i z_i` and `sum_i p_i e_i z_i^2`, for `e = exp(z)` of exponents `z <= 0`.
+#[derive(Clone, Copy)]
+struct Moments(Exponent);
+
+impl BlockSum for Moments {
+    type Sum = [Compensated; 3];
+
+    #[inline(always)]
+    fn sum<I: Isa>(&self, block: &mut [f64], measure: Option<&[f64]>) -> [Compensated; 3] {
+        let mut products = vec![0.0; 2 * block.len()];
+        let (ez, ezz) = products.split_at_mut(block.len());
+        for ((l, ez), ezz) in block.iter_mut().zip(&mut *ez).zip(&mut *ezz) {
+            let (z, lo) = self.0.at::<I>(*l);
+            let e = exp::<I>(z, lo, 1.0);
+            // e = 0 stands for z = -inf, and e z for its limit.
+            *ez = if e == 0.0 { 0.0 } else { e * z };
+            *ezz = if e == 0.0 { 0.0 } else { *ez * z };
+            *l = e;
+        }
+        // `map` of an array would not be inlined into the code of the instruction set.
+        [
+            Compensated::measured(block, measure),
+            Compensated::measured(ez, measure),
+            Compensated::measured(ezz, measure),
+        ]
+    }
+
+    fn join(a: [Compensated; 3], b: [Compensated; 3]) -> [Compensated; 3] {
+        std::array::from_fn(|k| a[k].join(b[k]))
+    }
+}
+
 /// `KL(q || p)` and the variance of `v` under `q`, for `v = log(q / p)`: the divergence is the mean of
 /// `phi(v) = v exp(v) - exp(v) + 1 >= 0`, a sum without cancellation. Losses of `-inf` are left out.
 #[derive(Clone, Copy)]
@@ -106,7 +138,11 @@ impl BlockSum for Divergence {
             let phi = if v.abs() < 0.1 { v * v * q } else { *vw - w + 1.0 };
             *l = if *l == f64::NEG_INFINITY { 0.0 } else { phi };
         }
-        [block, vw, vvw].map(|products| Compensated::measured(products, measure))
+        [
+            Compensated::measured(block, measure),
+            Compensated::measured(vw, measure),
+            Compensated::measured(vvw, measure),
+        ]
     }
 
     fn join(a: [Compensated; 3], b: [Compensated; 3]) -> [Compensated; 3] {
@@ -174,14 +210,20 @@ fn temperature(batch: &Batch, mut radius: f64, mut extent: Extent) -> Option<Exp
     let mut growth: f64 = 16.0;
     for _ in 0..200 {
         let exponent = exponent(beta);
-        let log_mean = (sum(batch, ExpSum(exponent)).value() / n).ln();
-        let [kl, mean, square] = sum(batch, Divergence { exponent, log_mean }).map(|s| s.value() / n);
+        let [total, first, second] = sum(batch, Moments(exponent)).map(Compensated::value);
+        let (log_mean, mean) = ((total / n).ln(), first / total);
+        let (mut kl, mut variance) = (mean - log_mean, second / total - mean * mean);
+        // The difference has lost digits. Near the root, and where few are left, it is computed without one.
+        if kl < 1e-9 || (kl - radius).abs() < 1e-6 * radius + 1e-9 || limit - kl < 1e-6 * limit {
+            let [exact, mean, square] = sum(batch, Divergence { exponent, log_mean }).map(|s| s.value() / n);
+            (kl, variance) = (exact, square - mean * mean);
+        }
         if kl < radius {
             low = beta;
         } else {
             high = beta;
         }
-        let slope = (square - mean * mean) / beta;
+        let slope = variance / beta;
         let gap = (limit - kl) / (limit - radius);
         let step = if kl < 0.5 * limit {
             2.0 * kl.sqrt() * (radius.sqrt() - kl.sqrt()) / slope

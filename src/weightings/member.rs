@@ -3,6 +3,7 @@
 use super::batch::Batch;
 use super::blocks::{BlockMap, write};
 use crate::numeric::{Isa, Real};
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 
 /// A function from losses to weights, with its numbers.
@@ -26,9 +27,10 @@ pub trait Member: Copy + Sync {
         None
     }
 
-    /// Replaces losses by their weights; called only where [`Member::is_pointwise`] holds. NaN stays NaN.
+    /// Replaces losses by their weights, which the caller rounds to `W`; called only where [`Member::is_pointwise`]
+    /// holds. NaN stays NaN.
     #[inline(always)]
-    fn pointwise<I: Isa>(&self, losses: &mut [f64]) {
+    fn pointwise<W: Real, I: Isa>(&self, losses: &mut [f64]) {
         let _ = losses;
         unreachable!("these weights depend on the whole batch");
     }
@@ -37,17 +39,17 @@ pub trait Member: Copy + Sync {
     /// which has the lengths of [`Member::state_lengths`].
     fn weigh<W: Real>(&self, batch: &Batch, state: &mut [Vec<f64>], weights: &mut [MaybeUninit<W>]) {
         let _ = state;
-        write(batch, weights, Pointwise(*self));
+        write(batch, weights, Pointwise::<_, W>(*self, PhantomData));
     }
 }
 
-/// The pointwise weights of a block.
+/// The pointwise weights of a block, for `W`.
 #[derive(Clone, Copy)]
-pub(super) struct Pointwise<M>(pub M);
+pub(super) struct Pointwise<M, W>(pub M, pub PhantomData<W>);
 
-impl<M: Member> BlockMap for Pointwise<M> {
+impl<M: Member, W: Real> BlockMap for Pointwise<M, W> {
     #[inline(always)]
     fn apply<I: Isa>(&self, block: &mut [f64]) {
-        self.0.pointwise::<I>(block);
+        self.0.pointwise::<W, I>(block);
     }
 }

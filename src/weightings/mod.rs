@@ -3,7 +3,7 @@
 //! A member is a function from the losses `l_1, ..., l_n` of a batch to their weights `w_1, ..., w_n`; a pointwise one
 //! has `w_i = f(l_i)`. A sample whose measure is 0 takes no part and has weight 0. Some members need groups, and some
 //! remember earlier batches in a state of a few vectors. Weights are computed in `f64`, with the rounding errors of
-//! differences and products carried along, and rounded once at the end.
+//! differences and products carried along, and rounded at the end. (Pointwise `f32` weights of [`Kl`]: to 1 ulp.)
 //!
 //! `member` has the trait of a member, `batch` its input, and `blocks` the loops over a batch. To add a member, write
 //! its file in this folder, declare the module, and add its line to the table below.
@@ -104,11 +104,12 @@ macro_rules! table {
                 }
             }
 
-            /// Replaces losses by their weights; only where [`Weighting::is_pointwise`] holds. NaN stays NaN.
+            /// Replaces losses by their weights, which the caller rounds to `W`; only where
+            /// [`Weighting::is_pointwise`] holds. NaN stays NaN.
             #[inline(always)]
-            pub(crate) fn pointwise<I: Isa>(&self, losses: &mut [f64]) {
+            pub(crate) fn pointwise<W: Real, I: Isa>(&self, losses: &mut [f64]) {
                 match self {
-                    $(Self::$Member(member) => member.pointwise::<I>(losses),)*
+                    $(Self::$Member(member) => member.pointwise::<W, I>(losses),)*
                 }
             }
 

@@ -56,7 +56,7 @@ pub(super) fn samples(batch: &Batch) -> Option<Vec<(f64, f64)>> {
 }
 
 /// The largest loss such that losses at least as large have the measure `wanted`, by selection among halves.
-pub(super) fn edge(mut samples: &mut [(f64, f64)], wanted: f64) -> f64 {
+fn edge(mut samples: &mut [(f64, f64)], wanted: f64) -> f64 {
     let mut before = 0.0;
     while samples.len() > 1 {
         let middle = samples.len() / 2;
@@ -69,6 +69,18 @@ pub(super) fn edge(mut samples: &mut [(f64, f64)], wanted: f64) -> f64 {
             before = reached;
             rest
         };
+    }
+    samples[0].0
+}
+
+/// The same of samples that are sorted, the smallest loss first.
+pub(super) fn edge_of_sorted(samples: &[(f64, f64)], wanted: f64) -> f64 {
+    let mut reached = 0.0;
+    for &(loss, p) in samples.iter().rev() {
+        reached += p;
+        if reached >= wanted {
+            return loss;
+        }
     }
     samples[0].0
 }

@@ -151,6 +151,29 @@ fn strided_losses_are_read_in_place() {
     assert_eq!(strided, weigh(&flat, Weighting::Kl(KL)));
 }
 
+#[test]
+fn f32_weights_of_losses_that_lie_next_to_each_other_are_those_of_others_bit_for_bit() {
+    let mut losses: Vec<f32> = (0..40_000).map(|i| (i % 977) as f32 / 97.0 - 2.0).collect();
+    losses[5..10].copy_from_slice(&[f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0, 1e30]);
+    let apart = Array::from_shape_fn(IxDyn(&[losses.len(), 2]), |i| losses[i[0]]);
+    let apart = apart.slice(ndarray::s![.., 0]);
+    let bits = |weights: Vec<f32>| weights.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+    for (tau, scale) in
+        [(1.0, 0.5), (0.1, 1.0 / 1.1), (f64::INFINITY, -0.7), (f64::INFINITY, 3.0), (1.0, 0.0)]
+    {
+        let kl = Weighting::Kl(Kl { tau, scale, normalize: false });
+        let expected = bits(weigh_as(&Vector::new(apart.into_dyn()), kl, 1));
+        for threads in [1, 3] {
+            assert_eq!(bits(weigh_as(&Vector::of(&losses), kl, threads)), expected);
+        }
+        // They are the weights in f64, to 1 ulp.
+        let wide: Vec<f64> = losses.iter().map(|&l| f64::from(l)).collect();
+        for (&w, exact) in expected.iter().zip(weigh(&wide, kl)) {
+            assert!(w.abs_diff((exact as f32).to_bits()) <= 1 || exact.is_nan(), "{w} {exact}");
+        }
+    }
+}
+
 proptest! {
     #[test]
     fn the_chi_square_ball_is_filled(

@@ -356,7 +356,7 @@ class RGDLoss(Dial, nn.Module):
         options = (
             self.ignore_index, self.label_smoothing, self.reduction, self.per, self.inplace, self.z_loss
         )  # fmt: skip
-        state = self.weighting_state if plan.stateful else None
+        state: Any = self._modules.get("weighting_state") if plan.stateful else None
         found = again(
             known, input, target, beside,
             options=options, plan=plan, by_class=by_class, sharing=self._sync, state=state,

@@ -53,15 +53,15 @@ class Objective(torch.autograd.Function):
             options: The settings.
             normalizer: The number that "mean" divides by; None for `sum p c`.
         """
-        # Reading a saved tensor that was changed in place is an error. So the gradient is kept otherwise;
-        # only a second derivative reads the others. Hooks on saved tensors get all, to offload or drop it.
+        # Autograd's own way to save tensors refuses, in a first derivative too, those that were changed in place,
+        # and it takes longer. Hooks on saved tensors get all, to offload or drop it.
         objective, grad = computed
-        if saved_tensors_hooks(False) is None:
-            ctx.grad = grad
-            ctx.save_for_backward(None, *read)
-        else:
-            ctx.grad = None
+        versions = None if saved_tensors_hooks(False) is not None else _versions(read)
+        if versions is None:
+            ctx.kept = None
             ctx.save_for_backward(grad, *read)
+        else:
+            ctx.kept = grad, read, versions
         ctx.options = options
         if normalizer is not None:
             ctx.normalizer = normalizer
@@ -71,11 +71,8 @@ class Objective(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of the logits, times the incoming gradient."""
         (above,) = grad_outputs
-        grad, kept = ctx.grad, graph_is_kept()
-        if not kept:
-            ctx.grad = None
         if torch.is_grad_enabled():
-            _, weights, logits, target, *others = ctx.saved_tensors
+            weights, logits, target, *others = _read_again(ctx)
             measure = others[-1]
             if measure is not None and not target.is_floating_point():
                 # Where the measure is 0, a label may be no class at all.
@@ -85,11 +82,49 @@ class Objective(torch.autograd.Function):
                 normalizer=getattr(ctx, "normalizer", None),
             )  # fmt: skip
             gradient = differentiable_gradient(problem, weights, above.to(weights.dtype))
-        else:
-            grad = ctx.saved_tensors[0] if grad is None else grad
-            if above.dim() or above.item() != 1.0:
-                gradient = scaled(grad, above)
-            else:
-                # The caller may change the result in place, and a kept graph needs the gradient again.
-                gradient = grad.clone() if kept else grad
-        return gradient, None, None, None, None
+            take_gradient(ctx)
+            return gradient, None, None, None, None
+        grad, stays = take_gradient(ctx)
+        if above.dim() or above.item() != 1.0:
+            return scaled(grad, above), None, None, None, None
+        # The caller may change the result in place, and a kept graph needs the gradient again.
+        return grad.clone() if stays else grad, None, None, None, None
+
+
+def take_gradient(ctx: Any) -> tuple[Tensor, bool]:
+    """The gradient that the forward pass has computed, and whether the graph is kept and needs it again."""
+    kept, stays = ctx.kept, graph_is_kept()
+    if kept is None:  # autograd has saved it; or the graph is gone, and autograd says so
+        return ctx.saved_tensors[0], stays
+    if not stays:
+        ctx.kept = None
+    return kept[0], stays
+
+
+def _read_again(ctx: Any) -> tuple[Any, ...]:
+    """The tensors of a second derivative.
+
+    Raises:
+        RuntimeError: If one was changed in place since the forward pass.
+    """
+    if ctx.kept is None:
+        return ctx.saved_tensors[1:]
+    _, read, versions = ctx.kept
+    for name, version, now in zip(_READ, versions, _versions(read) or (), strict=True):
+        if version != now:
+            raise RuntimeError(
+                f"{name}, which a second derivative reads, has been modified by an inplace operation since the "
+                "loss was computed: change a copy"
+            )
+    return read
+
+
+_READ = ("weights", "logits", "target", "class weights", "logit adjustment", "measure")
+
+
+def _versions(read: tuple[Any, ...]) -> tuple[int, ...] | None:
+    """How often each tensor was changed in place; None where one does not know, and autograd refuses it."""
+    try:
+        return tuple([0 if tensor is None else tensor._version for tensor in read])
+    except RuntimeError:  # a tensor of inference mode
+        return None

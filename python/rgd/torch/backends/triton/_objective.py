@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rgd.torch._modes import graph_is_kept
 from rgd.torch.backends._in_place import Overwritten
-from rgd.torch.backends._objective import Objective
+from rgd.torch.backends._objective import Objective, take_gradient
 from rgd.torch.backends.triton._launch import scale
 
 
@@ -24,12 +23,8 @@ class ObjectiveOnDevice(Objective):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return Objective.backward(ctx, *grad_outputs)
-        grad, kept = ctx.grad, graph_is_kept()
-        if not kept:
-            ctx.grad = None
-        grad = ctx.saved_tensors[0] if grad is None else grad
-        # A kept graph needs the gradient again.
-        grad = grad.clone() if kept else grad
+        grad, stays = take_gradient(ctx)
+        grad = grad.clone() if stays else grad
         scale(grad, grad_outputs[0])
         return grad, None, None, None
 
