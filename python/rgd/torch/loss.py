@@ -28,7 +28,7 @@ from rgd.torch._plan import Plan, Weigher
 from rgd.torch._problem import Given, Options, problem_of
 from rgd.torch._state import Memory, WeightingState, state_for
 from rgd.torch.backends._extras import Extras
-from rgd.torch.backends.rust import Accepted, accepted, again
+from rgd.torch.backends.rust import Accepted, Left, accepted, again, record_of
 from rgd.torch.functional import compute, found_by, reweighted, wanting, weigher_of
 from rgd.torch.segments import check_segments
 from rgd.torch.stats import Advisor, Record, Totals, remark_on
@@ -123,12 +123,12 @@ class RGDLoss(Dial, nn.Module):
 
     # TorchScript compiles properties, and reads annotations of a class but not those in its methods.
     __jit_unused_properties__ = (
-        "weighting", "tau", "scale", "backend", "returns", "extras", "last_losses", "last_weights",
+        "weighting", "tau", "scale", "backend", "returns", "extras", "last_losses", "last_weights", "_record",
     )  # fmt: skip
     __jit_ignored_attributes__ = ("tau", "scale")  # they raise where the weighting has none
     __signature__ = InitSignature()
     z_loss = 0.0  # of a loss, too, that an earlier release has pickled
-    _accepted = _extras = None
+    _accepted = _extras = _left = None
     _returns = ()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> RGDLoss:
@@ -199,7 +199,7 @@ class RGDLoss(Dial, nn.Module):
         self._sync = Sync(process_group, sync)
         self.weighting = resolve_weighting(weighting, tau, scale)
         self._accepted: Accepted | None = None
-        self._record: Record | None = None
+        self._left: Record | Left | None = None
         self._logits: weakref.ref[Tensor] | None = None
         self._totals: Totals | None = None
         self._advisor = Advisor() if warn else None
@@ -233,6 +233,15 @@ class RGDLoss(Dial, nn.Module):
         if name in ("tau", "scale"):
             return number_of(self.weighting, name)
         return super().__getattr__(name)
+
+    @property
+    def _record(self) -> Record | None:
+        """The record of the last call, or None."""
+        left = self._left
+        if left is not None and not isinstance(left, Record):
+            left = record_of(left)
+            object.__setattr__(self, "_left", left)
+        return left
 
     @property
     def backend(self) -> str | None:
@@ -364,7 +373,7 @@ class RGDLoss(Dial, nn.Module):
         if found is None:
             return None
         kept = self.__dict__  # the way around nn.Module, which looks for parameters first
-        objective, kept["_record"] = found
+        objective, kept["_left"] = found
         kept["_logits"] = weakref.ref(input)
         return objective
 
@@ -390,7 +399,7 @@ class RGDLoss(Dial, nn.Module):
             record = record.changed(extras=self._extras)
         # An exported program has no side effects.
         if record is not None or not is_exporting():
-            object.__setattr__(self, "_record", record)  # nn.Module's own costs ten times as much
+            object.__setattr__(self, "_left", record)  # nn.Module's own costs ten times as much
         if record is not None and self._trains():
             if self._totals is not None:
                 self._totals.add(record, self.weighting)
@@ -541,7 +550,7 @@ class RGDLoss(Dial, nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what calls have left behind."""
         advisor = None if self._advisor is None else Advisor()
-        left_behind = {"_accepted": None, "_record": None, "_logits": None, "_totals": None, "_extras": None}
+        left_behind = {"_accepted": None, "_left": None, "_logits": None, "_totals": None, "_extras": None}
         return {**self.__dict__, **left_behind, "_advisor": advisor}
 
 

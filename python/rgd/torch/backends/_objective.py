@@ -48,13 +48,14 @@ class Objective(torch.autograd.Function):
             ctx: The context.
             logits: The logits.
             computed: The objective, and its gradient with respect to the logits.
-            read: The tensors of a second derivative: weights, logits, target, class weight, adjustment,
-                measure.
+            read: The tensors of a second derivative: weights (or losses and weights, stacked), logits,
+                target, class weight, adjustment, measure.
             options: The settings.
             normalizer: The number that "mean" divides by; None for `sum p c`.
         """
-        # Autograd's own way to save tensors refuses, in a first derivative too, those that were changed in place,
-        # and it takes longer. Hooks on saved tensors get all, to offload or drop it.
+        # Autograd's own way to save tensors takes longer, and refuses those that were changed in place,
+        # although a first derivative reads none of them. Hooks on saved tensors get all, to offload or drop
+        # it.
         objective, grad = computed
         versions = None if saved_tensors_hooks(False) is not None else _versions(read)
         if versions is None:
@@ -73,6 +74,7 @@ class Objective(torch.autograd.Function):
         (above,) = grad_outputs
         if torch.is_grad_enabled():
             weights, logits, target, *others = _read_again(ctx)
+            weights = weights[1] if weights.dim() > target.dim() else weights
             measure = others[-1]
             if measure is not None and not target.is_floating_point():
                 # Where the measure is 0, a label may be no class at all.
@@ -113,18 +115,20 @@ def _read_again(ctx: Any) -> tuple[Any, ...]:
     for name, version, now in zip(_READ, versions, _versions(read) or (), strict=True):
         if version != now:
             raise RuntimeError(
-                f"{name}, which a second derivative reads, has been modified by an inplace operation since the "
-                "loss was computed: change a copy"
+                f"the {name} of the loss, read by a second derivative, has been modified by an inplace "
+                "operation since the loss was computed: change a copy"
             )
     return read
 
 
-_READ = ("weights", "logits", "target", "class weights", "logit adjustment", "measure")
+_READ = ("tensor of weights", "input", "target", "class weight", "logit adjustment", "base measure")
+
+_VERSION, _NONE = ("_version",) * len(_READ), (0,) * len(_READ)
 
 
 def _versions(read: tuple[Any, ...]) -> tuple[int, ...] | None:
     """How often each tensor was changed in place; None where one does not know, and autograd refuses it."""
     try:
-        return tuple([0 if tensor is None else tensor._version for tensor in read])
+        return tuple(map(getattr, read, _VERSION, _NONE))  # without a step of the interpreter for each
     except RuntimeError:  # a tensor of inference mode
         return None

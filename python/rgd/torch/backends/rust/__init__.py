@@ -31,7 +31,15 @@ from rgd.torch.backends._in_place import Overwritten
 from rgd.torch.backends._objective import Objective
 from rgd.torch.backends._steps import Step
 from rgd.torch.backends.rust import _ops
-from rgd.torch.backends.rust._again import Accepted, accepted, again, plain_objective, plain_weights
+from rgd.torch.backends.rust._again import (
+    Accepted,
+    Left,
+    accepted,
+    again,
+    plain_objective,
+    plain_weights,
+    record_of,
+)
 from rgd.torch.backends.rust._kernels import (
     RustStep,
     fill,
@@ -43,7 +51,16 @@ from rgd.torch.backends.rust._kernels import (
 )
 from rgd.torch.stats import Record
 
-__all__ = ["Accepted", "Rust", "accepted", "again", "plain_objective", "plain_weights"]
+__all__ = [
+    "Accepted",
+    "Left",
+    "Rust",
+    "accepted",
+    "again",
+    "plain_objective",
+    "plain_weights",
+    "record_of",
+]
 
 
 class Rust:

@@ -54,7 +54,8 @@ class Accepted(NamedTuple):
         adjustment: Its adjustment of the logits, likewise.
         versions: How often these two had been changed in place.
         compute: The kernels for such a call.
-        losses: A tensor like its losses.
+        losses: A tensor like its losses; with one weight a target, like its losses and its weights, (2, ...).
+        to_weights: From the address of its losses to that of its weights; 0 where they lie apart.
         objective: A tensor like its objective.
         allocate: What makes its gradient, given the logits.
     """
@@ -71,6 +72,7 @@ class Accepted(NamedTuple):
     versions: tuple[int, int]
     compute: Callable[..., Any]
     losses: Tensor
+    to_weights: int
     objective: Tensor
     allocate: Callable[[Tensor], Tensor]
 
@@ -102,10 +104,14 @@ def accepted(given: Given, problem: Problem, plan: Plan, record: Record | None) 
     )  # fmt: skip
     losses = torch.empty_like(target, dtype=dtype)
     objective = losses if options.reduction == "none" else logits.new_empty(())
-    units_shape = target.shape[:1] if options.per == "sample" else target.shape
+    units_shape, to_weights = target.shape[:1], 0
+    if options.per != "sample":
+        # One piece of memory takes less time than two.
+        units_shape, to_weights = target.shape, losses.numel() * losses.element_size()
+        losses = losses.new_empty((2, *target.shape))
     return Accepted(
         logits.dtype, logits.shape, target.dtype, target.shape, units_shape, options, plan, *by_class,
-        versions, compute, losses, objective, allocator(logits),
+        versions, compute, losses, to_weights, objective, allocator(logits),
     )  # fmt: skip
 
 
@@ -120,8 +126,8 @@ def again(
     by_class: tuple[Any, Any],
     sharing: Sync,
     state: WeightingState | None = None,
-) -> tuple[Tensor, Record] | None:
-    """The objective of a call like the accepted one, and its record; None for one that must go the whole way.
+) -> tuple[Tensor, Left] | None:
+    """The objective of a call like the accepted one, and what it leaves; None if it must go the whole way.
 
     Args:
         known: What an earlier call has left behind.
@@ -136,7 +142,7 @@ def again(
     """
     (
         dtype, shape, target_dtype, target_shape, units_shape, settings, weighting,
-        class_weight, adjustment, versions, compute, like_losses, like_objective, allocate,
+        class_weight, adjustment, versions, compute, like_losses, to_weights, like_objective, allocate,
     ) = known  # fmt: skip
     if not (
         # Nobody else asks for a part of the call. (While `torch.jit.trace` records, even shapes are tensors.)
@@ -175,13 +181,18 @@ def again(
         and not (dtype is _bfloat16 and torch.is_autocast_enabled("cpu"))
     ):
         return None
-    ignore_index, _, reduction, per, _, _ = settings
+    ignore_index, _, reduction, _, _, _ = settings
     losses, objective = _empty_like(like_losses), _empty_like(like_objective)
-    weights = losses.new_empty(units_shape) if per == "sample" else _empty_like(losses)
+    to_losses = losses.data_ptr()
+    if to_weights:
+        weights, at_weights = losses, to_losses + to_weights
+    else:
+        weights = losses.new_empty(units_shape)
+        at_weights = weights.data_ptr()
     grad = allocate(logits)
     given = (
-        logits.data_ptr(), target.data_ptr(), losses.data_ptr(), weights.data_ptr(), objective.data_ptr(),
-        grad.data_ptr(), _get_num_threads(), class_weight, adjustment,
+        logits.data_ptr(), target.data_ptr(), to_losses, at_weights, objective.data_ptr(), grad.data_ptr(),
+        _get_num_threads(), class_weight, adjustment,
     )  # fmt: skip
     if beside is None and state is None:
         divisor, count, offered = compute(*given)
@@ -192,14 +203,28 @@ def again(
             return None
         (divisor, count, offered), measure, groups = found
     counted = None if count == offered else target != ignore_index
-    record = Record(losses, weights, divisor, measure, counted, groups, "rust")
+    left = losses, weights, divisor, measure, counted, groups
     read = (weights, logits, target, class_weight, adjustment, measure)
     if reduction != "none":
-        return _apply(logits, (objective, grad), read, settings), record
+        return _apply(logits, (objective, grad), read, settings), left
     # The kernels write products in the losses' dtype.
     objective = _apply(logits, (objective.to(dtype), grad), read, settings)
     mark_weighted(objective, plan.weighting)
-    return objective, record
+    return objective, left
+
+
+Left = tuple[Tensor, Tensor, float, Tensor | None, Tensor | None, Tensor | None]
+"""What a call leaves behind: losses, weights, divisor, measure, what counts, groups.
+
+Losses and weights may be the same tensor, of shape (2, ...)."""
+
+
+def record_of(left: Left) -> Record:
+    """The record of a call, made only where somebody asks for it."""
+    losses, weights, *others = left
+    if losses is weights:
+        losses, weights = losses.unbind()
+    return Record(losses, weights, *others, "rust")
 
 
 def _compute_beside(
