@@ -55,6 +55,36 @@ class Options(NamedTuple):
             self.ignore_index, self.label_smoothing, self.reduction, "element", self.inplace, self.z_loss
         )
 
+    def refuse_beside_base(
+        self, weight: Tensor | None, logit_adjustment: Tensor | None, returns: tuple[str, ...]
+    ) -> None:
+        """Refuse what only the built-in cross-entropy can do, where a loss of the user's stands in its place.
+
+        Raises:
+            ValueError: If an option is not at its default, or one of the other settings is given.
+        """
+        if returns:
+            raise ValueError(
+                "returns are of the logits of the built-in cross-entropy: leave it out with base"
+            )
+        if self.inplace:
+            raise ValueError("inplace is for the built-in cross-entropy: leave it out with base")
+        if weight is not None or self.ignore_index != -100 or self.label_smoothing != 0.0:
+            raise ValueError(
+                "weight, ignore_index and label_smoothing are settings of the built-in cross-entropy: "
+                "with base, give them to base itself"
+            )
+        if self.z_loss:
+            raise ValueError(
+                "z_loss is a setting of the built-in cross-entropy: with base, add z_loss * "
+                "logits.logsumexp(1).square() to the objective yourself"
+            )
+        if logit_adjustment is not None:
+            raise ValueError(
+                "logit_adjustment is a setting of the built-in cross-entropy: with base, add it to the "
+                "logits that base gets"
+            )
+
     def checked(self) -> Options:
         """The same options, checked, as plain numbers.
 

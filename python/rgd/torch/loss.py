@@ -164,27 +164,7 @@ class RGDLoss(Dial, nn.Module):
         returns = check_returns(returns)
         if base is not None:
             _check_base_loss(base)
-            if returns:
-                raise ValueError(
-                    "returns are of the logits of the built-in cross-entropy: leave it out with base"
-                )
-            if inplace:
-                raise ValueError("inplace is for the built-in cross-entropy: leave it out with base")
-            if weight is not None or ignore_index != -100 or label_smoothing != 0.0:
-                raise ValueError(
-                    "weight, ignore_index and label_smoothing are settings of the built-in cross-entropy: "
-                    "with base, give them to base itself"
-                )
-            if z_loss:
-                raise ValueError(
-                    "z_loss is a setting of the built-in cross-entropy: with base, add z_loss * "
-                    "logits.logsumexp(1).square() to the objective yourself"
-                )
-            if logit_adjustment is not None:
-                raise ValueError(
-                    "logit_adjustment is a setting of the built-in cross-entropy: with base, add it to the "
-                    "logits that base gets"
-                )
+            options.refuse_beside_base(weight, logit_adjustment, returns)
         self.weight: Tensor | None
         self.logit_adjustment: Tensor | None
         self.register_buffer("weight", weight)
