@@ -160,6 +160,7 @@ def main() -> int:
     strict = ["--fail-on-warning", "--keep-going", "--quiet"]
     settings = ["-c", str(SITE), "-d", str(BUILT / "doctrees")]
     code = build_main([*strict, *settings, str(source), str(BUILT / "html")])
+    (BUILT / "html" / "versions.json").write_text("[]", encoding="utf-8")  # publish.py knows of others
     print(f"{BUILT / 'html' / 'index.html'}: {time.perf_counter() - begin:.0f} s")
     return code
 

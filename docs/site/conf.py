@@ -63,6 +63,7 @@ html_theme_options = {
 html_context = {"default_mode": "auto"}
 html_static_path = [os.environ["RGD_SITE_STATIC"]]
 html_css_files = ["site.css"]
+html_js_files = ["versions.js"]
 html_show_sourcelink = False
 html_copy_source = False
 html_show_copyright = False

@@ -3,9 +3,11 @@
 The browser is the system's Chromium, driven by Playwright; RGD_CHROMIUM names another one.
 """
 
+import contextlib
 import functools
 import html.parser
 import http.server
+import importlib
 import json
 import math
 import os
@@ -35,19 +37,25 @@ playwright = pytest.importorskip("playwright.sync_api", reason="make test-docs i
 pytestmark = pytest.mark.skipif(not PAGES, reason="make docs builds the site")
 
 
-@pytest.fixture(scope="module")
-def site():
-    """The address of the site, served from this process."""
+@contextlib.contextmanager
+def served(folder):
+    """The address of a folder, served from this process."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
             pass
 
-    handler = functools.partial(Quiet, directory=str(BUILT))
+    handler = functools.partial(Quiet, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def site():
+    with served(BUILT) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +197,34 @@ def test_notebooks_have_their_outputs(page, site):
     page.goto(f"{site}/examples/quickstart.html")
     assert page.locator(".cell_output").count() >= 3
     assert page.locator(".cell_output img").count() >= 1
+
+
+def test_a_site_alone_offers_no_choice_of_versions(page, site):
+    page.goto(f"{site}/index.html", wait_until="networkidle")
+    assert page.locator("#version").count() == 0
+
+
+def test_a_reader_changes_the_version_and_stays_on_the_page(browser, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs" / "site")
+    publish = importlib.import_module("publish").publish
+    for version in ("0.9.0", "main", "0.10.0"):
+        publish(BUILT, tmp_path, version)
+    (tmp_path / "0.9.0" / "docs" / "numpy.html").unlink()
+    with served(tmp_path) as address, browser.new_context() as context:
+        page = context.new_page()
+        page.goto(f"{address}/index.html")
+        page.wait_for_url(f"{address}/0.10.0/")
+        page.goto(f"{address}/0.10.0/docs/torch.html#top")
+        chooser = page.get_by_label("Version")
+        assert chooser.locator("option").all_text_contents() == ["0.10.0", "0.9.0", "main"]
+        assert chooser.input_value() == "0.10.0"
+        chooser.select_option("main")
+        page.wait_for_url(f"{address}/main/docs/torch.html#top")
+        assert page.get_by_label("Version").input_value() == "main"
+        # A version without the page begins at its first one.
+        page.goto(f"{address}/main/docs/numpy.html")
+        page.get_by_label("Version").select_option("0.9.0")
+        page.wait_for_url(f"{address}/0.9.0/")
 
 
 # The page "Try it".
