@@ -2,15 +2,17 @@
 
     python benches/jax_cross_entropy.py [--json result.json] [--sizes 128x10,1024x32000] [--dtype bfloat16]
 
-Each contender is one jitted `value_and_grad` with respect to the logits. Contenders take turns; a figure is
-the median over the rounds of (time of the contender / time of rgd.jax in the same round), with the quartiles.
+`--write` writes the table of docs/speed.md.
+
+Each contender is one jitted `value_and_grad` with respect to the logits. In each round every one has its
+turn, in a random order, since the memory that one frees is the memory that the next one gets. A figure is the
+median over the rounds of (time of the contender / time of rgd.jax in the same round), with the quartiles.
 Where the logits are donated, a fresh copy of them is made outside the measured time.
 """
 
 import argparse
-import json
-import os
-import platform
+import importlib.metadata
+import random
 import statistics
 import time
 
@@ -18,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import rgd.jax
+from _report import machine, processor, publish, write
 
 SIZES = "128x10,128x100,128x1000,1024x1000,1024x32000"
 
@@ -61,9 +64,10 @@ def measure(rows, classes, dtype, donate, budget):
         seconds(step, logits, labels, donate)
         seconds(step, logits, labels, donate)
     times = {name: [] for name in steps}
+    turns = random.Random(0)
     stop = time.perf_counter() + budget
     while time.perf_counter() < stop or len(times["rgd.jax"]) < 7:
-        for name, step in steps.items():
+        for name, step in turns.sample(list(steps.items()), len(steps)):
             times[name].append(seconds(step, logits, labels, donate))
     result = {
         "rows": rows,
@@ -81,51 +85,57 @@ def measure(rows, classes, dtype, donate, budget):
     return result
 
 
+def cell(ratio):
+    """A ratio with its quartiles."""
+    low, high = ratio["quartiles"]
+    return f"{ratio['median']:.2f} ({low:.2f}-{high:.2f})"
+
+
+def table(results):
+    """The table of docs/speed.md: the time of rgd.jax over that of each other."""
+    version = importlib.metadata.version("jax")
+    names = [name for name in CONTENDERS if name != "rgd.jax"]
+    lines = [
+        f"Value and gradient, jitted, on {machine()['cores']} cores of an {processor()}, jax {version}:",
+        "the time of each contender over that of `rgd.jax.cross_entropy`, median of rounds, with quartiles.",
+        "Above 1, `rgd.jax` is faster. `make bench BENCH=benches/jax_cross_entropy.py` measures it.",
+        "",
+        "| logits | dtype | donated | rgd.jax, ms | " + " | ".join(names) + " |",
+        "|---|---|---|---|" + "---|" * len(names),
+    ]
+    for result in results:
+        size, donated = (result["rows"], result["classes"]), "yes" if result["donated"] else "no"
+        lines.append(
+            f"| {size} | {result['dtype']} | {donated} | {result['milliseconds']['rgd.jax']:.3f} | "
+            + " | ".join(cell(result["ratio"][name]) for name in names)
+            + " |"
+        )
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", default=SIZES, help=f"rows x classes, by commas (default: {SIZES})")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", default="float32,bfloat16", help="by commas (default: float32,bfloat16)")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each table row (default: 2)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--write", action="store_true", help="also write the table of docs/speed.md")
     arguments = parser.parse_args()
 
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "backend": jax.default_backend(),
-        "threads": "XLA's pool",
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-        "python": platform.python_version(),
-    }
-    print("  ".join(f"{key}: {value}" for key, value in machine.items()))
-    print("value and gradient; ms of rgd.jax, then time of each contender over that of rgd.jax [quartiles]\n")
-    names = [name for name in CONTENDERS if name != "rgd.jax"]
-    print(
-        f"{'size':>14} {'dtype':>9} {'donated':>8} {'rgd.jax':>10} "
-        + " ".join(f"{name:>24}" for name in names)
-    )
-    results = []
-    for size in arguments.sizes.split(","):
-        rows, classes = (int(part) for part in size.split("x"))
-        for donate in (False, True):
-            result = measure(rows, classes, arguments.dtype, donate, arguments.seconds)
-            results.append(result)
-            cells = []
-            for name in names:
-                ratio = result["ratio"][name]
-                low, high = ratio["quartiles"]
-                cells.append(f"{ratio['median']:>9.2f} [{low:5.2f}, {high:5.2f}]")
-            print(
-                f"{size:>14} {arguments.dtype:>9} {'yes' if donate else 'no':>8} "
-                f"{result['milliseconds']['rgd.jax']:>7.3f} ms " + " ".join(f"{cell:>24}" for cell in cells),
-                flush=True,
-            )
+    sizes = [tuple(map(int, size.split("x"))) for size in arguments.sizes.split(",")]
+    results = [
+        measure(rows, classes, dtype, donate, arguments.seconds)
+        for rows, classes in sizes
+        for dtype in arguments.dtype.split(",")
+        for donate in (False, True)
+    ]
+    print(table(results))
     if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"machine": machine, "results": results}, file, indent=2)
+        write(arguments.json, results)
+    if arguments.write:
+        publish("docs/speed.md", "jax", table(results), results)
 
 
 if __name__ == "__main__":

@@ -73,4 +73,4 @@ def test_notebook_runs_and_keeps_its_outputs(monkeypatch):
 
 def test_benchmark_prints_its_table():
     benchmark = EXAMPLES.parent / "benches" / "jax_cross_entropy.py"
-    assert "8x10" in run_script(benchmark, "--sizes", "8x10", "--seconds", 0)
+    assert "(8, 10)" in run_script(benchmark, "--sizes", "8x10", "--seconds", 0)
