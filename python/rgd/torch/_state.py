@@ -160,7 +160,8 @@ class WeightingState(nn.Module):
 
     def _places(self) -> list[tuple[int, bool]] | None:
         """As `moved_by` says, for leaves that were not replaced and that a kernel can use as they are."""
-        held, places = self._buffers if self._shared else self.__dict__, []
+        held = self._buffers if self._shared else self.__dict__
+        places: list[tuple[int, bool]] = []
         for name, leaf in self._known.items():
             if held.get(name) is not leaf or not _is_wide(leaf):
                 return None

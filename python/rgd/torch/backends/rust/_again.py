@@ -221,10 +221,10 @@ Losses and weights may be the same tensor, of shape (2, ...)."""
 
 def record_of(left: Left) -> Record:
     """The record of a call, made only where somebody asks for it."""
-    losses, weights, *others = left
+    losses, weights, divisor, measure, counted, groups = left
     if losses is weights:
         losses, weights = losses.unbind()
-    return Record(losses, weights, *others, "rust")
+    return Record(losses, weights, divisor, measure, counted, groups, "rust")
 
 
 def _compute_beside(
