@@ -163,9 +163,10 @@ class WeightingState(nn.Module):
         held = self._buffers if self._shared else self.__dict__
         places: list[tuple[int, bool]] = []
         for name, leaf in self._known.items():
-            if held.get(name) is not leaf or not _is_wide(leaf):
+            dtype = leaf.dtype
+            if held.get(name) is not leaf or not (dtype in _WIDE and leaf.is_cpu and leaf.is_contiguous()):
                 return None
-            places.append((leaf.data_ptr(), leaf.dtype is torch.int64))
+            places.append((leaf.data_ptr(), dtype is _int64))
         return places
 
     def _refuse_meta(self) -> None:
@@ -350,7 +351,8 @@ def _is_wide(leaf: Tensor) -> bool:
     return leaf.is_cpu and leaf.dtype in _WIDE and leaf.is_contiguous()
 
 
-_WIDE = (torch.float64, torch.int64)
+_int64 = torch.int64
+_WIDE = (torch.float64, _int64)
 
 
 def functional_state(weighting: Weighting, state: Any, device: torch.device | None) -> Any:

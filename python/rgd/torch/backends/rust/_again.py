@@ -8,7 +8,8 @@ the short way if everything is as it was. `again` names every condition, and dec
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import is_
+from ctypes import string_at
+from operator import attrgetter, is_
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -29,7 +30,7 @@ from rgd.torch.backends.rust._kernels import fill_plain_weights, repeated_weight
 from rgd.torch.stats import Record
 from rgd.weightings._base import Kernel
 
-_strided, _bfloat16 = torch.strided, torch.bfloat16
+_strided, _bfloat16, _bool, _int64 = torch.strided, torch.bfloat16, torch.bool, torch.int64
 _empty_like, _get_num_threads = torch.empty_like, torch.get_num_threads
 _OF_LOSSES = frozenset((torch.float32, torch.float64))
 # Without the question for torch.func transforms, under which no call goes the short way.
@@ -198,7 +199,7 @@ def again(
         divisor, count, offered = compute(*given)
         measure = groups = None
     else:
-        found = _compute_beside(known, given, beside or (None, None, None), state)
+        found = _compute_beside(known, given, beside, state)
         if found is None:
             return None
         (divisor, count, offered), measure, groups = found
@@ -213,40 +214,50 @@ def again(
     return objective, left
 
 
-Left = tuple[Tensor, Tensor, float, Tensor | None, Tensor | None, Tensor | None]
-"""What a call leaves behind: losses, weights, divisor, measure, what counts, groups.
+Left = tuple[Tensor, Tensor, float, Tensor | None, Tensor | None, bytes | None]
+"""What a call leaves behind: losses, weights, divisor, measure, what counts, the numbers of the groups.
 
 Losses and weights may be the same tensor, of shape (2, ...)."""
 
 
 def record_of(left: Left) -> Record:
     """The record of a call, made only where somebody asks for it."""
-    losses, weights, divisor, measure, counted, groups = left
+    losses, weights, divisor, measure, counted, numbers = left
     if losses is weights:
         losses, weights = losses.unbind()
+    groups = None
+    if numbers is not None:
+        groups = torch.frombuffer(bytearray(numbers), dtype=torch.int64).reshape(weights.shape)
     return Record(losses, weights, divisor, measure, counted, groups, "rust")
 
 
 def _compute_beside(
-    known: Accepted, given: tuple[Any, ...], beside: tuple[Any, Any, Any], state: WeightingState | None
-) -> tuple[tuple[float, int, int], Tensor | None, Tensor | None] | None:
+    known: Accepted,
+    given: tuple[Any, ...],
+    beside: tuple[Any, Any, Any] | None,
+    state: WeightingState | None,
+) -> tuple[tuple[float, int, int], Tensor | None, bytes | None] | None:
     """Calls the kernels with a measure, groups and a state.
 
     Returns:
         What the kernels return, and copies of measure and groups, since the caller may change its own before
         the record is read; None where only the whole way can take or refuse the measure.
     """
-    where, sample_weight, groups = beside
-    measure = None
-    if sample_weight is not None:
-        measure = sample_weight.detach().clone()
-    elif where is not None:
-        measure = where.to(known.losses.dtype)
-    groups = None if groups is None else groups.clone()
-    addresses = [None if one is None else one.data_ptr() for one in (measure, groups)]
-    given = (*given, *addresses)
+    measure = numbers = at_measure = at_groups = None
+    if beside is not None:
+        where, sample_weight, groups = beside
+        if sample_weight is not None:
+            measure = sample_weight.detach().clone()
+        elif where is not None:
+            measure = where.to(known.losses.dtype)
+        if measure is not None:
+            at_measure = measure.data_ptr()
+        if groups is not None:
+            at_groups = groups.data_ptr()
+            numbers = string_at(at_groups, groups.nbytes)  # in less time than a tensor
+    given = (*given, at_measure, at_groups)
     found: Any = known.compute(*given) if state is None else state.moved_by(known.compute, given)
-    return None if found is None else (found, measure, groups)
+    return None if found is None else (found, measure, numbers)
 
 
 def plain_weights(losses: Tensor, plan: Plan, sharing: Sync) -> Tensor | None:
@@ -311,24 +322,23 @@ def _fit(beside: tuple[Any, Any, Any], dtype: torch.dtype, shape: torch.Size) ->
     """Whether mask, sample weights and groups lie as the kernels read them; values are not looked at here."""
     where, sample_weight, groups = beside
     return (
-        (where is None or (sample_weight is None and _is_plain(where, torch.bool, shape)))
+        (where is None or (sample_weight is None and _is_plain(where, _bool, shape)))
         and (sample_weight is None or _is_plain(sample_weight, dtype, shape))
-        and (groups is None or _is_plain(groups, torch.int64, shape))
+        and (groups is None or _is_plain(groups, _int64, shape))
     )
+
+
+_look = attrgetter("dtype", "layout", "is_cpu", "is_nested")
 
 
 def _is_plain(entries: Any, dtype: torch.dtype, shape: torch.Size) -> bool:
     """Whether entries of the units lie as the kernels read them."""
     return (
         type(entries) in PLAIN
-        and entries.dtype is dtype
+        and _look(entries) == (dtype, _strided, True, False)
         and entries.shape == shape
-        and entries.is_cpu
-        and entries.layout is _strided
-        and not entries.is_nested
         and entries.is_contiguous()
         and not entries.is_neg()
-        and entries.numel() > 0
     )
 
 
