@@ -7,7 +7,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BENCH ?= $(filter-out %/compare.py %/instructions.py %/gpu.py %/goals.py,$(wildcard benches/[a-z]*.py)) benches/goals.py
 # Those that write their table into the pages.
-WRITING := benches/torch_step.py benches/weightings.py benches/floor.py benches/jax_cross_entropy.py benches/goals.py
+WRITING := benches/torch_step.py benches/weightings.py benches/floor.py benches/jax_cross_entropy.py \
+  benches/linear_cross_entropy.py benches/goals.py
 EVIDENCE := $(filter-out readme,$(basename $(notdir $(wildcard examples/evidence/*.py))))
 QUICK_TESTS := $(addprefix tests/,weightings numpy torch jax package)
 # How many processes run the Python tests; 0 for this one alone, as a debugger needs it.

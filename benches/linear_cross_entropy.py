@@ -1,7 +1,8 @@
 """Times the head of a language model, hidden states to gradients, against what a user has or would write.
 
 Run `make bench BENCH=benches/linear_cross_entropy.py`, or this file with `--json FILE`, `--threads N`,
-`--sizes N,D,C ...`, `--dtypes NAME ...` or `--quick`. The ways take turns in one process, each forward and
+`--sizes N,D,C ...`, `--dtypes NAME ...` or `--quick`. `--write` measures the ways of docs/speed.md and writes
+its table. The ways take turns in one process, each forward and
 backward with respect to hidden states and head. The table gives, for each, the median over the rounds of its
 time and of rgd's time over it (quartiles), and the peak of the process's memory above hidden states, head and
 targets, gradients included (Linux; `VmHWM`, in a process of its own).
@@ -14,14 +15,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import rgd
 import torch
 import torch.nn.functional as F
-from _report import machine, write
+from _report import described, machine, publish, write
 from rgd.torch import RGDLoss, linear_cross_entropy
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -30,6 +31,17 @@ SIZES = [(2048, 256, 32000), (4096, 768, 50257), (1024, 2048, 128256)]
 QUICK = [(256, 64, 4000)]
 OURS = "rgd.torch.linear_cross_entropy"
 PRODUCTS = "three products alone"
+
+CHUNKED = "torch's chunked, unweighted"
+WHOLE = "F.linear + nn.CrossEntropyLoss, unweighted"
+# The rows of the table in docs/speed.md, in words.
+WORDS = {
+    PRODUCTS: "the three matrix products alone",
+    CHUNKED: "torch's chunked `F.linear_cross_entropy`, unweighted",
+    "torch's chunked, weights outside": "the same, with weights computed outside of it",
+    WHOLE: "`F.linear` and `nn.CrossEntropyLoss`, unweighted",
+    "F.linear + plain-torch RGD": "`F.linear` and RGD in plain torch",
+}
 
 Head = Callable[[Tensor, Tensor, Tensor], Any]
 
@@ -118,11 +130,11 @@ def ways() -> dict[str, Head]:
     """Each way by its name; torch's own chunks where this torch has them."""
     found: dict[str, Head] = {OURS: one_pass, PRODUCTS: products}
     if hasattr(nn, "LinearCrossEntropyOptions"):
-        found["torch's chunked, unweighted"] = chunked
+        found[CHUNKED] = chunked
         found["torch's chunked, weights outside"] = chunked_outside
     found[f"{OURS}(returns=...)"] = one_pass_with_extras
     found[f"{OURS}, EntropyGate(ERM())"] = gated
-    found["F.linear + nn.CrossEntropyLoss, unweighted"] = cross_entropy
+    found[WHOLE] = cross_entropy
     found["F.linear + plain-torch RGD"] = plain_rgd
     found["F.linear + RGDLoss"] = rgd_loss
     found["F.linear + RGDLoss(inplace=True)"] = rgd_loss_in_place
@@ -165,8 +177,10 @@ def inputs(size: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tens
     return hidden, head, torch.randint(0, classes, (n,))
 
 
-def compare(size: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> dict[str, Result]:
-    """All ways in turn at one size."""
+def compare(
+    size: tuple[int, int, int], dtype: torch.dtype, rounds: int, names: Iterable[str]
+) -> dict[str, Result]:
+    """The ways of these names in turn at one size."""
     hidden, head, target = inputs(size, dtype)
 
     def prepared(way: Head) -> Callable[[], None]:
@@ -176,7 +190,7 @@ def compare(size: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> dict
 
         return run
 
-    runs = {name: prepared(way) for name, way in ways().items()}
+    runs = {name: prepared(way) for name, way in ways().items() if name in names}
     name_of_dtype = str(dtype).removeprefix("torch.")
     megabytes = {name: None if name == PRODUCTS else peak(name, size, name_of_dtype) for name in runs}
     for run in runs.values():
@@ -196,6 +210,30 @@ def compare(size: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> dict
     return results
 
 
+def table(figures: list[dict[str, Any]]) -> str:
+    """The table of docs/speed.md: a row a way, a column a size and dtype."""
+    columns = list(dict.fromkeys((one["size"], one["dtype"]) for one in figures))
+    found = {(one["way"], one["size"], one["dtype"]): one for one in figures}
+    lines = [
+        "The head of a language model, from hidden states to gradients, sizes (N, D, C), on",
+        f"{described()}: the time of `linear_cross_entropy` with RGD over that of each",
+        "alternative, median of rounds in turn, with quartiles. Below 1, it is faster. The last row is the peak",
+        "of the memory in MB above hidden states and head: of rgd, of torch's chunked head, of all logits.",
+        "`make bench BENCH=benches/linear_cross_entropy.py` measures it.",
+        "",
+        "| | " + " | ".join(f"{size}, {dtype}" for size, dtype in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for way, words in WORDS.items():
+        cells = [found[way, *column] for column in columns if (way, *column) in found]
+        if cells:
+            shown = (f"{one['median']:.2f} ({one['low']:.2f}-{one['high']:.2f})" for one in cells)
+            lines.append(f"| {words} | " + " | ".join(shown) + " |")
+    peaks = [[found[way, *column]["megabytes"] for way in (OURS, CHUNKED, WHOLE)] for column in columns]
+    lines.append("| memory | " + " | ".join(", ".join(f"{one:.0f}" for one in peak) for peak in peaks) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -205,6 +243,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="dtypes to measure")
     parser.add_argument("--threads", type=int, help="torch's threads; by default torch's own choice")
     parser.add_argument("--rounds", type=int, default=5, help="how often the ways take turns")
+    parser.add_argument("--write", action="store_true", help="write the table of docs/speed.md, of fewer ways")
     parser.add_argument("--peak", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.threads:
@@ -218,10 +257,11 @@ def main() -> None:
         sizes = [tuple(int(part) for part in size.split(",")) for size in arguments.sizes]
 
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    figures = []
+    names = (OURS, *WORDS) if arguments.write else tuple(ways())
+    figures: list[dict[str, Any]] = []
     for size in sizes:
         for dtype in tqdm([getattr(torch, d) for d in arguments.dtypes], leave=False, desc=str(size)):
-            results = compare(size, dtype, arguments.rounds)
+            results = compare(size, dtype, arguments.rounds, names)
             name = str(dtype).removeprefix("torch.")
             print(f"\n(N, D, C) = {size}, {name}\n")
             print("| way | seconds | rgd's time over it (quartiles) | peak memory, MB |")
@@ -233,6 +273,8 @@ def main() -> None:
                 figures.append({"size": size, "dtype": name, "way": way, **result._asdict()})
     if arguments.json:
         write(arguments.json, figures)
+    if arguments.write:
+        publish("docs/speed.md", "linear", table(figures), figures)
 
 
 if __name__ == "__main__":
