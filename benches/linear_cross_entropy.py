@@ -213,23 +213,24 @@ def compare(
 def table(figures: list[dict[str, Any]]) -> str:
     """The table of docs/speed.md: a row a way, a column a size and dtype."""
     columns = list(dict.fromkeys((one["size"], one["dtype"]) for one in figures))
-    found = {(one["way"], one["size"], one["dtype"]): one for one in figures}
+    found = {(one["way"], (one["size"], one["dtype"])): one for one in figures}
     lines = [
         "The head of a language model, from hidden states to gradients, sizes (N, D, C), on",
         f"{described()}: the time of `linear_cross_entropy` with RGD over that of each",
-        "alternative, median of rounds in turn, with quartiles. Below 1, it is faster. The last row is the peak",
-        "of the memory in MB above hidden states and head: of rgd, of torch's chunked head, of all logits.",
+        "alternative, median of rounds in turn, with quartiles. Below 1, it is faster. The last row is the",
+        "peak of the memory in MB above hidden states and head: of rgd, of torch's chunked head, of all",
+        "logits.",
         "`make bench BENCH=benches/linear_cross_entropy.py` measures it.",
         "",
         "| | " + " | ".join(f"{size}, {dtype}" for size, dtype in columns) + " |",
         "|---|" + "---|" * len(columns),
     ]
     for way, words in WORDS.items():
-        cells = [found[way, *column] for column in columns if (way, *column) in found]
+        cells = [found[way, column] for column in columns if (way, column) in found]
         if cells:
             shown = (f"{one['median']:.2f} ({one['low']:.2f}-{one['high']:.2f})" for one in cells)
             lines.append(f"| {words} | " + " | ".join(shown) + " |")
-    peaks = [[found[way, *column]["megabytes"] for way in (OURS, CHUNKED, WHOLE)] for column in columns]
+    peaks = [[found[way, column]["megabytes"] for way in (OURS, CHUNKED, WHOLE)] for column in columns]
     lines.append("| memory | " + " | ".join(", ".join(f"{one:.0f}" for one in peak) for peak in peaks) + " |")
     return "\n".join(lines)
 
@@ -243,7 +244,9 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="dtypes to measure")
     parser.add_argument("--threads", type=int, help="torch's threads; by default torch's own choice")
     parser.add_argument("--rounds", type=int, default=5, help="how often the ways take turns")
-    parser.add_argument("--write", action="store_true", help="write the table of docs/speed.md, of fewer ways")
+    parser.add_argument(
+        "--write", action="store_true", help="write the table of docs/speed.md, of fewer ways"
+    )
     parser.add_argument("--peak", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.threads:

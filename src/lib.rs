@@ -3,8 +3,9 @@
 //! Kernels know neither Python nor `DLPack`: [`weightings`] turns losses into sample weights, one file a member of the
 //! family; [`cross_entropy`] turns logits into losses, weights and the gradient of the re-weighted objective;
 //! [`reduce`] sums; [`boosting`] fills the derivatives for boosted trees. They use [`numeric`] (float types, `exp` and
-//! `ln`, the choice of instruction set), [`layout`] (strided tensors) and [`parallel`] (the thread pool);
-//! `parts` is what its threads share, and `job` what threads of XLA share.
+//! `ln`, the choice of instruction set), [`layout`] (strided tensors) and [`parallel`] (the thread pool). `team` runs
+//! work on the threads of the host program's OpenMP library, `parts` is what threads share, and `job` what those of XLA
+//! share.
 //!
 //! With the feature `python`, `bindings` holds the Python module: `tensor` reads `NumPy` arrays and `DLPack` tensors as
 //! typed views, `call` reads arguments and releases the interpreter, `weights`, `cross_entropy` and `boosting` hold the
@@ -24,6 +25,7 @@ pub mod numeric;
 pub mod parallel;
 mod parts;
 pub mod reduce;
+mod team;
 pub mod weightings;
 
 #[cfg(feature = "python")]

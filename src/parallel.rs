@@ -3,6 +3,9 @@
 //! Work is cut into blocks whose bounds depend only on the sizes, and not on the number of threads. The sums `s_b` of
 //! the blocks are added in the order of the blocks. So results are the same, bit for bit, for any number of threads.
 
+pub(crate) use crate::team::team;
+pub use crate::team::{has_openmp, on_team, set_openmp};
+
 use crate::parts::Counter;
 use std::cell::Cell;
 use std::panic::resume_unwind;
@@ -113,8 +116,9 @@ pub const STRETCH: usize = 1 << 22;
 /// Calls `block(i)` once for every `i` below `blocks`, on at most `threads` threads, the calling one among them.
 pub fn for_each_block(blocks: usize, threads: usize, block: impl Fn(usize) + Sync) {
     let workers = threads.min(blocks);
-    let pool = if workers > 1 { pool() } else { None };
-    let Some(pool) = pool else {
+    let team = if workers > 1 { team() } else { None };
+    let pool = if workers > 1 && team.is_none() { pool() } else { None };
+    if team.is_none() && pool.is_none() {
         for i in 0..blocks {
             if i > 0 {
                 stop_if_interrupted();
@@ -122,7 +126,7 @@ pub fn for_each_block(blocks: usize, threads: usize, block: impl Fn(usize) + Syn
             block(i);
         }
         return;
-    };
+    }
     let counter = Counter::new(blocks);
     let work = |calling: bool| {
         while let Some(i) = counter.next() {
@@ -133,12 +137,16 @@ pub fn for_each_block(blocks: usize, threads: usize, block: impl Fn(usize) + Syn
             block(i);
         }
     };
-    pool.in_place_scope(|scope| {
-        for _ in 1..workers {
-            scope.spawn(|_| work(false));
-        }
-        work(true);
-    });
+    if let Some(team) = team {
+        team.run(threads, &counter, &work);
+    } else if let Some(pool) = pool {
+        pool.in_place_scope(|scope| {
+            for _ in 1..workers {
+                scope.spawn(|_| work(false));
+            }
+            work(true);
+        });
+    }
 }
 
 /// `block(i)` for every `i` below `blocks`, in the order of `i`.

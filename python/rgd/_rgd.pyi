@@ -533,6 +533,21 @@ def available_isas() -> list[str]:
     Another name is a ValueError when `rgd` is imported.
     """
 
+def share_threads(gomp_parallel: int) -> None:
+    """Let the kernels of the torch front run on the threads of an OpenMP library.
+
+    Only the first call has an effect.
+
+    Args:
+        gomp_parallel: The address of the library's `GOMP_parallel`. The library must stay loaded.
+
+    Raises:
+        ValueError: If the address is 0.
+    """
+
+def shares_threads() -> bool:
+    """Whether they do in this process. A child of `fork` has threads of its own."""
+
 def xla_handler() -> object:
     """The XLA FFI handler of the fused cross-entropy for the CPU, for `jax.ffi.register_ffi_target`.
 

@@ -2,7 +2,7 @@
 
 use super::tensor::Tensor;
 use crate::layout::{Values, Vector};
-use crate::parallel::{Stop, watch};
+use crate::parallel::{Stop, on_team, watch};
 use crate::weightings::Weighting;
 use pyo3::exceptions::{PyKeyboardInterrupt, PyMemoryError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -49,6 +49,11 @@ pub(super) fn released<R: Send>(py: Python, kernel: impl FnOnce() -> R + Send) -
             .unwrap_or_default();
         PyRuntimeError::new_err(format!("a kernel of rgd failed: {message}"))
     })
+}
+
+/// The same for kernels of the torch front, whose blocks may run on torch's own threads.
+pub(super) fn released_on_team<R: Send>(py: Python, kernel: impl FnOnce() -> R + Send) -> PyResult<R> {
+    released(py, || on_team(kernel))
 }
 
 pub(super) fn read_weighting(kind: &str, numbers: &[f64]) -> PyResult<Weighting> {

@@ -1,6 +1,6 @@
 //! The functions of `rgd._rgd` for logits and targets.
 
-use super::call::{for_float, read_weighting, released};
+use super::call::{for_float, read_weighting, released_on_team};
 use super::tensor::{Dtype, HasDtype, Tensor, distinct};
 use crate::cross_entropy::{
     self as ce, Extras, Given, Gradient, Inputs, NormedOutputs, Outputs, Overwrite, Reduction, Settings,
@@ -197,7 +197,7 @@ pub(super) fn cross_entropy(
             objective: objective.slice_mut()?,
             grad: read.gradient(grad.as_mut())?,
         };
-        read_totals(released(py, || ce::cross_entropy(&inputs, weighting, &settings, out))?)
+        read_totals(released_on_team(py, || ce::cross_entropy(&inputs, weighting, &settings, out))?)
     })
 }
 
@@ -226,7 +226,7 @@ pub(super) fn cross_entropy_losses(
     let (_, counted) = for_float!(read.logits.dtype(), "logits", T => {
         let (inputs, losses) = (read.inputs::<T>()?, losses.slice_mut()?);
         let logsumexp = logsumexp.as_mut().map(Tensor::slice_mut).transpose()?;
-        read_totals(released(py, || ce::losses(&inputs, &settings, losses, logsumexp))?)
+        read_totals(released_on_team(py, || ce::losses(&inputs, &settings, losses, logsumexp))?)
     })?;
     Ok(counted)
 }
@@ -279,7 +279,7 @@ pub(super) fn cross_entropy_gradient(
         let given = Given { losses: losses.slice()?, weights: weights.slice()?, logsumexp };
         let objective = objective.slice_mut()?;
         let grad = read.gradient(grad.as_mut())?;
-        read_totals(released(py, || ce::gradient(&inputs, given, &settings, objective, grad))?)
+        read_totals(released_on_team(py, || ce::gradient(&inputs, given, &settings, objective, grad))?)
     })
 }
 
@@ -330,7 +330,7 @@ pub(super) fn cross_entropy_rows(
             logsumexp: logsumexp.as_mut().map(Tensor::slice_mut).transpose()?,
             grad: read.gradient(grad.as_mut())?,
         };
-        read_totals(released(py, || ce::with_norms(&inputs, weighting, &settings, norms, out))?)
+        read_totals(released_on_team(py, || ce::with_norms(&inputs, weighting, &settings, norms, out))?)
     })?;
     Ok(counted)
 }
@@ -366,7 +366,7 @@ pub(super) fn cross_entropy_rows_gradient(
         let (inputs, norms) = (read.inputs::<T>()?, norms.slice()?);
         let weights = weights.as_ref().map(Tensor::slice).transpose()?;
         let grad = read.gradient(Some(&mut grad))?;
-        read_totals(released(py, || ce::gradient_with_norms(&inputs, &settings, norms, weights, grad))?)
+        read_totals(released_on_team(py, || ce::gradient_with_norms(&inputs, &settings, norms, weights, grad))?)
     })?;
     Ok(counted)
 }
@@ -401,7 +401,7 @@ pub(super) fn cross_entropy_extras(
             logsumexp: logsumexp.as_mut().map(Tensor::slice_mut).transpose()?,
             correct: correct.as_mut().map(Tensor::slice_mut).transpose()?,
         };
-        match released(py, || ce::extras(&inputs, &settings, out))? {
+        match released_on_team(py, || ce::extras(&inputs, &settings, out))? {
             Ok(()) => Ok(()),
             Err(error) => Err(refused(&error)),
         }

@@ -10,6 +10,7 @@ mod cross_entropy;
 mod isa;
 mod repeated;
 mod tensor;
+mod threads;
 mod weights;
 mod xla;
 mod xla_api;
@@ -34,6 +35,8 @@ mod _rgd {
     use super::repeated::{RepeatedCrossEntropy, RepeatedWeights};
     #[pymodule_export]
     use super::tensor::Borrowed;
+    #[pymodule_export]
+    use super::threads::{share_threads, shares_threads};
     #[pymodule_export]
     use super::weights::{sample_weights, weight_sums, weighted_sum, widen};
     #[pymodule_export]

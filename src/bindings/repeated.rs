@@ -3,7 +3,7 @@
 //! To describe six tensors through `DLPack` takes longer than to compute a hundred rows. So everything but the
 //! addresses is read once, and a call passes the addresses.
 
-use super::call::{for_float, read_weighting, released};
+use super::call::{for_float, read_weighting, released_on_team};
 use super::cross_entropy::{read_reduction, read_settings, read_totals};
 use super::tensor::{Dtype, HasDtype, Tensor};
 use crate::cross_entropy::{self as ce, Gradient, Inputs, Memory, Outputs, Settings, Target};
@@ -169,7 +169,7 @@ impl RepeatedCrossEntropy {
         };
         let settings = Settings { threads, ..self.settings };
         let memory = Memory { groups: groups.as_deref(), state: &mut state };
-        let (divisor, count) = read_totals(released(py, || {
+        let (divisor, count) = read_totals(released_on_team(py, || {
             ce::cross_entropy_with(&inputs, self.weighting, memory, &settings, out)
         })?)?;
         for ((&leaf, &length), numbers) in leaves.zip(&state) {
@@ -305,7 +305,7 @@ impl RepeatedWeights {
         // SAFETY: as above; the weights are as many numbers of the accumulator's type, which nothing shares.
         let weights: &mut [MaybeUninit<T::Real>] =
             unsafe { std::slice::from_raw_parts_mut(pointer(weights)?, count) };
-        released(py, || weightings::sample_weights(&batch, self.weighting, &mut [], weights))?
+        released_on_team(py, || weightings::sample_weights(&batch, self.weighting, &mut [], weights))?
             .map_err(|error| PyValueError::new_err(error.to_string()))
     }
 
@@ -327,7 +327,7 @@ impl RepeatedWeights {
                 std::slice::from_raw_parts_mut(pointer(factors)?, count),
             )
         };
-        released(py, || {
+        released_on_team(py, || {
             #[allow(clippy::cast_precision_loss)] // a count
             let divisor = if reduction == ce::Reduction::Mean { count as f64 } else { 1.0 };
             for (factor, weight) in factors.iter_mut().zip(&weights) {

@@ -5,7 +5,7 @@ use super::problem::{BLOCK, Plan, Problem};
 use super::rows::Rows;
 use super::tiles::Tiles;
 use crate::numeric::{Element, LANES, dispatch};
-use crate::parallel::for_each_block;
+use crate::parallel::{for_each_block, team};
 
 /// Classes from which on lanes run along a contiguous row.
 const ROW_CLASSES: usize = 24;
@@ -13,12 +13,21 @@ const ROW_CLASSES: usize = 24;
 /// Logits below which waking a thread costs more than it saves.
 const PARALLEL: usize = 1 << 18;
 
+/// Likewise for a thread that waits for work actively.
+const PARALLEL_ON_TEAM: usize = 1 << 15;
+
+/// The smallest block where there are fewer than [`PARALLEL`] logits: else one for each thread.
+const SMALL_BLOCK: usize = 1 << 13;
+
 /// Works through all targets of a problem as the plan says.
 pub(super) fn run<T: Element>(problem: &Problem<T>, plan: Plan<T::Real>, threads: usize) {
     let targets = problem.positions.len();
-    let threads = if is_small(problem) { 1 } else { threads };
+    let (small, classes) = (is_small(problem), problem.classes.max(1));
+    let on_team = small && threads > 1 && targets * classes >= PARALLEL_ON_TEAM && team().is_some();
+    let threads = if small && !on_team { 1 } else { threads };
     let rows = is_of_rows(problem);
-    let size = (BLOCK / problem.classes.max(1)).max(1);
+    let size = if on_team { targets.div_ceil(threads).max(SMALL_BLOCK / classes) } else { BLOCK / classes };
+    let size = size.max(1);
     let size = if rows { size } else { size.next_multiple_of(LANES) };
     for_each_block(targets.div_ceil(size), threads, |i| {
         let (start, end) = (i * size, targets.min((i + 1) * size));

@@ -11,6 +11,10 @@ import rgd
 import torch
 from rgd.torch import RGDLoss, backend, cross_entropy
 
+of_openmp = pytest.mark.skipif(
+    sys.platform != "linux" or not torch.backends.openmp.is_available(),
+    reason="torch's threads are not those of an OpenMP library that is looked for",
+)
 LOGITS = torch.randn(400, 500, generator=torch.Generator().manual_seed(0))
 TARGET = torch.arange(400) % 500
 
@@ -54,6 +58,47 @@ def test_forked_children_compute_with_a_pool_of_their_own():
         codes = [os.waitpid(child, 0)[1] for child in children]
         same = torch.equal(cross_entropy(logits, target), expected)
         print("same" if same and codes == [0, 0, 0] else codes)
+    """)
+
+
+@of_openmp
+def test_the_kernels_run_on_the_threads_of_torch_and_in_a_forked_child_on_their_own():
+    run_alone("""
+        import os
+        from pathlib import Path
+        from rgd import _rgd
+        from rgd.torch import RGDLoss
+
+        def names():
+            return {entry.read_text().strip() for entry in Path("/proc/self/task").glob("*/comm")}
+
+        criterion, wide = RGDLoss(), torch.randn(1024, 1000, requires_grad=True)
+        logits, target = logits.repeat(4, 1), target.repeat(4)
+        for _ in range(3):  # the whole way, then the short one
+            criterion(wide, torch.arange(1024) % 1000).backward()
+        assert not any(name.startswith("rgd-") for name in names()), names()
+        assert _rgd.shares_threads()
+        child = os.fork()
+        if child == 0:
+            cross_entropy(logits, target)
+            ours = any(name.startswith("rgd-") for name in names())
+            os._exit(0 if ours and not _rgd.shares_threads() else 1)
+        print("same" if os.waitpid(child, 0)[1] == 0 else "the child has no threads of its own")
+    """)
+
+
+@of_openmp
+def test_a_call_takes_as_many_threads_as_torch_then_has():
+    run_alone("""
+        from rgd.torch import RGDLoss
+        criterion, outcomes = RGDLoss(reduction="none"), []
+        for threads in (2, 1, 4, 3):
+            torch.set_num_threads(threads)
+            given = logits.clone().requires_grad_()
+            losses = criterion(given, target)
+            losses.sum().backward()
+            outcomes.append((losses.detach(), given.grad))
+        print("same" if all(map(torch.equal, sum(outcomes, ()), outcomes[0] * 4)) else outcomes)
     """)
 
 

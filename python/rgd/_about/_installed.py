@@ -93,7 +93,10 @@ def machine() -> dict[str, Any]:
     if usable("torch"):
         import torch  # noqa: PLC0415
 
+        import rgd.torch  # noqa: F401, PLC0415
+
         found["torch_threads"] = torch.get_num_threads()
+        found["torch_threads_shared"] = _rgd.shares_threads()
     if os.environ.get("RGD_BACKEND"):
         found["RGD_BACKEND"] = os.environ["RGD_BACKEND"]
     return found

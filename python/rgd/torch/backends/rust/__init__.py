@@ -49,6 +49,7 @@ from rgd.torch.backends.rust._kernels import (
     fill_plain_weights,
     fill_weights,
 )
+from rgd.torch.backends.rust._threads import share_threads
 from rgd.torch.stats import Record
 
 __all__ = [
@@ -61,6 +62,8 @@ __all__ = [
     "plain_weights",
     "record_of",
 ]
+
+share_threads()
 
 
 class Rust:
