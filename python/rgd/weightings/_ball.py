@@ -33,11 +33,8 @@ class Gaps(NamedTuple):
     infinite: Any
 
     def mean(self, values: Any) -> Any:
-        """The mean of numbers, (n,) or (m, n), as `batch.mean` but with fewer operations.
-
-        The numbers must be finite where a sample takes no part.
-        """
-        return _mean(self.batch, values)
+        """`mean_of` with this batch."""
+        return mean_of(self.batch, values)
 
 
 def gaps_of(batch: Batch) -> Gaps:
@@ -50,7 +47,9 @@ def gaps_of(batch: Batch) -> Gaps:
     extent = xp.where(extent > 0, extent, 1.0)
     below = batch.only(difference(xp, losses, top))
     on_top = xp.astype(losses == top, losses.dtype)
-    return Gaps(batch, left, below, extent, below / extent, on_top, _mean(batch, on_top), top == float("inf"))
+    return Gaps(
+        batch, left, below, extent, below / extent, on_top, mean_of(batch, on_top), top == float("inf")
+    )
 
 
 def with_corners(batch: Batch, gaps: Gaps, weights: Any, *, radius: Any, radius_left: Any, limit: Any) -> Any:
@@ -73,7 +72,11 @@ def with_corners(batch: Batch, gaps: Gaps, weights: Any, *, radius: Any, radius_
     return xp.where(batch.any(xp.isnan(batch.losses)), float("nan"), weights)
 
 
-def _mean(batch: Batch, values: Any) -> Any:
+def mean_of(batch: Batch, values: Any) -> Any:
+    """The mean of numbers, (n,) or (m, n), as `batch.mean` but with fewer operations.
+
+    The numbers must be finite where a sample takes no part.
+    """
     if batch.is_plain():
         return batch.xp.mean(values, axis=-1)
     return batch.xp.sum(values * batch.measure, axis=-1) / batch.count

@@ -152,6 +152,8 @@ class Batch:
 
     def scalar(self, value: Any) -> Any:
         """A number as a 0-d array of the losses' dtype, on their device."""
+        if "torch" in self.xp.__name__ and isinstance(value, (int, float)):
+            return self.xp.full((), value, dtype=self.losses.dtype, device=self.losses.device)
         return self.xp.zeros_like(self.losses[0]) + value
 
     def cumulative_sum(self, values: Any) -> Any:

@@ -6,13 +6,17 @@ import dataclasses
 import math
 from typing import Any
 
-from rgd.weightings._ball import gaps_of, with_corners
+from rgd.weightings._ball import mean_of
 from rgd.weightings._base import Kernel, Weighting, setting
 from rgd.weightings._batch import Batch
-from rgd.weightings._root import bracketed, polished
+from rgd.weightings._limits import small
+from rgd.weightings._root import NEWTON_STEPS, cuts, repeat
 
-_FAR = 2.0**-64
-"""Where the smallest gap over the largest is below this, gaps have a unit between the two."""
+_FINER = 2.5
+"""The last parts are smaller by this factor than the number whose digits Newton's steps double to all."""
+
+_LONGEST = 1 / 4
+"""Newton's steps change `b` by a smaller part than this."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,55 +53,22 @@ class KLBall(Weighting):
 
     def weights(self, batch: Batch) -> Any:
         """`exp(b * gap) / mean(exp(b * gap))`, `b` the root of `KL = radius`."""
-        xp, losses, radius = batch.xp, batch.losses, batch.scalar(self.radius)
-        ball = gaps_of(batch)
-        mean = ball.mean
-        # Losses of -inf have weight 0, which uses a part of the divergence.
-        left = radius + xp.log(ball.left)
-        left = xp.where(left < 0, 0.0, left)
-        limit = -xp.log(ball.share)
-        inside = (left > 0) & (left < limit)
-        target = xp.where(inside, left, 0.5)
-        nearest = ball.batch.min(xp.where(ball.below < 0, -ball.below, float("inf")))
-        nearest = xp.where(inside, nearest, ball.extent)
-        # The unit of gaps is the largest one. Where the smallest would be 0 in this unit, the unit is between
-        # the two.
-        far = nearest / ball.extent < _FAR
-        unit = xp.where(far, ball.extent**0.5 * nearest**0.5, ball.extent)
-        gaps, extent, nearest = ball.below / unit, ball.extent / unit, nearest / unit
-        # A weight of exp(least) is 0; its logarithm must be finite, since they are multiplied.
-        least = -2.0 * math.log(xp.finfo(losses.dtype).max)
-
-        def divergence(log_b: Any) -> tuple[Any, Any, Any]:
-            """KL of the weights, the weights and their logarithms, at one `b` or several."""
-            exponent = xp.exp(log_b) * gaps
-            exponent = xp.where(exponent > least, exponent, least)
-            logarithm = exponent - xp.log1p(mean(xp.expm1(exponent)))[..., None]
-            weights = xp.exp(logarithm)
-            # mean(w log w) + 1 - mean(w), where the error of the logarithms' common shift cancels.
-            return mean(logarithm * weights - xp.expm1(logarithm)), weights, logarithm
-
-        def excess(log_b: Any) -> tuple[Any, Any]:
-            """KL - radius and its derivative with respect to `log(b)`."""
-            value, weights, logarithm = divergence(log_b)
-            return value - target, mean(weights * (logarithm - value) ** 2)
-
-        # KL(b) <= (b extent)^2 / 8. At b = 1000 / nearest all weight is on the largest losses.
-        largest = xp.finfo(losses.dtype).max / 8
-        high = 1000.0 / nearest
-        high = xp.log(xp.where(high < largest, high, largest))
-        low, high = bracketed(
-            batch,
-            lambda log_b: divergence(log_b)[0] - target,
-            xp.log(8.0 * target) / 2 - xp.log(extent),
-            high,
-        )
-        # Rounding may put a root at the bracket's end just beyond it.
-        width = high - low
-        log_b = polished(batch, excess, (low + high) / 2, (low - width, high + width))
-        weights = xp.exp(xp.exp(log_b) * gaps)
-        weights = weights / mean(weights)
-        return with_corners(batch, ball, weights, radius=radius, radius_left=left, limit=limit)
+        xp, radius, zero = batch.xp, batch.scalar(self.radius), batch.scalar(0.0)
+        losses = small(batch.losses)
+        top = batch.max(losses)
+        is_top = losses == top
+        # Gaps to the largest loss, at most 0. Among infinite ones, those of 0 have all the weight at any `b`.
+        gaps = batch.only(xp.where(is_top, zero, losses - top))
+        on_top = xp.astype(is_top, losses.dtype)
+        share = mean_of(batch, on_top)
+        # With NaN among the losses, no loss equals the largest, and this is 0 / 0.
+        one = share / share
+        weights = xp.exp(_exponents(batch, gaps, radius, zero, one))
+        weights = weights / mean_of(batch, weights)
+        # No `b` reaches the radius from which on all weight is on the largest losses.
+        weights = xp.where(radius >= -xp.log(share), on_top / share, weights)
+        # If the radius is 0, infinite losses do not count.
+        return xp.where(radius == 0, one, weights)
 
     def kernel(self) -> Kernel:
         """The kernel `kl_ball`: the radius."""
@@ -107,3 +78,60 @@ class KLBall(Weighting):
     def of_kernel(cls, numbers: tuple[float, ...]) -> KLBall:
         """The ball of a kernel's numbers."""
         return cls(*numbers)
+
+
+def _exponents(batch: Batch, gaps: Any, radius: Any, zero: Any, one: Any) -> Any:
+    """`b * gaps`, shape (n,), with the `b` at which the divergence is the radius.
+
+    The divergence grows with `b`. The search cuts a range of `log(b)` into equal parts and keeps the one that
+    holds the root; then it cuts this one. The first range holds every root of the dtype. At its lower end
+    all weights of finite losses are equal, as for a radius that losses of -inf use up; at its upper end, all
+    weight is on the largest losses. Newton's steps find the root to rounding.
+    """
+    xp, limits = batch.xp, batch.xp.finfo(gaps.dtype)
+    digits = math.log(limits.max)
+    low, high = -1.55 * digits, 1.2 * digits
+    # Each of Newton's steps doubles the digits that are right.
+    parts, rounds = cuts(batch, (high - low) / (limits.eps ** (0.5**NEWTON_STEPS) / _FINER))
+    part = (high - low) / parts
+    numbers = batch.arange(1, parts)[:, None]
+    # Weights of exp(least) are 0. Their logarithms must be finite, since they are multiplied.
+    least = batch.scalar(-2.0 * digits)
+    measure = None if batch.is_plain() else batch.measure / batch.count
+
+    def mean(values: Any) -> Any:
+        """The mean of finite numbers, (n,) or (m, n), with the last axis kept."""
+        if measure is None:
+            return xp.mean(values, axis=-1, keepdims=True)
+        return xp.sum(values * measure, axis=-1, keepdims=True)
+
+    def divergence(exponents: Any) -> tuple[Any, Any, Any]:
+        """KL of the weights, the weights and their logarithms, at one `b` or several."""
+        logarithms = exponents - xp.log1p(mean(xp.expm1(exponents)))
+        weights = xp.exp(logarithms)
+        # mean(w log w) + 1 - mean(w), where the error of the logarithms' common shift cancels.
+        return mean(logarithms * weights - xp.expm1(logarithms)), weights, logarithms
+
+    def best(candidates: Any, exponents: Any, lower_end: Any) -> Any:
+        """The largest candidate below the root, or the lower end, 0-d."""
+        return xp.max(xp.where(divergence(exponents)[0] < radius, candidates, lower_end))
+
+    def narrow(carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        """The exponents at the lower end of a part, for those at the lower end of all parts of a range."""
+        exponents, ratio = carry
+        factors = ratio**numbers
+        return exponents * best(factors, exponents * factors, one), ratio ** (1.0 / parts)
+
+    def polish(exponents: Any) -> Any:
+        value, weights, logarithms = divergence(exponents)
+        step = (radius - value) / mean(weights * (logarithms - value) ** 2)
+        # If the function is flat up to rounding, its root is as good as any number near it.
+        return exponents * (xp.where(abs(step) < _LONGEST, step, zero) + 1.0)
+
+    # `b` itself may overflow where its product with a gap does not, so its root multiplies twice.
+    ratio, lower_end = math.exp(part / 2), math.exp(low / 2)
+    roots = ratio ** (numbers + low / part)
+    root = best(roots, xp.maximum(gaps * roots * roots, least), batch.scalar(lower_end))
+    exponents = xp.maximum(gaps * root * root, least)
+    exponents, _ = repeat(xp, rounds - 1, narrow, (exponents, math.exp(part / parts)))
+    return repeat(xp, NEWTON_STEPS, polish, exponents)
