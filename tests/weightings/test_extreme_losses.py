@@ -304,3 +304,24 @@ def test_a_ball_among_near_losses_does_not_see_how_far_the_others_are(
     # The logarithm of the inverse temperature, which is at most that of the largest number, is rounded too.
     rounding = tolerance(dtype, losses.size) + math.log(-far) * float(np.finfo(dtype).eps)
     np.testing.assert_allclose(found, expected, rtol=0, atol=rounding * max(expected))
+
+
+@fronts
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("radius", [1e-12, 0.1, 1.0, 1.09])
+def test_a_kl_ball_finds_its_root_for_the_smallest_and_the_largest_gaps(
+    weigh: Any, dtype: str, radius: float
+) -> None:
+    limits = np.finfo(dtype)
+    # The front divides losses by 16. JAX rounds numbers below the smallest normal one to 0.
+    small, large = 16 * float(limits.tiny), float(limits.max)
+    eps = float(limits.eps)
+    for numbers in ([0.0, 3 * small, 5 * small], [-large, 0.0, large]):
+        losses = np.array(numbers, dtype)
+        expected = [float(weight) for weight in exact.weights(losses, rgd.KLBall(radius))[0]]
+        with enable_x64():
+            found = np.asarray(weigh(losses, rgd.KLBall(radius)))
+        # An error of the radius moves the weights by it over the deviation of their logarithms.
+        deviation = math.sqrt(2 * min(radius, math.log(3) - radius))
+        close = tolerance(dtype, losses.size) + 8 * eps * radius / deviation
+        np.testing.assert_allclose(found, expected, rtol=0, atol=close * max(expected))

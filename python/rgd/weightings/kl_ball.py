@@ -12,7 +12,7 @@ from rgd.weightings._batch import Batch
 from rgd.weightings._limits import small
 from rgd.weightings._root import NEWTON_STEPS, cuts, repeat
 
-_FINER = 2.5
+_FINER = 6
 """The last parts are smaller by this factor than the number whose digits Newton's steps double to all."""
 
 _LONGEST = 1 / 4
