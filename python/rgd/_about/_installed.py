@@ -93,8 +93,7 @@ def machine() -> dict[str, Any]:
     if usable("torch"):
         import torch  # noqa: PLC0415
 
-        import rgd.torch  # noqa: F401, PLC0415
-
+        importlib.import_module("rgd.torch")  # which looks for torch's threads
         found["torch_threads"] = torch.get_num_threads()
         found["torch_threads_shared"] = _rgd.shares_threads()
     if os.environ.get("RGD_BACKEND"):

@@ -20,10 +20,10 @@ ELEMENTS = 1 << 20
 """The largest size of all candidates of one round times the batch: a larger batch has fewer candidates."""
 
 MOST_PARTS = 512
-"""A round cuts a range into at most so many parts."""
+"""A round cuts a range into at most so many parts: more parts need fewer rounds, so fewer operations."""
 
-MOST_PARTS_OF_ANY_SIZE = 64
-"""The same where the size of the batch is not known."""
+MOST_PARTS_COMPILED = 64
+"""The same in JAX, and where the size of the batch is not known: less to compute, in more rounds."""
 
 
 def cuts(batch: Batch, fineness: float) -> tuple[int, int]:
@@ -33,9 +33,10 @@ def cuts(batch: Batch, fineness: float) -> tuple[int, int]:
         batch: The batch of the function; its size decides how many candidates are evaluated at once.
         fineness: A number above 1.
     """
-    most = MOST_PARTS_OF_ANY_SIZE
+    compiled = batch.any_size or "jax" in batch.xp.__name__
+    most = MOST_PARTS_COMPILED if compiled else MOST_PARTS
     if not batch.any_size:
-        most = max(2, min(MOST_PARTS, 1 + ELEMENTS // int(batch.losses.shape[-1])))
+        most = max(2, min(most, 1 + ELEMENTS // int(batch.losses.shape[-1])))
     rounds = math.ceil(math.log(fineness) / math.log(most))
     return min(most, math.ceil(fineness ** (1 / rounds))), rounds
 
