@@ -215,15 +215,15 @@ def test_a_reader_changes_the_version_and_stays_on_the_page(browser, tmp_path, m
         page.goto(f"{address}/index.html")
         page.wait_for_url(f"{address}/0.10.0/")
         page.goto(f"{address}/0.10.0/docs/torch.html#top")
-        chooser = page.get_by_label("Version")
+        chooser = page.get_by_label("Version", exact=True)
         assert chooser.locator("option").all_text_contents() == ["0.10.0", "0.9.0", "main"]
         assert chooser.input_value() == "0.10.0"
         chooser.select_option("main")
         page.wait_for_url(f"{address}/main/docs/torch.html#top")
-        assert page.get_by_label("Version").input_value() == "main"
+        assert page.get_by_label("Version", exact=True).input_value() == "main"
         # A version without the page begins at its first one.
         page.goto(f"{address}/main/docs/numpy.html")
-        page.get_by_label("Version").select_option("0.9.0")
+        page.get_by_label("Version", exact=True).select_option("0.9.0")
         page.wait_for_url(f"{address}/0.9.0/")
 
 
