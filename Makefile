@@ -18,7 +18,8 @@ python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check
 # Torch's CUDA build is large: a slow line needs patience, not a failure after 15 seconds.
 pip_install := $(pip) install --quiet --timeout 120
-pytest = $(python) -m pytest -n $(PYTEST_JOBS) --dist worksteal $(PYTEST_ARGS)
+# Two processes of tests share the cores: their OpenMP threads must not wait actively.
+pytest = OMP_WAIT_POLICY=passive $(python) -m pytest -n $(PYTEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 # How many seconds `make fuzz` runs each target, and `make fuzz-python` tries calls; and which targets.
 SECONDS ?= 60
 FUZZ ?= $(basename $(notdir $(wildcard fuzz/targets/*.rs)))
