@@ -163,10 +163,9 @@ class WeightingState(nn.Module):
         held = self._buffers if self._shared else self.__dict__
         places: list[tuple[int, bool]] = []
         for name, leaf in self._known.items():
-            dtype = leaf.dtype
-            if held.get(name) is not leaf or not (dtype in _WIDE and leaf.is_cpu and leaf.is_contiguous()):
+            if held.get(name) is not leaf or not _is_wide(leaf):
                 return None
-            places.append((leaf.data_ptr(), dtype is _int64))
+            places.append((leaf.data_ptr(), leaf.dtype is torch.int64))
         return places
 
     def _refuse_meta(self) -> None:
@@ -351,8 +350,7 @@ def _is_wide(leaf: Tensor) -> bool:
     return leaf.is_cpu and leaf.dtype in _WIDE and leaf.is_contiguous()
 
 
-_int64 = torch.int64
-_WIDE = (torch.float64, _int64)
+_WIDE = (torch.float64, torch.int64)
 
 
 def functional_state(weighting: Weighting, state: Any, device: torch.device | None) -> Any:

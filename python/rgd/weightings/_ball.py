@@ -15,8 +15,7 @@ class Gaps(NamedTuple):
         batch: The batch without losses of -inf, whose weight is 0 in every ball.
         left: The share of the measure in `batch`, 0-d.
         below: Gaps to the largest loss, at most 0, shape (n,).
-        extent: The largest of these gaps, or 1, 0-d.
-        values: The gaps over `extent`, in [-1, 0], shape (n,). Gaps much smaller than others can be 0
+        values: The gaps over the largest one, in [-1, 0], shape (n,). Gaps much smaller than others can be 0
             here. In JAX they are where they fall below the smallest normal number.
         on_top: 1 for the samples of the largest loss, else 0, shape (n,).
         share: The part of this measure on the samples of the largest loss, 0-d.
@@ -26,7 +25,6 @@ class Gaps(NamedTuple):
     batch: Batch
     left: Any
     below: Any
-    extent: Any
     values: Any
     on_top: Any
     share: Any
@@ -47,9 +45,7 @@ def gaps_of(batch: Batch) -> Gaps:
     extent = xp.where(extent > 0, extent, 1.0)
     below = batch.only(difference(xp, losses, top))
     on_top = xp.astype(losses == top, losses.dtype)
-    return Gaps(
-        batch, left, below, extent, below / extent, on_top, mean_of(batch, on_top), top == float("inf")
-    )
+    return Gaps(batch, left, below, below / extent, on_top, mean_of(batch, on_top), top == float("inf"))
 
 
 def with_corners(batch: Batch, gaps: Gaps, weights: Any, *, radius: Any, radius_left: Any, limit: Any) -> Any:
