@@ -248,8 +248,9 @@ def test_no_derivative_reads_a_target_that_takes_no_part(ways):
 def test_the_caller_may_change_its_entries_after_the_call():
     criterion, shares, groups = RGDLoss(), SHARES.clone(), GROUPS.clone()
     criterion(leaf(), TARGET, sample_weight=shares, groups=groups)
-    objective = criterion(x := leaf(), TARGET, sample_weight=shares, groups=groups)
     before = criterion.stats()
+    # What this call leaves behind is read after the change.
+    objective = criterion(x := leaf(), TARGET, sample_weight=shares, groups=groups)
     shares.zero_()
     groups.zero_()
     assert criterion.stats() == before
